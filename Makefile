@@ -1,0 +1,40 @@
+# From a fresh clone: `make train`. Everything installed goes into .venv, everything trained into runs.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup train test lint board bench clean
+.DEFAULT_GOAL := help
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+
+setup: $(INSTALLED) ## make .venv and install everything into it, once
+
+train: $(INSTALLED) ## train configs/laptop.yaml: minutes on two cores, no download, no account
+	$(VENV)/bin/lightning run configs/laptop.yaml
+
+test: $(INSTALLED) ## run the whole test suite
+	$(PYTHON) -m pytest
+
+lint: $(INSTALLED) ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy -p dsv3_lightning
+
+board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
+	$(VENV)/bin/tensorboard --logdir runs
+
+bench: $(INSTALLED) ## measure training speed beside transformers' model of the same shape
+	$(PYTHON) benchmarks/throughput.py
+
+clean: ## remove caches and builds; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch first and alone: it is the one package whose build (CPU, CUDA) an index or a local wheel decides.
+$(INSTALLED): pyproject.toml constraints.txt
+	@python3 -c 'import sys; sys.exit("python3 is older than 3.10" if sys.version_info < (3, 10) else 0)'
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install -e '.[dev]' -c constraints.txt
+	touch $@

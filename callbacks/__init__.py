@@ -1,0 +1,24 @@
+"""What happens between the steps. Each callback works alone, in any Lightning project whose routers have `expert_bias`.
+
+The files lie in `callbacks/` at the top of the repository and import as `dsv3_lightning.callbacks`.
+"""
+
+from dsv3_lightning.callbacks.checkpoint import Checkpoint
+from dsv3_lightning.callbacks.expert_bias import ExpertBias
+from dsv3_lightning.callbacks.mtp_weight import MTPWeight
+from dsv3_lightning.callbacks.progress import Progress
+from dsv3_lightning.callbacks.router_monitor import RouterMonitor
+from dsv3_lightning.callbacks.run_report import RunReport
+from dsv3_lightning.callbacks.sample_text import SampleText
+from dsv3_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "Checkpoint",
+    "ExpertBias",
+    "MTPWeight",
+    "Progress",
+    "RouterMonitor",
+    "RunReport",
+    "SampleText",
+    "Throughput",
+]

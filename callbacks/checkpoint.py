@@ -1,0 +1,111 @@
+"""Nothing is lost: a checkpoint every N steps and at the end, on Ctrl-C and SIGTERM, and the best ones by validation."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+
+from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.training.logging import latest_scalars, stepped
+
+STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
+BEST_FILE = re.compile(r"best-step=(\d+)-loss=([\d.]+)\.ckpt")
+
+
+class Checkpoint(CheckpointBase):
+    """Writes step=<n>.ckpt into <default_root_dir>/checkpoints, and last.ckpt, a link to the newest.
+
+    every_n_steps: optimizer steps between two. keep: how many of the newest stay. keep_best: how many stay of those
+    with the lowest validation loss, as best-step=<n>-loss=<x>.ckpt.
+
+    The folder itself is the record of what there is: a run that is killed at any moment has no state that disagrees.
+    The first Ctrl-C or SIGTERM (on any rank) ends the run after the current step, with a checkpoint; a second Ctrl-C
+    ends it at once. Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
+    """
+
+    def __init__(self, every_n_steps: int, keep: int, keep_best: int) -> None:
+        for name, value, least in (("every_n_steps", every_n_steps, 1), ("keep", keep, 1), ("keep_best", keep_best, 0)):
+            if value < least:
+                raise ConfigError(f"callbacks.checkpoint.{name}={value}: must be at least {least}")
+        self.every_n_steps, self.keep, self.keep_best = every_n_steps, keep, keep_best
+        self.received = 0  # the signal that asks to stop
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not stepped(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        received = torch.tensor(self.received, device=trainer.strategy.root_device)
+        stop = int(trainer.strategy.reduce(received, reduce_op="max"))  # all ranks stop at the same step
+        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self.save(trainer)
+        if stop and step < trainer.max_steps:
+            raise RunStopped(
+                f"stopped by {signal.Signals(stop).name} after step {step}, which is saved; "
+                "the same command goes on from there",
+                code=128 + stop,
+            )
+
+    def save(self, trainer: Trainer) -> None:
+        folder = checkpoint_folder(trainer)
+        for logger in trainer.loggers:
+            logger.save()  # a resumed run must find every curve up to the step that it resumes from
+        trainer.save_checkpoint(folder / f"step={trainer.global_step}.ckpt", weights_only=False)
+        if trainer.is_global_zero:
+            newest = step_files(folder)
+            link = folder / "last.ckpt.new"
+            link.unlink(missing_ok=True)
+            link.symlink_to(newest[0].name)
+            os.replace(link, folder / "last.ckpt")
+            for path in newest[self.keep :]:
+                path.unlink()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.keep_best:
+            return
+        folder, loss = checkpoint_folder(trainer), latest_scalars(trainer)["val/loss"]
+        best = best_files(folder)
+        if len(best) < self.keep_best or loss < best[-1][0]:
+            trainer.save_checkpoint(folder / f"best-step={trainer.global_step}-loss={loss:.4f}.ckpt", weights_only=False)
+            if trainer.is_global_zero:
+                for _, path in best_files(folder)[self.keep_best :]:
+                    path.unlink()
+
+
+def checkpoint_folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The checkpoints by step, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := STEP_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def best_files(folder: Path) -> list[tuple[float, Path]]:
+    """The best checkpoints with their validation losses, lowest first."""
+    found = [
+        (float(match[2]), path) for path in folder.glob("best-*.ckpt") if (match := BEST_FILE.fullmatch(path.name))
+    ]
+    return sorted(found)

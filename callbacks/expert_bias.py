@@ -1,0 +1,61 @@
+"""Auxiliary-loss-free load balancing (V3 §2.1.2, eq. 16; arXiv 2408.15664): a bias per expert, moved once per step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.schedule import check_staircase, staircase
+
+
+class ExpertBias(Callback):
+    """b_i += speed · sign(mean c - c_i) for every router, after each optimizer step that was not skipped.
+
+    speed: γ of the report (0.001); u in arXiv 2408.15664.
+    schedule: pairs [from share of the run, factor on speed]; the report's is 1, then 0 for the last 3.4 %.
+
+    Reads outputs["expert_counts"] [L, E] int64: the micro-batch's tokens per expert, one row per module with an
+    `expert_bias`, in their order. The counts of a step's micro-batches and of all ranks are added up first.
+    Logs balance/bias_speed and balance/bias_absmax. The state is the buffers themselves, which the model saves.
+    """
+
+    def __init__(self, speed: float, schedule: list[list[float]]) -> None:
+        if speed < 0:
+            raise ConfigError(f"callbacks.expert_bias.speed={speed}: must be at least 0")
+        check_staircase(schedule, "callbacks.expert_bias.schedule")
+        self.speed, self.schedule = speed, schedule
+        self.counts_LE: Tensor | int = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.counts_LE = self.counts_LE + outputs["expert_counts"]
+        if not stepped(trainer, batch_idx):
+            return
+        counts_LE, self.counts_LE = trainer.strategy.reduce(self.counts_LE, reduce_op="sum"), 0
+        speed = self.speed * staircase(self.schedule, (trainer.global_step - 1) / trainer.max_steps)
+        routers = list(routers_of(pl_module))
+        if not getattr(pl_module, "step_skipped", False):
+            for router, counts_E in zip(routers, counts_LE, strict=True):
+                router.expert_bias += bias_step(counts_E, speed)
+        if is_log_step(trainer, trainer.global_step):
+            absmax = max(float(router.expert_bias.abs().max()) for router in routers)
+            log_scalars(trainer, {"balance/bias_speed": speed, "balance/bias_absmax": absmax})
+
+
+def routers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that have an `expert_bias`, in the model's order. Raises TypeError where one isn't fp32."""
+    for child in module.modules():
+        if hasattr(child, "expert_bias"):
+            if child.expert_bias.dtype != torch.float32:  # in bf16 a step of 0.001 is lost at a bias of 0.5
+                raise TypeError(f"expert_bias must stay fp32, but it is {child.expert_bias.dtype}")
+            yield child
+
+
+def bias_step(counts_E: Tensor, speed: float) -> Tensor:
+    """speed · sign(mean c - c_i), fp32 [E]; counts int64. Exact: compares E · c_i with the total, as integers."""
+    return speed * torch.sign(counts_E.sum() - counts_E * counts_E.numel()).float()

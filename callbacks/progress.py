@@ -1,0 +1,67 @@
+"""The progress line: one per logged step, on a terminal and in a log file alike."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+from dsv3_lightning.training.logging import is_log_step, latest_scalars, stepped
+
+COLUMNS = {  # logged name -> (label, format)
+    "loss/main": ("loss", "{:.3f}"),
+    "loss/mtp_1": ("mtp", "{:.3f}"),
+    "balance/max_vio": ("max_vio", "{:.2f}"),
+    "throughput/tokens_per_second": ("tok/s", "{:,.0f}"),
+}
+VALIDATION = {
+    "val/loss": ("loss", "{:.3f}"),
+    "val/bpb": ("bits per byte", "{:.3f}"),
+    "val/mtp_1": ("mtp", "{:.3f}"),
+    "balance/max_vio_global": ("max_vio", "{:.2f}"),
+}
+
+
+class Progress(ProgressBar):
+    """Prints step, losses, balance, speed and remaining time whenever scalars are logged; only on the first rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_step, self.start_time = 0, 0.0
+
+    def disable(self) -> None:
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start_step, self.start_time = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not stepped(trainer, batch_idx) or not is_log_step(trainer, step) or not trainer.is_global_zero:
+            return
+        scalars = latest_scalars(trainer)
+        parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in COLUMNS.items() if name in scalars]
+        seconds = (time.monotonic() - self.start_time) / (step - self.start_step) * (trainer.max_steps - step)
+        print(f"step {step}/{trainer.max_steps}", *parts, f"{clock(seconds)} left", sep="  ", flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            scalars = latest_scalars(trainer)
+            parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in VALIDATION.items() if name in scalars]
+            print(f"validation after step {trainer.global_step}:", *parts, sep="  ", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour.
+
+    >>> clock(3725), clock(59.6)
+    ('1:02:05', '1:00')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,172 @@
+"""report.md and report.json: what the run did, on one page, with its pictures and the next command."""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dsv3_lightning import __version__
+from dsv3_lightning.callbacks.checkpoint import checkpoint_folder, step_files
+from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.plots import curves, heat_map
+from dsv3_lightning.callbacks.router_monitor import RouterMonitor
+from dsv3_lightning.callbacks.sample_text import SampleText
+from dsv3_lightning.callbacks.throughput import Throughput, peak_memory
+from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.training.logging import latest_scalars
+
+CURVES = ("loss/main", "loss/mtp_1", "val/loss", "val/mtp_1")
+PACKAGES = ("torch", "lightning", "torchmetrics", "tokenizers", "omegaconf", "tensorboard")
+
+
+class RunReport(Callback):
+    """Writes the report into `trainer.default_root_dir` when a fit ends, or a validation of a finished run.
+
+    Units are SI, shares between 0 and 1, null is what was not measured. Saves the wall time of earlier lives.
+    """
+
+    def __init__(self) -> None:
+        self.earlier_seconds, self.start = 0.0, time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_seconds": self.wall_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier_seconds = state_dict["wall_seconds"]
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.start
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            self.write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        report = self.facts(trainer, pl_module)
+        history = scalar_history(folder)
+        curves({tag: history[tag] for tag in CURVES if tag in history}, "loss, nats per token").savefig(folder / "loss.png")
+        biases = [router.expert_bias for router in routers_of(pl_module)]
+        if biases:
+            heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0).savefig(folder / "bias.png")
+        samples = find(trainer, SampleText)
+        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        text = markdown(report, folder, samples.latest if samples else [], bool(biases))
+        write_whole(folder / "report.md", text)
+        print(f"report: {folder / 'report.md'}", flush=True)
+
+    def facts(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """The content of report.json."""
+        scalars = latest_scalars(trainer)
+        speed, router = find(trainer, Throughput), find(trainer, RouterMonitor)
+        rates = speed.rates(speed.total, trainer.world_size) if speed and speed.total.seconds else {}
+        config, data = pl_module.model.config, trainer.datamodule  # type: ignore[attr-defined]
+        counts = count_parameters(config)
+        newest = step_files(checkpoint_folder(trainer))
+        steps = pl_module.steps_done
+        return {
+            "steps": steps,
+            "tokens": steps * data.config.batch_size * data.config.sequence_length,
+            "wall_seconds": self.wall_seconds,
+            "tokens_per_second": rates.get("tokens_per_second"),
+            "model_flops_per_second": rates.get("model_flops_per_second"),
+            "peak_flops_per_second": speed.peak_flops if speed else None,
+            "mfu": rates.get("mfu"),
+            "precision": str(trainer.precision),
+            "data_wait_share": rates.get("data_wait_share"),
+            "peak_memory_bytes": peak_memory(),
+            "parameters": counts.total,
+            "active_parameters": counts.active,
+            "train_loss": scalars.get("loss/main"),
+            "val_loss": scalars.get("val/loss"),
+            "val_bpb": scalars.get("val/bpb"),
+            "gzip_bpb": data.gzip_bpb,
+            "mtp_loss": [scalars.get(f"val/mtp_{k}") for k in range(1, config.mtp_depth + 1)],
+            "mtp_acceptance": [None] * config.mtp_depth,
+            "max_vio_global": router.max_vio_global if router else None,
+            "max_vio_batch": sum(router.recent) / len(router.recent) if router and router.recent else None,
+            "skipped_steps": pl_module.skipped_steps,
+            "checkpoint": str(newest[0]) if newest else None,
+            "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {platform.machine()}, "
+            f"{torch.get_num_threads()} threads",
+            "versions": {"dsv3-lightning": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in PACKAGES},
+        }
+
+
+def find(trainer: Trainer, kind: type) -> Any | None:
+    """The run's callback of that class, if it has one."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
+
+
+def scalar_history(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """All curves of a run from its event files, over all its lives: {tag: (steps, values)}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: ([event.step for event in events.Scalars(tag)], [event.value for event in events.Scalars(tag)])
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside and renames."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool) -> str:
+    """report.md: the numbers that matter first, each with its meaning."""
+
+    def show(value: Any, form: str = "{:.3f}") -> str:
+        if isinstance(value, list):
+            return ", ".join(show(item, form) for item in value) or "none"
+        return "not measured" if value is None else form.format(value)
+
+    rows = [
+        ("validation loss, nats per token", show(report["val_loss"])),
+        ("bits per byte of validation text", show(report["val_bpb"])),
+        ("gzip -9 on the same text, bits per byte", show(report["gzip_bpb"])),
+        ("MTP loss by depth", show(report["mtp_loss"])),
+        ("MaxVio over the validation set, by MoE layer (0 is balance)", show(report["max_vio_global"], "{:.2f}")),
+        ("MaxVio of a batch, mean of the last 50 steps", show(report["max_vio_batch"], "{:.2f}")),
+        ("parameters, all and active", f"{report['parameters']:,} and {report['active_parameters']:,}"),
+        ("steps and tokens", f"{report['steps']:,} and {report['tokens']:,}"),
+        ("wall time", f"{report['wall_seconds']:.0f} s"),
+        ("tokens per second", show(report["tokens_per_second"], "{:,.0f}")),
+        ("model FLOP/s and share of the device's peak (MFU)", f"{show(report['model_flops_per_second'], '{:.3g}')}, "
+         f"{show(report['mfu'], '{:.0%}')} of {show(report['peak_flops_per_second'], '{:.3g}')}"),
+        ("waiting for data", show(report["data_wait_share"], "{:.2%}")),
+        ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"),
+        ("precision, device", f"{report['precision']}, {report['device']}"),
+        ("skipped steps", str(report["skipped_steps"])),
+        ("checkpoint", f"`{report['checkpoint']}`"),
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    pictures = "![loss](loss.png)\n" + ("\n![expert bias](bias.png)\n" if has_bias else "")
+    written = "\n\n".join(f"```\n{text}\n```" for text in samples)
+    return (
+        f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{pictures}\n"
+        f"## What it writes\n\n{written}\n\n"
+        f"## Next\n\n`dsv3 generate {folder} --prompt \"def \"` continues a prompt; "
+        f"`tensorboard --logdir {folder.parent}` shows every curve.\n"
+    )

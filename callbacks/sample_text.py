@@ -1,0 +1,55 @@
+"""What the model writes: fixed prompts, continued every N steps, on the terminal and as TensorBoard text."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.generate import generate
+from dsv3_lightning.training.logging import stepped
+
+
+class SampleText(Callback):
+    """Continues `prompts` every `every_n_steps` and after the last step.
+
+    temperature: 0 is greedy. The same random numbers are used each time, apart from training's.
+    Logs samples/prompt_<i>. Needs `pl_module.model` (a Transformer) and `trainer.datamodule.tokenizer`.
+    """
+
+    def __init__(self, every_n_steps: int, prompts: list[str], max_new_tokens: int, temperature: float) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"callbacks.sample_text.every_n_steps={every_n_steps}: must be at least 1")
+        if max_new_tokens < 1:
+            raise ConfigError(f"callbacks.sample_text.max_new_tokens={max_new_tokens}: must be at least 1")
+        if temperature < 0:
+            raise ConfigError(f"callbacks.sample_text.temperature={temperature}: must be at least 0 (0 is greedy)")
+        if not prompts:
+            raise ConfigError("callbacks.sample_text.prompts=[]: needs a prompt; sample_text=null switches samples off")
+        self.every_n_steps, self.prompts = every_n_steps, prompts
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.latest: list[str] = []  # prompts with their continuations, for the report
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not stepped(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+            return
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        limit = pl_module.model.config.max_position_embeddings
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:limit] for prompt in self.prompts]
+        with trainer.precision_plugin.forward_context():
+            new = generate(pl_module.model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, seed=0)
+        self.latest = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, new, strict=True)]
+        if trainer.is_global_zero:
+            self.show(trainer, step)
+
+    def show(self, trainer: Trainer, step: int) -> None:
+        for number, text in enumerate(self.latest):
+            print(f"--- sample {number} at step {step}", text, sep="\n")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    fenced = "\n".join("    " + line for line in text.splitlines())  # Markdown: shown as code
+                    logger.experiment.add_text(f"samples/prompt_{number}", fenced, step)
+        print("---", flush=True)

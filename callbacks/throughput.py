@@ -1,0 +1,92 @@
+"""How fast it is, and how near to what the device can do."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.precision import measure_gemm
+
+
+class Throughput(Callback):
+    """Tokens/s, model FLOP/s and MFU over training time proper: validation, samples and checkpoints don't count.
+
+    peak_flops: FLOP/s of one device in this precision; None measures matrix products before the first step.
+
+    Reads outputs["tokens"], the micro-batch's positions on this rank, and `pl_module.flops_per_token`, the training
+    FLOP per position; data wait is `wait_seconds` of the train loader, where it has one.
+
+    Logs throughput/tokens_per_second, throughput/model_flops_per_second (all ranks together), throughput/mfu (share of
+    peak · ranks), throughput/data_wait_share (share of the time in which the step waited for its batch) and
+    throughput/memory_bytes (peak of this process; on CUDA of its device memory).
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        if peak_flops is not None and not peak_flops > 0:
+            raise ConfigError(f"callbacks.throughput.peak_flops={peak_flops}: must be above 0, or null to measure it")
+        self.peak_flops, self.measure = peak_flops, peak_flops is None
+        self.flops_per_token = 0.0
+        self.window = Window()
+        self.total = Window()
+        self.batch_start = 0.0
+        self.waited_before = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.flops_per_token = pl_module.flops_per_token
+        if self.measure:
+            dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+            self.peak_flops = measure_gemm(dtype, pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batch_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
+        elapsed = time.perf_counter() - self.batch_start
+        tokens = outputs["tokens"] * trainer.world_size
+        for window in (self.window, self.total):
+            window.add(tokens, elapsed, waited - self.waited_before)
+        self.waited_before = waited
+        if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+            rates = self.rates(self.window, trainer.world_size)
+            log_scalars(trainer, {f"throughput/{name}": value for name, value in rates.items()})
+            self.window = Window()
+
+    def rates(self, window: "Window", world_size: int) -> dict[str, float]:
+        """The rates of the logged names, without their group."""
+        assert self.peak_flops is not None, "set when training starts"
+        flops = window.tokens / window.seconds * self.flops_per_token
+        return {
+            "tokens_per_second": window.tokens / window.seconds,
+            "model_flops_per_second": flops,
+            "mfu": flops / (self.peak_flops * world_size),
+            "data_wait_share": window.waited / window.seconds,
+            "memory_bytes": float(peak_memory()),
+        }
+
+
+class Window:
+    """Tokens of all ranks, seconds (waiting for data included) and seconds waited, of some micro-batches."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def add(self, tokens: int, computed: float, waited: float) -> None:
+        self.tokens += tokens
+        self.seconds += computed + waited
+        self.waited += waited
+
+
+def peak_memory() -> int:
+    """Bytes: device memory on CUDA, else the resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,157 @@
+"""The command line: a table of verbs, each a plain function elsewhere. Help and mistakes import no torch.
+
+A wrong setting is one line on stderr and exit code 2. `sys.argv` is never touched: Lightning starts the other ranks of
+a run by the same command line.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from dsv3_lightning import __version__
+from dsv3_lightning.errors import ConfigError, RunStopped
+
+
+class Verb(NamedTuple):
+    """target: `module:function`. arguments: adds the verb's own to its parser."""
+
+    target: str
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    try:
+        if argv is None:
+            read_names_as_utf8()
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"dsv3: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except RunStopped as stopped:
+        print(f"dsv3: {stopped}", file=sys.stderr)
+        return stopped.code
+    except KeyboardInterrupt:
+        return 130
+
+
+def lightning_main() -> int:
+    """`lightning run FILE` is `dsv3 run FILE`; other words are for lightning-sdk, whose script has the same name."""
+    words = sys.argv[1:]
+    if words[:1] == ["run"] and words[1:2] not in (["job"], ["mmt"], ["model"]):
+        return main()
+    try:
+        from lightning_sdk.cli.entrypoint import main_cli
+    except ImportError:
+        print("usage: lightning run FILE... [key=value ...]   (more: dsv3 --help)", file=sys.stderr)
+        return 2
+    return main_cli() or 0
+
+
+def dispatch(words: Sequence[str]) -> int:
+    top = Parser("dsv3", "Train DeepSeek-V3-style language models from one YAML file.", verb_list())
+    top.add_argument("--version", action="version", version=f"dsv3-lightning {__version__}")
+    top.add_argument("verb", choices=VERBS, metavar="VERB")
+    top.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="dsv3 VERB --help tells what a verb takes")
+    if not words:
+        top.print_help(sys.stderr)
+        return 2
+    chosen = top.parse_args(words)
+    verb = VERBS[chosen.verb]
+    parser = Parser(f"dsv3 {chosen.verb}", verb.summary, "")
+    verb.arguments(parser)
+    arguments = vars(parser.parse_intermixed_args(chosen.words))
+    if "words" in arguments:
+        return run_with_config(verb, **arguments)
+    return resolve(verb.target)(**arguments)
+
+
+def run_with_config(verb: Verb, words: list[str], print_config: bool) -> int:
+    """Composes and checks the settings, then hands them to the verb: (config, tree as plain dict, files read)."""
+    from dsv3_lightning.config.compose import compose, to_yaml
+    from dsv3_lightning.config.overrides import split_words
+    from dsv3_lightning.config.schema import check, to_tree
+
+    files, overrides = split_words(words)
+    if not files:
+        raise ConfigError("no config named; give a file or a preset, such as laptop")
+    composed = compose(files, overrides)
+    config = check(composed.tree)
+    if print_config:
+        print(to_yaml(to_tree(config)), end="")
+        return 0
+    return resolve(verb.target)(config, to_tree(config), composed.files)
+
+
+def resolve(target: str) -> Callable[..., int]:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def read_names_as_utf8() -> None:
+    """Starts Python again in UTF-8 mode where the locale would have file names in ASCII (LC_ALL=C without coercion)."""
+    if os.name == "posix" and sys.getfilesystemencoding() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are ConfigErrors, and options are written out."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    from dsv3_lightning.config.compose import PRESETS, presets
+
+    parser.usage = f"{parser.prog} FILE... [key=value ...] [--print-config]"
+    names = ", ".join(presets())
+    parser.add_argument("words", nargs="+", metavar="FILE", help=f"YAML files, or presets by name: {names}")
+    parser.add_argument("--print-config", action="store_true", help="show all settings in force, and do nothing")
+    parser.epilog = CONFIG_HELP.format(prog=parser.prog, base=PRESETS / "base.yaml")
+
+
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN_DIR_OR_CKPT", help="a run's folder (its best checkpoint), or a file")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default %(default)s")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling; default %(default)s")
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def verb_list() -> str:
+    return "verbs:\n" + "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+
+
+COMMANDS = "dsv3_lightning.commands"
+VERBS = {
+    "prepare": Verb(f"{COMMANDS}.prepare:run", "Tokenize and cut a config's data.", config_arguments),
+    "run": Verb(f"{COMMANDS}.run:run", "Train, or continue training.", config_arguments),
+    "validate": Verb(f"{COMMANDS}.validate:run", "Check a config, and do nothing else.", config_arguments),
+    "generate": Verb(f"{COMMANDS}.generate:generate", "Continue a text with a trained model.", generate_arguments),
+    "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP and memory, on no device.", config_arguments),
+    "doctor": Verb(f"{COMMANDS}.doctor:run", "Tell what this machine and installation can do.", no_arguments),
+}
+CONFIG_HELP = """\
+All intervals (every_n_steps, log_every_n_steps, val_check_interval, warmup_steps) count optimizer steps.
+Files are merged in order, overrides last; null removes a callback; ${{section.key}} refers to another setting.
+Sections: run, model, data, optimizer, loss, compute, trainer, strategy, callbacks.
+Every setting with its meaning and default: {base}
+
+examples:
+  {prog} laptop
+  {prog} my.yaml optimizer.lr=1e-3 callbacks.sample_text=null trainer.max_steps=50
+"""

@@ -1,0 +1,70 @@
+"""`dsv3 plan`: parameters by part, FLOP and memory of a config, by arithmetic alone. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
+from dsv3_lightning.planning.memory import training_memory
+from dsv3_lightning.planning.parameters import Count, add, count_parameters
+
+
+def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
+    print("\n\n".join((parameter_table(config), flop_table(config), memory_table(config))))
+    return 0
+
+
+def parameter_table(config: Config) -> str:
+    parameters = count_parameters(config.model)
+    rows: list[Sequence[str]] = [("parameters", "total", "active per token")]
+    rows += [counted(part, count) for part, count in parameters.main.items()]
+    rows += [counted("main model", parameters.main_model)]
+    if parameters.mtp:
+        rows += [counted(f"MTP {part}", count) for part, count in parameters.mtp.items()]
+        rows += [counted("MTP modules, which share embedding and head", parameters.mtp_modules)]
+        rows += [counted("all", add(parameters.main | {"MTP": parameters.mtp_modules}))]
+    rows += [("expert bias (buffers, fp32)", f"{parameters.bias_entries:,}")]
+    return table(rows)
+
+
+def counted(part: str, count: Count) -> tuple[str, str, str]:
+    return part, f"{count.total:,}", f"{count.active:,}"
+
+
+def flop_table(config: Config) -> str:
+    T, steps = config.data.sequence_length, config.trainer["max_steps"]
+    per_token = training_flop_per_token(config.model, T)
+    main_model = 3 * forward_flop_per_token(config.model, T, with_mtp=False)
+    tokens = config.data.batch_size * T * steps
+    return table(
+        [
+            ("compute", ""),
+            (f"training FLOP per token, {T} positions", si(per_token, "FLOP")),
+            ("  of which the main model", si(main_model, "FLOP")),
+            (f"tokens in {steps:,} steps of {config.data.batch_size:,} samples", si(tokens, "")),
+            ("FLOP of the run", si(per_token * tokens, "FLOP")),
+        ]
+    )
+
+
+def memory_table(config: Config) -> str:
+    """Of one unsharded copy, with the micro-batch of one rank."""
+    trainer, policy = config.trainer, config.compute.activation_checkpointing
+    devices = trainer["devices"]
+    ranks = len(devices) if isinstance(devices, list) else devices if type(devices) is int and devices > 0 else 1
+    samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]))
+    precision = "32" if trainer["precision"] == "auto" else trainer["precision"]
+    memory = training_memory(config.model, samples * config.data.sequence_length, precision, policy)
+    assumed = f"{precision} assumed for auto" if trainer["precision"] == "auto" else precision
+    return table(
+        [
+            (f"memory per rank, unsharded, precision {assumed}", "", ""),
+            ("weights", si(memory.weights, "B"), "exact"),
+            ("gradients", si(memory.gradients, "B"), "exact"),
+            ("AdamW", si(memory.optimizer, "B"), "exact"),
+            (f"activations of {samples:,} samples, checkpointing {policy}", si(memory.activations, "B"), "estimate"),
+            ("sum", si(memory.total, "B"), ""),
+        ]
+    )

@@ -1,0 +1,26 @@
+"""`dsv3 prepare`: reads, tokenizes and cuts a config's data ahead of the run, which would do it otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.prepare import prepare
+from dsv3_lightning.data.store import read_manifest
+
+
+def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
+    folder = prepare(config.data)
+    manifest = read_manifest(folder)
+    rows = [("", "documents", "text", "tokens", "bytes per token")]
+    rows += [(name, *counts(split)) for name, split in manifest["splits"].items()]
+    print(table(rows))
+    if manifest["gzip_bpb"]:
+        print(f"gzip -9 takes {manifest['gzip_bpb']:.3f} bits per byte of the validation text")
+    print(folder)
+    return 0
+
+
+def counts(split: dict[str, int]) -> tuple[str, str, str, str]:
+    tokens, size = split["tokens"], split["text_bytes"]
+    return f"{split['documents']:,}", si(size, "B"), f"{tokens:,}", f"{size / tokens:.2f}" if tokens else "-"

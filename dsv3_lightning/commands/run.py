@@ -1,0 +1,125 @@
+"""`dsv3 run`: builds the objects that a configuration names, and starts or continues the run."""
+
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from dsv3_lightning.commands.run_folder import RunFolder
+from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.module import TextDataModule
+from dsv3_lightning.data.prepare import prepare
+from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
+from dsv3_lightning.training.dashboard import RunLogger
+from dsv3_lightning.training.module import PretrainModule
+from dsv3_lightning.training.precision import choose_precision, precision_plugin
+
+
+def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
+    """Trains to the last step, or says that this is done. Returns the exit status."""
+    quiet_libraries()
+    folder = RunFolder(config)
+    first_rank = rank_zero_only.rank == 0
+    if first_rank and folder.finished() and config.run.resume == "auto":
+        folder.claim(tree, sources)
+        print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
+        return 0
+    callbacks = build_callbacks(config)
+    start = folder.resume_from()
+    precision, reason = resolve_precision(config, folder)
+    tree["trainer"]["precision"] = precision
+    if first_rank:
+        folder.claim(tree, sources)
+    logger = RunLogger(str(folder.path), start[1] if start else None)
+    trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
+    module = PretrainModule(
+        config.model, config.optimizer, config.loss, config.compute,
+        config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
+    )  # fmt: skip
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
+    if first_rank:
+        banner(config, folder, start, reason)
+        if start is None:
+            logger.describe(tree)
+        shutil.copyfile(prepare(config.data) / "tokenizer.json", folder.path / "tokenizer.json")
+    if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
+        trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
+    else:
+        trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
+    return 0
+
+
+def build_trainer(config: Config, folder: RunFolder, logger: RunLogger, callbacks: list[Any], precision: str) -> Trainer:
+    """Lightning's Trainer. A run is one endless stream of samples, so that epochs never cut a step short."""
+    arguments = build_trainer_arguments(config)
+    del arguments["precision"]
+    accumulate = arguments["accumulate_grad_batches"]
+    # Lightning counts micro-batches, we count optimizer steps and batches of data.batch_size samples.
+    arguments["val_check_interval"] *= accumulate
+    if isinstance(arguments["limit_val_batches"], int):
+        arguments["limit_val_batches"] *= accumulate
+    kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
+    return Trainer(
+        **arguments,
+        strategy=build_strategy(config),
+        plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
+        logger=logger,
+        callbacks=callbacks,
+        default_root_dir=folder.path,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing="Checkpoint" in kinds,
+        enable_progress_bar="ProgressBar" in kinds,
+        enable_model_summary=False,
+    )
+
+
+def run_device(config: Config) -> torch.device:
+    """The kind of device the run will be on."""
+    wanted = config.trainer.get("accelerator", "auto")
+    if wanted in ("cpu", "mps", "cuda"):
+        return torch.device(wanted)
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return available or torch.device("cpu")
+
+
+def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
+    """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
+    if config.trainer["precision"] != "auto":
+        return choose_precision(str(config.trainer["precision"]), run_device(config))
+    stored = folder.stored_tree()
+    while stored is None and rank_zero_only.rank != 0:  # the first rank is measuring for all
+        time.sleep(0.1)
+        stored = folder.stored_tree()
+    if stored is not None:
+        precision = str(stored["trainer"]["precision"])
+        return precision, f"precision {precision}, as this run began"
+    return choose_precision("auto", run_device(config))
+
+
+def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str) -> None:
+    """What is about to happen, before the first step."""
+    counts = count_parameters(config.model)
+    max_steps = config.trainer["max_steps"]
+    tokens = max_steps * config.data.batch_size * config.data.sequence_length
+    print(f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; {max_steps:,} steps, {tokens:,} tokens")
+    print(f"{reason}; dashboard: tensorboard --logdir {config.run.dir}")
+    print(f"continuing after step {start[1]} from {start[0]}" if start else "starting anew", flush=True)
+
+
+def quiet_libraries() -> None:
+    """Hides what tells a user nothing: Lightning's device list and tips, and warnings about our own deliberate choices."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

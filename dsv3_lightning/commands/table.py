@@ -1,0 +1,23 @@
+"""Numbers and tables on a terminal, in plain text, so that a pipe and a log get the same."""
+
+from collections.abc import Sequence
+
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+def si(value: float, unit: str) -> str:
+    """Four digits and a decimal prefix: si(15_960_108_544, "B") is "15.96 GB"."""
+    power = 0
+    while abs(value) >= 999.95 and power < len(PREFIXES) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.4g} {PREFIXES[power]}{unit}".rstrip()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""What no section can check alone: Trainer arguments that we rely on, callbacks by name, sections that must agree.
+
+Everything here is plain arithmetic on plain values; types of the other Trainer and callback arguments are checked in
+`instantiate`, which has to import their classes.
+"""
+
+import difflib
+from typing import Any, Literal
+
+from dsv3_lightning.config.registry import CALLBACKS
+from dsv3_lightning.config.typed import convert
+from dsv3_lightning.config.wording import missing, nearest, show
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.training.config import LossConfig
+
+TRAINER: dict[str, Any] = {  # the Trainer arguments that every config has, as base.yaml lists them
+    "max_steps": int,
+    "precision": Literal["auto", 32, "32", "bf16-mixed", "bf16"],
+    "accelerator": str,
+    "devices": int | str | list[int],
+    "num_nodes": int,
+    "accumulate_grad_batches": int,
+    "gradient_clip_val": float | None,
+    "val_check_interval": int,
+    "limit_val_batches": Any,
+    "log_every_n_steps": int,
+}
+COUNTS = ("max_steps", "num_nodes", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
+LENGTH = "the run's length is counted in optimizer steps: set trainer.max_steps"
+ELSEWHERE = {  # arguments of Lightning's that another setting decides
+    "max_epochs": LENGTH,
+    "min_epochs": LENGTH,
+    "check_val_every_n_epoch": "validation is counted in optimizer steps: set trainer.val_check_interval",
+    "callbacks": "callbacks have a section of their own, `callbacks:`",
+    "strategy": "the strategy stands at the top level, `strategy:`",
+    "default_root_dir": "the run's folder is run.dir/run.name",
+    "logger": "a run writes TensorBoard events to its own folder",
+    "plugins": "precision and checkpoint files are set by trainer.precision and callbacks.checkpoint",
+    "enable_checkpointing": "set callbacks.checkpoint, null for none",
+    "enable_progress_bar": "set callbacks.progress, null for none",
+    "enable_model_summary": "`dsv3 plan` shows the parameters by part",
+    "num_sanity_val_steps": "checks happen before the run",
+    "use_distributed_sampler": "the data's order is a function of seed and sample number alone",
+    "reload_dataloaders_every_n_epochs": "a run is one stream of samples",
+    "limit_train_batches": LENGTH,
+    "overfit_batches": LENGTH,
+    "fast_dev_run": LENGTH,
+    "barebones": "switch callbacks off by null instead",
+}
+
+
+def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The `trainer` section with known arguments converted: precision is text, counts are int. Raises ConfigError."""
+    for key, reason in ELSEWHERE.items():
+        if key in trainer:
+            raise ConfigError(f"trainer.{key}: not used here; {reason}")
+    for key in TRAINER:
+        if key not in trainer:
+            raise ConfigError(missing(f"trainer.{key}"))
+    trainer = trainer | {key: convert(trainer[key], hint, f"trainer.{key}") for key, hint in TRAINER.items()}
+    for key in COUNTS:
+        check_count(f"trainer.{key}", trainer[key])
+    clip, limit = trainer["gradient_clip_val"], trainer["limit_val_batches"]
+    if clip is not None and clip < 0:
+        raise ConfigError(f"trainer.gradient_clip_val={clip}: must be at least 0, or null for no clipping")
+    if not (type(limit) is int and limit >= 0 or type(limit) is float and 0 <= limit <= 1):
+        raise ConfigError(f"trainer.limit_val_batches={show(limit)}: must be a number of batches, or a share 0.0-1.0")
+    return trainer | {"precision": str(trainer["precision"])}
+
+
+def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> None:
+    """Each block is one of ours or names a class, and intervals count from 1. Raises ConfigError."""
+    for name, block in callbacks.items():
+        # null for an unknown name may switch off a class_path block of another file, unless it looks like a slip
+        slip = difflib.get_close_matches(name, CALLBACKS) if block is None else "class_path" not in block
+        if name not in CALLBACKS and slip:
+            raise ConfigError(f"callbacks.{name}: no such callback, nor a class_path{nearest(name, CALLBACKS)}")
+        for key, value in (block or {}).items():
+            if str(key).endswith("every_n_steps"):
+                check_count(f"callbacks.{name}.{key}", convert(value, int, f"callbacks.{name}.{key}"))
+
+
+def check_count(key: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{key}={value}: must be at least 1 (optimizer steps and ranks are counted from 1)")
+
+
+def check_together(
+    model: ModelConfig, data: DataConfig, loss: LossConfig, trainer: dict[str, Any], callbacks: dict[str, Any]
+) -> None:
+    """Raises ConfigError where two sections can't both be meant."""
+    if data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length}: "
+            f"the model has positions for model.max_position_embeddings={model.max_position_embeddings}"
+        )
+    if data.sequence_length <= model.mtp_depth:
+        raise ConfigError(
+            f"data.sequence_length={data.sequence_length}: "
+            f"must be above model.num_nextn_predict_layers={model.mtp_depth}, or MTP has nothing to predict"
+        )
+    if data.vocab_size > model.vocab_size:
+        raise ConfigError(f"data.vocab_size={data.vocab_size}: model.vocab_size={model.vocab_size} has fewer")
+    check_batch(data.batch_size, trainer)
+    check_mtp_weight(model.mtp_depth, loss.mtp_weight, callbacks.get("mtp_weight"))
+    if callbacks.get("expert_bias") is not None and model.topk_method != "noaux_tc":
+        raise ConfigError(
+            f"model.topk_method={model.topk_method}: has no expert bias to move; "
+            "set callbacks.expert_bias=null, or topk_method=noaux_tc"
+        )
+
+
+def check_batch(batch_size: int, trainer: dict[str, Any]) -> None:
+    """Every micro-batch of every rank holds equally many samples. Not known yet where devices is `auto`."""
+    devices = trainer["devices"]
+    ranks = len(devices) if isinstance(devices, list) else devices
+    if type(ranks) is not int or ranks < 1:
+        return
+    parts = trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]
+    if batch_size % parts:
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        raise ConfigError(
+            f"data.batch_size={batch_size}: does not divide into accumulate_grad_batches × devices × num_nodes = "
+            f"{parts} equal parts; use {f'{below} or ' if below else ''}{above}"
+        )
+
+
+def check_mtp_weight(mtp_depth: int, constant: float | None, schedule: Any) -> None:
+    """λ comes from one place."""
+    if mtp_depth and constant is None and schedule is None:
+        raise ConfigError("loss.mtp_weight: MTP needs a λ; set loss.mtp_weight=0.3, or callbacks.mtp_weight")
+    if mtp_depth and constant is not None and schedule is not None:
+        raise ConfigError(
+            f"loss.mtp_weight={constant}: callbacks.mtp_weight sets λ too; "
+            "keep the constant with callbacks.mtp_weight=null, or the schedule with loss.mtp_weight=null"
+        )

@@ -1,0 +1,144 @@
+"""YAML files and overrides become one plain tree: everything is merged first, interpolation resolved once at the end.
+
+So `${model.hidden_size}` sees the last value given, whichever file or override that came from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dsv3_lightning.config.overrides import apply_override, plain
+from dsv3_lightning.config.wording import explain, first_line, nearest
+from dsv3_lightning.errors import ConfigError
+
+PRESETS = resources.files("dsv3_lightning.configs")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """tree: resolved, of dicts, lists and scalars. files: what it was read from, in merge order."""
+
+    tree: dict[str, Any]
+    files: list[Path]
+
+
+def compose(files: Sequence[str], overrides: Sequence[str] = ()) -> Composed:
+    """Merges files, each after those that its `defaults:` names, then `a.b=value` overrides, left to right.
+
+    A file is a path or a name, with or without .yaml: first looked for beside whoever names it, then among the presets.
+    A file that several others name is merged once, where it is first needed. Raises ConfigError.
+    """
+    read: dict[Path, dict[str, Any]] = {}
+    for name in files:
+        gather(find(name, Path()), read)
+    merged = OmegaConf.create({})
+    for path, tree in read.items():
+        merged = merge(merged, tree, path)
+    for override in overrides:
+        apply_override(merged, override)
+    return Composed(resolve(merged), list(read))
+
+
+def presets() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(Path(file.name).stem for file in PRESETS.iterdir() if file.name.endswith(".yaml"))
+
+
+def find(name: str, folder: Path) -> Path:
+    """The file meant by a name that is used in `folder`."""
+    candidates = [folder / name, folder / f"{name}.yaml"]
+    if Path(name).name == name:
+        candidates.append(Path(str(PRESETS / f"{name.removesuffix('.yaml')}.yaml")))
+    for path in candidates:
+        if path.is_file():
+            return path.resolve()
+    raise ConfigError(f"{name}: no such file in {folder.resolve()}, nor a preset{nearest(Path(name).stem, presets())}")
+
+
+def gather(path: Path, read: dict[Path, dict[str, Any]], chain: tuple[Path, ...] = ()) -> None:
+    """Reads a file into `read`, after the files that it builds on."""
+    if path in chain:
+        circle = " -> ".join(step.name for step in (*chain[chain.index(path) :], path))
+        raise ConfigError(f"{chain[-1]}: defaults go in a circle: {circle}")
+    if path in read:
+        return
+    tree = read_yaml(path)
+    defaults = tree.pop("defaults", [])
+    if not isinstance(defaults, list) or not all(isinstance(name, str) for name in defaults):
+        raise ConfigError(f"{path}: defaults={defaults}: must be a list of file names, such as [base]")
+    for name in defaults:
+        gather(find(name, path.parent), read, (*chain, path))
+    read[path] = tree
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's top-level mapping, unresolved. UTF-8 whatever the locale, with or without a byte-order mark."""
+    try:
+        tree = plain(OmegaConf.create(path.read_text(encoding="utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path}{f':{mark.line + 1}' if mark else ''}: {explain(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {first_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold sections such as `model:`, not a list")
+    return tree
+
+
+def merge(merged: DictConfig, tree: dict[str, Any], path: Path) -> DictConfig:
+    try:
+        return OmegaConf.merge(merged, tree)  # type: ignore[return-value]
+    except (OmegaConfBaseException, TypeError) as error:  # a list onto a mapping; OmegaConf doesn't say where
+        where = clash(plain(merged), tree, ())
+        raise ConfigError(f"{path}: {where}: a list and a mapping can't be merged") from error
+
+
+def clash(old: Any, new: Any, path: tuple[str, ...]) -> str:
+    """Dotted path of the first place where a list meets a mapping."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = (clash(old[key], new[key], (*path, str(key))) for key in new if key in old)
+        return next(filter(None, found), "")
+    return ".".join(path) if {type(old), type(new)} == {dict, list} else ""
+
+
+def resolve(merged: DictConfig) -> dict[str, Any]:
+    """The plain tree, with every `${…}` replaced and no `???` left."""
+    if key := unset(plain(merged)):
+        raise ConfigError(f"{key}: has no value yet (???); set it in a file or as {key}=…")
+    try:
+        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+
+
+def unset(node: Any, path: str = "") -> str:
+    """Dotted path of the first `???`, or nothing."""
+    if isinstance(node, dict):
+        found = (unset(value, f"{path}.{key}".lstrip(".")) for key, value in node.items())
+    elif isinstance(node, list):
+        found = (unset(value, f"{path}[{i}]") for i, value in enumerate(node))
+    else:
+        return path if node == "???" else ""
+    return next(filter(None, found), "")
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """YAML that composes to the same tree again."""
+    return OmegaConf.to_yaml(OmegaConf.create(escape(tree)))
+
+
+def escape(node: Any) -> Any:
+    """A resolved tree's literal `${` must not be read as interpolation the next time."""
+    if isinstance(node, dict):
+        return {key: escape(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [escape(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node

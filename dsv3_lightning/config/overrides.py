@@ -1,0 +1,58 @@
+"""`a.b=value` on the command line changes one place of the tree."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dsv3_lightning.config.wording import explain, first_line
+from dsv3_lightning.errors import ConfigError
+
+OVERRIDE = re.compile(r"[^\W\d][\w-]*(\.[\w-]+|\[\d+\])*=")
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides): a word is an override where its start up to the first `=` is a dotted key, `a.b[1]=`.
+
+    A file whose name looks like that is given with its folder: ./a=b.yaml
+    """
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    return [word for word in words if not OVERRIDE.match(word)], overrides
+
+
+def apply_override(merged: DictConfig, override: str) -> None:
+    """Sets `a.b=value`, `a.list[1]=value` or `a.list.1=value`; the value is read as OmegaConf reads YAML.
+
+    Raises ConfigError.
+    """
+    key, _, text = override.partition("=")
+    try:
+        value = plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        check_reachable(plain(merged), key)
+        OmegaConf.update(merged, key, value, merge=True)
+    except YAMLError as error:
+        raise ConfigError(f"{override}: not a YAML value ({explain(error)}); for text write {key}='\"…\"'") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{override}: {first_line(error)}") from error
+
+
+def check_reachable(tree: Any, key: str) -> None:
+    """Lists are changed at places that exist, and a number has no parts: OmegaConf would make a mapping of either."""
+    node, path = tree, ""
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                raise ConfigError(f"{key}: {path} has {len(node)} elements, counted from 0; there is no {part}")
+            node, path = node[int(part)], f"{path}[{part}]"
+        elif isinstance(node, bool | int | float):
+            raise ConfigError(f"{key}: {path}={node} is one value; it has no {part}")
+        else:
+            node, path = node.get(part) if isinstance(node, dict) else None, f"{path}.{part}".lstrip(".")
+
+
+def plain(tree: Any) -> Any:
+    """Unresolved, as dicts and lists."""
+    return OmegaConf.to_container(tree, resolve=False)

@@ -1,0 +1,12 @@
+"""The callbacks that a YAML can name without a class path. Imports none of them."""
+
+CALLBACKS = {
+    "expert_bias": "dsv3_lightning.callbacks.ExpertBias",
+    "mtp_weight": "dsv3_lightning.callbacks.MTPWeight",
+    "router_monitor": "dsv3_lightning.callbacks.RouterMonitor",
+    "throughput": "dsv3_lightning.callbacks.Throughput",
+    "sample_text": "dsv3_lightning.callbacks.SampleText",
+    "checkpoint": "dsv3_lightning.callbacks.Checkpoint",
+    "progress": "dsv3_lightning.callbacks.Progress",
+    "run_report": "dsv3_lightning.callbacks.RunReport",
+}

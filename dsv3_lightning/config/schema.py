@@ -1,0 +1,73 @@
+"""Config: one run's checked settings, by section. Imports no torch, so a wrong setting is named in the first second."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dsv3_lightning.config.checks import check_callbacks, check_together, check_trainer
+from dsv3_lightning.config.typed import build
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it starts. Raises ConfigError.
+
+    The run's folder is dir/name. seed: initial weights and order of the samples.
+    resume: `auto` continues the newest good checkpoint of the folder, or starts; False only starts; or a path.
+    """
+
+    name: str
+    dir: str
+    seed: int
+    resume: Literal["auto", False] | str
+
+    def __post_init__(self) -> None:
+        if self.name.strip() != self.name or self.name in ("", ".", "..") or set(self.name) & set("/\\\0\n"):
+            raise ConfigError(f"run.name={self.name!r}: must be a folder's name, without / or \\ or spaces around it")
+        if not self.dir.strip():
+            raise ConfigError("run.dir: must not be empty; . is the current folder")
+        if not 0 <= self.seed < 2**32:  # what numpy's generators take
+            raise ConfigError(f"run.seed={self.seed}: must be between 0 and 2^32 - 1")
+        if self.resume == "":
+            raise ConfigError("run.resume: must be auto, false or the path of a checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """trainer: Lightning's Trainer arguments. strategy: Lightning's name of one, or a block.
+
+    callbacks: by name, None where one is switched off.
+    """
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    compute: ComputeConfig
+    trainer: dict[str, Any]
+    strategy: str | dict[str, Any]
+    callbacks: dict[str, dict[str, Any] | None]
+
+
+def check(tree: dict[str, Any]) -> Config:
+    """The typed settings of a composed tree. Raises ConfigError with the key, the value and what is valid."""
+    trainer = tree.get("trainer")
+    config = build(Config, {**tree, "trainer": check_trainer(trainer)} if isinstance(trainer, dict) else tree)
+    check_callbacks(config.callbacks)
+    check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)
+    return config
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The settings in force as dicts, lists and scalars, defaults included; `check` gives the same Config back."""
+    return as_lists(asdict(config))
+
+
+def as_lists(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: as_lists(value) for key, value in node.items()}
+    return [as_lists(value) for value in node] if isinstance(node, list | tuple) else node

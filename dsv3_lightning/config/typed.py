@@ -1,0 +1,94 @@
+"""Plain trees into typed dataclasses, strictly: unknown keys, missing keys and wrong types are named by dotted path."""
+
+from dataclasses import MISSING, fields, is_dataclass
+from math import isfinite
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dsv3_lightning.config.wording import either, missing, nearest, show
+from dsv3_lightning.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class WrongType(Exception):
+    """The value isn't of the type asked for."""
+
+
+def build(cls: type[T], tree: Any, path: str = "") -> T:
+    """cls(**tree) with every value checked against its annotation. Raises ConfigError, also the dataclass's own."""
+    hints = get_type_hints(cls)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}={show(tree)}: must be a section with the keys {', '.join(hints)}")
+    prefix = f"{path}." if path else ""
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(f"{prefix}{key}: no such key{nearest(str(key), hints, prefix)}")
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name not in tree and field.default is MISSING and field.default_factory is MISSING:
+            raise ConfigError(missing(f"{prefix}{field.name}"))
+    return cls(**{key: convert(value, hints[key], prefix + key) for key, value in tree.items()})
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """The value as what the annotation says."""
+    try:
+        return fit(value, hint, path)
+    except WrongType:
+        quotes = ", in quotes where it reads like a number" if hint is str else ""
+        raise ConfigError(f"{path}={show(value)}: must be {describe(hint)}{quotes}") from None
+
+
+def fit(value: Any, hint: Any, path: str) -> Any:
+    """Whole numbers pass as float and 1e1 as int 10; a bool is no number; nan and inf are none either."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if is_dataclass(hint) and isinstance(value, dict):
+        return build(hint, value, path)  # type: ignore[arg-type]
+    if origin in (Union, UnionType):
+        return fit_one_of(value, args, path)
+    if origin is Literal and any(type(value) is type(arg) and value == arg for arg in args):
+        return value
+    if origin is list and isinstance(value, list):
+        return [convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(args):
+        return tuple(convert(item, arg, f"{path}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+    if (origin or hint) is dict and isinstance(value, dict):
+        return {key: convert(item, args[1], f"{path}.{key}") for key, item in value.items()} if args else value
+    if hint is float and type(value) in (int, float) and isfinite(value):
+        return float(value)
+    if hint is int and (type(value) is int or type(value) is float and value.is_integer()):
+        return int(value)
+    if hint in (str, bool, NoneType) and type(value) is hint:
+        return value
+    raise WrongType
+
+
+def fit_one_of(value: Any, options: tuple[Any, ...], path: str) -> Any:
+    for option in options:
+        try:
+            return fit(value, option, path)
+        except WrongType:
+            continue
+    raise WrongType
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words."""
+    return either(words(hint))
+
+
+def words(hint: Any) -> list[str]:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return [word for arg in args for word in words(arg)]
+    if origin is Literal:
+        return [show(arg).strip('"') for arg in args]
+    if origin is list:
+        return [f"a list, of {describe(args[0])} each"]
+    if origin is tuple:
+        return [f"a list of {len(args)}: {', '.join(describe(arg) for arg in args)}"]
+    if is_dataclass(hint) or (origin or hint) is dict:
+        return ["a section"]
+    return [{int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}[hint]]

@@ -1,0 +1,47 @@
+"""DataConfig: what is read, how it is cut, and in which order it is served. Imports no torch."""
+
+from dataclasses import dataclass
+
+from dsv3_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text to packed samples. Raises ConfigError.
+
+    paths: `.txt`, `.md`, `.py` files, folders of them, and `.jsonl[.gz|.zst]`; empty: the Python interpreter's own
+        standard-library sources.
+    text_key: the field of a jsonl line that holds the text.
+    cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
+    tokenizer: a `tokenizer.json` to use; null trains a byte-level BPE on the training documents.
+    vocab_size: entries of the trained tokenizer, special tokens included.
+    sequence_length: T, positions per sample; a sample holds T + 1 + mtp_depth tokens.
+    batch_size: samples per optimizer step, over all ranks and micro-batches together.
+    validation_fraction: share of the documents that is held out, by a hash of their text.
+    mask_document_ends: don't train on predicting across a document's end into the next one.
+    seed: order of the samples.
+    num_workers: loader processes per rank.
+    """
+
+    paths: list[str]
+    text_key: str
+    cache_dir: str
+    tokenizer: str | None
+    vocab_size: int
+    sequence_length: int
+    batch_size: int
+    validation_fraction: float
+    mask_document_ends: bool
+    seed: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if self.vocab_size < 300:
+            raise ConfigError(f"data.vocab_size={self.vocab_size}: 256 bytes and the special tokens need at least 300")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction={self.validation_fraction}: must be in [0, 1)")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers={self.num_workers}: must be at least 0")

@@ -1,0 +1,164 @@
+"""The documents of a corpus: text files, folders and jsonl, read as UTF-8 whatever the locale. Imports no torch."""
+
+import gzip
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+
+from dsv3_lightning.data.files import blocks, native, readable
+from dsv3_lightning.errors import ConfigError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+BOM = b"\xef\xbb\xbf"
+# Left out of the standard library: Debian packs the tests apart, so that corpora would differ, and other people's code.
+FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+class Source(NamedTuple):
+    """One file. `name` tells it apart wherever the corpus lies: the path below the folder that was given."""
+
+    name: str
+    path: Path
+
+
+@dataclass
+class Tally:
+    """What reading met: documents, empty ones (left out), and ones whose bytes were not UTF-8 (U+FFFD put there)."""
+
+    documents: int = 0
+    empty: int = 0
+    repaired: int = 0
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library.
+
+    Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text.
+    """
+    if not paths:
+        return walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), FOREIGN_FOLDERS)
+    sources: list[Source] = []
+    for given in paths:
+        path = native(given)
+        if not path.exists():
+            raise ConfigError(f"data.paths: {given} does not exist")
+        if path.is_dir():
+            found = walk(path, TEXT_SUFFIXES + LINE_SUFFIXES)
+        else:
+            found = [Source(readable(path.name), path)] if path.name.endswith(TEXT_SUFFIXES + LINE_SUFFIXES) else []
+        if not found:
+            raise ConfigError(f"data.paths: {given} is no text; read are {' '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}")
+        sources += found
+    return sources
+
+
+def walk(folder: Path, suffixes: tuple[str, ...], leave_out: frozenset[str] = frozenset()) -> list[Source]:
+    """Files below the folder, by relative path. Leaves out what is hidden, and links to folders."""
+    found = []
+    for root, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in leave_out]
+        for name in names:
+            if name.endswith(suffixes) and not name.startswith("."):
+                path = Path(root, name)
+                found.append(Source(readable(path.relative_to(folder)), path))
+    return sorted(found)
+
+
+def read_documents(sources: Sequence[Source], text_key: str, tally: Tally | None = None) -> Iterator[str]:
+    """The texts, one file or jsonl line each, never empty. Line ends stay as they are; a byte order mark is removed.
+
+    Raises ConfigError with the file (and line) for what can't be read.
+    """
+    tally = tally if tally is not None else Tally()
+    for source in sources:
+        lines = source.name.endswith(LINE_SUFFIXES)
+        try:
+            for text in read_lines(source.path, text_key, tally) if lines else read_text(source.path, tally):
+                tally.documents += bool(text)
+                tally.empty += not text
+                if text:
+                    yield text
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise unreadable(source.path, error) from error
+
+
+def read_text(path: Path, tally: Tally) -> Iterator[str]:
+    yield decode(path.read_bytes().removeprefix(BOM), tally)
+
+
+def read_lines(path: Path, text_key: str, tally: Tally) -> Iterator[str]:
+    for number, line in enumerate(lines_of(path), 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if not line.strip():
+            continue
+        where = f"data.paths: {readable(path)}, line {number}"
+        try:
+            record = json.loads(decode(line, tally))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{where}: no JSON: {error}") from error
+        text = record.get(text_key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise ConfigError(f"{where}: no text under data.text_key={text_key}; the line has {found or 'no keys'}")
+        # JSON can spell half of a surrogate pair (\ud83d), which UTF-8 has no bytes for.
+        yield text if text.isascii() else decode(text.encode("utf-8", "surrogatepass"), tally)
+
+
+def decode(data: bytes, tally: Tally) -> str:
+    """UTF-8, with U+FFFD for what is not."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        tally.repaired += 1
+        return data.decode(errors="replace")
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a plain, gzip or zstandard file."""
+    if path.name.endswith(".zst"):
+        yield from split_lines(zstandard_blocks(path))
+    else:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as stream:
+            yield from stream
+
+
+def zstandard_blocks(path: Path) -> Iterator[bytes]:
+    """The content of all frames. Raises EOFError for a file that was cut off, which the library's reader accepts."""
+    frame = None
+    for block in blocks(path):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("compressed file ended before its end-of-stream marker was reached")
+
+
+def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their newline; linear in time also for a line over thousands of chunks."""
+    rest: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        if others:
+            yield b"".join(rest)
+            yield from others[:-1]
+            rest = [others[-1]]
+    yield b"".join(rest)
+
+
+def unreadable(path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"data.paths: {readable(path)}: {getattr(error, 'strerror', None) or error}")
+
+
+def _refuse(error: OSError) -> None:
+    raise unreadable(error.filename, error) from error

@@ -1,0 +1,110 @@
+"""A micro-batch from the packed index: tokens, what each head has to predict, and how many targets the step has."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dsv3_lightning.data.packing import PackedIndex, running_sum
+from dsv3_lightning.data.sampling import Draw
+from dsv3_lightning.data.store import TokenFile
+
+IGNORE = -100  # torch's ignore_index
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """dataset[draw] is a whole micro-batch of b samples, gathered from the memory-mapped file in one go:
+
+    tokens [b, T + 1 + D] int64, padded with `pad_id`; mask [b, T + 1 + D] bool, False for padding.
+    targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `count_targets`).
+    target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
+    sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
+    target_bytes [b] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        index: PackedIndex,
+        sequence_length: int,
+        mtp_depth: int,
+        pad_id: int,
+        mask_document_ends: bool,
+        bytes_per_token: np.ndarray | None = None,
+    ) -> None:
+        self.file, self.index, self.pad_id, self.bytes_per_token = file, index, pad_id, bytes_per_token
+        self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
+        self.barriers = barriers(index, mask_document_ends)
+        self.target_counts = count_targets(index, self.barriers, sequence_length, mtp_depth)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
+        length = self.sequence_length + 1 + self.mtp_depth
+        tokens = np.full((len(draw.samples), length), self.pad_id, dtype=np.int64)
+        barriers = np.full((len(draw.samples), length), length, dtype=np.int32)  # nothing may predict padding
+        row, piece = pieces_of(self.index, draw.samples)
+        sizes = self.index.lengths[piece]
+        places = stretch(row * length + self.index.positions[piece], sizes)
+        tokens.reshape(-1)[places] = self.file.tokens[stretch(self.index.starts[piece], sizes)]
+        barriers.reshape(-1)[places] = np.repeat(self.barriers[piece], sizes)
+        targets = targets_of(tokens, barriers, self.sequence_length)
+        batch: dict[str, Any] = {
+            "tokens": tokens,
+            "mask": barriers < length,
+            "targets": targets,
+            "target_counts": draw.target_counts,
+            "sample_ids": draw.samples,
+        }
+        if self.bytes_per_token is not None:
+            main = targets[:, 0]
+            batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[main]).sum(1)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def barriers(index: PackedIndex, mask_document_ends: bool) -> np.ndarray:
+    """The first place of the sample that may predict into each piece, int32 [P]: 0, or the piece's own first place.
+
+    A piece that continues a document can't be foreseen from another piece, and the sample before it, in the document,
+    has its first tokens as targets already. With `mask_document_ends` no piece is predicted from another one.
+    """
+    return np.where(index.continues | mask_document_ends, index.positions, 0).astype(np.int32)
+
+
+def targets_of(tokens_BL: np.ndarray, barriers_BL: np.ndarray, sequence_length: int) -> np.ndarray:
+    """targets [B, 1 + D, T]: what follows k + 1 places later, or -100 where the barrier there lies behind the place."""
+    following = np.lib.stride_tricks.sliding_window_view(tokens_BL, sequence_length, axis=1)[:, 1:]
+    barrier = np.lib.stride_tricks.sliding_window_view(barriers_BL, sequence_length, axis=1)[:, 1:]
+    return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
+
+
+def count_targets(index: PackedIndex, barriers: np.ndarray, sequence_length: int, mtp_depth: int) -> np.ndarray:
+    """Valid targets of each sample and head, int64 [S, 1 + D], without reading a token.
+
+    Head k predicts place j from place j - 1 - k. In a piece over places [a, e) with barrier c that is possible for
+    max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last place that it predicts at all.
+    """
+    begins, ends = index.positions[:, None], (index.positions + index.lengths)[:, None]
+    head = np.arange(1 + mtp_depth)
+    first = np.maximum(begins, barriers[:, None] + 1 + head)
+    last = np.minimum(ends, sequence_length + 1 + head)
+    totals = np.cumsum(np.maximum(last - first, 0), axis=0, dtype=np.int64)
+    totals = np.concatenate([np.zeros((1, 1 + mtp_depth), dtype=np.int64), totals])
+    counts: np.ndarray = np.diff(totals[index.samples], axis=0)
+    return counts
+
+
+def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all pieces of the samples [b]: the row and the piece's number, each [n]. A sample of -1 has none."""
+    firsts = index.samples[samples]
+    counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
+    return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)
+
+
+def stretch(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """firsts[0], firsts[0] + 1, ... (counts[0] numbers), then firsts[1], firsts[1] + 1, ...: int64 [counts.sum()]."""
+    sums = running_sum(counts)
+    return np.arange(sums[-1]) + np.repeat(firsts - sums[:-1], counts)

@@ -1,0 +1,61 @@
+"""Files under any locale, written so that a crash leaves nothing half-done. Imports no torch."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypedDict
+
+BLOCK = 1 << 20
+
+
+class FileRecord(TypedDict):
+    """What a manifest says of a file; sha256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+def native(path: str | Path) -> Path:
+    """The path as UTF-8 bytes on disk, also where Python would encode names as ASCII (LC_ALL=C without UTF-8 mode)."""
+    return Path(os.fsdecode(os.fspath(path).encode("utf-8", "surrogateescape"))).expanduser()
+
+
+def readable(path: str | Path) -> str:
+    """The inverse of `native`, for messages and hashes; '/' between the parts."""
+    return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal. Raises OSError."""
+    sha256 = hashlib.sha256()
+    for block in blocks(path):
+        sha256.update(block)
+    return sha256.hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """The file's bytes, a mebibyte at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def write_synced(path: Path, content: bytes) -> FileRecord:
+    """Writes the file through to the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the folder's entries (new files, a rename) survive a power cut; does nothing on Windows."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

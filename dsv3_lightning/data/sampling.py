@@ -1,0 +1,135 @@
+"""The order of the samples: a function of the seed and the sample's number in the run alone. Imports no torch.
+
+Samples are numbered 0, 1, 2, … over the whole run. Each step takes the next `batch_size` of them; micro-batch m of A on
+rank r of W is part m · W + r of those. So the order is the same for any number of ranks, micro-batches and loader
+processes, and one integer is the whole position.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dsv3_lightning.errors import ConfigError
+
+
+class Draw(NamedTuple):
+    """One micro-batch on one rank. samples [b] int64: positions in the packed index, -1 for none. target_counts
+    [1 + D] int64: valid targets of each head in the same step's samples of all ranks and micro-batches.
+    """
+
+    samples: np.ndarray
+    target_counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step's samples are dealt out: `accumulate` micro-batches on each of `ranks`, of which this is `rank`.
+
+    Raises ConfigError where they don't divide.
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    ranks: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        parts = self.accumulate * self.ranks
+        if rest := self.batch_size % parts:
+            nearest = [size for size in (self.batch_size - rest, self.batch_size - rest + parts) if size]
+            raise ConfigError(
+                f"data.batch_size={self.batch_size}: {self.ranks} ranks x trainer.accumulate_grad_batches="
+                f"{self.accumulate} need a multiple of {parts}, such as {' or '.join(map(str, nearest))}"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // self.accumulate // self.ranks
+
+
+class TrainSampler:
+    """Draws of steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
+
+    Its length is that of the whole run, also when it begins later: Lightning adds what an earlier life has drawn.
+    target_counts [S, 1 + D] int64, of each sample.
+    """
+
+    def __init__(
+        self,
+        target_counts: np.ndarray,
+        layout: Layout,
+        seed: int,
+        max_steps: int,
+        *,
+        first_step: int = 0,
+        first_sample: int = 0,
+    ) -> None:
+        self.target_counts, self.layout, self.seed = target_counts, layout, seed
+        self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
+
+    def __len__(self) -> int:
+        return self.max_steps * self.layout.accumulate
+
+    def __iter__(self) -> Iterator[Draw]:
+        layout = self.layout
+        order = Order(len(self.target_counts), self.seed)
+        for step in range(self.max_steps - self.first_step):
+            first = self.first_sample + step * layout.batch_size
+            samples = order[first : first + layout.batch_size]
+            target_counts = self.target_counts[samples].sum(0)
+            for parts in samples.reshape(layout.accumulate, layout.ranks, -1):
+                yield Draw(parts[layout.rank], target_counts)
+
+
+class ValidationSampler:
+    """Every sample once, in order: rank r takes r, r + W, … All ranks draw equally often; -1 where none is left."""
+
+    def __init__(self, target_counts: np.ndarray, layout: Layout) -> None:
+        self.target_counts, self.layout = target_counts, layout
+
+    def __len__(self) -> int:
+        return -(-len(self.target_counts) // (self.layout.ranks * self.layout.micro_batch_size))
+
+    def __iter__(self) -> Iterator[Draw]:
+        size, ranks = self.layout.micro_batch_size, self.layout.ranks
+        for first in range(0, len(self) * size * ranks, size * ranks):
+            samples = np.arange(first + self.layout.rank, first + size * ranks, ranks)
+            samples[samples >= len(self.target_counts)] = -1
+            yield Draw(samples, self.target_counts[first : first + size * ranks].sum(0))
+
+
+class Order:
+    """order[a:b]: the samples with the run's numbers a .. b - 1, int64 [b - a], of `count` samples in the index."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.epoch, self.permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, numbers: slice) -> np.ndarray:
+        parts, number = [], numbers.start
+        while number < numbers.stop:
+            epoch, place = divmod(number, self.count)
+            if epoch != self.epoch:
+                self.epoch, self.permutation = epoch, permutation(self.count, self.seed, epoch)
+            parts.append(self.permutation[place : place + numbers.stop - number])
+            number += len(parts[-1])
+        return np.concatenate(parts)
+
+
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers 0 .. count - 1 in an order that depends on seed and epoch alone, int64 [count].
+
+    Sorted by a hash rather than drawn from a library's generator, whose stream may change with its version.
+    """
+    key = mix(mix(np.array([seed & (1 << 64) - 1], dtype=np.uint64)) + np.array([epoch], dtype=np.uint64))
+    return np.argsort(mix(np.arange(count, dtype=np.uint64) ^ key)).astype(np.int64, copy=False)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64 (Steele et al. 2014, doi 10.1145/2660193.2660195): a bijection of uint64, so hashes never tie."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

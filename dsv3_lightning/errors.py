@@ -1,0 +1,13 @@
+"""The one error that users are meant to read: a single line that names the field, the value and what is valid."""
+
+
+class ConfigError(ValueError):
+    """A setting, file or flag that can't work. The command line prints it as one line and exits with 2."""
+
+
+class RunStopped(RuntimeError):
+    """A run that had to end before its last step. The command line prints it as one line and exits with `code`."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,67 @@
+"""Multi-head latent attention (V3 §2.1.1, eq. 1-11), in the form used for training: keys and values are expanded."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.norm import RMSNorm
+from dsv3_lightning.model.rope import Rotation, rotate, softmax_scale
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """x [B, T, D] -> [B, T, D], causal. Parameters are named as in the released checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.kv_rank = config.kv_lora_rank
+        self.scale = softmax_scale(config)
+        self.interleave = config.rope_interleave
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        query_size = self.heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.kv_rank, eps)
+        self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor, at: Rotation) -> Tensor:
+        q_BHTC, k_BHTC, v_BHTC = self.queries(x_BTD, at), *self.keys_values(x_BTD, at)
+        out_BHTC = causal_attention(q_BHTC, k_BHTC, v_BHTC, self.scale)
+        return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))  # eq. 11
+
+    def queries(self, x_BTD: Tensor, at: Rotation) -> Tensor:
+        """[B, H, T, nope + rope] (eq. 6-9)."""
+        if hasattr(self, "q_proj"):
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_BHTC = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q_c, q_r = q_BHTC.split((self.nope, self.rope), -1)
+        return torch.cat((q_c, rotate(q_r, at, self.interleave)), -1)
+
+    def keys_values(self, x_BTD: Tensor, at: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, H, T, nope + rope] and [B, H, T, v] (eq. 1-5); the rotary key is one per token, shared by all heads."""
+        c_kv, k_r = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_rank, self.rope), -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(c_kv)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_c, v_BHTC = kv.split((self.nope, self.v_dim), -1)
+        k_r = rotate(k_r, at, self.interleave)[:, None].expand(-1, self.heads, -1, -1)
+        return torch.cat((k_c, k_r.to(k_c.dtype)), -1), v_BHTC
+
+
+def causal_attention(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T · scale) v over positions up to one's own (eq. 10); v may be narrower than q and k.
+
+    v is padded to the width of q: with unequal widths scaled_dot_product_attention leaves its fast path on CPU.
+    """
+    width = v_BHTC.shape[-1]
+    v_BHTC = F.pad(v_BHTC, (0, q_BHTC.shape[-1] - width))
+    out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True, scale=scale)
+    return out_BHTC[..., :width]

@@ -1,0 +1,158 @@
+"""ModelConfig: the shape of a DeepSeek-V3-family model, under Hugging Face's field names. Imports no torch.
+
+Sources: V3 arXiv 2412.19437 §4.2, V2 arXiv 2405.04434 §3.1.2, and the released `config.json` files.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension of the decoupled rotary keys (V3 §4.3; arXiv 2309.00071).
+
+    factor: new length over `original_max_position_embeddings`.
+    beta_fast, beta_slow: rotations within the original length above which a frequency is kept and below which it is
+        divided by `factor`; the report calls them β = 32 and α = 1.
+    mscale, mscale_all_dim: weights of ln(factor). The rotary part is multiplied by the ratio of the two mscales (by
+        0.1 ln(factor) + 1 where one of them is 0), the softmax scale by mscale_all_dim's, squared (not where it is 0).
+    """
+
+    type: Literal["yarn"] = "yarn"
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(f"model.rope_scaling.factor={self.factor}: must be at least 1")
+        if self.original_max_position_embeddings < 1:
+            raise ConfigError(
+                f"model.rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings}: "
+                "must be at least 1"
+            )
+        if self.beta_fast <= self.beta_slow:
+            raise ConfigError(
+                f"model.rope_scaling.beta_fast={self.beta_fast}: must be above beta_slow={self.beta_slow}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that decides the parameters and the function of the model. Raises ConfigError on impossible shapes.
+
+    vocab_size V; hidden_size D; num_hidden_layers L, of which the first `first_k_dense_replace` are dense with
+        `intermediate_size` and the others MoE.
+    num_attention_heads H; q_lora_rank (None: queries are not compressed), kv_lora_rank, qk_nope_head_dim,
+        qk_rope_head_dim, v_head_dim: the sizes of MLA (V3 §2.1.1).
+    n_routed_experts E, num_experts_per_tok K, n_shared_experts, moe_intermediate_size F: DeepSeekMoE (V3 §2.1.2).
+    scoring_func: affinities by sigmoid (V3) or by softmax over all experts (V2).
+    topk_method: `noaux_tc` adds the expert bias to the choice and scores a group by its two best experts (V3);
+        `group_limited_greedy` scores a group by its best (V2); `greedy` ignores groups (V2-Lite).
+    n_group G, topk_group M: each token's experts come from at most M of G equal groups.
+    norm_topk_prob, routed_scaling_factor: gates are normalised to sum 1, then scaled.
+    num_nextn_predict_layers: depth of multi-token prediction (V3 §2.2); 0 switches it off.
+    max_position_embeddings: longest sequence. rope_theta, rope_scaling: rotary base and YaRN.
+    rope_interleave: rotary pairs are neighbouring channels, as in the released weights; False: halves.
+    initializer_range: standard deviation of every matrix at the start (V3 §4.2: 0.006).
+    tie_word_embeddings: the output head is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    first_k_dense_replace: int = 0
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    num_nextn_predict_layers: int = 0
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rope_scaling: Yarn | None = None
+    rope_interleave: bool = True
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    tie_word_embeddings: bool = False
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def mtp_depth(self) -> int:
+        """The paper's D: how many tokens beyond the next one are predicted."""
+        return self.num_nextn_predict_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the main model and of the MTP modules, in that order: the rows of every `_LE` tensor."""
+        return self.num_hidden_layers - self.first_k_dense_replace + self.mtp_depth
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size kv_lora_rank "
+            "qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok moe_intermediate_size "
+            "n_group topk_group max_position_embeddings"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 0")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)}: must be above 0")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ConfigError(f"model.q_lora_rank={self.q_lora_rank}: must be at least 1, or null for none")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: rotary channels come in pairs")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ConfigError(
+                f"model.first_k_dense_replace={self.first_k_dense_replace}: "
+                f"there are only num_hidden_layers={self.num_hidden_layers} layers"
+            )
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups:
+            raise ConfigError(f"model.n_group={groups}: does not divide n_routed_experts={experts} into equal groups")
+        if self.topk_group > groups:
+            raise ConfigError(f"model.topk_group={self.topk_group}: there are only n_group={groups} groups")
+        if self.topk_method == "greedy" and groups > 1:
+            raise ConfigError(
+                f"model.topk_method=greedy ignores groups, but n_group={groups}; use group_limited_greedy or n_group=1"
+            )
+        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
+            raise ConfigError(
+                f"model.n_group={groups}: a group of noaux_tc is scored by its two best experts, "
+                f"but would hold {experts // groups}"
+            )
+        allowed = experts // groups * self.topk_group
+        if self.num_experts_per_tok > allowed:
+            raise ConfigError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok}: "
+                f"the topk_group={self.topk_group} allowed groups hold {allowed} experts"
+            )

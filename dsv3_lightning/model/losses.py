@@ -1,0 +1,79 @@
+"""The losses: fused linear cross-entropy for every head, and the sequence-wise balance loss (V3 eq. 17-20)."""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that doesn't count
+LOGITS_HELD = 2**27  # logits at a time: 512 MiB in fp32
+LOGITS_HELD_CPU = 2**20  # 4 MiB, so that they stay in the cache
+
+
+def sequence_balance_loss(scores_BTE: Tensor, experts_BTK: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the sequences of Σ_i f_i P_i, without α: 1 in perfect balance (V3 eq. 17-20). fp32 scalar.
+
+    f_i = E/(K·T) · tokens of the sequence that chose expert i (no gradient); P_i = mean over the tokens of the
+    affinities, normalised to sum 1. T counts the sequence's tokens without padding.
+    """
+    with torch.autocast(scores_BTE.device.type, enabled=False):
+        E, K = scores_BTE.shape[-1], experts_BTK.shape[-1]
+        mask_BT1 = mask_BT[..., None].to(scores_BTE.dtype)
+        tokens_B1 = mask_BT1.sum(1).clamp(min=1)
+        chosen_BE = torch.zeros_like(scores_BTE[:, 0])
+        chosen_BE.scatter_add_(1, experts_BTK.flatten(1), mask_BT1.expand(-1, -1, K).flatten(1))
+        f_BE = chosen_BE * (E / K) / tokens_B1  # eq. 18
+        normalized_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)  # eq. 19
+        P_BE = (normalized_BTE * mask_BT1).sum(1) / tokens_B1  # eq. 20
+        return (f_BE * P_BE).sum(-1).mean()  # eq. 17
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Σ of -log softmax(x W^T)[target] over the targets that aren't IGNORE: fp32 scalar (V3 eq. 24, summed).
+
+    Logits exist for some tokens at a time, in fp32, and the gradients are made while they do.
+    """
+    held = LOGITS_HELD_CPU if x_ND.device.type == "cpu" else LOGITS_HELD
+    chunk = max(1, held // weight_VD.shape[0])
+    if torch.is_autocast_enabled(x_ND.device.type):
+        dtype = torch.get_autocast_dtype(x_ND.device.type)
+        x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
+    return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, chunk)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Forward makes the gradients too, chunk by chunk, so that backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x_ND) if need_x else None
+        total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
+        grad_weight = torch.zeros_like(weight_VD, dtype=total.dtype) if need_weight else None
+        for start in range(0, len(x_ND), chunk):
+            x, targets = x_ND[start : start + chunk], targets_N[start : start + chunk]
+            log_p = (x @ weight_VD.T).to(total.dtype).log_softmax(-1)
+            valid = targets != IGNORE
+            index = targets.clamp(min=0)[:, None]
+            total -= (log_p.gather(1, index).squeeze(1) * valid).sum()
+            if need_x or need_weight:
+                # d loss / d logits = softmax - one-hot
+                grad = log_p.exp_()
+                grad.scatter_add_(1, index, grad.new_full((len(x), 1), -1.0))
+                grad = grad.mul_(valid[:, None]).to(x.dtype)
+                if grad_x is not None:
+                    torch.mm(grad, weight_VD, out=grad_x[start : start + chunk])
+                if grad_weight is not None:
+                    grad_weight += grad.T @ x
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_x is None else grad_x * grad.to(grad_x.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+

@@ -1,0 +1,74 @@
+"""Who gets a token, and how much (V3 §2.1.2, eq. 12-16; V2 §2.2 for the softmax family)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_lightning.model.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """What the router decided for N tokens.
+
+    experts_NK: chosen experts, int64. gates_NK: their weights, fp32. scores_NE: affinities, fp32.
+    """
+
+    experts_NK: Tensor
+    gates_NK: Tensor
+    scores_NE: Tensor
+
+
+class Router(nn.Module):
+    """x [N, D] -> Routing. Mutates nothing: `expert_bias` (fp32 [E], saved) is moved from outside, once per step.
+
+    Everything from the affinities on is fp32, whatever the precision of the rest.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.weight.float())
+            scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)  # eq. 15
+            experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config)
+            return Routing(experts_NK, gates_NK, scores_NE)
+
+
+def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Chosen experts [N, K] int64 and gates [N, K]: the choice is biased (eq. 16), the gates are not (eq. 13)."""
+    choice_NE = keep_best_groups(scores_NE.detach() + expert_bias_E, config)
+    experts_NK = choice_NE.topk(config.num_experts_per_tok, -1).indices
+    gates_NK = scores_NE.gather(-1, experts_NK)
+    if config.norm_topk_prob:
+        gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
+    return experts_NK, gates_NK * config.routed_scaling_factor
+
+
+def keep_best_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
+    """-inf for experts outside each token's `topk_group` best groups (V3 §2.1.2, node-limited routing).
+
+    0 would not do: with a strongly negative bias a closed expert could win. A group counts what its two best experts
+    score (V3: K/M = 2), or its best one (V2).
+    """
+    if config.n_group == 1:
+        return choice_NE
+    choice_NGE = choice_NE.unflatten(-1, (config.n_group, -1))
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    score_NG = choice_NGE.topk(best, -1).values.sum(-1)
+    closed_NG = torch.ones_like(score_NG, dtype=torch.bool)
+    closed_NG.scatter_(-1, score_NG.topk(config.topk_group, -1).indices, False)
+    return choice_NGE.masked_fill(closed_NG[..., None], -torch.inf).flatten(-2)
+
+
+def count_tokens(experts_NK: Tensor, mask_N: Tensor, num_experts: int) -> Tensor:
+    """Tokens routed to each expert, int64 [E], without padding (mask_N bool is False there)."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_NK.device)
+    return counts_E.scatter_add_(0, experts_NK.flatten(), mask_N.long().repeat_interleave(experts_NK.shape[1]))

@@ -1,0 +1,1 @@
+"""Parameters, FLOP and memory of a model as arithmetic on its ModelConfig: no torch, no device."""

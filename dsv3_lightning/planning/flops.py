@@ -1,0 +1,32 @@
+"""FLOP per token, counted over what is multiplied: the usual 6 per weight and token, and attention's own products.
+
+Not counted: embedding look-up, norms, activations, softmax, the optimizer. Recomputed work isn't counted either, so a
+utilisation made from these figures is model FLOP utilisation (MFU).
+"""
+
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.parameters import count_parameters
+
+
+def training_flop_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Forward and backward of main model and MTP modules, in FLOP; the backward pass does twice the forward's work.
+
+    6 · weights + 3 · layers · H · (d_qk + d_v) · T: causal attention works on half of the T × T square.
+    """
+    return 3 * forward_flop_per_token(model, sequence_length)
+
+
+def forward_flop_per_token(model: ModelConfig, sequence_length: int, with_mtp: bool = True) -> int:
+    """FLOP; each weight is one multiplication and one addition."""
+    layers = model.num_hidden_layers + (model.mtp_depth if with_mtp else 0)
+    attention = layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * sequence_length
+    return 2 * multiplied_weights(model, with_mtp) + attention
+
+
+def multiplied_weights(model: ModelConfig, with_mtp: bool = True) -> int:
+    """Weights that take part in a matrix product for a given token: every head counts, the embedding doesn't."""
+    parameters = count_parameters(model)
+    heads = (1 + model.mtp_depth if with_mtp else 1) * model.vocab_size * model.hidden_size
+    layers = sum(count.active for part, count in parameters.main.items() if part not in ("embedding", "head", "norms"))
+    mtp = sum(count.active for part, count in parameters.mtp.items() if part != "norms")
+    return layers + heads + (mtp if with_mtp else 0)

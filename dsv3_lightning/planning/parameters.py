@@ -1,0 +1,108 @@
+"""Parameter counts by part, exact, from the shapes alone (V3 §2.1, §2.2, §4.2).
+
+`total` is what is trained and stored, `active` what one token passes through: of the routed experts only the chosen
+ones; embedding and head count fully.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dsv3_lightning.model.config import ModelConfig
+
+
+class Count(NamedTuple):
+    total: int
+    active: int
+
+    def times(self, n: int) -> "Count":
+        return Count(n * self.total, n * self.active)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """main, mtp: parts of the main model and of the MTP modules (their own; embedding and head are the main model's).
+
+    bias_entries: expert biases of all routers. They are buffers, not parameters, and in no other count.
+    """
+
+    main: dict[str, Count]
+    mtp: dict[str, Count]
+    bias_entries: int
+
+    @property
+    def main_model(self) -> Count:
+        """What is left in inference."""
+        return add(self.main)
+
+    @property
+    def mtp_modules(self) -> Count:
+        return add(self.mtp)
+
+    @property
+    def total(self) -> int:
+        """Everything that is trained."""
+        return self.main_model.total + self.mtp_modules.total
+
+    @property
+    def active(self) -> int:
+        """Per token, of the main model."""
+        return self.main_model.active
+
+
+def add(parts: dict[str, Count]) -> Count:
+    return Count(sum(count.total for count in parts.values()), sum(count.active for count in parts.values()))
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    D, V = model.hidden_size, model.vocab_size
+    dense, moe = model.first_k_dense_replace, model.num_hidden_layers - model.first_k_dense_replace
+    main = {
+        "embedding": same(V * D),
+        "attention": same(attention_weights(model)).times(model.num_hidden_layers),
+        "dense FFN": same(swiglu(D, model.intermediate_size)).times(dense),
+        **{part: count.times(moe) for part, count in moe_parts(model).items()},
+        "norms": same(block_norms(model) * model.num_hidden_layers + D),
+        "head": same(0 if model.tie_word_embeddings else V * D),
+    }
+    mtp = {
+        "attention": same(attention_weights(model)),
+        **moe_parts(model),
+        "eh_proj": same(2 * D * D),
+        "norms": same(block_norms(model) + 3 * D),  # enorm, hnorm and the one before the head
+    }
+    mtp = {part: count.times(model.mtp_depth) for part, count in mtp.items() if model.mtp_depth}
+    return Parameters(main, mtp, model.num_moe_layers * model.n_routed_experts)
+
+
+def same(n: int) -> Count:
+    return Count(n, n)
+
+
+def swiglu(hidden_size: int, width: int) -> int:
+    return 3 * hidden_size * width
+
+
+def attention_weights(model: ModelConfig) -> int:
+    """One layer's projections, without norms (V3 eq. 1-11)."""
+    D, H = model.hidden_size, model.num_attention_heads
+    query_size, rank = H * model.qk_head_dim, model.q_lora_rank
+    queries = D * query_size if rank is None else D * rank + rank * query_size
+    compressed = D * (model.kv_lora_rank + model.qk_rope_head_dim)
+    keys_values = model.kv_lora_rank * H * (model.qk_nope_head_dim + model.v_head_dim)
+    return queries + compressed + keys_values + H * model.v_head_dim * D
+
+
+def block_norms(model: ModelConfig) -> int:
+    """One layer's: before attention, before the FFN, and after the compressed latents."""
+    return 2 * model.hidden_size + (model.q_lora_rank or 0) + model.kv_lora_rank
+
+
+def moe_parts(model: ModelConfig) -> dict[str, Count]:
+    """One MoE layer (V3 eq. 12-16)."""
+    D = model.hidden_size
+    expert = swiglu(D, model.moe_intermediate_size)
+    return {
+        "routed experts": Count(model.n_routed_experts * expert, model.num_experts_per_tok * expert),
+        "shared experts": same(model.n_shared_experts * expert),
+        "router": same(model.n_routed_experts * D),
+    }

@@ -1,0 +1,69 @@
+"""Checkpoint files: written beside and renamed, read without running code from them, judged before they are used."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from dsv3_lightning.errors import ConfigError
+
+# What a run can't be continued from without; the data position is the loader's "next_sample".
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "skipped_steps")
+POSITION = ("TextDataModule", "next_sample")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint exists whole or not at all, also after a power cut. Loads with `weights_only=True`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".new")
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint's content, on CPU. Raises ConfigError where it is missing, cut, unsafe to read or incomplete."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
+    missing = [key for key in PARTS if key not in checkpoint]
+    if not any(POSITION[0] in key and POSITION[1] in value for key, value in checkpoint.items() if isinstance(value, dict)):
+        missing.append("data position")
+    if missing:
+        raise ConfigError(f"{path}: not a checkpoint of a run that can go on; it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def newest_good(paths: list[Path]) -> tuple[Path, int] | None:
+    """The first of `paths` (newest first) that can be continued from, and its step; a bad one is passed with a warning."""
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)["global_step"]
+        except ConfigError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    return None

@@ -1,0 +1,83 @@
+"""The settings of optimisation and of the loss. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of the learning-rate schedule: up to `until` (share of the run's steps), by `shape`, to `to` · lr."""
+
+    until: float
+    shape: Literal["constant", "linear", "cosine"]
+    to: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate (V3 §4.2). Raises ConfigError.
+
+    lr: the peak. betas, eps: AdamW's. weight_decay: on matrices only, never on norms.
+    warmup_steps: linear from 0 to lr, within the first phase.
+    phases: what follows, in order; `constant` stays at `to`, the others move from the last phase's `to` to this one's.
+    max_skipped_steps: a step with a non-finite loss or gradient is skipped; this many in a row stop the run.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    phases: list[Phase]
+    max_skipped_steps: int
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError(f"optimizer.lr={self.lr}: must be above 0")
+        if not self.eps > 0:
+            raise ConfigError(f"optimizer.eps={self.eps}: must be above 0")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas={list(self.betas)}: each must be in [0, 1)")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: must be at least 0")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optimizer.warmup_steps={self.warmup_steps}: must be at least 0")
+        if self.max_skipped_steps < 1:
+            raise ConfigError(f"optimizer.max_skipped_steps={self.max_skipped_steps}: must be at least 1")
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1:
+            raise ConfigError(f"optimizer.phases: `until` must rise from above 0 to exactly 1, not {ends}")
+        if any(phase.to < 0 for phase in self.phases):
+            raise ConfigError("optimizer.phases: `to` is a factor on lr and must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25). Raises ConfigError.
+
+    balance: `sequence`, the sequence-wise loss of V3 eq. 17-20, or `none`. balance_factor: α.
+    mtp_weight: a constant λ; null where callbacks.mtp_weight schedules it.
+    """
+
+    balance: Literal["sequence", "none"]
+    balance_factor: float
+    mtp_weight: float | None
+
+    def __post_init__(self) -> None:
+        if self.balance_factor < 0:
+            raise ConfigError(f"loss.balance_factor={self.balance_factor}: must be at least 0")
+        if self.mtp_weight is not None and self.mtp_weight < 0:
+            raise ConfigError(f"loss.mtp_weight={self.mtp_weight}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """What is traded for memory and speed; none of it changes the numbers beyond rounding.
+
+    activation_checkpointing: `none` keeps all activations; `selective` recomputes norms, activations and MLA's
+        up-projections in the backward pass (V3 §3.2.3); `full` recomputes whole blocks.
+    """
+
+    activation_checkpointing: Literal["none", "selective", "full"]

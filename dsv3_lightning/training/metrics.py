@@ -1,0 +1,86 @@
+"""What is averaged over steps and ranks, as torchmetrics: sums first, ratios last, from global counts."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dsv3_lightning.model.losses import IGNORE
+
+
+class TokenLoss(Metric):
+    """Mean loss per token of each head, [1 + mtp_depth]: Σ nll / Σ valid targets, NaN where there is none.
+
+    update: nll_K (sums) and targets_BKT int64 with IGNORE.
+    """
+
+    full_state_update = False
+    nll_K: Tensor
+    count_K: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.add_state("nll_K", torch.zeros(heads, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count_K", torch.zeros(heads, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll_K: Tensor, targets_BKT: Tensor) -> None:
+        self.nll_K += nll_K.detach()
+        self.count_K += (targets_BKT != IGNORE).sum((0, 2))
+
+    def compute(self) -> Tensor:
+        return self.nll_K / self.count_K
+
+
+class BitsPerByte(Metric):
+    """Bits that the main head spends per byte of text: Σ nll / (ln 2 · Σ bytes); comparable between tokenizers.
+
+    update: nll scalar (a sum, nats) and target_bytes_B int64, the text bytes of the predicted tokens.
+    """
+
+    full_state_update = False
+    nll: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, target_bytes_B: Tensor) -> None:
+        self.nll += nll.detach()
+        self.bytes += target_bytes_B.sum()
+
+    def compute(self) -> Tensor:
+        return self.nll / self.bytes / math.log(2)
+
+
+class MaxVio(Metric):
+    """Worst overload of each MoE layer, [L] fp64: (max c - mean c) / mean c; 0 is balance (arXiv 2408.15664 §4.1).
+
+    update: counts_LE int64. Over a whole validation set this is MaxVio_global.
+    """
+
+    full_state_update = False
+    counts_LE: Tensor
+
+    def __init__(self, layers: int, experts: int) -> None:
+        super().__init__()
+        self.add_state("counts_LE", torch.zeros(layers, experts, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, counts_LE: Tensor) -> None:
+        self.counts_LE += counts_LE
+
+    def compute(self) -> Tensor:
+        return max_vio(self.counts_LE)
+
+
+def max_vio(counts_E: Tensor) -> Tensor:
+    """(max c - mean c) / mean c over the last dim, fp64; 0 where nothing was routed.
+
+    >>> max_vio(torch.tensor([[2, 1, 1, 0], [5, 5, 5, 5]]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    counts_E = counts_E.double()
+    mean = counts_E.mean(-1)
+    return (counts_E.amax(-1) - mean) / mean.clamp(min=1e-9)

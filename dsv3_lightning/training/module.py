@@ -1,0 +1,167 @@
+"""PretrainModule: from a batch to losses, gradients and logs. What happens between steps is the callbacks' business."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from dsv3_lightning.errors import RunStopped
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.planning.flops import training_flop_per_token
+from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
+from dsv3_lightning.training.logging import is_log_step, log_scalars
+from dsv3_lightning.training.metrics import BitsPerByte, TokenLoss
+from dsv3_lightning.training.optimizer import build_optimizer
+from dsv3_lightning.training.schedule import lr_factor
+
+
+class PretrainModule(pl.LightningModule):
+    """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25).
+
+    A batch holds `tokens` and `mask` [B, T + 1 + mtp_depth], `targets` [B, 1 + mtp_depth, T] and `target_counts`
+    [1 + mtp_depth], the valid targets of the whole optimizer step over all ranks and micro-batches: with it every mean
+    is over the global count, however the batch is spread.
+    `mtp_weight` (λ) may be set by a callback before each step. The outputs hold `expert_counts`, int64 [L, E], and
+    `tokens`, the micro-batch's positions.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        loss: LossConfig,
+        compute: ComputeConfig,
+        sequence_length: int,
+        max_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.optimizer_config, self.loss_config, self.max_steps = optimizer, loss, max_steps
+        self.flops_per_token = training_flop_per_token(model, sequence_length)
+        self.model = Transformer(model, compute.activation_checkpointing)
+        self.model.init_weights(seed)
+        self.mtp_weight = loss.mtp_weight or 0.0
+        self.balance_factor = loss.balance_factor if loss.balance == "sequence" else 0.0
+        self.train_loss = TokenLoss(1 + model.mtp_depth)
+        self.val_loss = TokenLoss(1 + model.mtp_depth)
+        self.val_bpb = BitsPerByte()
+        self.scalars: dict[str, float] = {}
+        self.step_loss = 0.0  # of the current step's micro-batches on this rank
+        self.balance_sum, self.balance_count = 0.0, 0
+        self.step_skipped = False
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.loaded_step = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the run so far, also where a finished run was only loaded for validation."""
+        return max(self.trainer.global_step, self.loaded_step)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"])
+        # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        mean_K = losses.nll_K / batch["target_counts"].clamp(min=1) * parts
+        loss = mean_K[0] + self.balance_factor * losses.balance_L.sum()
+        if len(mean_K) > 1:
+            loss = loss + self.mtp_weight * mean_K[1:].mean()
+        self.train_loss.update(losses.nll_K, batch["targets"])
+        self.step_loss = self.step_loss + loss.detach()
+        self.balance_sum, self.balance_count = self.balance_sum + losses.balance_L.detach().sum(), self.balance_count + 1
+        return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Once per optimizer step, with all its gradients there: skip what isn't finite, clip the rest, log."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        finite = torch.isfinite(norm + self.step_loss).float()
+        # Every rank must decide alike: a value may be broken on one of them only.
+        self.step_skipped = not bool(self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size)
+        self.step_loss = 0.0
+        if self.step_skipped:
+            self.skip_step()
+        else:
+            self.skipped_in_a_row = 0
+            if gradient_clip_val and gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            elif gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.log_step(float(norm))
+
+    def skip_step(self) -> None:
+        """Takes the gradients away, so that AdamW leaves weights and moments alone. Raises RunStopped after too many."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        self.train_loss.reset()  # its sums may hold the non-finite loss
+        self.balance_sum, self.balance_count = 0.0, 0
+        step = self.trainer.global_step + 1
+        if self.skipped_in_a_row >= self.optimizer_config.max_skipped_steps:
+            raise RunStopped(
+                f"step {step}: the loss or a gradient was not finite {self.skipped_in_a_row} steps in a row "
+                "(optimizer.max_skipped_steps); the newest checkpoint is from before"
+            )
+        if self.trainer.is_global_zero:
+            print(f"step {step}: the loss or a gradient is not finite; step skipped ({self.skipped_steps} so far)")
+
+    def log_step(self, norm: float) -> None:
+        """Logs the means since the last logged step. The optimizer's step counter has yet to move."""
+        step = self.trainer.global_step + 1
+        if not is_log_step(self.trainer, step):
+            return
+        names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
+        values = dict(zip(names, self.train_loss.compute().tolist(), strict=True)) if self.balance_count else {}
+        self.train_loss.reset()
+        if self.balance_count:
+            balance = torch.as_tensor(self.balance_sum / self.balance_count, device=self.device)
+            values["loss/balance"] = float(self.trainer.strategy.reduce(balance, reduce_op="mean"))
+            self.balance_sum, self.balance_count = 0.0, 0
+        values["optimizer/lr"] = self.optimizers().param_groups[0]["lr"]
+        if not self.step_skipped:
+            values["optimizer/grad_norm"] = norm
+        values["optimizer/skipped_steps"] = self.skipped_steps
+        log_scalars(self.trainer, values, step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step >= self.max_steps:
+            self.trainer.should_stop = True  # Lightning then validates once more before it stops
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"])
+        self.val_loss.update(losses.nll_K, batch["targets"])
+        self.val_bpb.update(losses.nll_K[0], batch["target_bytes"])
+        return {"expert_counts": losses.counts_LE}
+
+    def on_validation_epoch_end(self) -> None:
+        main, *mtp = self.val_loss.compute().tolist()
+        values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
+        values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
+        self.val_loss.reset()
+        self.val_bpb.reset()
+        if not self.trainer.sanity_checking:
+            log_scalars(self.trainer, values, self.steps_done)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.optimizer_config
+        optimizer = build_optimizer(self.model, config)
+
+        def factor(step: int) -> float:
+            return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
+        self.loaded_step = checkpoint["global_step"]

@@ -1,0 +1,57 @@
+"""AdamW as the report uses it (V3 §4.2): decay on matrices only; low-precision weights keep an fp32 master copy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsv3_lightning.training.config import OptimizerConfig
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Two groups: matrices, with weight decay, and norms, without. Shared parameters are in one group, once."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    low_precision = any(p.dtype != torch.float32 for p in parameters)
+    kind = MasterAdamW if low_precision else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on fp32 copies of the parameters, which are rounded back after each step.
+
+    Without them updates below 1/256 of a bf16 weight would round away (V3 §3.3.2 keeps fp32 master weights too).
+    The copies are saved in the state: the rounded weights alone could not continue a run exactly.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
+        self.weights: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.weights]
+        master_of = dict(zip(self.weights, self.masters, strict=True))
+        super().__init__([{**group, "params": [master_of[p] for p in group["params"]]} for group in groups], **kwargs)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+        super().step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.masters)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "masters": [master.detach() for master in self.masters]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        masters = state_dict["masters"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, masters)

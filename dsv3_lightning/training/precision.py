@@ -1,0 +1,72 @@
+"""Precision by name, and `auto`: CPUs differ by a factor of hundreds in bf16, so it is measured, not guessed."""
+
+import time
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import nn
+
+PRECISIONS = ("auto", "32", "bf16-mixed", "bf16")
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision to use, and a line that says why. `auto` takes bf16-mixed where bf16 products are faster than fp32's."""
+    if name != "auto":
+        return name, f"precision {name}, as set"
+    full, half = measure_gemm(torch.float32, device), measure_gemm(torch.bfloat16, device)
+    chosen = "bf16-mixed" if half > 1.2 * full else "32"  # below that, the casts cost more than is won
+    rates = f"matrix products: fp32 {full / 1e9:.0f}, bf16 {half / 1e9:.1f} GFLOP/s"
+    return chosen, f"precision {chosen}, chosen by measurement ({rates})"
+
+
+def precision_plugin(name: str, device: torch.device) -> Precision:
+    """Lightning's plugin for `32` and `bf16-mixed`, ours for `bf16`."""
+    if name == "bf16":
+        return BF16Weights()
+    return MixedPrecision("bf16-mixed", device.type) if name == "bf16-mixed" else Precision()
+
+
+class BF16Weights(Precision):
+    """Matrices in bf16; router, norms, expert bias and metrics stay fp32, and MasterAdamW keeps fp32 copies.
+
+    Lightning's bf16-true would cast the expert bias too, and lose updates of 0.001 at a bias of 0.5.
+    """
+
+    precision = "bf16-true"
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        for child in module.modules():
+            if not hasattr(child, "expert_bias"):
+                for parameter in child.parameters(recurse=False):
+                    if parameter.dim() >= 2:
+                        parameter.data = parameter.data.bfloat16()
+        return module
+
+
+def measure_gemm(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
+    """FLOP/s of square matrix products, the best of those tried in about `seconds` each.
+
+    Starts small and grows while a product is cheap, so that a CPU with 0.8 GFLOP/s in bf16 answers as soon as others.
+    """
+    best, size, elapsed = 0.0, 128, 0.0
+    while elapsed < seconds / 4 and size <= 8192:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        a @ b  # the first product pays for set-up
+        start, runs = now(device), 0
+        while (elapsed := now(device) - start) < seconds / 4 or runs < 2:
+            for _ in range(1 if size >= 512 else 8):
+                a @ b
+                runs += 1
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+        best = max(best, 2 * size**3 * runs / elapsed)
+        elapsed /= runs
+        size *= 2
+    return best
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after everything queued on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,191 @@
+"""Objects from settings: callbacks of any origin, Trainer arguments, strategies; each complaint in one line."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.strategies import DDPStrategy
+
+from dsv3_lightning import callbacks as ours
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments, check_objects
+from dsv3_lightning.config.registry import CALLBACKS
+from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.errors import ConfigError
+
+MODULE = """
+from lightning.pytorch import Callback
+class Mine(Callback):
+    def __init__(self, speed: float, n: int = 3, pairs: list[tuple[float, float]] = [], until: "int | None" = None):
+        if speed < 0:
+            raise ValueError("speed must be\\nat least 0")
+        self.speed, self.n, self.pairs, self.until = speed, n, pairs, until
+class Child(Mine):
+    def __init__(self, *, name: str = "x", **kwargs):
+        super().__init__(**kwargs)
+        self.name = name
+class Untyped(Callback):
+    def __init__(self, x, y=3):
+        self.x, self.y = x, y
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_beside(tmp_path_factory: pytest.TempPathFactory):
+    """The current folder holds a module, and is not on sys.path."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("project")
+        (folder / "beside_the_run.py").write_text(MODULE)
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])  # put back afterwards
+        yield
+
+
+def config(**changes: Any) -> Config:
+    return replace(check(compose(["nano"]).tree), **changes)
+
+
+def mine(block: str, name: str = "mine") -> Any:
+    """The callback that a block of YAML describes; `mine` stands in the table of built-in names here."""
+    settings = compose([], [f"callbacks.{name}={block}"]).tree["callbacks"]
+    return build_callbacks(config(callbacks=settings), {"mine": "beside_the_run.Mine"})[name]
+
+
+def test_the_table_names_what_the_package_has():
+    assert {path.rpartition(".")[2] for path in CALLBACKS.values()} == set(ours.__all__)
+    for path in CALLBACKS.values():
+        assert getattr(ours, path.rpartition(".")[2]).__module__.startswith("dsv3_lightning.callbacks.")
+
+
+def test_built_in_names_take_their_arguments_directly():
+    callback = mine("{speed: 3e-4, pairs: [[0, 3e-1], [5e-1, 1]]}")
+    assert (callback.speed, callback.n, callback.pairs) == (3e-4, 3, [(0.0, 0.3), (0.5, 1.0)])
+
+
+def test_any_callback_can_be_named_by_class_path():
+    callback = mine("{class_path: beside_the_run.Child, init_args: {speed: 3e-4, name: '5'}}", "other")
+    assert (callback.speed, callback.name) == (3e-4, "5")
+    assert mine("{class_path: beside_the_run.Untyped, init_args: {x: [1, a]}}", "other").x == [1, "a"]
+    stop = mine("{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss}}", "stop")
+    assert stop.monitor == "val/loss"
+    assert mine("{class_path: lightning.pytorch.callbacks.DeviceStatsMonitor}", "mine")  # in place of a built-in one
+
+
+def test_null_leaves_a_callback_out_and_the_order_is_the_yamls():
+    built = build_callbacks(
+        config(callbacks={"b": {"speed": 1}, "off": None, "a": {"speed": 2}}),
+        dict.fromkeys("ab", "beside_the_run.Mine"),
+    )
+    assert list(built) == ["b", "a"]
+
+
+def test_building_leaves_the_settings_as_they_were():
+    settings = {"mine": {"speed": 1, "pairs": [[0, 1]]}}
+    build_callbacks(config(callbacks=settings), {"mine": "beside_the_run.Mine"})
+    assert settings == {"mine": {"speed": 1, "pairs": [[0, 1]]}}
+
+
+ARGUMENTS = "speed, n, pairs, until"
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ("{speed: abc}", 'callbacks.mine.speed="abc": must be float'),
+        ("{speed: true}", "callbacks.mine.speed=true: must be float"),
+        ("{}", "callbacks.mine.speed: missing"),
+        ("{speed: 1, sped: 2}", "callbacks.mine.sped: no such argument of Mine; did you mean speed?"),
+        ("{speed: 1, zzz: 2}", f"callbacks.mine.zzz: no such argument of Mine; valid: {ARGUMENTS}"),
+        ("{speed: 1, n: 2.5}", "callbacks.mine.n=2.5: must be int"),
+        ("{speed: 1, until: x}", 'callbacks.mine.until="x": must be one of int, null'),
+        (
+            "{speed: 1, pairs: [[0, 1], [0.5, x]]}",
+            'callbacks.mine.pairs=[[0, 1], [0.5, "x"]]: Expected a float. Got value: x',
+        ),
+        ("{speed: -1}", "callbacks.mine: speed must be at least 0"),
+        (
+            "{class_path: beside_the_run.Mine, init_args: {speed: a}}",
+            'callbacks.mine.init_args.speed="a": must be float',
+        ),
+        (
+            "{class_path: beside_the_run.Child, init_args: {speed: 1, nmae: 3}}",
+            "callbacks.mine.init_args.nmae: no such argument of Child; did you mean name?",
+        ),
+        (
+            "{class_path: beside_the_run.Mine, speed: 1}",
+            "callbacks.mine.speed: not valid beside class_path; arguments stand under init_args",
+        ),
+        (
+            "{class_path: beside_the_run.Mine, init_args: 3}",
+            f"callbacks.mine.init_args=3: must be a section of arguments; valid: {ARGUMENTS}",
+        ),
+        ("{class_path: no_such.Thing}", "callbacks.mine.class_path=\"no_such.Thing\": No module named 'no_such'"),
+        (
+            "{class_path: beside_the_run.Thing}",
+            "callbacks.mine.class_path=\"beside_the_run.Thing\": module 'beside_the_run' has no attribute 'Thing'",
+        ),
+        (
+            "{class_path: Thing}",
+            'callbacks.mine.class_path="Thing": must be the full name of a class, such as package.module.Class',
+        ),
+        (
+            "{class_path: json.JSONDecoder}",
+            'callbacks.mine.class_path="json.JSONDecoder": is not a subclass of Lightning\'s Callback',
+        ),
+        (  # from a checkout's top folder this would be a second class object
+            "{class_path: callbacks.ExpertBias}",
+            'callbacks.mine.class_path="callbacks.ExpertBias": write dsv3_lightning.callbacks.ExpertBias',
+        ),
+    ],
+)
+def test_a_wrong_block_is_told_in_one_line(block: str, expected: str):
+    with pytest.raises(ConfigError) as caught:
+        mine(block)
+    assert str(caught.value) == expected
+
+
+def test_trainer_arguments_are_lightnings_own_and_typed():
+    trainer = config().trainer
+    assert build_trainer_arguments(config()) == trainer  # nothing of the user's is lost, precision stays text
+    profiler = yaml.safe_load("{class_path: lightning.pytorch.profilers.SimpleProfiler}")
+    built = build_trainer_arguments(config(trainer=trainer | {"profiler": profiler, "detect_anomaly": False}))
+    assert type(built["profiler"]).__name__ == "SimpleProfiler"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        ("detect_anomaly", 3, "trainer.detect_anomaly=3: must be bool"),
+        ("limit_val_batch", 3, "trainer.limit_val_batch: no such argument of Trainer; did you mean limit_val_batches?"),
+        ("deterministic", "x", "trainer.deterministic=\"x\": must be one of bool, 'warn', null"),
+        (
+            "profiler",
+            {"class_path": "no.Such"},
+            "trainer.profiler={\"class_path\": \"no.Such\"}: Problem with given class_path 'no.Such': No module named 'no'",
+        ),
+    ],
+)
+def test_a_wrong_trainer_argument_is_told_in_one_line(argument: str, value: Any, expected: str):
+    with pytest.raises(ConfigError) as caught:
+        check_objects(config(trainer=config().trainer | {argument: value}))
+    assert str(caught.value) == expected
+
+
+def test_a_strategy_is_lightnings_name_or_a_class():
+    assert [build_strategy(config(strategy=name)) for name in ("auto", "ddp")] == ["auto", "ddp"]
+    block = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"find_unused_parameters": False}}
+    assert isinstance(build_strategy(config(strategy=block)), DDPStrategy)
+    for strategy, expected in (
+        ("dpp", 'strategy="dpp": no such strategy; did you mean ddp?'),
+        ({"kind": "x"}, 'strategy={"kind": "x"}: needs a class_path'),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build_strategy(config(strategy=strategy))
+        assert str(caught.value) == expected
+
+
+def test_every_preset_names_objects_that_exist():
+    for name in ("nano", "laptop", "v2-lite", "moonlight", "v3"):
+        check_objects(check(compose([name]).tree))

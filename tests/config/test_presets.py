@@ -1,0 +1,60 @@
+"""The shipped configs: each passes all checks, and says what its paper says."""
+
+import pytest
+
+from dsv3_lightning.config.compose import compose, presets
+from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.planning.flops import training_flop_per_token
+from dsv3_lightning.planning.parameters import count_parameters
+
+
+def preset(name: str) -> Config:
+    return check(compose([name]).tree)
+
+
+def tokens(config: Config) -> int:
+    return config.data.batch_size * config.data.sequence_length * config.trainer["max_steps"]
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name != "base"])
+def test_every_preset_passes_and_is_named_after_its_file(name: str):
+    assert preset(name).run.name == name
+
+
+def test_laptop_stays_within_its_budget():
+    config = preset("laptop")
+    parameters = count_parameters(config.model)
+    assert 10e6 <= parameters.total <= 20e6 and 3e6 <= parameters.active <= 5e6
+    per_token = training_flop_per_token(config.model, config.data.sequence_length)
+    assert 22e6 <= per_token <= 25e6
+    assert per_token * tokens(config) <= 25e12
+
+
+@pytest.mark.parametrize(("name", "trillions"), [("v3", 14.8), ("v2-lite", 5.7), ("moonlight", 5.7)])
+def test_the_large_ones_see_as_many_tokens_as_reported(name: str, trillions: float):
+    assert tokens(preset(name)) / 1e12 == pytest.approx(trillions, rel=1e-5)
+
+
+def test_v3_is_the_reports_recipe():  # §4.2
+    config = preset("v3")
+    optimizer, callbacks = config.optimizer, config.callbacks
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.warmup_steps) == (
+        2.2e-4,
+        (0.9, 0.95),
+        0.1,
+        2000,
+    )
+    assert [phase.until * 14.8 for phase in optimizer.phases] == pytest.approx([10, 14.3, 14.633, 14.8], rel=2e-3)
+    assert [phase.to * 2.2e-4 for phase in optimizer.phases] == pytest.approx(
+        [2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6], rel=1e-3
+    )
+    assert config.trainer["gradient_clip_val"] == 1.0 and config.loss.balance_factor == 1e-4
+    assert callbacks["expert_bias"] == {"speed": 1e-3, "schedule": [[0.0, 1.0], [0.966, 0.0]]}
+    assert callbacks["mtp_weight"] == {"schedule": [[0.0, 0.3], [0.676, 0.1]]}
+    assert config.model.rope_scaling is None and config.model.initializer_range == 0.006
+
+
+def test_v2_lite_has_v2s_router():
+    model = preset("v2-lite").model
+    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("softmax", "greedy", False)
+    assert preset("v2-lite").callbacks["expert_bias"] is None

@@ -1,0 +1,88 @@
+"""Runs of the nano preset on a few of Python's own modules, in this process or in others."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_lightning.callbacks.run_report import scalar_history
+from dsv3_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("argparse", "ast", "calendar", "configparser", "difflib", "inspect", "optparse", "pathlib", "tarfile", "typing")
+
+
+@dataclass
+class Run:
+    """A run's folder, and how its command ended."""
+
+    folder: Path
+    code: int
+    output: str = ""
+
+    def scalars(self) -> dict[str, tuple[list[int], list[float]]]:
+        return scalar_history(self.folder)
+
+    def report(self) -> dict:
+        return json.loads((self.folder / "report.json").read_text())
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        return torch.load(self.folder / f"checkpoints/step={step}.ckpt", weights_only=True)["state_dict"]
+
+
+@dataclass
+class Nano:
+    """Starts runs with a common data cache. Everything is fp32, so that runs can be compared."""
+
+    base: Path
+    common: list[str]
+
+    def arguments(self, name: str, overrides: tuple[str, ...]) -> list[str]:
+        return ["run", str(ROOT / "configs/nano.yaml"), f"run.dir={self.base / 'runs'}", f"run.name={name}", *self.common, *overrides]
+
+    def run(self, name: str, *overrides: str) -> Run:
+        """In this process, which is fast."""
+        return Run(self.base / "runs" / name, main(self.arguments(name, overrides)))
+
+    def start(self, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+        """In a process of its own (and its children), which is what a user does."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "dsv3_lightning", *self.arguments(name, overrides)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment,
+            cwd=self.base,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def command(self, name: str, *overrides: str, timeout: float = 240, **environment: str) -> Run:
+        process = self.start(name, *overrides, **environment)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return Run(self.base / "runs" / name, process.returncode, output)
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The overrides for a small corpus: ten modules of the standard library."""
+    corpus = tmp_path_factory.mktemp("corpus")
+    folder = Path(os.__file__).parent
+    for name in MODULES:
+        (corpus / f"{name}.py").write_bytes((folder / f"{name}.py").read_bytes())
+    cache = tmp_path_factory.mktemp("cache")
+    return [f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.validation_fraction=0.2"]
+
+
+@pytest.fixture
+def nano(tmp_path: Path, data_cache: list[str]) -> Nano:
+    torch.set_num_threads(2)
+    quiet = ["callbacks.sample_text=null", "callbacks.throughput.peak_flops=1e11"]
+    return Nano(tmp_path, [*data_cache, *quiet, "trainer.precision=32", "trainer.max_steps=20", "trainer.log_every_n_steps=1"])

@@ -1,0 +1,213 @@
+"""Multi-token prediction: who sees and predicts which token, and the losses of V3 eq. 21-25 written out again."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_lightning.model.losses import IGNORE
+from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.transformer import Transformer
+
+from .small import Batch, clear_batch, make_targets, small_batch, small_config, small_model
+
+
+def losses_per_position(model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, targets_BKT: Tensor) -> Tensor:
+    """[1 + depth, T] of sample 0: all targets but one are ignored, one after another."""
+    _, heads, T = targets_BKT.shape
+    nll_KT = torch.empty(heads, T)
+    for k in range(heads):
+        for i in range(T):
+            only = torch.full_like(targets_BKT, IGNORE)
+            only[0, k, i] = targets_BKT[0, k, i]
+            nll_K = model.losses(tokens_BS, mask_BS, only).nll_K
+            assert nll_K.count_nonzero() <= 1
+            nll_KT[k, i] = nll_K[k]
+    return nll_KT
+
+
+@torch.no_grad()
+def test_module_k_at_i_sees_the_tokens_up_to_i_plus_k_and_is_judged_by_the_next():
+    # With the targets held fixed, token j may move the loss of head k at i only where j <= i + k, and must do so there.
+    # An embedding taken one place late sees its own target (j = i + k + 1); one taken early misses j = i + k.
+    depth, T = 2, 6
+    model = small_model(small_config(num_nextn_predict_layers=depth))
+    batch = small_batch(model.config, B=1, T=T)
+    before_KT = losses_per_position(model, *batch)
+    for j in range(T + 1 + depth):
+        tokens_BS = batch.tokens.clone()
+        tokens_BS[0, j] = (tokens_BS[0, j] + 7) % model.config.vocab_size
+        moved_KT = (losses_per_position(model, tokens_BS, batch.mask, batch.targets) - before_KT).abs()
+        for k in range(1 + depth):
+            for i in range(T):
+                if j <= i + k:
+                    assert moved_KT[k, i] > 1e-4, (j, k, i)
+                else:
+                    assert moved_KT[k, i] < 1e-5, (j, k, i)
+
+        # Targets made from the tokens move exactly one place of each head: i = j - k - 1.
+        expected = [[k, j - k - 1] for k in range(1 + depth) if 0 <= j - k - 1 < T]
+        assert (make_targets(tokens_BS, depth) != batch.targets)[0].nonzero().tolist() == expected
+
+
+def composed_losses(model: Transformer, batch: Batch, mistake: str = "") -> list[float]:
+    """Eq. 21-25 with the norms, the concatenation, the head and the cross-entropy spelled out; fp64 from the logits on.
+
+    Blocks are the model's own: transformers checks those. With `mistake`, a plausible slip.
+    """
+    depth, T = model.config.mtp_depth, batch.targets.shape[-1]
+    E_VD, head_VD = model.embed_tokens.weight, model.lm_head.weight
+    h_BTD = E_VD[batch.tokens[:, :T]]
+    at = rotation(model.config, torch.arange(T))
+    for block in model.layers:
+        h_BTD = block(h_BTD, at, batch.mask[:, :T])[0]
+    out_BTD = rms_norm(h_BTD, model.norm.weight)
+    totals = [cross_entropy(out_BTD @ head_VD.T, batch.tokens[:, 1 : T + 1])]
+    if mistake != "h_0 before the final norm":
+        h_BTD = out_BTD
+    for k, module in enumerate(model.mtp, start=1):
+        shift = k + (mistake == "embedding one late") - (mistake == "embedding one early")
+        embedding_BTD = E_VD[batch.tokens[:, shift : shift + T]]
+        if mistake == "embedding of module 1 in every module":
+            embedding_BTD = E_VD[batch.tokens[:, 1 : 1 + T]]
+        halves = [rms_norm(embedding_BTD, module.enorm.weight), rms_norm(h_BTD, module.hnorm.weight)]
+        if mistake == "hidden state first":
+            halves.reverse()
+        if mistake == "norms exchanged":
+            halves = [rms_norm(embedding_BTD, module.hnorm.weight), rms_norm(h_BTD, module.enorm.weight)]
+        joined_BTD = torch.cat(halves, -1) @ module.eh_proj.weight.T  # eq. 21
+        still = rotation(model.config, torch.zeros(T, dtype=torch.int64))
+        positions = still if mistake == "all positions 0" else at
+        h_BTD = module.block(joined_BTD, positions, batch.mask[:, k : k + T])[0]  # eq. 22
+        out_BTD = rms_norm(h_BTD, model.norm.weight if mistake == "the main model's norm" else module.norm.weight)
+        place = k + 1 - (mistake == "targets of the head before")
+        totals.append(cross_entropy(out_BTD @ head_VD.T, batch.tokens[:, place : place + T]))  # eq. 23, 24
+        if mistake == "normed output to the next module":
+            h_BTD = out_BTD
+    assert len(totals) == 1 + depth
+    return totals
+
+
+MISTAKES = [
+    "h_0 before the final norm",
+    "embedding one early",
+    "embedding one late",
+    "embedding of module 1 in every module",
+    "hidden state first",
+    "norms exchanged",
+    "all positions 0",
+    "the main model's norm",
+    "targets of the head before",
+    "normed output to the next module",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> float:
+    log_p = logits_BTV.double().log_softmax(-1)
+    return -log_p.gather(-1, targets_BT[..., None]).sum().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth, T", [(0, 12), (1, 12), (2, 12), (3, 12), (2, 2), (2, 1)])
+def test_losses_equal_the_equations(depth, T):
+    model = small_model(small_config(num_nextn_predict_layers=depth))
+    batch = clear_batch(model, T=T)
+    losses = model.losses(*batch)
+    assert losses.nll_K.tolist() == pytest.approx(composed_losses(model, batch), rel=2e-6)
+    assert len(losses.counts_LE) == len(losses.balance_L) == 2 + depth  # the modules' routers report, too
+    assert losses.counts_LE.sum(1).tolist() == [2 * T * 3] * (2 + depth)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_gives_another_loss_on_these_inputs(mistake):
+    model = small_model(small_config(num_nextn_predict_layers=2))
+    batch = clear_batch(model)
+    right, wrong = composed_losses(model, batch), composed_losses(model, batch, mistake)
+    assert max(abs(a / b - 1) for a, b in zip(right, wrong, strict=True)) > 1e-3
+
+
+@torch.no_grad()
+def test_heads_before_the_last_do_not_depend_on_the_depth():
+    models = [small_model(small_config(num_nextn_predict_layers=depth)) for depth in (0, 1, 2)]
+    models[0].load_state_dict(models[2].state_dict(), strict=False)
+    models[1].load_state_dict(models[2].state_dict(), strict=False)
+    batch = clear_batch(models[2])
+    deepest = models[2].losses(*batch)
+    for depth in (0, 1):
+        losses = models[depth].losses(batch.tokens, batch.mask, batch.targets[:, : 1 + depth])
+        assert torch.equal(losses.nll_K, deepest.nll_K[: 1 + depth])
+        assert torch.equal(losses.counts_LE, deepest.counts_LE[: 2 + depth])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_one_parameter_for_all_depths(tied):
+    names = {}
+    for depth in (0, 2):
+        model = Transformer(small_config(num_nextn_predict_layers=depth, tie_word_embeddings=tied))
+        names[depth] = {name for name, p in model.named_parameters() if model.config.vocab_size in p.shape}
+    assert names[0] == names[2] == {"embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+
+    # Not copies: the loss of the last module alone reaches both, and rows of the embedding that only it looks up.
+    model = small_model(model.config)
+    batch = small_batch(model.config, B=1, T=4)
+    batch.tokens[0] = torch.arange(7)
+    model.losses(*batch).nll_K[2].backward()
+    rows_V = model.embed_tokens.weight.grad.abs().sum(1) > 0
+    assert rows_V[:6].all()  # i + 2 for the last i, 3
+    assert model.lm_head.weight.grad.abs().min(1).values.min() > 0
+    assert tied or not rows_V[6:].any()  # token 6 is only a target
+
+
+@torch.no_grad()
+def test_positions_of_a_module_count_as_the_main_models():
+    # Rotations are relative, so module k may count from 0 or from k: but its places must be one apart, in order.
+    config = small_config(num_nextn_predict_layers=1)
+    model = small_model(config)
+    x_BTD = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.ones(2, 9, dtype=torch.bool)
+    outputs = [
+        model.mtp[0](x_BTD, x_BTD.flip(0), rotation(config, positions), mask_BT)[0]
+        for positions in (torch.arange(9), torch.arange(9) + 5, 2 * torch.arange(9), torch.arange(9).flip(0))
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=2e-5)
+    assert (outputs[0] - outputs[2]).abs().max() > 1e-2
+    assert (outputs[0] - outputs[3]).abs().max() > 1e-2
+
+
+def test_sums_over_uneven_samples_add_up_to_the_batchs():
+    # 11, 3, 1 and 0 valid targets of the main head; none at all for the modules in the last two: sums, not means, so
+    # that any grouping of samples gives the same mean over the global count.
+    config = small_config(num_nextn_predict_layers=2)
+    model = small_model(config)
+    batch = clear_batch(model, B=4, T=11, padding=(2, 10, 12, 13))
+    valid_BK = (batch.targets != IGNORE).sum(-1)
+    assert valid_BK.tolist() == [[11, 10, 9], [3, 2, 1], [1, 0, 0], [0, 0, 0]]
+    whole = model.losses(*batch)
+    whole.nll_K.sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    parts = [model.losses(*(t[b : b + 1] for t in batch)) for b in range(4)]
+    for part in parts:
+        part.nll_K.sum().backward()
+        assert torch.isfinite(part.nll_K).all()
+    torch.testing.assert_close(torch.stack([part.nll_K for part in parts]).sum(0), whole.nll_K, rtol=1e-6, atol=0)
+    assert parts[2].nll_K[1:].tolist() == [0, 0] and parts[3].nll_K.tolist() == [0, 0, 0]
+    assert torch.equal(torch.stack([part.counts_LE for part in parts]).sum(0), whole.counts_LE)
+    for name, parameter in model.named_parameters():
+        difference = (parameter.grad - gradients[name]).abs().max()
+        assert difference <= 1e-5 * gradients[name].abs().max(), name
+
+
+def test_a_sample_without_any_target_gives_zero_gradients():
+    model = small_model(small_config(num_nextn_predict_layers=2))
+    batch = small_batch(model.config, B=1, T=5, padding=(8,))
+    losses = model.losses(*batch)
+    (losses.nll_K.sum() + losses.balance_L.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() == 0, name
+    assert losses.nll_K.tolist() == [0, 0, 0] and losses.counts_LE.sum() == 0

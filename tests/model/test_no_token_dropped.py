@@ -1,0 +1,151 @@
+"""The grouped experts against a plain loop, however uneven the load: no capacity, nothing dropped, nothing invented."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_lightning.model.experts import Experts, grouped_linear
+from dsv3_lightning.model.moe import MoE
+
+from .small import small_config
+
+D, E, K, N = 32, 8, 3, 50
+
+
+def expert_loop(x_ND, experts_NK, gates_NK, gate_up, down) -> Tensor:
+    """V3 eq. 12, the routed part, token by token in fp64; differentiable."""
+    rows = []
+    for n in range(len(x_ND)):
+        row = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+        for k in range(experts_NK.shape[1]):
+            e = experts_NK[n, k]
+            gate, up = (x_ND[n] @ gate_up[e]).split(gate_up.shape[2] // 2)
+            row = row + gates_NK[n, k] * ((F.silu(gate) * up) @ down[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def same_for_all(*experts: int) -> Tensor:
+    return torch.tensor(experts).expand(N, -1)
+
+
+def random_experts(chosen: int) -> Tensor:
+    return torch.rand(N, E, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :chosen]
+
+
+LOADS = {
+    "all tokens on the first experts": same_for_all(0, 1, 2),
+    "all tokens on the last experts": same_for_all(5, 6, 7),
+    "empty experts before, between and after": same_for_all(1, 4, 6),
+    "one expert each, all on one": same_for_all(3),
+    "all but one token on the same experts": torch.cat((same_for_all(2, 0, 5)[1:], torch.tensor([[7, 1, 3]]))),
+    "every expert for every token": random_experts(E),
+    "at random": random_experts(K),
+    "a single token": torch.tensor([[6, 0, 4]]),
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_outputs_and_gradients_equal_a_loop_over_experts(load):
+    experts_NK = LOADS[load]
+    tokens, chosen = experts_NK.shape
+    generator = torch.Generator().manual_seed(0)
+    module = Experts(small_config())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    x_ND = torch.randn(tokens, D, generator=generator).requires_grad_()
+    gates_NK = torch.rand(tokens, chosen, generator=generator).requires_grad_()  # not normalized, not sorted
+    grad_ND = torch.randn(tokens, D, generator=generator)
+
+    inputs = [x_ND, gates_NK, module.gate_up_proj, module.down_proj]
+    out_ND = module(x_ND, experts_NK, gates_NK)
+    gradients = torch.autograd.grad(out_ND, inputs, grad_ND)
+
+    x, gates, gate_up, down = exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected_ND = expert_loop(x, experts_NK, gates, gate_up, down)
+    torch.testing.assert_close(out_ND.double(), expected_ND, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, torch.autograd.grad(expected_ND, exact, grad_ND.double()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    idle = [e for e in range(E) if e not in experts_NK]
+    assert all(gradient[idle].abs().sum() == 0 for gradient in gradients[2:])
+
+
+def test_the_first_half_of_gate_up_is_the_one_that_is_activated():
+    module = Experts(small_config(hidden_size=4, moe_intermediate_size=4))
+    with torch.no_grad():
+        module.gate_up_proj.copy_(torch.cat((torch.eye(4), 2 * torch.eye(4)), 1).expand(E, -1, -1))
+        module.down_proj.copy_(torch.eye(4).expand(E, -1, -1))
+        out = module(torch.tensor([[1.0, -1.0, 0.0, 3.0]]), torch.tensor([[2]]), torch.tensor([[1.0]]))
+    # silu(x) · 2x; the other way round silu(2x) · x is 0.88 · 2 / 1 for x = 1
+    expected = [2 * x * x / (1 + torch.tensor(-x).exp().item()) for x in (1.0, -1.0, 0.0, 3.0)]
+    assert out[0].tolist() == pytest.approx(expected)
+
+
+def test_the_worst_skew_drops_nothing():
+    # A bias of 100 sends every token to experts 4, 5 and 6, which lie in two of the four groups.
+    moe = MoE(small_config())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+        moe.gate.expert_bias[4:7] = 100
+    x_BTD = torch.randn(2, 40, D, generator=generator)
+    out_BTD, stats = moe(x_BTD, torch.ones(2, 40, dtype=torch.bool))
+    assert stats.counts_E.tolist() == [0, 0, 0, 0, 80, 80, 80, 0]
+    out_BTD.square().sum().backward()
+    for parameter in moe.experts.parameters():
+        used_E = parameter.grad.abs().amax((1, 2)) > 0
+        assert used_E.tolist() == [False] * 4 + [True] * 3 + [False]
+
+    x_ND = x_BTD.flatten(0, 1).double()
+    affinities_NK = (x_ND @ moe.gate.weight.double().T).sigmoid()[:, 4:7]
+    gates_NK = 2.5 * affinities_NK / affinities_NK.sum(1, keepdim=True)
+    experts_NK = torch.tensor([4, 5, 6]).expand(80, -1)
+    routed_ND = expert_loop(x_ND, experts_NK, gates_NK, *(p.detach().double() for p in moe.experts.parameters()))
+    gate, up, down = (p.detach().double().T for p in moe.shared_experts.parameters())
+    shared_ND = (F.silu(x_ND @ gate) * (x_ND @ up)) @ down
+    torch.testing.assert_close(out_BTD.flatten(0, 1).double(), routed_ND + shared_ND, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_counts_add_up_to_the_tokens_times_k(skewed):
+    moe = MoE(small_config())
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+        moe.gate.expert_bias[0] = 100.0 * skewed
+    x_BTD = torch.randn(3, 17, D, generator=torch.Generator().manual_seed(1))
+    mask_BT = torch.arange(17) < torch.tensor([[17], [4], [0]])
+    counts_E = moe(x_BTD, mask_BT)[1].counts_E
+    assert counts_E.sum() == (17 + 4) * K
+    assert counts_E[0] == 21 or not skewed
+
+
+def test_what_a_token_gets_does_not_depend_on_its_company():
+    # With a capacity, a token behind many others for the same experts would get less.
+    moe = MoE(small_config())
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    x_BTD = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(1))
+    alone, _ = moe(x_BTD, torch.ones(1, 1, dtype=torch.bool))
+    crowd, _ = moe(x_BTD.expand(1, 500, D), torch.ones(1, 500, dtype=torch.bool))
+    torch.testing.assert_close(crowd, alone.expand_as(crowd), rtol=1e-5, atol=1e-6)
+
+
+def test_the_grouped_product_of_empty_groups_is_the_loops():
+    generator = torch.Generator().manual_seed(0)
+    x_SD = torch.randn(10, 8, generator=generator, requires_grad=True)
+    weight_EDF = torch.randn(5, 8, 12, generator=generator, requires_grad=True)
+    ends_E = torch.tensor([0, 4, 4, 10, 10])
+    y_SF = grouped_linear(x_SD, weight_EDF, ends_E)
+    expected = torch.cat((x_SD[:4] @ weight_EDF[1], x_SD[4:] @ weight_EDF[3]))
+    torch.testing.assert_close(y_SF, expected)
+    grad = torch.randn(10, 12, generator=generator)
+    inputs = (x_SD, weight_EDF)
+    for got, want in zip(
+        torch.autograd.grad(y_SF, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(got, want)

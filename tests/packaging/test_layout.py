@@ -1,0 +1,79 @@
+"""The house's rules: who may import whom, one name per module, and every package in the wheel's list."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dsv3_lightning"
+# A file imports from its own folder or from lower floors. Folders on one floor don't know each other; the command
+# line's floor has steps: settings, what the verbs do, the table of verbs.
+FLOORS = {
+    "errors": 0, "model": 1, "data": 1, "parallel": 2, "hub": 2, "inference": 2, "planning": 2, "training": 3,
+    "callbacks": 4, "config": 5, "commands": 6, "cli": 7, "__main__": 8,
+}  # fmt: skip
+FORBIDDEN = {"model": ("lightning", "torch.distributed"), "data": (), "planning": ("torch", "lightning", "numpy")}
+
+
+def sources(folder: Path) -> list[Path]:
+    hidden = {".venv", "build", "dist"}
+    return [path for path in sorted(folder.rglob("*.py")) if not hidden & set(path.relative_to(folder).parts)]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, inside functions too: `a.b` and `a.b.c` for `from a.b import c`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+
+
+def folder_of(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+def package_files() -> Iterator[tuple[str, Path]]:
+    for path in sources(PACKAGE):
+        yield folder_of(path.relative_to(PACKAGE).parts), path
+    for path in sources(ROOT / "callbacks"):  # the symlink is not followed
+        yield "callbacks", path
+
+
+def test_imports_go_down():
+    for folder, path in package_files():
+        if folder == "__init__":
+            continue
+        for name in imports(path):
+            assert not name.startswith("."), f"{path.relative_to(ROOT)}: imports are absolute in the package"
+            first, *rest = name.split(".")
+            if first == "dsv3_lightning" and rest and rest[0] in FLOORS and rest[0] != folder:
+                assert FLOORS[rest[0]] < FLOORS[folder], f"{path.relative_to(ROOT)} imports {name}"
+            for banned in FORBIDDEN.get(folder, ()):
+                assert not f"{name}.".startswith(f"{banned}."), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_folder_has_a_floor():
+    assert {folder for folder, _ in package_files()} - {"__init__"} <= set(FLOORS)
+
+
+def test_nothing_imports_callbacks_by_its_top_level_name():
+    """It would work from the repository's root, and give every class a second time."""
+    for path in sources(ROOT):
+        assert not [name for name in imports(path) if name.split(".")[0] in ("callbacks", "configs")], path
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert not re.search(r"class_path:\s*callbacks\.", path.read_text(encoding="utf-8")), path
+
+
+def test_every_package_on_disk_is_in_the_wheels_list():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # read as text: tomllib came with Python 3.11
+    listed = set(re.findall(r'^    "(dsv3_lightning[\w.]*)",$', project, re.MULTILINE))
+    on_disk = {".".join(path.parent.relative_to(ROOT).parts) for path in sources(PACKAGE)}
+    assert listed == on_disk | {"dsv3_lightning.callbacks", "dsv3_lightning.configs"}
+
+
+def test_symlinks_lead_to_the_real_folders():
+    for name in ("callbacks", "configs"):
+        assert (PACKAGE / name).resolve() == ROOT / name
