@@ -40,15 +40,16 @@ def main() -> None:
         write_random_tokens(Path(name), arguments.documents, arguments.median, arguments.vocab_size)
         file = TokenFile(Path(name), "train")
         start = time.perf_counter()
-        index = pack(file.offsets(), arguments.sequence_length, arguments.mtp_depth)
+        length, depth = arguments.sequence_length, arguments.mtp_depth
+        index = pack(file.offsets(), length, depth)
         packed = time.perf_counter() - start
-        dataset = PackedDataset(file, index, arguments.sequence_length, arguments.mtp_depth, 0, mask_document_ends=False)
+        dataset = PackedDataset(file, index, length, depth, pad_id=0, mask_document_ends=False)
         rates = [measure(dataset, arguments) for _ in range(arguments.repeats)]
-    filled = len(file.tokens) / len(index) / (arguments.sequence_length + 1)
+    filled, rate = len(file.tokens) / len(index) / (length + 1), statistics.median(rates) / 1e6
+    spread = f"median of {arguments.repeats}; {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f}"
     print(f"{arguments.documents} documents, {len(file.tokens) / 1e6:.1f} M tokens, packed in {packed:.2f} s")
-    print(f"{len(index)} samples of {arguments.sequence_length + 1} places, {filled:.2%} filled")
-    print(f"{statistics.median(rates) / 1e6:.1f} M tokens/s (median of {arguments.repeats}; {min(rates) / 1e6:.1f} "
-          f"to {max(rates) / 1e6:.1f})")  # fmt: skip
+    print(f"{len(index)} samples of {length + 1} places, {filled:.2%} filled")
+    print(f"{rate:.1f} M tokens/s ({spread})")
 
 
 def write_random_tokens(folder: Path, documents: int, median: int, vocab_size: int) -> None:

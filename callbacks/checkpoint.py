@@ -87,7 +87,9 @@ class Checkpoint(CheckpointBase):
         folder, loss = checkpoint_folder(trainer), latest_scalars(trainer)["val/loss"]
         best = best_files(folder)
         if len(best) < self.keep_best or loss < best[-1][0]:
-            trainer.save_checkpoint(folder / f"best-step={trainer.global_step}-loss={loss:.4f}.ckpt", weights_only=False)
+            trainer.save_checkpoint(
+                folder / f"best-step={trainer.global_step}-loss={loss:.4f}.ckpt", weights_only=False
+            )
             if trainer.is_global_zero:
                 for _, path in best_files(folder)[self.keep_best :]:
                     path.unlink()

@@ -42,7 +42,8 @@ class Progress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not stepped(trainer, batch_idx) or not is_log_step(trainer, step) or not trainer.is_global_zero:
+        last = step == trainer.max_steps
+        if not (stepped(trainer, batch_idx) and trainer.is_global_zero and (last or is_log_step(trainer, step))):
             return
         scalars = latest_scalars(trainer)
         parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in COLUMNS.items() if name in scalars]
@@ -52,7 +53,9 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             scalars = latest_scalars(trainer)
-            parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in VALIDATION.items() if name in scalars]
+            parts = [
+                f"{label} {form.format(scalars[name])}" for name, (label, form) in VALIDATION.items() if name in scalars
+            ]
             print(f"validation after step {trainer.global_step}:", *parts, sep="  ", flush=True)
 
 

@@ -51,7 +51,11 @@ class RouterMonitor(Callback):
         self.recent = [*self.recent, *vio_SL.mean(1).tolist()][-50:]
         counts_LE = counts_SLE.sum(0).double()
         load_LE = counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1e-9)
-        values = {"balance/max_vio": vio_SL.mean(), "balance/load_max": load_LE.max(), "balance/load_min": load_LE.min()}
+        values = {
+            "balance/max_vio": vio_SL.mean(),
+            "balance/load_max": load_LE.max(),
+            "balance/load_min": load_LE.min(),
+        }
         values |= {f"balance/max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_SL.mean(0))}
         log_scalars(trainer, {name: float(value) for name, value in values.items()})
         if draw:
@@ -70,7 +74,13 @@ class RouterMonitor(Callback):
         self.val_max_vio = None
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         counts_LE = outputs["expert_counts"]
         if self.val_max_vio is None:

@@ -58,7 +58,9 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir)
         report = self.facts(trainer, pl_module)
         history = scalar_history(folder)
-        curves({tag: history[tag] for tag in CURVES if tag in history}, "loss, nats per token").savefig(folder / "loss.png")
+        curves({tag: history[tag] for tag in CURVES if tag in history}, "loss, nats per token").savefig(
+            folder / "loss.png"
+        )
         biases = [router.expert_bias for router in routers_of(pl_module)]
         if biases:
             heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0).savefig(folder / "bias.png")
@@ -167,6 +169,6 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
     return (
         f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{pictures}\n"
         f"## What it writes\n\n{written}\n\n"
-        f"## Next\n\n`dsv3 generate {folder} --prompt \"def \"` continues a prompt; "
+        f'## Next\n\n`dsv3 generate {folder} --prompt "def "` continues a prompt; '
         f"`tensorboard --logdir {folder.parent}` shows every curve.\n"
     )

@@ -14,7 +14,20 @@ from dsv3_lightning.callbacks.run_report import scalar_history
 from dsv3_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("argparse", "ast", "calendar", "configparser", "difflib", "inspect", "optparse", "pathlib", "tarfile", "typing")
+MODULES = (
+    "argparse",
+    "ast",
+    "calendar",
+    "configparser",
+    "difflib",
+    "inspect",
+    "optparse",
+    "pathlib",
+    "tarfile",
+    "typing",
+)
+
+QUIET = ["trainer.precision=32", "trainer.log_every_n_steps=1", "callbacks.throughput.peak_flops=1e11"]
 
 
 @dataclass
@@ -43,7 +56,14 @@ class Nano:
     common: list[str]
 
     def arguments(self, name: str, overrides: tuple[str, ...]) -> list[str]:
-        return ["run", str(ROOT / "configs/nano.yaml"), f"run.dir={self.base / 'runs'}", f"run.name={name}", *self.common, *overrides]
+        return [
+            "run",
+            str(ROOT / "configs/nano.yaml"),
+            f"run.dir={self.base / 'runs'}",
+            f"run.name={name}",
+            *self.common,
+            *overrides,
+        ]
 
     def run(self, name: str, *overrides: str) -> Run:
         """In this process, which is fast."""
@@ -84,5 +104,4 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def nano(tmp_path: Path, data_cache: list[str]) -> Nano:
     torch.set_num_threads(2)
-    quiet = ["callbacks.sample_text=null", "callbacks.throughput.peak_flops=1e11"]
-    return Nano(tmp_path, [*data_cache, *quiet, "trainer.precision=32", "trainer.max_steps=20", "trainer.log_every_n_steps=1"])
+    return Nano(tmp_path, [*data_cache, *QUIET, "callbacks.sample_text=null", "trainer.max_steps=20"])

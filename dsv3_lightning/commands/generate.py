@@ -44,7 +44,11 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 def load_model(path: Path, config: ModelConfig) -> Transformer:
     """The model with a checkpoint's weights, fp32, on CPU. Raises ConfigError where keys or shapes differ."""
-    weights = {key.removeprefix("model."): value for key, value in read_checkpoint(path)["state_dict"].items() if key.startswith("model.")}
+    weights = {
+        key.removeprefix("model."): value
+        for key, value in read_checkpoint(path)["state_dict"].items()
+        if key.startswith("model.")
+    }
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")

@@ -1,7 +1,9 @@
 """`dsv3 run`: builds the objects that a configuration names, and starts or continues the run."""
 
 import logging
+import os
 import shutil
+import socket
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +18,7 @@ from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, b
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
+from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dsv3_lightning.training.dashboard import RunLogger
@@ -32,6 +35,7 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
         folder.claim(tree, sources)
         print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
         return 0
+    refuse_taken_port(config)
     callbacks = build_callbacks(config)
     start = folder.resume_from()
     precision, reason = resolve_precision(config, folder)
@@ -57,7 +61,9 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     return 0
 
 
-def build_trainer(config: Config, folder: RunFolder, logger: RunLogger, callbacks: list[Any], precision: str) -> Trainer:
+def build_trainer(
+    config: Config, folder: RunFolder, logger: RunLogger, callbacks: list[Any], precision: str
+) -> Trainer:
     """Lightning's Trainer. A run is one endless stream of samples, so that epochs never cut a step short."""
     arguments = build_trainer_arguments(config)
     del arguments["precision"]
@@ -66,12 +72,14 @@ def build_trainer(config: Config, folder: RunFolder, logger: RunLogger, callback
     arguments["val_check_interval"] *= accumulate
     if isinstance(arguments["limit_val_batches"], int):
         arguments["limit_val_batches"] *= accumulate
+    more = arguments.pop("logger", None) or []
+    more_loggers = list(more) if isinstance(more, list | tuple) else [more]
     kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
     return Trainer(
         **arguments,
         strategy=build_strategy(config),
         plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
-        logger=logger,
+        logger=[logger, *more_loggers],
         callbacks=callbacks,
         default_root_dir=folder.path,
         max_epochs=-1,
@@ -93,6 +101,19 @@ def run_device(config: Config) -> torch.device:
     return available or torch.device("cpu")
 
 
+def refuse_taken_port(config: Config) -> None:
+    """Where this process is to launch the other ranks: a port that is in use would leave them all waiting."""
+    port, launched = os.environ.get("MASTER_PORT"), {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+    if port is None or launched or config.trainer["devices"] in (1, "auto"):
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(f"MASTER_PORT={port}: can't be used ({error}); unset it, and a free one is taken") from None
+
+
 def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
     """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
     if config.trainer["precision"] != "auto":
@@ -112,7 +133,9 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     counts = count_parameters(config.model)
     max_steps = config.trainer["max_steps"]
     tokens = max_steps * config.data.batch_size * config.data.sequence_length
-    print(f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; {max_steps:,} steps, {tokens:,} tokens")
+    print(
+        f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; {max_steps:,} steps, {tokens:,} tokens"
+    )
     print(f"{reason}; dashboard: tensorboard --logdir {config.run.dir}")
     print(f"continuing after step {start[1]} from {start[0]}" if start else "starting anew", flush=True)
 
@@ -122,4 +145,5 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

@@ -59,9 +59,13 @@ class RunFolder:
         if differing:
             shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differing.items())[:4])
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            raise ConfigError(f"{self.path}: a run with other settings is there ({shown}{more}); choose another run.name")
+            raise ConfigError(
+                f"{self.path}: a run with other settings is there ({shown}{more}); choose another run.name"
+            )
         if self.config.run.resume is False and (step_files(self.path / "checkpoints") or self.finished()):
-            raise ConfigError(f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto")
+            raise ConfigError(
+                f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
+            )
 
     def finished(self) -> bool:
         """Whether the run's report says that its last step is done."""

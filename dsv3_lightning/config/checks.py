@@ -36,7 +36,6 @@ ELSEWHERE = {  # arguments of Lightning's that another setting decides
     "callbacks": "callbacks have a section of their own, `callbacks:`",
     "strategy": "the strategy stands at the top level, `strategy:`",
     "default_root_dir": "the run's folder is run.dir/run.name",
-    "logger": "a run writes TensorBoard events to its own folder",
     "plugins": "precision and checkpoint files are set by trainer.precision and callbacks.checkpoint",
     "enable_checkpointing": "set callbacks.checkpoint, null for none",
     "enable_progress_bar": "set callbacks.progress, null for none",

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -20,6 +21,8 @@ from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
+
+OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolve()  # a top-level folder in a checkout
 
 
 def check_objects(config: Config) -> None:
@@ -77,14 +80,15 @@ def import_class(class_path: Any, base: type, path: str) -> type:
         sys.path.append(os.getcwd())  # the scripts `dsv3` and `lightning` start without it, `python -m` with it
     if not module:
         raise ConfigError(f"{where}: must be the full name of a class, such as package.module.Class")
-    if f"dsv3_lightning.{class_path}" in CALLBACKS.values():  # in a checkout this would import the class a second time
-        raise ConfigError(f"{where}: write dsv3_lightning.{class_path}")
     try:
-        found = getattr(importlib.import_module(module), name)
+        source = getattr(importlib.import_module(module), "__file__", None) or ""
+        found = getattr(sys.modules[module], name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{where}: is not a subclass of Lightning's {base.__name__}")
+    if OUR_CALLBACKS in Path(source).resolve().parents and not module.startswith("dsv3_lightning."):
+        raise ConfigError(f"{where}: write dsv3_lightning.{class_path}, or the class exists twice")
     return found
 
 

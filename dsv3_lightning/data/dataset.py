@@ -61,7 +61,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         }
         if self.bytes_per_token is not None:
             main = targets[:, 0]
-            batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[main]).sum(1)
+            batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

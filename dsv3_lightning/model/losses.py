@@ -76,4 +76,3 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-

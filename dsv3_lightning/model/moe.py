@@ -59,5 +59,3 @@ class MoE(nn.Module):
             scores_NE.unflatten(0, x_BTD.shape[:2]), experts_NK.unflatten(0, x_BTD.shape[:2]), mask_BT
         )
         return out_BTD, RouterStats(count_tokens(experts_NK, mask_BT.flatten(), E), balance)
-
-

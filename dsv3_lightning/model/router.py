@@ -37,7 +37,9 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor) -> Routing:
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.weight.float())
-            scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)  # eq. 15
+            scores_NE = (
+                logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+            )  # eq. 15
             experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config)
             return Routing(experts_NK, gates_NK, scores_NE)
 

@@ -29,7 +29,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(beside, path)
         sync_folder(path.parent)
 
-    def load_checkpoint(self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
 
 
@@ -52,7 +54,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
     missing = [key for key in PARTS if key not in checkpoint]
-    if not any(POSITION[0] in key and POSITION[1] in value for key, value in checkpoint.items() if isinstance(value, dict)):
+    if not any(
+        POSITION[0] in key and POSITION[1] in value for key, value in checkpoint.items() if isinstance(value, dict)
+    ):
         missing.append("data position")
     if missing:
         raise ConfigError(f"{path}: not a checkpoint of a run that can go on; it lacks {', '.join(missing)}")

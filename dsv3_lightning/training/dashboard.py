@@ -55,5 +55,7 @@ class RunLogger(TensorBoardLogger):
 def flatten(tree: Any, key: str = "") -> dict[str, Any]:
     """{dotted key: number, text or truth value}; lists and null as text."""
     if isinstance(tree, dict):
-        return {path: value for name in tree for path, value in flatten(tree[name], f"{key}.{name}".lstrip(".")).items()}
+        return {
+            path: value for name in tree for path, value in flatten(tree[name], f"{key}.{name}".lstrip(".")).items()
+        }
     return {key: tree if isinstance(tree, bool | int | float | str) else str(tree)}

@@ -69,7 +69,10 @@ class PretrainModule(pl.LightningModule):
             loss = loss + self.mtp_weight * mean_K[1:].mean()
         self.train_loss.update(losses.nll_K, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
-        self.balance_sum, self.balance_count = self.balance_sum + losses.balance_L.detach().sum(), self.balance_count + 1
+        self.balance_sum, self.balance_count = (
+            self.balance_sum + losses.balance_L.detach().sum(),
+            self.balance_count + 1,
+        )
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
     def configure_gradient_clipping(

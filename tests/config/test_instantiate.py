@@ -10,7 +10,13 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from dsv3_lightning import callbacks as ours
 from dsv3_lightning.config.compose import compose
-from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments, check_objects
+from dsv3_lightning.config.instantiate import (
+    OUR_CALLBACKS,
+    build_callbacks,
+    build_strategy,
+    build_trainer_arguments,
+    check_objects,
+)
 from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.errors import ConfigError
@@ -134,10 +140,6 @@ ARGUMENTS = "speed, n, pairs, until"
             "{class_path: json.JSONDecoder}",
             'callbacks.mine.class_path="json.JSONDecoder": is not a subclass of Lightning\'s Callback',
         ),
-        (  # from a checkout's top folder this would be a second class object
-            "{class_path: callbacks.ExpertBias}",
-            'callbacks.mine.class_path="callbacks.ExpertBias": write dsv3_lightning.callbacks.ExpertBias',
-        ),
     ],
 )
 def test_a_wrong_block_is_told_in_one_line(block: str, expected: str):
@@ -163,7 +165,8 @@ def test_trainer_arguments_are_lightnings_own_and_typed():
         (
             "profiler",
             {"class_path": "no.Such"},
-            "trainer.profiler={\"class_path\": \"no.Such\"}: Problem with given class_path 'no.Such': No module named 'no'",
+            'trainer.profiler={"class_path": "no.Such"}: '
+            "Problem with given class_path 'no.Such': No module named 'no'",
         ),
     ],
 )
@@ -189,3 +192,16 @@ def test_a_strategy_is_lightnings_name_or_a_class():
 def test_every_preset_names_objects_that_exist():
     for name in ("nano", "laptop", "v2-lite", "moonlight", "v3"):
         check_objects(check(compose([name]).tree))
+
+
+def test_our_callbacks_have_one_name(monkeypatch: pytest.MonkeyPatch):
+    """From a checkout's top folder `callbacks.…` works as well, and would be a second class object."""
+    monkeypatch.syspath_prepend(str(OUR_CALLBACKS.parent))
+    with pytest.raises(ConfigError) as caught:
+        mine("{class_path: callbacks.expert_bias.ExpertBias, init_args: {speed: 1}}", "other")
+    for name in [name for name in sys.modules if name.split(".")[0] == "callbacks"]:
+        del sys.modules[name]
+    assert str(caught.value) == (
+        'callbacks.other.class_path="callbacks.expert_bias.ExpertBias": '
+        "write dsv3_lightning.callbacks.expert_bias.ExpertBias, or the class exists twice"
+    )

@@ -55,7 +55,8 @@ def test_an_mtp_module_more_leaves_all_others_as_they_are():
 
 def test_a_layer_more_leaves_all_others_as_they_are():
     assert_equal_where_shared(
-        initial(num_hidden_layers=3, num_nextn_predict_layers=1), initial(num_hidden_layers=4, num_nextn_predict_layers=1)
+        initial(num_hidden_layers=3, num_nextn_predict_layers=1),
+        initial(num_hidden_layers=4, num_nextn_predict_layers=1),
     )
 
 
@@ -67,11 +68,9 @@ def test_tying_the_head_leaves_all_others_as_they_are():
 
 
 def test_no_two_matrices_are_alike():
-    # One stream restarted for each parameter would make equal shapes equal, and prefixes of one another.
-    state = initial(num_nextn_predict_layers=2)
-    starts = {name: tensor.flatten()[:16] for name, tensor in state.items() if tensor.dim() > 1}
-    unlike = [(a != b).any() for a, x in starts.items() for b, y in starts.items() if a < b and torch.equal(x, y)] if False else []
-    assert not unlike
+    # One stream begun anew for each parameter would make equal shapes equal, and others begin alike.
+    starts = [tuple(tensor.flatten()[:4].tolist()) for tensor in initial().values() if tensor.dim() > 1]
+    assert len(set(starts)) == len(starts) > 30
 
 
 @pytest.mark.parametrize("std", [0.006, 0.15])
@@ -95,3 +94,12 @@ def test_matrices_are_normal_with_the_given_std_norms_are_1_and_biases_0(std):
 
 def test_weights_made_after_the_meta_device_are_the_same():
     assert_equal_where_shared(initial(), initial(device="meta"))
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="to_empty makes two parameters of one that was on the meta device")
+def test_a_tied_head_stays_tied_after_the_meta_device():
+    with torch.device("meta"):
+        model = Transformer(small_config(tie_word_embeddings=True))
+    model.to_empty(device="cpu").init_weights(1)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert_equal_where_shared(model.state_dict(), initial(tie_word_embeddings=True))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.experts import Experts, grouped_linear
 from dsv3_lightning.model.moe import MoE
 
@@ -149,3 +150,14 @@ def test_the_grouped_product_of_empty_groups_is_the_loops():
         torch.autograd.grad(y_SF, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.xfail(raises=RuntimeError, reason="torch's grouped product wants rows of whole 16 bytes")
+@pytest.mark.parametrize("sizes", [{"hidden_size": 30}, {"moe_intermediate_size": 10}])
+def test_any_size_works_or_is_refused_by_the_configuration(sizes):
+    try:
+        config = small_config(**sizes)
+    except ConfigError:
+        return
+    moe = MoE(config)
+    moe(torch.zeros(1, 2, config.hidden_size), torch.ones(1, 2, dtype=torch.bool))

@@ -54,9 +54,13 @@ def test_v3s_mtp_module_has_the_published_numbers():
 def variants() -> list[ModelConfig]:
     nano = compose(["nano"]).tree["model"]
     changes = [
-        {}, {"num_nextn_predict_layers": 0}, {"num_nextn_predict_layers": 2, "q_lora_rank": None}, {"n_shared_experts": 0},
-        {"first_k_dense_replace": 0, "tie_word_embeddings": True}, {"first_k_dense_replace": 3, "n_shared_experts": 3},
-    ]  # fmt: skip
+        {},
+        {"num_nextn_predict_layers": 0},
+        {"num_nextn_predict_layers": 2, "q_lora_rank": None},
+        {"n_shared_experts": 0},
+        {"first_k_dense_replace": 0, "tie_word_embeddings": True},
+        {"first_k_dense_replace": 3, "n_shared_experts": 3},
+    ]
     return [ModelConfig(**nano | change) for change in changes]
 
 

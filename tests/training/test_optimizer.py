@@ -1,0 +1,72 @@
+"""Which parameters decay, and what a step does to low-precision weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.training.config import OptimizerConfig, Phase
+from dsv3_lightning.training.optimizer import MasterAdamW, build_optimizer
+from tests.model.small import small_config
+
+CONFIG = OptimizerConfig(
+    lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, warmup_steps=0,
+    phases=[Phase(until=1.0, shape="constant", to=1.0)], max_skipped_steps=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_in_one_group_once_and_only_matrices_decay(tied):
+    model = Transformer(small_config(tie_word_embeddings=tied, num_nextn_predict_layers=2))
+    groups = build_optimizer(model, CONFIG).param_groups
+    decayed, free = ({id(p) for p in group["params"]} for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(decayed | free) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in free) == ("norm" in name), name
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_bf16_weights_follow_fp32_ones():
+    """At lr 1e-5 nearly every update of a bf16 weight rounds away without a master copy."""
+    torch.manual_seed(0)
+    full = torch.nn.Parameter(torch.randn(64, 64).bfloat16().float())
+    half = torch.nn.Parameter(full.detach().bfloat16())
+    naive = nn.Parameter(half.detach().clone())
+    start = half.detach().clone()
+    expected = torch.optim.AdamW([full], lr=1e-5, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.1)
+    actual = MasterAdamW([{"params": [half], "weight_decay": 0.1}], lr=1e-5, betas=CONFIG.betas, eps=CONFIG.eps)
+    without = torch.optim.AdamW([naive], lr=1e-5, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.1)
+    for _ in range(300):
+        gradient = (torch.randn(64, 64) + 2).bfloat16()  # mostly one way: 300 steps of 1e-5 add up to 0.003
+        full.grad, half.grad, naive.grad = gradient.float(), gradient, gradient
+        expected.step()
+        without.step()
+        actual.step()
+        actual.zero_grad()
+        assert half.grad is None
+    torch.testing.assert_close(actual.masters[0], full, rtol=0, atol=0)
+    assert torch.equal(half, full.bfloat16())
+    assert (half != start).float().mean() > 3 * (naive != start).float().mean()
+
+
+def test_master_copies_survive_saving_to_the_bit():
+    def make() -> tuple[torch.nn.Parameter, MasterAdamW]:
+        weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        return weight, MasterAdamW([{"params": [weight]}], lr=1e-5)
+
+    def train(weight: torch.nn.Parameter, optimizer: MasterAdamW, steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.full_like(weight, 1.0 + step)
+            optimizer.step()
+
+    weight, optimizer = make()
+    train(weight, optimizer, range(10))
+    resumed_weight, resumed = make()
+    resumed_weight.data.copy_(weight.data)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(weight, optimizer, range(10, 20))
+    train(resumed_weight, resumed, range(10, 20))
+    assert torch.equal(resumed.masters[0], optimizer.masters[0])  # bf16 alone would have forgotten all ten steps
+    assert float(optimizer.masters[0][0, 0]) != 1.0

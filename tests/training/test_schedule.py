@@ -1,0 +1,60 @@
+"""Learning rate and step-wise schedules against the reports' numbers."""
+
+import math
+
+import pytest
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.training.config import Phase
+from dsv3_lightning.training.schedule import check_staircase, lr_factor, staircase
+
+STEPS = 14_800  # a step is 1e9 tokens
+V3 = [  # arXiv 2412.19437 §4.2, in shares of 14.8T tokens
+    Phase(until=10 / 14.8, shape="constant", to=1.0),
+    Phase(until=14.3 / 14.8, shape="cosine", to=0.1),
+    Phase(until=14.633 / 14.8, shape="constant", to=0.1),
+    Phase(until=1.0, shape="constant", to=7.3e-6 / 2.2e-4),
+]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rate"),
+    [
+        (0.0, 2.2e-4 * 1 / 20),  # the first of 20 warm-up steps already moves
+        (0.009, 2.2e-4 * 10 / 20),
+        (5.0, 2.2e-4),
+        (9.999, 2.2e-4),
+        (12.15, (2.2e-4 + 2.2e-5) / 2),  # half of the cosine's 4.3T
+        (11.075, 2.2e-5 + (2.2e-4 - 2.2e-5) * (0.5 + 0.5 * math.cos(math.pi / 4))),  # a quarter of it
+        (14.5, 2.2e-5),
+        (14.7, 7.3e-6),
+    ],
+)
+def test_the_reports_schedule(tokens, rate):
+    assert 2.2e-4 * lr_factor(round(tokens * 1000), STEPS, 20, V3) == pytest.approx(rate, rel=2e-3)
+
+
+def test_warmup_stable_decay_and_the_stairs_of_deepseek_llm():
+    wsd = [Phase(until=0.8, shape="constant", to=1.0), Phase(until=1.0, shape="linear", to=0.0)]
+    assert [lr_factor(step, 100, 10, wsd) for step in (0, 4, 79, 80, 90, 99)] == pytest.approx(
+        [0.1, 0.5, 1, 1, 0.5, 0.05]
+    )
+    stairs = [Phase(until=u, shape="constant", to=to) for u, to in ((0.8, 1.0), (0.9, 0.316), (1.0, 0.1))]
+    assert [lr_factor(step, 100, 0, stairs) for step in (0, 79, 80, 89, 90, 99)] == [1.0, 1.0, 0.316, 0.316, 0.1, 0.1]
+
+
+def test_past_the_end_the_last_value_stays():
+    assert lr_factor(200, 100, 0, [Phase(until=1.0, shape="cosine", to=0.1)]) == pytest.approx(0.1)
+
+
+def test_a_staircase_changes_at_its_shares():
+    steps = [[0.0, 0.3], [0.676, 0.1]]
+    assert [staircase(steps, share) for share in (0.0, 0.675, 0.676, 1.0)] == [0.3, 0.3, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], [[0.1, 1.0]], [[0.0, 1.0], [0.0, 2.0]], [[0.0, -1.0]], [[0.0]], [[0.0, 1.0], [1.5, 0.0]]]
+)
+def test_a_wrong_staircase_is_named(wrong):
+    with pytest.raises(ConfigError, match="callbacks.x.schedule"):
+        check_staircase(wrong, "callbacks.x.schedule")
