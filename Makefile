@@ -12,7 +12,7 @@ help: ## print this list
 setup: $(INSTALLED) ## make .venv and install everything into it, once
 
 train: $(INSTALLED) ## train configs/laptop.yaml: minutes on two cores, no download, no account
-	$(VENV)/bin/lightning run configs/laptop.yaml
+	$(PYTHON) -m dsv3_lightning run configs/laptop.yaml
 
 test: $(INSTALLED) ## run the whole test suite
 	$(PYTHON) -m pytest

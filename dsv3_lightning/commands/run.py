@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -20,6 +21,7 @@ from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.training.allocator import keep_freed_memory
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dsv3_lightning.training.dashboard import RunLogger
 from dsv3_lightning.training.module import PretrainModule
@@ -29,6 +31,7 @@ from dsv3_lightning.training.precision import choose_precision, precision_plugin
 def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     """Trains to the last step, or says that this is done. Returns the exit status."""
     quiet_libraries()
+    keep_freed_memory()
     folder = RunFolder(config)
     first_rank = rank_zero_only.rank == 0
     if first_rank and folder.finished() and config.run.resume == "auto":
@@ -75,21 +78,24 @@ def build_trainer(
     more = arguments.pop("logger", None) or []
     more_loggers = list(more) if isinstance(more, list | tuple) else [more]
     kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
-    return Trainer(
-        **arguments,
-        strategy=build_strategy(config),
-        plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
-        logger=[logger, *more_loggers],
-        callbacks=callbacks,
-        default_root_dir=folder.path,
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_checkpointing="Checkpoint" in kinds,
-        enable_progress_bar="ProgressBar" in kinds,
-        enable_model_summary=False,
-    )
+    try:
+        return Trainer(
+            **arguments,
+            strategy=build_strategy(config),
+            plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
+            logger=[logger, *more_loggers],
+            callbacks=callbacks,
+            default_root_dir=folder.path,
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_checkpointing="Checkpoint" in kinds,
+            enable_progress_bar="ProgressBar" in kinds,
+            enable_model_summary=False,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 
 
 def run_device(config: Config) -> torch.device:

@@ -78,6 +78,8 @@ class RunFolder:
         """The checkpoint to go on from and its step. The same on every rank: a function of the files alone."""
         wanted = self.config.run.resume
         if isinstance(wanted, str) and wanted != "auto":
+            if not Path(wanted).is_file():
+                raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
             return Path(wanted), read_checkpoint(Path(wanted))["global_step"]
         return newest_good(step_files(self.path / "checkpoints")) if wanted == "auto" else None
 

@@ -6,7 +6,6 @@ and end are added as integers. Every string comes back unchanged: decode(encode(
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,9 +17,6 @@ from tokenizers import Tokenizer as Backend
 
 from dsv3_lightning.data.files import FileRecord, native, write_synced
 from dsv3_lightning.errors import ConfigError
-
-# The library warns at every fork of a loader process unless this is set; those processes never tokenize.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
@@ -89,7 +85,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that nothing is ever unknown
             show_progress=False,
         )
-        backend.train_from_iterator((part for text in texts for part in without_endless_words(text)), trainer)
+        pieces = (piece for text in texts for piece in cut(text))
+        backend.train_from_iterator((part for piece in pieces for part in without_endless_words(piece)), trainer)
         return cls(backend.to_str())
 
     def save(self, folder: Path) -> dict[str, FileRecord]:

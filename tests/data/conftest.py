@@ -41,9 +41,9 @@ def make_config() -> Callable[..., DataConfig]:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """60 documents of 1 to 200 words, and a few of one or two characters."""
+    """60 documents of 2 to 200 words, and a few of one or two characters."""
     rng = random.Random(0)
-    return ["a", "b", "ab", "é"] + [" ".join(rng.choices(WORDS, k=rng.randint(1, 200))) for _ in range(56)]
+    return ["a", "b", "ab", "é"] + [" ".join(rng.choices(WORDS, k=rng.randint(2, 200))) for _ in range(56)]
 
 
 @pytest.fixture(scope="session")

@@ -187,6 +187,8 @@ def test_sums_over_uneven_samples_add_up_to_the_batchs():
     valid_BK = (batch.targets != IGNORE).sum(-1)
     assert valid_BK.tolist() == [[11, 10, 9], [3, 2, 1], [1, 0, 0], [0, 0, 0]]
     whole = model.losses(*batch)
+    # 12, 4, 2 and 1 real tokens: those that module k adds at its places, k on, count for its router.
+    assert whole.counts_LE.sum(1).tolist() == [3 * (11 + 4 + 2 + 1)] * 2 + [3 * (11 + 3 + 1), 3 * (10 + 2)]
     whole.nll_K.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 

@@ -69,10 +69,14 @@ def test_logits_equal_deepseek_v3_with_values_wider_than_queries():
     assert_same_logits(small_model(small_config(v_head_dim=20), bias=(-1.5, 1.0)), T=40)  # queries: 18
 
 
+YARN_WEIGHTS = [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7), (1.0, 0.0), (0.7, 0.0), (0.0, 0.7), (0.0, 0.0)]  # 0: absent
+
+
 @pytest.mark.parametrize("factor", [40, 40.0])
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7), (1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("weights", YARN_WEIGHTS)
 def test_logits_equal_deepseek_v3_with_yarn(weights, factor):
-    # 100 positions, 64 of them within the original length; (0, 0) stands for absent.
+    # 100 positions, 64 of them within the original length. Where one weight is absent, the rotary part's factor is that
+    # of weight 1, whatever the other is.
     assert_same_logits(small_model(yarn_config(*weights, factor=factor), bias=(-1.5, 1.0)), T=100)
 
 
