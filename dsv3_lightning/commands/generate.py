@@ -52,6 +52,7 @@ def load_model(path: Path, config: ModelConfig) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
+    model.tie_weights()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -57,11 +57,11 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 def causal_attention(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T · scale) v over positions up to one's own (eq. 10); v may be narrower than q and k.
+    """softmax(q k^T · scale) v over positions up to one's own (eq. 10); v may be narrower or wider than q and k.
 
-    v is padded to the width of q: with unequal widths scaled_dot_product_attention leaves its fast path on CPU.
+    All are padded to one width: with unequal ones scaled_dot_product_attention leaves its fast path on CPU.
     """
-    width = v_BHTC.shape[-1]
-    v_BHTC = F.pad(v_BHTC, (0, q_BHTC.shape[-1] - width))
-    out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True, scale=scale)
-    return out_BHTC[..., :width]
+    width = max(q_BHTC.shape[-1], v_BHTC.shape[-1])
+    padded = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BHTC, k_BHTC, v_BHTC))
+    out_BHTC = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale)
+    return out_BHTC[..., : v_BHTC.shape[-1]]

@@ -128,6 +128,11 @@ class ModelConfig:
             raise ConfigError(f"model.q_lora_rank={self.q_lora_rank}: must be at least 1, or null for none")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: rotary channels come in pairs")
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % 8:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)}: must be a multiple of 8 (torch's grouped matrix products)"
+                )
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ConfigError(
                 f"model.first_k_dense_replace={self.first_k_dense_replace}: "

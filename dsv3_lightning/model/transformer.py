@@ -47,7 +47,11 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp_depth))
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the head the embedding, where the config says so. To be called after `to_empty`, which makes two of one."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -94,6 +98,7 @@ class Transformer(nn.Module):
         Each parameter has a random stream of its own, keyed by seed and name: adding an MTP module or a layer leaves
         the others' initial weights as they are.
         """
+        self.tie_weights()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)

@@ -34,7 +34,7 @@ def random_v3_config(seed: int) -> ModelConfig:
     layers = draw.randint(2, 4)
     return small_config(
         vocab_size=draw.randint(50, 90),
-        hidden_size=draw.choice([32, 36, 48]),
+        hidden_size=draw.choice([32, 40, 48]),
         num_hidden_layers=layers,
         first_k_dense_replace=seed // 2 % 3 if layers > 2 else 1,
         num_attention_heads=draw.randint(1, 4),
@@ -46,7 +46,7 @@ def random_v3_config(seed: int) -> ModelConfig:
         v_head_dim=draw.randint(3, 8),
         n_routed_experts=experts,
         num_experts_per_tok=draw.randint(1, experts // groups * open_groups),
-        moe_intermediate_size=draw.choice([8, 12, 20]),
+        moe_intermediate_size=draw.choice([8, 16, 24]),
         n_shared_experts=seed % 4,
         n_group=groups,
         topk_group=open_groups,
@@ -64,7 +64,6 @@ def test_logits_equal_deepseek_v3_for_random_shapes(seed):
     assert_same_logits(small_model(random_v3_config(seed), seed, bias=(-1.5, 1.0)), T=40)
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="attention pads values to the width of queries, and cuts wider ones")
 def test_logits_equal_deepseek_v3_with_values_wider_than_queries():
     assert_same_logits(small_model(small_config(v_head_dim=20), bias=(-1.5, 1.0)), T=40)  # queries: 18
 
