@@ -2,11 +2,11 @@
 
     python benchmarks/throughput.py [--rounds 8] [--batch-size 8] [--threads 2]
 
-A step is forward, backward and a fused AdamW step on random tokens; MTP is off, so that both do the same work. Each
-side may take any precision (fp32, bf16 autocast) and transformers any `experts_implementation`; the fastest of each is
-chosen first. Then rounds of (ours, matrix products, theirs) alternate, so that a machine whose speed drifts is unfair to
-nobody. Printed are the medians: tokens/s, model FLOP/s as share of the matrix products' measured rate in the precision
-used, and the ratio of the two.
+A step is forward, backward and a fused AdamW step on random tokens; MTP is off, so that both do the same
+work. Each side may take any precision (fp32, bf16 autocast) and transformers any `experts_implementation`;
+the fastest of each is chosen first. Then rounds of (ours, matrix products, theirs) alternate, so that a
+machine whose speed drifts is unfair to nobody. Printed are the medians: tokens/s, model FLOP/s as share of
+the matrix products' measured rate in the precision used, and the ratio of the two.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         rows["ours"].append(seconds(ours.step))
         rows["our peak"].append(measure_gemm(ours.dtype, CPU))
-        rows["their peak"].append(rows["our peak"][-1] if ours.dtype == theirs.dtype else measure_gemm(theirs.dtype, CPU))
+        rows["their peak"].append(
+            rows["our peak"][-1] if ours.dtype == theirs.dtype else measure_gemm(theirs.dtype, CPU)
+        )
         rows["theirs"].append(seconds(theirs.step))
         rows["ratio"].append(rows["theirs"][-1] / rows["ours"][-1])
     middle = {name: statistics.median(values) for name, values in rows.items()}
@@ -112,8 +114,12 @@ def our_step(config: ModelConfig, tokens: torch.Tensor, dtype: torch.dtype) -> C
     return step
 
 
-def their_step(config: ModelConfig, tokens: torch.Tensor, dtype: torch.dtype, implementation: str) -> Callable[[], None]:
-    shape = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("rope_scaling", "scoring_func", "topk_method")}
+def their_step(
+    config: ModelConfig, tokens: torch.Tensor, dtype: torch.dtype, implementation: str
+) -> Callable[[], None]:
+    shape = {
+        k: v for k, v in dataclasses.asdict(config).items() if k not in ("rope_scaling", "scoring_func", "topk_method")
+    }
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM._from_config(
         DeepseekV3Config(**shape, num_key_value_heads=config.num_attention_heads),

@@ -1,4 +1,4 @@
-"""Nothing is lost: a checkpoint every N steps and at the end, on Ctrl-C and SIGTERM, and the best ones by validation."""
+"""Nothing is lost: a checkpoint every N steps, at the end, on Ctrl-C and SIGTERM, and the best by validation."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The pictures: small matplotlib figures for TensorBoard and for the report. matplotlib is imported when one is drawn."""
+"""Small matplotlib figures for TensorBoard and the report. matplotlib is imported when one is drawn."""
 
 from typing import TYPE_CHECKING
 

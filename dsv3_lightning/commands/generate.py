@@ -16,7 +16,7 @@ from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
 
 
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> int:
-    """Prints the prompt and its continuation. `checkpoint`: a run's folder (its best checkpoint, else newest) or a file."""
+    """Prints the prompt and its continuation. `checkpoint`: a file, or a run's folder (its best, else its newest)."""
     path, folder = find_checkpoint(Path(checkpoint))
     config = folder / "config.yaml"
     if not config.is_file():

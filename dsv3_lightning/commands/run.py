@@ -109,7 +109,10 @@ def run_device(config: Config) -> torch.device:
 
 def refuse_taken_port(config: Config) -> None:
     """Where this process is to launch the other ranks: a port that is in use would leave them all waiting."""
-    port, launched = os.environ.get("MASTER_PORT"), {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys()
+    port, launched = (
+        os.environ.get("MASTER_PORT"),
+        {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys(),
+    )
     if port is None or launched or config.trainer["devices"] in (1, "auto"):
         return
     with socket.socket() as probe:
@@ -117,7 +120,9 @@ def refuse_taken_port(config: Config) -> None:
         try:
             probe.bind(("", int(port)))
         except (OSError, ValueError, OverflowError) as error:
-            raise ConfigError(f"MASTER_PORT={port}: can't be used ({error}); unset it, and a free one is taken") from None
+            raise ConfigError(
+                f"MASTER_PORT={port}: can't be used ({error}); unset it, and a free one is taken"
+            ) from None
 
 
 def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
@@ -140,14 +145,15 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     max_steps = config.trainer["max_steps"]
     tokens = max_steps * config.data.batch_size * config.data.sequence_length
     print(
-        f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; {max_steps:,} steps, {tokens:,} tokens"
+        f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; "
+        f"{max_steps:,} steps, {tokens:,} tokens"
     )
     print(f"{reason}; dashboard: tensorboard --logdir {config.run.dir}")
     print(f"continuing after step {start[1]} from {start[0]}" if start else "starting anew", flush=True)
 
 
 def quiet_libraries() -> None:
-    """Hides what tells a user nothing: Lightning's device list and tips, and warnings about our own deliberate choices."""
+    """Hides what tells a user nothing: Lightning's device list and tips, and warnings about our own choices."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model

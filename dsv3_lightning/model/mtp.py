@@ -1,4 +1,4 @@
-"""Multi-token prediction (V3 §2.2, eq. 21-23): module k guesses token i + k + 1 from what is known at i and token i + k."""
+"""Multi-token prediction (V3 §2.2, eq. 21-23): module k guesses token i + k + 1 from h at i and token i + k."""
 
 import torch
 from torch import Tensor, nn

@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes the head the embedding, where the config says so. To be called after `to_empty`, which makes two of one."""
+        """Makes the head the embedding, where the config says so; also after `to_empty`, which makes two of one."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
-        for name, buffer in self.named_buffers():
+        for buffer in self.buffers():
             nn.init.zeros_(buffer)
 
 

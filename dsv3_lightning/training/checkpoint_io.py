@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_good(paths: list[Path]) -> tuple[Path, int] | None:
-    """The first of `paths` (newest first) that can be continued from, and its step; a bad one is passed with a warning."""
+    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't."""
     for path in paths:
         try:
             return path, read_checkpoint(path)["global_step"]

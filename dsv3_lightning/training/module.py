@@ -99,7 +99,7 @@ class PretrainModule(pl.LightningModule):
         self.log_step(float(norm))
 
     def skip_step(self) -> None:
-        """Takes the gradients away, so that AdamW leaves weights and moments alone. Raises RunStopped after too many."""
+        """Takes the gradients away: AdamW then leaves weights and moments alone. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
         self.skipped_steps += 1

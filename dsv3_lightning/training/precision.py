@@ -10,7 +10,7 @@ PRECISIONS = ("auto", "32", "bf16-mixed", "bf16")
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """The precision to use, and a line that says why. `auto` takes bf16-mixed where bf16 products are faster than fp32's."""
+    """The precision to use, and a line that says why. `auto` takes bf16-mixed where its products are faster."""
     if name != "auto":
         return name, f"precision {name}, as set"
     full, half = measure_gemm(torch.float32, device), measure_gemm(torch.bfloat16, device)

@@ -1,4 +1,4 @@
-"""What changes over a run, as pure functions of the share of its steps that lie behind: learning rate, λ, bias speed."""
+"""What changes over a run, as functions of the share of its steps that lie behind: learning rate, λ, bias speed."""
 
 import math
 
@@ -35,7 +35,7 @@ def staircase(schedule: list[list[float]], share: float) -> float:
 
 
 def check_staircase(schedule: list[list[float]], name: str) -> None:
-    """Raises ConfigError unless `schedule` is pairs with shares that rise from 0 to below 1, and values of at least 0."""
+    """Raises ConfigError unless `schedule` is pairs with shares that rise from 0, and values of at least 0."""
     if not schedule or any(len(pair) != 2 for pair in schedule):
         raise ConfigError(f"{name}={schedule}: must be a list of pairs [from share, value]")
     begins = [begin for begin, _ in schedule]

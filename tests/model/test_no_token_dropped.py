@@ -78,7 +78,9 @@ def test_the_first_half_of_gate_up_is_the_one_that_is_activated():
     with torch.no_grad():
         module.gate_up_proj.copy_(torch.cat((torch.eye(8), 2 * torch.eye(8)), 1).expand(E, -1, -1))
         module.down_proj.copy_(torch.eye(8).expand(E, -1, -1))
-        out = module(torch.tensor([[1.0, -1.0, 0.0, 3.0, 0.5, 2.0, -2.0, -3.0]]), torch.tensor([[2]]), torch.tensor([[1.0]]))
+        out = module(
+            torch.tensor([[1.0, -1.0, 0.0, 3.0, 0.5, 2.0, -2.0, -3.0]]), torch.tensor([[2]]), torch.tensor([[1.0]])
+        )
     # silu(x) · 2x; the other way round silu(2x) · x is 0.88 · 2 / 1 for x = 1
     expected = [2 * x * x / (1 + torch.tensor(-x).exp().item()) for x in (1.0, -1.0, 0.0, 3.0, 0.5, 2.0, -2.0, -3.0)]
     assert out[0].tolist() == pytest.approx(expected)
