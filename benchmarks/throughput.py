@@ -23,7 +23,6 @@ from dsv3_lightning.config.schema import check
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.flops import training_flop_per_token
-from dsv3_lightning.training.allocator import keep_freed_memory
 from dsv3_lightning.training.precision import measure_gemm
 
 CPU = torch.device("cpu")
@@ -37,7 +36,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
     config = check(compose(["laptop"], ["model.num_nextn_predict_layers=0"]).tree)
     model, T = config.model, config.data.sequence_length
     tokens = torch.randint(model.vocab_size, (arguments.batch_size, T + 1))

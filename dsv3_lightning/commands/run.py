@@ -21,7 +21,6 @@ from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.parameters import count_parameters
-from dsv3_lightning.training.allocator import keep_freed_memory
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dsv3_lightning.training.dashboard import RunLogger
 from dsv3_lightning.training.module import PretrainModule
@@ -31,7 +30,6 @@ from dsv3_lightning.training.precision import choose_precision, precision_plugin
 def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     """Trains to the last step, or says that this is done. Returns the exit status."""
     quiet_libraries()
-    keep_freed_memory()
     folder = RunFolder(config)
     first_rank = rank_zero_only.rank == 0
     if first_rank and folder.finished() and config.run.resume == "auto":
