@@ -1,0 +1,50 @@
+"""Callbacks that runs of the tests name by class_path."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Poison(Callback):
+    """Fills the first gradient with inf on one rank, at a step (or from it on), in each of its micro-batches."""
+
+    def __init__(self, rank: int, step: int, onwards: bool = False) -> None:
+        self.rank, self.step, self.onwards = rank, step, onwards
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = trainer.global_step
+        if trainer.global_rank == self.rank and (now >= self.step if self.onwards else now == self.step):
+            next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(torch.inf)
+
+
+class Diary(Callback):
+    """Writes one JSON line per optimizer step, and one per validation, into diary-<rank>.jsonl of the run's folder."""
+
+    def __init__(self, memory: bool = False) -> None:
+        self.memory = memory
+        self.samples: list[int] = []
+
+    def write(self, trainer: Trainer, **facts: Any) -> None:
+        path = Path(trainer.default_root_dir) / f"diary-{trainer.global_rank}.jsonl"
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": trainer.global_step, **facts}) + "\n")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += batch["sample_ids"].tolist()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            facts = {"samples": self.samples, "lr": pl_module.optimizers().param_groups[0]["lr"]}
+            if self.memory:
+                facts["rss"] = psutil.Process(os.getpid()).memory_info().rss
+            self.write(trainer, **facts)
+            self.samples = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        biases = [m.expert_bias.double().sum().item() for m in pl_module.modules() if hasattr(m, "expert_bias")]
+        self.write(trainer, validation=True, biases=biases)

@@ -1,0 +1,46 @@
+"""A gradient that isn't finite, on one rank, in one micro-batch, between two logged steps (pytorch/torchtitan#4226)."""
+
+import math
+
+import pytest
+import torch
+
+POISON = "callbacks.poison={{class_path: tests.runs.poison.Poison, init_args: {{rank: {rank}, step: {step}, onwards: {onwards}}}}}"
+TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=5")
+
+
+def everything_finite(checkpoint):
+    state = torch.load(checkpoint, weights_only=True)
+    tensors = [*state["state_dict"].values()]
+    for moments in state["optimizer_states"][0]["state"].values():
+        tensors += [value for value in moments.values() if torch.is_tensor(value)]
+    return all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+def test_the_step_is_skipped_on_both_ranks_and_counted_once(nano):
+    run = nano.command("once", *TWO, POISON.format(rank=1, step=7, onwards="false"))
+    assert run.code == 0, run.output
+    assert run.output.count("step 8: the loss or a gradient is not finite; step skipped") == 1
+    assert run.report()["skipped_steps"] == 1 and math.isfinite(run.report()["val_loss"])
+    assert everything_finite(run.folder / "checkpoints/step=20.ckpt")
+    # DDP keeps no promise that ranks stay equal once their gradients differ: equal numbers of a clean continuation do
+    state = torch.load(run.folder / "checkpoints/step=20.ckpt", weights_only=True)
+    assert {moments["step"].item() for moments in state["optimizer_states"][0]["state"].values()} == {19.0}
+
+
+@pytest.mark.parametrize("step", [0, 12])
+def test_without_end_the_run_stops_with_one_line_and_a_finite_checkpoint(nano, step):
+    arguments = (POISON.format(rank=0, step=step, onwards="true"), "optimizer.max_skipped_steps=3")
+    run = nano.command("endless", *arguments, "callbacks.checkpoint.every_n_steps=4")
+    assert run.code == 1 and "Traceback" not in run.output
+    assert f"step {step + 3}: the loss or a gradient was not finite 3 steps in a row" in run.output
+    for checkpoint in (run.folder / "checkpoints").glob("step=*.ckpt"):
+        assert everything_finite(checkpoint)
+
+
+def test_a_skipped_step_leaves_weights_moments_and_bias_alone(nano):
+    every = ("callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=99", "trainer.max_steps=6")
+    run = nano.run("six", *every, POISON.format(rank=0, step=3, onwards="false"))
+    third, fourth, fifth = (run.weights(step) for step in (3, 4, 5))
+    assert all(torch.equal(fourth[name], value) for name, value in third.items())
+    assert not any(torch.equal(fifth[name], value) for name, value in fourth.items() if name.endswith("weight"))

@@ -1,0 +1,74 @@
+"""One unit for every interval, and one order of the samples."""
+
+import json
+from collections import Counter
+
+import pytest
+
+DIARY = "callbacks.diary={class_path: tests.runs.poison.Diary}"
+
+
+def diary(run, rank=0):
+    return [json.loads(line) for line in (run.folder / f"diary-{rank}.jsonl").read_text().splitlines()]
+
+
+def test_intervals_count_optimizer_steps_also_under_accumulation_and_in_later_epochs(nano):
+    """seen elsewhere: validation counts micro-batches, and drifts at epoch ends (Lightning-AI/pytorch-lightning#12205)."""
+    run = nano.run(
+        "intervals", DIARY, "trainer.max_steps=60", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=8",
+        "data.batch_size=4", "data.sequence_length=256", "callbacks.checkpoint.every_n_steps=12",
+        "callbacks.checkpoint.keep=9", "callbacks.sample_text={every_n_steps: 5, prompts: [a], max_new_tokens: 1, temperature: 0.0}",
+        "trainer.limit_val_batches=1",
+    )  # fmt: skip
+    assert run.code == 0
+    entries = diary(run)
+    samples = sum(len(entry["samples"]) for entry in entries if "samples" in entry)
+    ids = Counter(sample for entry in entries for sample in entry.get("samples", []))
+    assert samples == 60 * 4
+    assert set(run.scalars()["val/loss"][0]) == {8, 16, 24, 32, 40, 48, 56, 60}
+    train = run.scalars()["loss/main"][0]
+    assert train == list(range(1, 61))
+    for tag in ("optimizer/lr", "balance/bias_absmax", "balance/max_vio", "mtp/weight"):
+        assert run.scalars()[tag][0] == train, tag
+    saved = sorted(int(path.stem.split("=")[1]) for path in (run.folder / "checkpoints").glob("step=*.ckpt"))
+    assert saved == [12, 24, 36, 48, 60]
+    assert max(ids.values()) <= 1 + samples // len(ids)
+
+
+def test_validation_moves_no_bias_and_the_mtp_router_is_balanced_too(nano):
+    run = nano.run("bias", DIARY, "trainer.val_check_interval=5", "callbacks.expert_bias={speed: 0.25, schedule: [[0.0, 1.0], [0.9, 0.0]]}",
+                   "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=99")  # fmt: skip
+    for entry in diary(run):
+        if entry.get("validation"):
+            saved = run.weights(entry["step"])
+            biases = [value for name, value in saved.items() if name.endswith("expert_bias")]
+            assert entry["biases"] == [bias.double().sum().item() for bias in biases]  # as after the last train step
+    for step in range(2, 21):
+        before, after = run.weights(step - 1), run.weights(step)
+        names = [name for name in after if name.endswith("expert_bias")]
+        assert any(name.startswith("model.mtp.") for name in names)
+        for name in names:
+            moves = (after[name] - before[name]).abs()
+            assert set(moves.tolist()) <= {0.0, 0.25}, f"{name} moved more than once in step {step}"
+            assert bool(moves.any()) == (step <= 18), f"{name} in step {step}"
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_rank_without_validation_samples_waits_for_none(nano, devices, tmp_path):
+    """seen elsewhere: the other ranks hang in a collective (Lightning-AI/litgpt#2319)."""
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"def number():\n    return {number}\n" * (40 if number else 3))
+    data = (f"data.paths=[{tmp_path / '0.txt'},{tmp_path / '1.txt'}]", "data.validation_fraction=0.5", "model.vocab_size=300")
+    run = nano.command(f"few{devices}", f"trainer.devices={devices}", "trainer.max_steps=4", *data, timeout=120)
+    assert run.code == 0, run.output
+    if devices == 2:
+        one = nano.run("few1", "trainer.max_steps=4", *data)
+        assert run.report()["val_loss"] == pytest.approx(one.report()["val_loss"], rel=1e-5)
+        assert run.report()["max_vio_global"] == one.report()["max_vio_global"]
+
+
+def test_no_validation_documents_is_said_and_trained_without(nano):
+    run = nano.command("none", "data.validation_fraction=0", "trainer.max_steps=4")
+    assert run.code == 0, run.output
+    assert "validation is off" in run.output
+    assert run.report()["val_loss"] is None and run.report()["train_loss"] > 0
