@@ -26,11 +26,11 @@ V2 = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor
 
 
 def random_v3_config(seed: int) -> ModelConfig:
-    """All sizes drawn at random, the features by the seed's bits, so that eight seeds hold every pair of them."""
+    """Sizes at random; features by the seed, so that eight seeds hold each of them more than once."""
     draw = random.Random(seed)
-    groups = draw.choice([1, 2, 4])
-    experts = groups * draw.choice([2, 4])
-    open_groups = draw.randint(1, groups)
+    groups = [4, 1, 2, 8][seed % 4]
+    experts = groups * draw.choice([2, 4]) if groups > 1 else 12
+    open_groups = draw.randint(1, max(1, groups - 1))
     layers = draw.randint(2, 4)
     return small_config(
         vocab_size=draw.randint(50, 90),
@@ -43,9 +43,9 @@ def random_v3_config(seed: int) -> ModelConfig:
         kv_lora_rank=draw.randint(8, 24),
         qk_nope_head_dim=draw.randint(4, 12),
         qk_rope_head_dim=2 * draw.randint(2, 6),
-        v_head_dim=draw.randint(3, 8),
+        v_head_dim=draw.randint(4, 20),  # narrower and wider than queries
         n_routed_experts=experts,
-        num_experts_per_tok=draw.randint(1, experts // groups * open_groups),
+        num_experts_per_tok=draw.randint(1, experts // groups * open_groups - 1),
         moe_intermediate_size=draw.choice([8, 16, 24]),
         n_shared_experts=seed % 4,
         n_group=groups,
