@@ -8,6 +8,9 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import Rotation, rotate, softmax_scale
 
+# Of the two latent norms, whatever `rms_norm_eps` says: released code and transformers agree (transformers#44261).
+LATENT_EPS = 1e-6
+
 
 class MultiHeadLatentAttention(nn.Module):
     """x [B, T, D] -> [B, T, D], causal. Parameters are named as in the released checkpoint."""
@@ -19,16 +22,16 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_rank = config.kv_lora_rank
         self.scale = softmax_scale(config)
         self.interleave = config.rope_interleave
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        hidden = config.hidden_size
         query_size = self.heads * config.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, query_size, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.kv_rank, eps)
+        self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_EPS)
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=False)
 

@@ -68,6 +68,11 @@ def test_logits_equal_deepseek_v3_with_values_wider_than_queries():
     assert_same_logits(small_model(small_config(v_head_dim=20), bias=(-1.5, 1.0)), T=40)  # queries: 18
 
 
+def test_logits_equal_deepseek_v3_with_another_norm_epsilon():
+    # The latent norms keep 1e-6 there and in the released code, whatever rms_norm_eps is for the others.
+    assert_same_logits(small_model(small_config(rms_norm_eps=1e-2), bias=(-1.5, 1.0)), T=40)
+
+
 YARN_WEIGHTS = [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7), (1.0, 0.0), (0.7, 0.0), (0.0, 0.7), (0.0, 0.0)]  # 0: absent
 
 

@@ -27,4 +27,6 @@ def assert_same_weights(expected: Run, actual: Run, step: int, exact: bool = Fal
         if exact or name.endswith("expert_bias"):
             assert torch.equal(other[name], value), name
         else:
-            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                other[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )

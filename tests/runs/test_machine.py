@@ -90,7 +90,9 @@ def test_bf16_weights_learn_as_fp32_ones_do(nano):
     for name, value in weights.items():
         kept = "norm" in name or "mlp.gate." in name
         assert value.dtype == (torch.float32 if kept else torch.bfloat16), name
-    first = torch.load(runs["bf16"].folder / "checkpoints/step=1.ckpt", weights_only=True)["optimizer_states"][0]["masters"]
+    first = torch.load(runs["bf16"].folder / "checkpoints/step=1.ckpt", weights_only=True)["optimizer_states"][0][
+        "masters"
+    ]
     for before, after in zip(first, masters):
         moved = (before != after).float().mean()
         assert moved > 0.95, "nearly every element of every matrix moves in 49 steps"

@@ -58,7 +58,11 @@ def test_a_rank_without_validation_samples_waits_for_none(nano, devices, tmp_pat
     """seen elsewhere: the other ranks hang in a collective (Lightning-AI/litgpt#2319)."""
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(f"def number():\n    return {number}\n" * (40 if number else 3))
-    data = (f"data.paths=[{tmp_path / '0.txt'},{tmp_path / '1.txt'}]", "data.validation_fraction=0.5", "model.vocab_size=300")
+    data = (
+        f"data.paths=[{tmp_path / '0.txt'},{tmp_path / '1.txt'}]",
+        "data.validation_fraction=0.5",
+        "model.vocab_size=300",
+    )
     run = nano.command(f"few{devices}", f"trainer.devices={devices}", "trainer.max_steps=4", *data, timeout=120)
     assert run.code == 0, run.output
     if devices == 2:
