@@ -20,10 +20,15 @@ ELSEWHERE = "elsewhere"  # changes no number on purpose; the test named beside i
 
 # A short run that reaches everything: validation, samples, checkpoints, both phases of each schedule.
 SHORT = (
-    "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.limit_val_batches=2", "optimizer.warmup_steps=1",
-    "callbacks.checkpoint.every_n_steps=1", "callbacks.router_monitor.every_n_steps=2", "data.sequence_length=32",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=2",
+    "optimizer.warmup_steps=1",
+    "callbacks.checkpoint.every_n_steps=1",
+    "callbacks.router_monitor.every_n_steps=2",
+    "data.sequence_length=32",
     "callbacks.sample_text={every_n_steps: 2, prompts: [a], max_new_tokens: 2, temperature: 1.0}",
-)  # fmt: skip
+)
 
 LEAVES = {
     "run.name": ("other", "elsewhere: every test of this folder, through tests/conftest.py"),
@@ -123,12 +128,15 @@ def observe(run, output):
     for name, value in run.weights(max(scalars["loss/main"][0])).items() if "loss/main" in scalars else ():
         weights.update(name.encode() + value.float().numpy().tobytes())
     return {
-        NUMBERS: ({tag: curve for tag, curve in scalars.items() if not tag.startswith("throughput/")}, weights.hexdigest()),
+        NUMBERS: (
+            {tag: curve for tag, curve in scalars.items() if not tag.startswith("throughput/")},
+            weights.hexdigest(),
+        ),
         FILES: sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if "events" not in path.name),
         TEXT: re.sub(r"tok/s [\d,]+|[\d:]+ left|/\S+", "", output),
         "pictures": picture_steps(run),
         "speed": run.report()["peak_flops_per_second"] if (run.folder / "report.json").is_file() else None,
-    }  # fmt: skip
+    }
 
 
 def picture_steps(run):

@@ -21,10 +21,17 @@ def test_names_and_texts_beyond_ascii_in_a_c_locale(nano, tmp_path):
     config = tmp_path / "dash.yaml"
     config.write_text("# a dash — in a comment\ndefaults: [nano]\nrun: {name: 实验}\n", encoding="utf-8")
     arguments = [
-        "run", str(config), f"run.dir={tmp_path / 'runs'}", f"data.paths=[{folder}]", f"data.cache_dir={tmp_path / 'cache'}",
-        "data.validation_fraction=0.3", "model.vocab_size=400", "trainer.max_steps=4", "trainer.precision=32",
+        "run",
+        str(config),
+        f"run.dir={tmp_path / 'runs'}",
+        f"data.paths=[{folder}]",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.validation_fraction=0.3",
+        "model.vocab_size=400",
+        "trainer.max_steps=4",
+        "trainer.precision=32",
         "callbacks.sample_text={every_n_steps: 4, prompts: ['Bäume 🌳'], max_new_tokens: 4, temperature: 1.0}",
-    ]  # fmt: skip
+    ]
     nano.arguments = lambda name, overrides: arguments
     run = nano.command("实验", **C_LOCALE)
     assert run.code == 0, run.output
@@ -66,11 +73,17 @@ def test_a_rank_that_dies_takes_the_others_with_it(nano, victim):
 def test_memory_does_not_grow(nano):
     """seen elsewhere: logged tensors keep their graphs (Lightning-AI/pytorch-lightning#4556)."""
     run = nano.command(
-        "long", "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory: true}}", "trainer.max_steps=900",
-        "trainer.log_every_n_steps=5", "data.batch_size=1", "trainer.val_check_interval=50", "trainer.limit_val_batches=1",
-        "callbacks.router_monitor.every_n_steps=50", "callbacks.checkpoint.every_n_steps=100",
+        "long",
+        "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory: true}}",
+        "trainer.max_steps=900",
+        "trainer.log_every_n_steps=5",
+        "data.batch_size=1",
+        "trainer.val_check_interval=50",
+        "trainer.limit_val_batches=1",
+        "callbacks.router_monitor.every_n_steps=50",
+        "callbacks.checkpoint.every_n_steps=100",
         "callbacks.sample_text={every_n_steps: 100, prompts: [a], max_new_tokens: 2, temperature: 1.0}",
-    )  # fmt: skip
+    )
     assert run.code == 0, run.output
     rss = {entry["step"]: entry["rss"] for entry in diary(run) if "rss" in entry}
     assert rss[900] < 1.02 * rss[450]
@@ -78,8 +91,14 @@ def test_memory_does_not_grow(nano):
 
 def test_bf16_weights_learn_as_fp32_ones_do(nano):
     """seen elsewhere: without an fp32 copy small updates round away (workofart/ml-by-hand#85)."""
-    slow = ("optimizer.lr=1e-5", "optimizer.warmup_steps=0", "optimizer.phases=[{until: 1.0, shape: constant, to: 1.0}]",
-            "trainer.max_steps=50", "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=99")  # fmt: skip
+    slow = (
+        "optimizer.lr=1e-5",
+        "optimizer.warmup_steps=0",
+        "optimizer.phases=[{until: 1.0, shape: constant, to: 1.0}]",
+        "trainer.max_steps=50",
+        "callbacks.checkpoint.every_n_steps=1",
+        "callbacks.checkpoint.keep=99",
+    )
     runs = {name: nano.run(f"in-{name}", *slow, f"trainer.precision={name}") for name in ("32", "bf16-mixed", "bf16")}
     losses = {name: run.report()["val_loss"] for name, run in runs.items()}
     assert losses["bf16"] == pytest.approx(losses["32"], rel=2e-3)

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-POISON = "callbacks.poison={{class_path: tests.runs.poison.Poison, init_args: {{rank: {rank}, step: {step}, onwards: {onwards}}}}}"
+POISON = (
+    "callbacks.poison={{class_path: tests.runs.poison.Poison, "
+    "init_args: {{rank: {rank}, step: {step}, onwards: {onwards}}}}}"
+)
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=5")
 
 

@@ -13,13 +13,20 @@ def diary(run, rank=0):
 
 
 def test_intervals_count_optimizer_steps_also_under_accumulation_and_in_later_epochs(nano):
-    """seen elsewhere: validation counts micro-batches, and drifts at epoch ends (Lightning-AI/pytorch-lightning#12205)."""
+    """seen elsewhere: validation counts micro-batches and drifts (Lightning-AI/pytorch-lightning#12205)."""
     run = nano.run(
-        "intervals", DIARY, "trainer.max_steps=60", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=8",
-        "data.batch_size=4", "data.sequence_length=256", "callbacks.checkpoint.every_n_steps=12",
-        "callbacks.checkpoint.keep=9", "callbacks.sample_text={every_n_steps: 5, prompts: [a], max_new_tokens: 1, temperature: 0.0}",
+        "intervals",
+        DIARY,
+        "trainer.max_steps=60",
+        "trainer.accumulate_grad_batches=4",
+        "trainer.val_check_interval=8",
+        "data.batch_size=4",
+        "data.sequence_length=256",
+        "callbacks.checkpoint.every_n_steps=12",
+        "callbacks.checkpoint.keep=9",
+        "callbacks.sample_text={every_n_steps: 5, prompts: [a], max_new_tokens: 1, temperature: 0.0}",
         "trainer.limit_val_batches=1",
-    )  # fmt: skip
+    )
     assert run.code == 0
     entries = diary(run)
     samples = sum(len(entry["samples"]) for entry in entries if "samples" in entry)
@@ -36,8 +43,14 @@ def test_intervals_count_optimizer_steps_also_under_accumulation_and_in_later_ep
 
 
 def test_validation_moves_no_bias_and_the_mtp_router_is_balanced_too(nano):
-    run = nano.run("bias", DIARY, "trainer.val_check_interval=5", "callbacks.expert_bias={speed: 0.25, schedule: [[0.0, 1.0], [0.9, 0.0]]}",
-                   "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=99")  # fmt: skip
+    run = nano.run(
+        "bias",
+        DIARY,
+        "trainer.val_check_interval=5",
+        "callbacks.expert_bias={speed: 0.25, schedule: [[0.0, 1.0], [0.9, 0.0]]}",
+        "callbacks.checkpoint.every_n_steps=1",
+        "callbacks.checkpoint.keep=99",
+    )
     for entry in diary(run):
         if entry.get("validation"):
             saved = run.weights(entry["step"])
