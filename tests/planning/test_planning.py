@@ -75,14 +75,14 @@ def test_the_arithmetic_counts_what_the_model_has(model: ModelConfig):
 
 def test_flop_of_a_model_small_enough_for_paper():
     model = ModelConfig(
-        vocab_size=10, hidden_size=4, num_hidden_layers=2, num_attention_heads=1, intermediate_size=5, kv_lora_rank=3,
+        vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=5, kv_lora_rank=3,
         qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=2, first_k_dense_replace=1, n_routed_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=3, max_position_embeddings=8,
+        num_experts_per_tok=2, moe_intermediate_size=16, max_position_embeddings=8,
     )  # fmt: skip
-    attention = 4 * 4 + 4 * (3 + 2) + 3 * (2 + 2) + 2 * 4  # q, kv_a, kv_b, o
-    dense, moe = 3 * 4 * 5, (2 + 1) * 3 * 4 * 3 + 4 * 4  # two routed experts and a shared one, and the router
+    attention = 8 * 4 + 8 * (3 + 2) + 3 * (2 + 2) + 2 * 8  # q, kv_a, kv_b, o
+    dense, moe = 3 * 8 * 5, (2 + 1) * 3 * 8 * 16 + 8 * 4  # two routed experts and a shared one, and the router
     scores = 2 * 1 * (4 + 2) * 8  # layers · H · (d_qk + d_v) · T, causal half of 2 FLOP each
-    assert forward_flop_per_token(model, 8) == 2 * (2 * attention + dense + moe + 10 * 4) + scores
+    assert forward_flop_per_token(model, 8) == 2 * (2 * attention + dense + moe + 10 * 8) + scores
     assert training_flop_per_token(model, 8) == 3 * forward_flop_per_token(model, 8)
 
 
