@@ -54,7 +54,8 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
         banner(config, folder, start, reason)
         if start is None:
             logger.describe(tree)
-        shutil.copyfile(prepare(config.data) / "tokenizer.json", folder.path / "tokenizer.json")
+        for file in prepare(config.data).glob("tokenizer*.json"):  # so that the folder is all that generating needs
+            shutil.copyfile(file, folder.path / file.name)
     if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
         trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
     else:
