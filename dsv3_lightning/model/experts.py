@@ -1,10 +1,35 @@
 """The routed experts: tokens sorted by expert, one grouped matrix product per projection. No token is ever dropped."""
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_lightning.model.config import ModelConfig
+
+
+class Dispatcher(Protocol):
+    """Brings sorted slots to where their experts are, and what these make of them back. Here by default.
+
+    send: x_SD, slots sorted by expert, and counts_E, int64, on their way; returns what `collect` needs.
+    collect: y_SD, after `compute(x_SD, ends_E)` was called for the experts of this process.
+    """
+
+    def send(self, x_SD: Tensor, counts_E: Tensor) -> Any: ...
+
+    def collect(self, sent: Any, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor: ...
+
+
+class Here:
+    """Every expert is in this process: nothing travels."""
+
+    def send(self, x_SD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        return x_SD, counts_E.cumsum(0)
+
+    def collect(self, sent: tuple[Tensor, Tensor], compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return compute(*sent)
 
 
 class Experts(nn.Module):
@@ -15,20 +40,34 @@ class Experts(nn.Module):
         E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * width))
         self.down_proj = nn.Parameter(torch.empty(E, width, D))
+        self.num_experts = E
+        self.dispatcher: Dispatcher = Here()
 
-    def forward(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """Σ_k gate · FFN_expert(x) for every token: [N, D] (V3 eq. 12, the routed part)."""
+    def forward(
+        self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Σ_k gate · FFN_expert(x) for every token: [N, D] (V3 eq. 12, the routed part).
+
+        meanwhile: computed while the tokens travel to their experts, and added.
+        """
         order = experts_NK.flatten().argsort(stable=True)  # slot n·K + k -> place among the sorted
-        ends_E = torch.bincount(experts_NK.flatten(), minlength=self.down_proj.shape[0]).cumsum(0)
-        x_SD = Dispatch.apply(x_ND, order, experts_NK.shape[1])
-        y_SD = self.sorted_forward(x_SD, ends_E)
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=self.num_experts)
+        sent = self.dispatcher.send(Dispatch.apply(x_ND, order, experts_NK.shape[1]), counts_E)
+        more_ND = None if meanwhile is None else meanwhile()
+        y_SD = self.dispatcher.collect(sent, self.sorted_forward)
         y_NKD = Combine.apply(y_SD, order).unflatten(0, experts_NK.shape)
-        return (gates_NK[:, None].to(y_NKD.dtype) @ y_NKD).squeeze(1)
+        y_ND = (gates_NK[:, None].to(y_NKD.dtype) @ y_NKD).squeeze(1)
+        return y_ND if more_ND is None else y_ND + more_ND
 
     def sorted_forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """x_SD: S slots sorted by expert; expert e owns the slots up to ends_E[e]."""
-        gate, up = grouped_linear(x_SD, self.gate_up_proj, ends_E).chunk(2, -1)
-        return grouped_linear(F.silu(gate) * up, self.down_proj, ends_E)
+        gate, up = grouped_linear(x_SD, own(self.gate_up_proj), ends_E).chunk(2, -1)
+        return grouped_linear(F.silu(gate) * up, own(self.down_proj), ends_E)
+
+
+def own(weight_EDF: Tensor) -> Tensor:
+    """The part of a weight that this process computes with: of a DTensor its local one, else all."""
+    return weight_EDF.to_local() if hasattr(weight_EDF, "to_local") else weight_EDF
 
 
 def grouped_linear(x_SD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """DeepSeekMoE (V3 §2.1.2, eq. 12): the routed experts a token's router picks, plus the shared ones for everybody."""
 
+import functools
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -50,9 +51,8 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, RouterStats]:
         x_ND = x_BTD.flatten(0, 1)
         experts_NK, gates_NK, scores_NE = self.gate(x_ND)
-        out_BTD = self.experts(x_ND, experts_NK, gates_NK).view_as(x_BTD)
-        if self.shared_experts is not None:
-            out_BTD = out_BTD + self.shared_experts(x_BTD)
+        shared = None if self.shared_experts is None else functools.partial(self.shared_experts, x_ND)
+        out_BTD = self.experts(x_ND, experts_NK, gates_NK, meanwhile=shared).view_as(x_BTD)
         E = scores_NE.shape[1]
         balance = sequence_balance_loss(
             scores_NE.unflatten(0, x_BTD.shape[:2]), experts_NK.unflatten(0, x_BTD.shape[:2]), mask_BT

@@ -33,6 +33,26 @@ class Losses(NamedTuple):
     counts_LE: Tensor
 
 
+def normal(shape: torch.Size, std: float, key: str, device: torch.device) -> Tensor:
+    """Normal numbers, fp32, from the random stream of that key."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape, device=device).normal_(std=std, generator=generator)
+
+
+def fill(parameter: Tensor, expert: int | None, draw: Callable[[], Tensor]) -> None:
+    """Writes a matrix into a parameter that is wholly here."""
+    (parameter if expert is None else parameter[expert]).copy_(draw())
+
+
+class OutputHead(nn.Linear):
+    """h [B, T, D] -> logits [B, T, V]; `loss` never makes them all."""
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Summed cross-entropy of the targets that aren't IGNORE, fp32."""
+        return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
+
+
 class Transformer(nn.Module):
     """Parameters are named as in the released checkpoint, experts stacked, MTP modules apart in `mtp`."""
 
@@ -45,7 +65,7 @@ class Transformer(nn.Module):
             Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp_depth))
         self.tie_weights()
 
@@ -78,34 +98,32 @@ class Transformer(nn.Module):
         """
         T = targets_BKT.shape[-1]
         h_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T])
-        nll = [self.head_loss(h_BTD, targets_BKT[:, 0])]
+        nll = [self.lm_head.loss(h_BTD, targets_BKT[:, 0])]
         at = rotation(self.config, torch.arange(T, device=tokens_BS.device))
         for k, module in enumerate(self.mtp, start=1):
             embedding_BTD = self.embed_tokens(tokens_BS[:, k : k + T])
             h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, at, mask_BS[:, k : k + T])
             stats.append(layer_stats)
-            nll.append(self.head_loss(module.norm(h_BTD), targets_BKT[:, k]))
+            nll.append(self.lm_head.loss(module.norm(h_BTD), targets_BKT[:, k]))
         return Losses(torch.stack(nll), *stack_stats(stats, self.config.n_routed_experts, h_BTD.device))
 
-    def head_loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed cross-entropy through the output head, fp32."""
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
-
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, place: Callable[[Tensor, int | None, Callable[[], Tensor]], None] = fill) -> None:
         """Matrices normal with `initializer_range` (V3 §4.2), norms 1, expert biases 0.
 
-        Each parameter has a random stream of its own, keyed by seed and name: adding an MTP module or a layer leaves
-        the others' initial weights as they are.
+        Each matrix has a random stream of its own, keyed by seed, name and, in stacked weights, expert: adding a
+        module, a layer or an expert leaves the others' initial weights as they are, and a process that holds a few of
+        them draws only these. place(parameter, expert, draw) writes what draw() gives to where it belongs.
         """
         self.tie_weights()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
-            else:
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+                continue
+            for expert in range(parameter.shape[0]) if parameter.dim() == 3 else (None,):
+                key = f"{seed}/{name}" if expert is None else f"{seed}/{name}/{expert}"
+                shape, std = parameter.shape[-2:], self.config.initializer_range
+                place(parameter, expert, functools.partial(normal, shape, std, key, parameter.device))
         for buffer in self.buffers():
             nn.init.zeros_(buffer)
 

@@ -53,6 +53,14 @@ def test_an_mtp_module_more_leaves_all_others_as_they_are():
     assert_equal_where_shared(one, two)
 
 
+def test_an_expert_more_leaves_the_others_as_they_are():
+    few, many = initial(n_routed_experts=8), initial(n_routed_experts=16)
+    for name, weight in few.items():
+        if "experts." in name and weight.dim() == 3:
+            assert torch.equal(weight, many[name][:8]), name
+            assert not torch.equal(weight[0], weight[1]), name
+
+
 def test_a_layer_more_leaves_all_others_as_they_are():
     assert_equal_where_shared(
         initial(num_hidden_layers=3, num_nextn_predict_layers=1),

@@ -127,7 +127,7 @@ def test_every_mistake_gives_another_loss_on_these_inputs(mistake):
     model = small_model(small_config(num_nextn_predict_layers=2))
     batch = clear_batch(model)
     right, wrong = composed_losses(model, batch), composed_losses(model, batch, mistake)
-    assert max(abs(a / b - 1) for a, b in zip(right, wrong, strict=True)) > 1e-3
+    assert max(abs(a / b - 1) for a, b in zip(right, wrong, strict=True)) > 5e-4
 
 
 @torch.no_grad()
