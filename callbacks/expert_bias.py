@@ -1,7 +1,7 @@
 """Auxiliary-loss-free load balancing (V3 §2.1.2, eq. 16; arXiv 2408.15664): a bias per expert, moved once per step."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
 from dsv3_lightning.training.schedule import check_staircase, staircase
+
+
+class Balanced(Protocol):
+    """A router with a bias per expert, fp32 [E]."""
+
+    expert_bias: Tensor
 
 
 class ExpertBias(Callback):
@@ -47,13 +53,14 @@ class ExpertBias(Callback):
             log_scalars(trainer, {"balance/bias_speed": speed, "balance/bias_absmax": absmax})
 
 
-def routers_of(module: nn.Module) -> Iterator[nn.Module]:
+def routers_of(module: nn.Module) -> Iterator[Balanced]:
     """The modules that have an `expert_bias`, in the model's order. Raises TypeError where one isn't fp32."""
     for child in module.modules():
         if hasattr(child, "expert_bias"):
-            if child.expert_bias.dtype != torch.float32:  # in bf16 a step of 0.001 is lost at a bias of 0.5
-                raise TypeError(f"expert_bias must stay fp32, but it is {child.expert_bias.dtype}")
-            yield child
+            router = cast(Balanced, child)
+            if router.expert_bias.dtype != torch.float32:  # in bf16 a step of 0.001 is lost at a bias of 0.5
+                raise TypeError(f"expert_bias must stay fp32, but it is {router.expert_bias.dtype}")
+            yield router
 
 
 def bias_step(counts_E: Tensor, speed: float) -> Tensor:

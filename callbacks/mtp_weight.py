@@ -17,12 +17,13 @@ class MTPWeight(Callback):
     def __init__(self, schedule: list[list[float]]) -> None:
         check_staircase(schedule, "callbacks.mtp_weight.schedule")
         self.schedule = schedule
+        self.weight = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        pl_module.mtp_weight = staircase(self.schedule, trainer.global_step / trainer.max_steps)  # type: ignore[assignment]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.weight = pl_module.mtp_weight = staircase(self.schedule, trainer.global_step / trainer.max_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
-            log_scalars(trainer, {"mtp/weight": float(pl_module.mtp_weight)})
+            log_scalars(trainer, {"mtp/weight": self.weight})

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 def heat_map(values_LE: Tensor, title: str, center: float) -> "Figure":
     """MoE layers × experts, colours even around `center`: blue below, red above."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers, experts = values_LE.shape
     figure = Figure(figsize=(9, 1.6 + 0.28 * min(layers, 40)), layout="constrained")
@@ -21,8 +22,8 @@ def heat_map(values_LE: Tensor, title: str, center: float) -> "Figure":
         interpolation="nearest",
     )  # fmt: skip
     axes.set(title=title, xlabel="expert", ylabel="MoE layer")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", integer=True))
     figure.colorbar(image)
     return figure
 

@@ -37,10 +37,11 @@ class RouterMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.step_counts = self.step_counts + outputs["expert_counts"]
+        step_LE = self.step_counts + outputs["expert_counts"]
         if not stepped(trainer, batch_idx):
+            self.step_counts = step_LE
             return
-        self.window.append(self.step_counts)
+        self.window.append(step_LE)
         self.step_counts = 0
         draw = trainer.global_step % self.every_n_steps == 0
         if not (draw or is_log_step(trainer, trainer.global_step)):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dsv3_lightning.errors import ConfigError
@@ -30,9 +30,7 @@ class SampleText(Callback):
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.latest: list[str] = []  # prompts with their continuations, for the report
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if not stepped(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
             return

@@ -36,7 +36,7 @@ class Throughput(Callback):
         self.batch_start = 0.0
         self.waited_before = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.flops_per_token = pl_module.flops_per_token
         if self.measure:
             dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32

@@ -31,7 +31,7 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     """Trains to the last step, or says that this is done. Returns the exit status."""
     quiet_libraries()
     folder = RunFolder(config)
-    first_rank = rank_zero_only.rank == 0
+    first_rank = is_first_rank()
     if first_rank and folder.finished() and config.run.resume == "auto":
         folder.claim(tree, sources)
         print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
@@ -97,6 +97,11 @@ def build_trainer(
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 
 
+def is_first_rank() -> bool:
+    """Known from the launcher's environment before there is a Trainer."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on this function
+
+
 def run_device(config: Config) -> torch.device:
     """The kind of device the run will be on."""
     wanted = config.trainer.get("accelerator", "auto")
@@ -129,7 +134,7 @@ def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
     stored = folder.stored_tree()
-    while stored is None and rank_zero_only.rank != 0:  # the first rank is measuring for all
+    while stored is None and not is_first_rank():  # the first rank is measuring for all
         time.sleep(0.1)
         stored = folder.stored_tree()
     if stored is not None:

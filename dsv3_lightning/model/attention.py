@@ -65,6 +65,6 @@ def causal_attention(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: floa
     All are padded to one width: with unequal ones scaled_dot_product_attention leaves its fast path on CPU.
     """
     width = max(q_BHTC.shape[-1], v_BHTC.shape[-1])
-    padded = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BHTC, k_BHTC, v_BHTC))
-    out_BHTC = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale)
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BHTC, k_BHTC, v_BHTC))
+    out_BHTC = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out_BHTC[..., : v_BHTC.shape[-1]]

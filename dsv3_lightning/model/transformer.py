@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
             embedding_BTD = self.embed_tokens(tokens_BS[:, k : k + T])
             h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, at, mask_BS[:, k : k + T])
             stats.append(layer_stats)
-            nll.append(self.lm_head.loss(module.norm(h_BTD), targets_BKT[:, k]))
+            nll.append(self.lm_head.loss(cast(MTPModule, module).norm(h_BTD), targets_BKT[:, k]))
         return Losses(torch.stack(nll), *stack_stats(stats, self.config.n_routed_experts, h_BTD.device))
 
     @torch.no_grad()

@@ -39,8 +39,8 @@ class RunLogger(TensorBoardLogger):
     """Event files straight in the run's folder. A resumed run purges what an earlier life logged after its step."""
 
     def __init__(self, folder: str, resume_step: int | None) -> None:
-        purge = {} if resume_step is None else {"purge_step": resume_step + 1}
-        super().__init__(save_dir=folder, name="", version="", default_hp_metric=False, **purge)
+        purge_step = None if resume_step is None else resume_step + 1
+        super().__init__(save_dir=folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
 
     def save(self) -> None:
         self.experiment.flush()  # the base class would also write a hparams.yaml; config.yaml holds everything

@@ -12,14 +12,11 @@ def log_scalars(trainer: Trainer, values: dict[str, float], step: int | None = N
 
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
     """The last value of everything logged so far."""
-    module = trainer.lightning_module
-    if not hasattr(module, "scalars"):
-        module.scalars = {}
-    return module.scalars
+    return vars(trainer.lightning_module).setdefault("scalars", {})
 
 
 def is_log_step(trainer: Trainer, step: int) -> bool:
-    return step % trainer.log_every_n_steps == 0
+    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
 
 
 def stepped(trainer: Trainer, batch_idx: int) -> bool:

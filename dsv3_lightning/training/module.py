@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dsv3_lightning.errors import RunStopped
@@ -48,8 +49,9 @@ class PretrainModule(pl.LightningModule):
         self.val_loss = TokenLoss(1 + model.mtp_depth)
         self.val_bpb = BitsPerByte()
         self.scalars: dict[str, float] = {}
-        self.step_loss = 0.0  # of the current step's micro-batches on this rank
-        self.balance_sum, self.balance_count = 0.0, 0
+        self.step_loss: Tensor | float = 0.0  # of the current step's micro-batches on this rank
+        self.balance_sum: Tensor | float = 0.0
+        self.balance_count = 0
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
@@ -59,7 +61,7 @@ class PretrainModule(pl.LightningModule):
         """Optimizer steps of the run so far, also where a finished run was only loaded for validation."""
         return max(self.trainer.global_step, self.loaded_step)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
         losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"])
         # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -69,10 +71,8 @@ class PretrainModule(pl.LightningModule):
             loss = loss + self.mtp_weight * mean_K[1:].mean()
         self.train_loss.update(losses.nll_K, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
-        self.balance_sum, self.balance_count = (
-            self.balance_sum + losses.balance_L.detach().sum(),
-            self.balance_count + 1,
-        )
+        self.balance_sum = self.balance_sum + losses.balance_L.detach().sum()
+        self.balance_count += 1
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
     def configure_gradient_clipping(
@@ -83,7 +83,7 @@ class PretrainModule(pl.LightningModule):
     ) -> None:
         """Once per optimizer step, with all its gradients there: skip what isn't finite, clip the rest, log."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = torch.isfinite(norm + self.step_loss).float()
         # Every rank must decide alike: a value may be broken on one of them only.
         self.step_skipped = not bool(self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size)
@@ -127,7 +127,7 @@ class PretrainModule(pl.LightningModule):
             balance = torch.as_tensor(self.balance_sum / self.balance_count, device=self.device)
             values["loss/balance"] = float(self.trainer.strategy.reduce(balance, reduce_op="mean"))
             self.balance_sum, self.balance_count = 0.0, 0
-        values["optimizer/lr"] = self.optimizers().param_groups[0]["lr"]
+        values["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if not self.step_skipped:
             values["optimizer/grad_norm"] = norm
         values["optimizer/skipped_steps"] = self.skipped_steps
@@ -152,7 +152,7 @@ class PretrainModule(pl.LightningModule):
         if not self.trainer.sanity_checking:
             log_scalars(self.trainer, values, self.steps_done)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.optimizer_config
         optimizer = build_optimizer(self.model, config)
 

@@ -18,7 +18,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     ]
     low_precision = any(p.dtype != torch.float32 for p in parameters)
     kind = MasterAdamW if low_precision else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -29,8 +29,8 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
-        self.weights: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.weights]
+        self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.masters: list[Tensor] = [nn.Parameter(p.detach().float().clone()) for p in self.weights]
         master_of = dict(zip(self.weights, self.masters, strict=True))
         super().__init__([{**group, "params": [master_of[p] for p in group["params"]]} for group in groups], **kwargs)
 
