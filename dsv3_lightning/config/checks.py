@@ -104,6 +104,14 @@ def check_together(
         raise ConfigError(f"data.vocab_size={data.vocab_size}: model.vocab_size={model.vocab_size} has fewer")
     check_batch(data.batch_size, trainer)
     check_mtp_weight(model.mtp_depth, loss.mtp_weight, callbacks.get("mtp_weight"))
+    if not model.num_moe_layers:
+        for key, on, off in (
+            ("callbacks.expert_bias", callbacks.get("expert_bias") is not None, "null"),
+            ("callbacks.router_monitor", callbacks.get("router_monitor") is not None, "null"),
+            ("loss.balance", loss.balance != "none", "none"),
+        ):
+            if on:
+                raise ConfigError(f"{key}: the model has no mixture-of-experts layer; set {key}={off}")
     if callbacks.get("expert_bias") is not None and model.topk_method != "noaux_tc":
         raise ConfigError(
             f"model.topk_method={model.topk_method}: has no expert bias to move; "

@@ -1,4 +1,7 @@
-"""Multi-head latent attention (V3 §2.1.1, eq. 1-11), in the form used for training: keys and values are expanded."""
+"""Multi-head latent attention (V3 §2.1.1, eq. 1-11), in the form used for training: keys and values are expanded.
+
+Beside it the older family's grouped-query attention (arXiv 2401.02954 §2.2; arXiv 2305.13245), with the same interface.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +60,48 @@ class MultiHeadLatentAttention(nn.Module):
         k_c, v_BHTC = kv.split((self.nope, self.v_dim), -1)
         k_r = rotate(k_r, at, self.interleave)[:, None].expand(-1, self.heads, -1, -1)
         return torch.cat((k_c, k_r.to(k_c.dtype)), -1), v_BHTC
+
+
+class GroupedQueryAttention(nn.Module):
+    """x [B, T, D] -> [B, T, D], causal; `num_key_value_heads` keys and values, each shared by H / that many queries.
+
+    As many as H is multi-head attention, 1 is multi-query attention. The first `qk_nope_head_dim` channels of queries
+    and keys don't rotate; the older family has none of those. Parameters are named as in its released checkpoints.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_key_value_heads is not None, "ModelConfig sees to it"
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.scale = softmax_scale(config)
+        self.interleave = config.rope_interleave
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * config.qk_head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * config.v_head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor, at: Rotation) -> Tensor:
+        k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in self.keys_values(x_BTD, at))
+        out_BHTC = causal_attention(self.queries(x_BTD, at), k, v, self.scale)
+        return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
+
+    def queries(self, x_BTD: Tensor, at: Rotation) -> Tensor:
+        """[B, H, T, nope + rope]."""
+        return self.rotated(self.q_proj(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2), at)
+
+    def keys_values(self, x_BTD: Tensor, at: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, num_key_value_heads, T, nope + rope] and [B, num_key_value_heads, T, v]: what a cache would hold."""
+        k, v = (proj(x_BTD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        return self.rotated(k, at), v
+
+    def rotated(self, x_BHTC: Tensor, at: Rotation) -> Tensor:
+        fixed, turning = x_BHTC.split((self.nope, self.rope), -1)
+        return torch.cat((fixed, rotate(turning, at, self.interleave)), -1)
+
+
+ATTENTION = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}
 
 
 def causal_attention(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dsv3_lightning.model.attention import MultiHeadLatentAttention
+from dsv3_lightning.model.attention import ATTENTION
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import MLP, MoE, RouterStats
 from dsv3_lightning.model.norm import RMSNorm
@@ -15,7 +15,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, dense: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config)
+        self.self_attn = ATTENTION[config.attention](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 

@@ -48,9 +48,12 @@ class ModelConfig:
 
     vocab_size V; hidden_size D; num_hidden_layers L, of which the first `first_k_dense_replace` are dense with
         `intermediate_size` and the others MoE.
-    num_attention_heads H; q_lora_rank (None: queries are not compressed), kv_lora_rank, qk_nope_head_dim,
-        qk_rope_head_dim, v_head_dim: the sizes of MLA (V3 §2.1.1).
-    n_routed_experts E, num_experts_per_tok K, n_shared_experts, moe_intermediate_size F: DeepSeekMoE (V3 §2.1.2).
+    attention: `mla` (V3 §2.1.1), or `gqa`, the older family's grouped-query attention (arXiv 2401.02954 §2.2).
+    num_attention_heads H; qk_nope_head_dim, qk_rope_head_dim, v_head_dim: channels of a head's queries and keys that
+        stay, that rotate, and of its values. mla: q_lora_rank (None: queries are not compressed) and kv_lora_rank.
+        gqa: num_key_value_heads; H is multi-head, 1 multi-query attention.
+    n_routed_experts E, num_experts_per_tok K, n_shared_experts, moe_intermediate_size F: DeepSeekMoE (V3 §2.1.2); not
+        needed where all layers are dense.
     scoring_func: affinities by sigmoid (V3) or by softmax over all experts (V2).
     topk_method: `noaux_tc` adds the expert bias to the choice and scores a group by its two best experts (V3);
         `group_limited_greedy` scores a group by its best (V2); `greedy` ignores groups (V2-Lite).
@@ -68,16 +71,18 @@ class ModelConfig:
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    kv_lora_rank: int
+    attention: Literal["mla", "gqa"] = "mla"
+    num_key_value_heads: int | None = None
+    kv_lora_rank: int = 0
+    q_lora_rank: int | None = None
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    q_lora_rank: int | None = None
 
     first_k_dense_replace: int = 0
-    n_routed_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
     n_shared_experts: int = 1
     n_group: int = 1
     topk_group: int = 1
@@ -111,21 +116,20 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok moe_intermediate_size "
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size qk_rope_head_dim v_head_dim "
             "n_group topk_group max_position_embeddings"
         )
-        for name in positive.split():
+        needed = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size") if self.num_moe_layers else ()
+        for name in (*positive.split(), *needed):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
+        for name in ("qk_nope_head_dim", "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 0")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)}: must be above 0")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ConfigError(f"model.q_lora_rank={self.q_lora_rank}: must be at least 1, or null for none")
+        self._check_attention()
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: rotary channels come in pairs")
         for name in ("hidden_size", "moe_intermediate_size"):
@@ -138,7 +142,34 @@ class ModelConfig:
                 f"model.first_k_dense_replace={self.first_k_dense_replace}: "
                 f"there are only num_hidden_layers={self.num_hidden_layers} layers"
             )
-        self._check_routing()
+        if self.num_moe_layers:
+            self._check_routing()
+
+    def _check_attention(self) -> None:
+        """Each kind's own sizes are there, and the other's are not."""
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ConfigError(f"model.q_lora_rank={self.q_lora_rank}: must be at least 1, or null for none")
+        if self.attention == "mla":
+            if self.kv_lora_rank < 1:
+                raise ConfigError(f"model.kv_lora_rank={self.kv_lora_rank}: must be at least 1 with attention=mla")
+            if shared not in (None, heads):
+                raise ConfigError(
+                    f"model.num_key_value_heads={shared}: attention=mla has keys and values for all "
+                    f"num_attention_heads={heads}; leave it out, or set attention=gqa"
+                )
+            return
+        for name, none in (("kv_lora_rank", 0), ("q_lora_rank", None)):
+            if getattr(self, name) != none:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)}: attention=gqa compresses nothing; "
+                    f"set it to {'null' if none is None else none}"
+                )
+        if shared is None or shared < 1 or heads % shared:
+            raise ConfigError(
+                f"model.num_key_value_heads={'null' if shared is None else shared}: attention=gqa needs a number that "
+                f"divides num_attention_heads={heads}"
+            )
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group

@@ -57,6 +57,14 @@ def activations_per_token(model: ModelConfig, policy: str) -> int:
     return sum(layers) + heads + (mtp if policy == "none" else 0) + peak
 
 
+def cache_per_token(model: ModelConfig) -> int:
+    """Numbers that decoding keeps per token, over all layers: MLA's latents and rotary keys (V3 §2.1.1), or k and v."""
+    if model.attention == "mla":
+        return model.num_hidden_layers * (model.kv_lora_rank + model.qk_rope_head_dim)
+    shared = model.num_key_value_heads or model.num_attention_heads
+    return model.num_hidden_layers * shared * (model.qk_head_dim + model.v_head_dim)
+
+
 def dense_layer(model: ModelConfig, policy: str) -> int:
     return attention(model, policy) + swiglu(model.hidden_size, model.intermediate_size, policy)
 
@@ -74,7 +82,12 @@ def attention(model: ModelConfig, policy: str) -> int:
     D, H = model.hidden_size, model.num_attention_heads
     if policy == "full":
         return D
-    padded = H * model.qk_head_dim  # queries, keys, values (padded to their width) and output of the fused kernel
+    # queries, keys, values (padded to the wider of the two) and output of the fused kernel
+    padded = H * max(model.qk_head_dim, model.v_head_dim)
+    if model.attention == "gqa":
+        shared = model.num_key_value_heads or H
+        products = (H + shared) * model.qk_head_dim + shared * model.v_head_dim  # q, k and v before their rotation
+        return D + products + padded + D if policy == "selective" else 4 * D + 4 * padded + H * model.v_head_dim
     latents = (model.q_lora_rank or 0) + model.kv_lora_rank
     if policy == "selective":  # products: latents, expanded queries, keys and values, the kernel's output, o_proj
         expanded = padded + H * (model.qk_nope_head_dim + model.v_head_dim)

@@ -83,8 +83,11 @@ def swiglu(hidden_size: int, width: int) -> int:
 
 
 def attention_weights(model: ModelConfig) -> int:
-    """One layer's projections, without norms (V3 eq. 1-11)."""
+    """One layer's projections, without norms (V3 eq. 1-11; arXiv 2401.02954 §2.2)."""
     D, H = model.hidden_size, model.num_attention_heads
+    if model.attention == "gqa":
+        shared = model.num_key_value_heads or H
+        return D * (H + shared) * model.qk_head_dim + D * (H + shared) * model.v_head_dim
     query_size, rank = H * model.qk_head_dim, model.q_lora_rank
     queries = D * query_size if rank is None else D * rank + rank * query_size
     compressed = D * (model.kv_lora_rank + model.qk_rope_head_dim)

@@ -190,7 +190,7 @@ def test_a_strategy_is_lightnings_name_or_a_class():
 
 
 def test_every_preset_names_objects_that_exist():
-    for name in ("nano", "laptop", "v2-lite", "moonlight", "v3"):
+    for name in ("nano", "laptop", "v2-lite", "moonlight", "v3", "llm-7b", "llm-67b"):
         check_objects(check(compose([name]).tree))
 
 

@@ -156,6 +156,30 @@ NAMES = "expert_bias, mtp_weight, router_monitor, throughput, sample_text, check
             "model.topk_method=group_limited_greedy: has no expert bias to move; set callbacks.expert_bias=null, "
             "or topk_method=noaux_tc",
         ),
+        # attention
+        (
+            ["model.attention=gqa"],
+            "model.kv_lora_rank=32: attention=gqa compresses nothing; set it to 0",
+        ),
+        (
+            ["model.attention=gqa", "model.kv_lora_rank=0"],
+            "model.q_lora_rank=32: attention=gqa compresses nothing; set it to null",
+        ),
+        (
+            ["model.attention=gqa", "model.kv_lora_rank=0", "model.q_lora_rank=null", "model.num_key_value_heads=3"],
+            "model.num_key_value_heads=3: attention=gqa needs a number that divides num_attention_heads=4",
+        ),
+        (
+            ["model.num_key_value_heads=2"],
+            "model.num_key_value_heads=2: attention=mla has keys and values for all num_attention_heads=4; "
+            "leave it out, or set attention=gqa",
+        ),
+        (["model.kv_lora_rank=0"], "model.kv_lora_rank=0: must be at least 1 with attention=mla"),
+        # no experts
+        (
+            ["model.first_k_dense_replace=3", "model.num_nextn_predict_layers=0"],
+            "callbacks.expert_bias: the model has no mixture-of-experts layer; set callbacks.expert_bias=null",
+        ),
         # callbacks
         (
             ["callbacks.sampletext=null"],

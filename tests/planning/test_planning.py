@@ -32,6 +32,8 @@ def preset(name: str) -> ModelConfig:
         ("v2-lite", 15_706_484_224, 2_661_150_208, 16.41e9, 4096),
         ("moonlight", 15_960_108_544, 2_914_776_192 - 1_664, 17.17e9, 4096),
         ("moonlight", 15_960_108_544, 2_914_776_192 - 1_664, 18.87e9, 8192),
+        ("llm-7b", 6_910_365_696, 6_910_365_696, 41.96e9, 4096),  # transformers' Llama of these shapes
+        ("llm-67b", 67_425_001_472, 67_425_001_472, 418.63e9, 4096),
     ],
 )
 def test_main_models_have_the_published_numbers(model, total: int, active: int, flop: float, at: int):

@@ -40,6 +40,8 @@ LEAVES = {
     "model.num_hidden_layers": (2, NUMBERS),
     "model.num_attention_heads": (2, NUMBERS),
     "model.intermediate_size": (96, NUMBERS),
+    "model.attention": ("gqa", REFUSED),  # with latents; tests/model/test_grouped_query_attention.py has it right
+    "model.num_key_value_heads": (2, REFUSED),
     "model.kv_lora_rank": (16, NUMBERS),
     "model.q_lora_rank": ("null", NUMBERS),
     "model.qk_nope_head_dim": (8, NUMBERS),
