@@ -91,7 +91,7 @@ class RouterMonitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.val_max_vio is None or trainer.sanity_checking:
             return
-        vio_L = self.val_max_vio.compute()
+        vio_L = torch.atleast_1d(self.val_max_vio.compute())  # torchmetrics makes one element a scalar
         self.max_vio_global = vio_L.tolist()
         values = {f"balance/max_vio_global_layer_{layer}": vio for layer, vio in enumerate(self.max_vio_global)}
         log_scalars(trainer, {"balance/max_vio_global": float(vio_L.mean()), **values})

@@ -116,8 +116,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size qk_rope_head_dim v_head_dim "
-            "n_group topk_group max_position_embeddings"
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size qk_rope_head_dim "
+            "v_head_dim n_group topk_group max_position_embeddings"
         )
         needed = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size") if self.num_moe_layers else ()
         for name in (*positive.split(), *needed):

@@ -121,7 +121,11 @@ class PretrainModule(pl.LightningModule):
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
-        values = dict(zip(names, self.train_loss.compute().tolist(), strict=True)) if self.balance_count else {}
+        values = (
+            dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
+            if self.balance_count
+            else {}
+        )
         self.train_loss.reset()
         if self.balance_count:
             balance = torch.as_tensor(self.balance_sum / self.balance_count, device=self.device)
@@ -144,7 +148,7 @@ class PretrainModule(pl.LightningModule):
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
-        main, *mtp = self.val_loss.compute().tolist()
+        main, *mtp = torch.atleast_1d(self.val_loss.compute()).tolist()  # torchmetrics makes one element a scalar
         values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
         values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
         self.val_loss.reset()

@@ -30,7 +30,9 @@ def test_laptop_stays_within_its_budget():
     assert per_token * tokens(config) <= 25e12
 
 
-@pytest.mark.parametrize(("name", "trillions"), [("v3", 14.8), ("v2-lite", 5.7), ("moonlight", 5.7), ("llm-7b", 2), ("llm-67b", 2)])
+@pytest.mark.parametrize(
+    ("name", "trillions"), [("v3", 14.8), ("v2-lite", 5.7), ("moonlight", 5.7), ("llm-7b", 2), ("llm-67b", 2)]
+)
 def test_the_large_ones_see_as_many_tokens_as_reported(name: str, trillions: float):
     assert tokens(preset(name)) / 1e12 == pytest.approx(trillions, rel=1e-5)
 

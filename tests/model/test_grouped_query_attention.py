@@ -44,11 +44,17 @@ def llama(model):
     config = model.config
     theirs = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads, head_dim=config.qk_head_dim, rms_norm_eps=config.rms_norm_eps,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.qk_head_dim,
+            rms_norm_eps=config.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            max_position_embeddings=config.max_position_embeddings, attn_implementation="eager",
+            max_position_embeddings=config.max_position_embeddings,
+            attn_implementation="eager",
         )  # fmt: skip
     )
     state = {name if name == "lm_head.weight" else f"model.{name}": p for name, p in model.state_dict().items()}

@@ -89,3 +89,17 @@ def test_no_validation_documents_is_said_and_trained_without(nano):
     assert run.code == 0, run.output
     assert "validation is off" in run.output
     assert run.report()["val_loss"] is None and run.report()["train_loss"] > 0
+
+
+def test_models_without_mtp_without_experts_and_with_one_layer_of_them_train_and_validate(nano):
+    """A metric of one element comes back from torchmetrics as a scalar."""
+    ends = ("trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=1")
+    one = nano.run("one", *ends, "model.first_k_dense_replace=2", "model.num_nextn_predict_layers=0")
+    assert one.code == 0 and len(one.report()["max_vio_global"]) == 1 and one.report()["mtp_loss"] == []
+    dense = (
+        "model.first_k_dense_replace=3", "model.num_nextn_predict_layers=0", "loss.balance=none",
+        "callbacks.expert_bias=null", "callbacks.router_monitor=null",
+    )  # fmt: skip
+    gqa = ("model.attention=gqa", "model.kv_lora_rank=0", "model.q_lora_rank=null", "model.num_key_value_heads=2")
+    two = nano.run("two", *ends, *dense, *gqa)
+    assert two.code == 0 and two.report()["max_vio_global"] is None and two.report()["val_loss"] > 0
