@@ -1,0 +1,104 @@
+"""Every shipped YAML trains: small ones as they are, large ones shrunken; of these the full shapes are run too."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.config.compose import compose, presets
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.model.losses import IGNORE
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.planning.parameters import count_parameters
+from tests.conftest import Run
+
+LARGE = ("moonlight", "v2-lite", "v3")
+
+# Sizes alone: whatever names a way of routing, a schedule, a loss or a precision stays the preset's own.
+SMALL = (
+    "model.vocab_size=512",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=4",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=48",
+    "model.kv_lora_rank=16",
+    "model.qk_nope_head_dim=16",
+    "model.qk_rope_head_dim=8",
+    "model.v_head_dim=16",
+    "model.moe_intermediate_size=16",
+    "data.sequence_length=32",
+    "data.batch_size=4",
+    "trainer.accumulate_grad_batches=2",
+)
+ROUTING = {"v2-lite": ("softmax", 1, 0), "moonlight": ("sigmoid", 1, 0), "v3": ("sigmoid", 8, 1)}
+
+
+def shrunken(name: str) -> list[str]:
+    return [*SMALL, "model.q_lora_rank=16"] if name == "v3" else [*SMALL]
+
+
+def two_steps(base, data_cache, name, *overrides) -> Run:
+    words = ["trainer.max_steps=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=2"]
+    code = main(
+        ["run", name, f"run.dir={base}", *data_cache, "callbacks.throughput.peak_flops=1e11", *words, *overrides]
+    )
+    return Run(base / name, code)
+
+
+def assert_trained(run: Run) -> None:
+    assert run.code == 0
+    report, losses = run.report(), run.scalars()["loss/main"]
+    assert report["steps"] == 2 and losses[0] == [1, 2]
+    assert all(math.isfinite(value) for value in (*losses[1], report["val_loss"], *report["max_vio_global"]))
+
+
+def test_no_preset_is_forgotten():
+    assert set(presets()) == {"base", "nano", "laptop", *LARGE}
+
+
+@pytest.mark.parametrize("name", ["nano", "laptop"])
+def test_a_small_preset_trains_as_it_is(tmp_path, data_cache, name):
+    assert_trained(two_steps(tmp_path, data_cache, name))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_preset_trains_at_small_sizes_with_its_own_router_and_precision(tmp_path, data_cache, name):
+    model = check(compose([name], shrunken(name)).tree).model
+    assert (model.scoring_func, model.n_group, model.mtp_depth) == ROUTING[name]
+    run = two_steps(tmp_path, data_cache, name, *shrunken(name))
+    assert_trained(run)
+    assert run.report()["precision"] == "bf16-mixed"
+    assert len(run.report()["mtp_loss"]) == model.mtp_depth
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_presets_own_shapes_fit_each_other(name, monkeypatch):
+    """One sample of 64 positions through all its losses, and back, in tensors that have shapes and no numbers."""
+
+    def bincount(values, minlength):  # its result's length depends on numbers, so it has no form without them
+        return values.new_zeros(minlength)
+
+    monkeypatch.setattr(torch, "bincount", bincount)
+    config = check(compose([name]).tree)
+    depth, T = config.model.mtp_depth, 64
+    with FakeTensorMode():
+        model = Transformer(config.model, config.compute.activation_checkpointing)
+        assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(config.model).total
+        tokens = torch.zeros(1, T + 1 + depth, dtype=torch.int64)
+        targets = torch.full((1, 1 + depth, T), IGNORE)
+        with torch.autocast("cpu", torch.bfloat16):  # the presets' bf16-mixed
+            losses = model.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
+        (losses.nll_K.sum() + losses.balance_L.sum()).backward()
+    moe_layers = config.model.num_hidden_layers - config.model.first_k_dense_replace + depth
+    assert losses.nll_K.shape == (1 + depth,)
+    assert losses.counts_LE.shape == (moe_layers, config.model.n_routed_experts)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_one_head_and_one_moe_layer_are_enough(tmp_path, data_cache):
+    """Metrics of one element: torchmetrics hands them out without their dim."""
+    run = two_steps(tmp_path, data_cache, "nano", "model.num_nextn_predict_layers=0", "model.num_hidden_layers=2")
+    assert_trained(run)
+    assert len(run.report()["max_vio_global"]) == 1 and run.report()["mtp_loss"] == []
