@@ -8,11 +8,12 @@ import difflib
 from typing import Any, Literal
 
 from dsv3_lightning.config.registry import CALLBACKS
-from dsv3_lightning.config.typed import convert
+from dsv3_lightning.config.typed import build, convert
 from dsv3_lightning.config.wording import missing, nearest, show
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.training.config import LossConfig
 
 TRAINER: dict[str, Any] = {  # the Trainer arguments that every config has, as base.yaml lists them
@@ -81,6 +82,28 @@ def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> None:
                 check_count(f"callbacks.{name}.{key}", convert(value, int, f"callbacks.{name}.{key}"))
 
 
+def mesh_strategy(strategy: str | dict[str, Any]) -> StrategyConfig | None:
+    """The settings of one of our strategies, by name or as a block with a `kind`; None for another. ConfigError."""
+    if isinstance(strategy, str):
+        return build(StrategyConfig, {"kind": strategy}, "strategy") if strategy in KINDS else None
+    return None if "class_path" in strategy else build(StrategyConfig, strategy, "strategy")
+
+
+def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any]) -> MeshShape | None:
+    """The mesh, where the strategy has one and the number of devices is known. Raises ConfigError if it doesn't fit."""
+    config, devices = mesh_strategy(strategy), number_of_devices(trainer)
+    if config is None or devices is None:
+        return None
+    return mesh_shape(config, devices * trainer["num_nodes"], devices)
+
+
+def number_of_devices(trainer: dict[str, Any]) -> int | None:
+    """Per node; None where only the machine knows."""
+    devices = trainer["devices"]
+    count = len(devices) if isinstance(devices, list) else devices
+    return count if type(count) is int and count > 0 else None
+
+
 def check_count(key: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{key}={value}: must be at least 1 (optimizer steps and ranks are counted from 1)")
@@ -121,9 +144,8 @@ def check_together(
 
 def check_batch(batch_size: int, trainer: dict[str, Any]) -> None:
     """Every micro-batch of every rank holds equally many samples. Not known yet where devices is `auto`."""
-    devices = trainer["devices"]
-    ranks = len(devices) if isinstance(devices, list) else devices
-    if type(ranks) is not int or ranks < 1:
+    ranks = number_of_devices(trainer)
+    if ranks is None:
         return
     parts = trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]
     if batch_size % parts:

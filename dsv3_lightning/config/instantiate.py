@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from dsv3_lightning.config.checks import mesh_strategy
 from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.strategy import MeshStrategy
 
 OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolve()  # a top-level folder in a checkout
 
@@ -40,7 +43,10 @@ def build_trainer_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_strategy(config: Config) -> str | Strategy:
-    """Lightning's own name of a strategy, or the object that a class_path block describes."""
+    """One of our strategies over a mesh, Lightning's own name of one, or what a class_path block describes."""
+    mesh = mesh_strategy(config.strategy)
+    if mesh is not None:
+        return MeshStrategy(**asdict(mesh))
     if isinstance(config.strategy, dict):
         return build(Strategy, config.strategy, "strategy")
     names = ["auto", *StrategyRegistry.available_strategies()]

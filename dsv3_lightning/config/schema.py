@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dsv3_lightning.config.checks import check_callbacks, check_together, check_trainer
+from dsv3_lightning.config.checks import check_callbacks, check_strategy, check_together, check_trainer
 from dsv3_lightning.config.typed import build
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
@@ -37,7 +37,8 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """trainer: Lightning's Trainer arguments. strategy: Lightning's name of one, or a block.
+    """trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of
+    ours (parallel/mesh.py), or a block: of ours with its `kind`, of anybody's with its `class_path`.
 
     callbacks: by name, None where one is switched off.
     """
@@ -58,6 +59,7 @@ def check(tree: dict[str, Any]) -> Config:
     trainer = tree.get("trainer")
     config = build(Config, {**tree, "trainer": check_trainer(trainer)} if isinstance(trainer, dict) else tree)
     check_callbacks(config.callbacks)
+    check_strategy(config.strategy, config.trainer)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)
     return config
 

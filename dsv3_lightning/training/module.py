@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.parallel.strategy import MeshStrategy
+from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_log_step, log_scalars
@@ -41,8 +43,9 @@ class PretrainModule(pl.LightningModule):
         super().__init__()
         self.optimizer_config, self.loss_config, self.max_steps = optimizer, loss, max_steps
         self.flops_per_token = training_flop_per_token(model, sequence_length)
-        self.model = Transformer(model, compute.activation_checkpointing)
-        self.model.init_weights(seed)
+        self.seed = seed
+        with torch.device("meta"):  # until `configure_model`, when it is known which part is made where
+            self.model = Transformer(model, compute.activation_checkpointing)
         self.mtp_weight = loss.mtp_weight or 0.0
         self.balance_factor = loss.balance_factor if loss.balance == "sequence" else 0.0
         self.train_loss = TokenLoss(1 + model.mtp_depth)
@@ -55,6 +58,16 @@ class PretrainModule(pl.LightningModule):
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
+
+    def configure_model(self) -> None:
+        """Makes the initial weights: all of them, or this rank's part, the same whatever the number of ranks."""
+        if not self.model.embed_tokens.weight.is_meta:
+            return
+        strategy, place, device = self.trainer.strategy, fill, self.trainer.strategy.root_device
+        if isinstance(strategy, MeshStrategy):
+            place, device = strategy.shard(self.model), strategy.parameter_device
+        self.model.to_empty(device=device)
+        self.model.init_weights(self.seed, place)
 
     @property
     def steps_done(self) -> int:
@@ -82,8 +95,8 @@ class PretrainModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Once per optimizer step, with all its gradients there: skip what isn't finite, clip the rest, log."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = global_norm(gradients)
         finite = torch.isfinite(norm + self.step_loss).float()
         # Every rank must decide alike: a value may be broken on one of them only.
         self.step_skipped = not bool(self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size)
@@ -92,10 +105,12 @@ class PretrainModule(pl.LightningModule):
             self.skip_step()
         else:
             self.skipped_in_a_row = 0
+            parts = [local(gradient) for gradient in gradients]
             if gradient_clip_val and gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+                torch._foreach_clamp_min_(parts, -gradient_clip_val)
+                torch._foreach_clamp_max_(parts, gradient_clip_val)
             elif gradient_clip_val:
-                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+                torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
         self.log_step(float(norm))
 
     def skip_step(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv3_lightning.parallel.tensors import local
 from dsv3_lightning.training.config import OptimizerConfig
 
 
@@ -16,31 +17,39 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    low_precision = any(p.dtype != torch.float32 for p in parameters)
-    kind = MasterAdamW if low_precision else torch.optim.AdamW
+    plain = all(p.dtype == torch.float32 and local(p) is p for p in parameters)
+    kind = torch.optim.AdamW if plain else MasterAdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on fp32 copies of the parameters, which are rounded back after each step.
+    """AdamW on this rank's parts of the parameters; of low-precision ones on fp32 copies, rounded back after a step.
 
-    Without them updates below 1/256 of a bf16 weight would round away (V3 §3.3.2 keeps fp32 master weights too).
-    The copies are saved in the state: the rounded weights alone could not continue a run exactly.
+    Without copies updates below 1/256 of a bf16 weight would round away (V3 §3.3.2 keeps fp32 master weights too).
+    They are saved in the state: the rounded weights alone could not continue a run exactly. AdamW works element by
+    element, so that parts need not know of the whole, and parameters on several meshes are one group.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
         self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
-        self.masters: list[Tensor] = [nn.Parameter(p.detach().float().clone()) for p in self.weights]
+        self.masters: list[Tensor] = [nn.Parameter(local(p.detach()).float()) for p in self.weights]
         master_of = dict(zip(self.weights, self.masters, strict=True))
         super().__init__([{**group, "params": [master_of[p] for p in group["params"]]} for group in groups], **kwargs)
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for weight, master in zip(self.weights, self.masters, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+            master.grad = None if weight.grad is None else local(weight.grad).to(master.dtype)
+            if weight.dtype == master.dtype:
+                master.data = local(weight.detach())  # FSDP2 may have moved it
         super().step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
+        rounded = [pair for pair in zip(self.weights, self.masters, strict=True) if pair[0].dtype != pair[1].dtype]
+        if rounded:
+            torch._foreach_copy_([local(weight) for weight, _ in rounded], [master for _, master in rounded])
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

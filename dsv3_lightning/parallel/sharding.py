@@ -1,0 +1,100 @@
+"""What FSDP2 gathers together, and in which precision (torch.distributed.fsdp.fully_shard).
+
+One unit per block's matrices, one per block's experts, one for each end of the model, and one for everything small:
+norms and routers, which stay fp32 and are gathered once per pass.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
+
+from dsv3_lightning.model.block import Block
+from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.model.moe import MoE
+from dsv3_lightning.model.router import Router
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.mesh import StrategyConfig
+
+
+def shard_model(model: Transformer, mesh: DeviceMesh, config: StrategyConfig, bf16: bool) -> None:
+    """Makes every parameter a DTensor, in place; the model may be on the meta device.
+
+    bf16: matrices are gathered, and their gradients made, in bf16; gradients are always added up in fp32.
+    """
+    matrices = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+
+    def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments) -> None:
+        skipped = {p for p in module.parameters() if isinstance(p, DTensor) and p.dim() != 3}
+        fully_shard(module, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload,
+                    ignored_params=skipped, mesh=mesh, **arguments)  # fmt: skip
+
+    # The root first, with the small parameters alone: later units then leave these to it.
+    tied = model.config.tie_word_embeddings
+    small = small_parameters(model) | ({model.embed_tokens.weight} if tied else set())
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact, offload_policy=offload,
+                ignored_params=set(model.parameters()) - small)  # fmt: skip
+    for block in blocks(model):
+        if isinstance(block.mlp, MoE):
+            placement = expert_placement(block.mlp.experts, mesh.size(-1))
+            unit(block.mlp.experts, matrices, config.reshard_after_forward,
+                 shard_placement_fn=placement)  # fmt: skip
+        unit(block, matrices, config.reshard_after_forward)
+    for module in model.mtp:
+        unit(module.eh_proj, matrices, config.reshard_after_forward)
+    if not tied:
+        unit(model.embed_tokens, exact, config.reshard_after_forward)  # the residual stream begins in fp32
+        unit(model.lm_head, matrices, False)  # the backward pass begins with it
+        register_fsdp_forward_method(model.lm_head, "loss")
+    register_fsdp_forward_method(model, "losses")
+    prefetch(blocks(model), config.prefetch)
+
+
+def blocks(model: Transformer) -> list[Block]:
+    return [*model.layers, *(module.block for module in model.mtp)]
+
+
+def small_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Norms and routers: fp32 whatever the precision, and too few to be worth gathering by block."""
+    routers = {module.weight for module in model.modules() if isinstance(module, Router)}
+    return routers | {p for p in model.parameters() if p.dim() == 1}
+
+
+def expert_placement(experts: Experts, shards: int) -> Callable[[nn.Parameter], Shard]:
+    """The first dim that divides evenly: whole experts where there are enough, else rows or columns of all of them."""
+
+    def place(weight: Tensor) -> Shard:
+        return Shard(next((dim for dim, size in enumerate(weight.shape) if size % shards == 0), 0))
+
+    return place
+
+
+def prefetch(order: list[Block], ahead: int) -> None:
+    """Gathers the next blocks' parameters, in both directions, while one computes."""
+    if not ahead:
+        return
+    for sequence, announce in (
+        (order, FSDPModule.set_modules_to_forward_prefetch),
+        (order[::-1], FSDPModule.set_modules_to_backward_prefetch),
+    ):
+        for i, block in enumerate(sequence[:-1]):
+            coming = sequence[i + 1 : i + 1 + ahead]
+            announce(block, [unit for b in coming for unit in (b, *expert_units(b))])
+
+
+def expert_units(block: Block) -> list[FSDPModule]:
+    return [block.mlp.experts] if isinstance(block.mlp, MoE) else []

@@ -1,0 +1,116 @@
+"""The Lightning strategy over one mesh: FSDP2 and replicas of it, by the names fsdp2 and hsdp."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.groups import build_mesh
+from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
+from dsv3_lightning.parallel.sharding import shard_model
+from dsv3_lightning.parallel.tensors import like, local, part, place, whole
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Spreads `pl_module.model`, a Transformer, over all processes; its arguments are those of StrategyConfig.
+
+    Every rank is a data-parallel rank. The LightningModule's `configure_model` calls `shard` while its model is still
+    on the meta device, and then `materialize`, so that no process ever holds the whole.
+    timeout_minutes: how long a collective waits for a rank before all give up.
+    """
+
+    def __init__(self, timeout_minutes: float = 30.0, **sizes: Any) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
+        self.config = StrategyConfig(**sizes)
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        if self.config.cpu_offload and self.root_device.type == "cpu":
+            raise ConfigError("strategy.cpu_offload=true: this run is on the CPU; offloading is for GPUs")
+        shape = mesh_shape(self.config, self.world_size, self.num_processes)
+        self._device_mesh = build_mesh(shape, self.root_device.type)
+        rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def parameter_device(self) -> torch.device:
+        return torch.device("cpu") if self.config.cpu_offload else self.root_device
+
+    def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
+        """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
+        self.precision_plugin.convert_module(self.lightning_module)  # type: ignore[arg-type]
+        shard_model(model, self.device_mesh, self.config, "bf16" in str(self.precision_plugin.precision))
+        return place
+
+    def model_to_device(self) -> None:
+        """Weights were made where they belong; what is left are metrics and buffers."""
+        if not self.config.cpu_offload:
+            super().model_to_device()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors on the CPU, gathered one at a time; on the first rank alone."""
+        state = self.lightning_module.state_dict()  # type: ignore[union-attr]
+        return self.on_first_rank({name: whole(value) for name, value in state.items()})
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As AdamW's on one process, so that the file is the same for any number of them."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        state = optimizer.state_dict()
+        for weight, (index, values) in zip(optimizer.weights, sorted(state["state"].items()), strict=True):
+            state["state"][index] = {k: whole(like(weight, v)) for k, v in values.items()}
+        pairs = zip(optimizer.weights, state.pop("masters"), strict=True)
+        masters = [whole(like(weight, master)) for weight, master in pairs]
+        if any(weight.dtype != torch.float32 for weight in optimizer.weights):
+            state["masters"] = masters
+        return self.on_first_rank(state)
+
+    def on_first_rank(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state if self.is_global_zero else {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Each rank reads the file and keeps its parts of it."""
+        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
+        module = self.lightning_module
+        assert module is not None
+        own = module.state_dict()
+        if own.keys() != checkpoint["state_dict"].keys():
+            different = ", ".join(sorted(own.keys() ^ checkpoint["state_dict"].keys())[:4])
+            raise ConfigError(f"{checkpoint_path}: its weights are those of another model ({different})")
+        with torch.no_grad():
+            for name, value in checkpoint["state_dict"].items():
+                local(own[name]).copy_(part(value, own[name]))
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
+            for index, weight in enumerate(optimizer.weights):
+                state["state"][index] = {k: part(v, weight) for k, v in state["state"][index].items()}
+            masters = state.get("masters")
+            state["masters"] = (
+                [local(weight.detach()) for weight in optimizer.weights]
+                if masters is None
+                else [part(master, weight) for master, weight in zip(masters, optimizer.weights, strict=True)]
+            )
+            optimizer.load_state_dict(state)
+        return checkpoint
+
+
+def register() -> None:
+    """Makes `Trainer(strategy="fsdp2")` and its siblings work, with every size chosen."""
+    for kind in KINDS:
+        if kind not in StrategyRegistry:
+            StrategyRegistry.register(kind, MeshStrategy, f"dsv3-lightning: {kind}", kind=kind)
+
+
+register()

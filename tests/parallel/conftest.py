@@ -1,0 +1,70 @@
+"""Several processes over gloo, each of which does several runs, so that torch is started seldom."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Nano
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240, **environment: str) -> list[str]:
+    """Runs `python -m COMMAND` as torchrun would, on so many ranks; their outputs. Fails if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0",
+        "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
+    } | environment  # fmt: skip
+    logs = [open(folder / f"rank{rank}.log", "w+") for rank in range(ranks)]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", *command], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    end = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = any(process.poll() for process in processes)
+            if failed or time.monotonic() > end:
+                time.sleep(1.0)  # the others may say why, too
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    outputs = [Path(log.name).read_text() for log in logs]
+    for log in logs:
+        log.close()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(output[-6000:] for output in outputs)
+    return outputs
+
+
+def runs_on_ranks(ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], timeout: float = 240) -> list[str]:
+    """Those runs (name: overrides), one after the other, on so many ranks."""
+    arguments = [nano.arguments(name, overrides) for name, overrides in runs.items()]
+    folder = nano.base / f"on{ranks}-{next(iter(runs))}"
+    folder.mkdir(parents=True)
+    (folder / "runs.json").write_text(json.dumps(arguments))
+    return on_ranks(ranks, folder, ["tests.parallel.worker", str(folder / "runs.json")], timeout)
+
+
+@pytest.fixture(scope="module")
+def shared_nano(tmp_path_factory: pytest.TempPathFactory, data_cache: list[str]) -> Nano:
+    """As `nano`, for all tests of a file."""
+    from tests.conftest import QUIET
+
+    return Nano(tmp_path_factory.mktemp("nano"), [*data_cache, *QUIET, "callbacks.sample_text=null"])

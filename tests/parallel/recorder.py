@@ -1,0 +1,40 @@
+"""What a run computed, whole, whatever it was spread over: every gradient of every step, and the weights at the end."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+
+class Recorder(Callback):
+    """Writes step=<n>.pt with all gradients before clipping, start.pt and end.pt with the state, into `folder`."""
+
+    def __init__(self, folder: str, gradients: bool = True) -> None:
+        self.folder, self.gradients = Path(folder), gradients
+
+    def write(self, trainer, name, tensors):
+        full = {key: whole(value) for key, value in tensors.items()}
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(full, self.folder / f"{name}.pt")
+
+    def on_train_start(self, trainer, pl_module):
+        self.write(trainer, "start", pl_module.model.state_dict())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.gradients:
+            gradients = {name: p.grad for name, p in pl_module.model.named_parameters()}
+            assert all(gradient is not None for gradient in gradients.values())
+            self.write(trainer, f"step={trainer.global_step + 1}", gradients)
+
+    def on_train_end(self, trainer, pl_module):
+        self.write(trainer, "end", pl_module.model.state_dict())
+        biases = [value for name, value in pl_module.model.named_buffers() if name.endswith("expert_bias")]
+        if biases:
+            mine = torch.stack(biases)
+            for theirs in trainer.strategy.all_gather(mine).reshape(-1, *mine.shape):
+                assert torch.equal(theirs, mine), "the ranks' expert biases differ"
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()

@@ -1,0 +1,80 @@
+"""Four processes give the losses, every gradient and the weights of one, over 20 steps.
+
+With clipping, sequence-wise loss, MTP, bias updates, accumulation, and document ends that leave each micro-batch
+another number of valid targets.
+"""
+
+import pytest
+import torch
+
+from tests.parallel.conftest import runs_on_ranks
+from tests.runs.compare import assert_same_curves
+
+STEPS = 20
+COMMON = (
+    f"trainer.max_steps={STEPS}",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.gradient_clip_val=0.3",  # below every norm of these runs
+    "trainer.val_check_interval=10",
+    "trainer.limit_val_batches=2",
+    "data.sequence_length=24",
+    "data.mask_document_ends=true",
+    "loss.balance_factor=0.01",
+    "model.num_hidden_layers=2",
+    "model.vocab_size=512",
+    "callbacks.checkpoint.every_n_steps=10",
+    "optimizer.eps=1e-3",  # Adam then moves smoothly with the gradient, and rounding stays rounding
+)
+WAYS = {
+    4: {
+        "fsdp2": ("strategy={kind: fsdp2, reshard_after_forward: false}",),
+        "hsdp22": ("strategy={kind: hsdp, dp_shard: 2, prefetch: 2}", "compute.activation_checkpointing=full"),
+    },
+}
+
+
+def recorded(base, name):
+    return ("callbacks.recorder={class_path: tests.parallel.recorder.Recorder, init_args: {folder: "
+            f"{base / 'recorded' / name}}}}}",)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(shared_nano):
+    base = shared_nano.base
+    found = {"one": shared_nano.run("one", *COMMON, *recorded(base, "one"))}
+    assert found["one"].code == 0
+    for ranks, ways in WAYS.items():
+        overrides = {
+            name: (*COMMON, *way, f"trainer.devices={ranks}", *recorded(base, name)) for name, way in ways.items()
+        }
+        checkpoint = found["one"].folder / "checkpoints/step=10.ckpt"
+        overrides["goes_on"] = (*COMMON, "strategy=fsdp2", f"trainer.devices={ranks}", f"run.resume={checkpoint}")
+        runs_on_ranks(ranks, shared_nano, overrides)
+        found |= {name: type(found["one"])(base / "runs" / name, 0) for name in overrides}
+    return found
+
+
+@pytest.mark.parametrize("name", [name for ways in WAYS.values() for name in ways])
+def test_losses_gradients_and_weights_are_those_of_one_process(runs, shared_nano, name):
+    assert_same_curves(runs["one"], runs[name], 2e-5)
+    folder = shared_nano.base / "recorded"
+    for file in ("start", *(f"step={step}" for step in range(1, STEPS + 1)), "end"):
+        one, many = (torch.load(folder / run / f"{file}.pt") for run in ("one", name))
+        assert one.keys() == many.keys()
+        for key, value in one.items():
+            if file == "start" or key.endswith("expert_bias"):
+                assert torch.equal(value, many[key]), (file, key)
+            else:
+                error = (value - many[key]).norm() / value.norm()
+                assert error < 5e-5, f"{file} {key}: differs by {error:.1e} of its norm"
+
+
+def test_a_checkpoint_of_four_processes_goes_on_in_one(runs, shared_nano):
+    checkpoint = runs["fsdp2"].folder / "checkpoints/step=10.ckpt"
+    resumed = shared_nano.run("resumed", *COMMON, f"run.resume={checkpoint}")
+    assert resumed.code == 0
+    assert_same_curves(runs["one"], resumed, 2e-5, after=10)
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_four(runs):
+    assert_same_curves(runs["one"], runs["goes_on"], 2e-5, after=10)

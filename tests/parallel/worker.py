@@ -1,0 +1,28 @@
+"""One rank: several runs one after the other in the same process, since starting torch takes longer than a run.
+
+python -m tests.parallel.worker FILE, where FILE holds a JSON list of argument lists for the command line.
+"""
+
+import json
+import sys
+
+import torch
+
+from dsv3_lightning.cli import main
+
+
+def work(path: str) -> int:
+    torch.set_num_threads(1)
+    with open(path) as file:
+        runs = json.load(file)
+    for arguments in runs:
+        if code := main(arguments):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    code = work(sys.argv[1])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
