@@ -104,7 +104,7 @@ def our_step(config: ModelConfig, tokens: torch.Tensor, dtype: torch.dtype) -> C
     def step() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             losses = model.losses(tokens, mask, targets)
-            loss = losses.nll_K.sum() / targets.numel() + 1e-4 * losses.balance_L.sum()
+            loss = losses.nll_K.sum() / targets.numel() + 1e-4 * losses.balance["sequence"].sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -3,6 +3,7 @@
 The files lie in `callbacks/` at the top of the repository and import as `dsv3_lightning.callbacks`.
 """
 
+from dsv3_lightning.callbacks.balance_factor import BalanceFactor
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.expert_bias import ExpertBias
 from dsv3_lightning.callbacks.mtp_weight import MTPWeight
@@ -13,6 +14,7 @@ from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "BalanceFactor",
     "Checkpoint",
     "ExpertBias",
     "MTPWeight",

@@ -1,7 +1,7 @@
 """Auxiliary-loss-free load balancing (V3 §2.1.2, eq. 16; arXiv 2408.15664): a bias per expert, moved once per step."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import check_staircase, staircase
+from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
 
 
 class Balanced(Protocol):
@@ -22,18 +22,28 @@ class ExpertBias(Callback):
     """b_i += speed · sign(mean c - c_i) for every router, after each optimizer step that was not skipped.
 
     speed: γ of the report (0.001); u in arXiv 2408.15664.
-    schedule: pairs [from share of the run, factor on speed]; the report's is 1, then 0 for the last 3.4 %.
+    schedule: points [from, factor on speed] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
+        The report's is 1, then 0 for the last 3.4 %.
+    rule: `sign`, or `proportional`: b_i += speed · (mean c - c_i) / mean c (arXiv 2408.15664 §4.3).
+    centered: takes the step's mean away, so that Σ b stays 0; no choice changes by that.
 
     Reads outputs["expert_counts"] [L, E] int64: the micro-batch's tokens per expert, one row per module with an
     `expert_bias`, in their order. The counts of a step's micro-batches and of all ranks are added up first.
     Logs balance/bias_speed and balance/bias_absmax. The state is the buffers themselves, which the model saves.
     """
 
-    def __init__(self, speed: float, schedule: list[list[float]]) -> None:
+    def __init__(
+        self,
+        speed: float,
+        schedule: list[list[Any]],
+        by: str = "share",
+        rule: Literal["sign", "proportional"] = "sign",
+        centered: bool = False,
+    ) -> None:
         if speed < 0:
             raise ConfigError(f"callbacks.expert_bias.speed={speed}: must be at least 0")
-        check_staircase(schedule, "callbacks.expert_bias.schedule")
-        self.speed, self.schedule = speed, schedule
+        check_schedule(schedule, by, "callbacks.expert_bias.schedule")
+        self.speed, self.schedule, self.by, self.rule, self.centered = speed, schedule, by, rule, centered
         self.counts_LE: Tensor | int = 0
 
     def on_train_batch_end(
@@ -43,11 +53,11 @@ class ExpertBias(Callback):
         if not stepped(trainer, batch_idx):
             return
         counts_LE, self.counts_LE = trainer.strategy.reduce(self.counts_LE, reduce_op="sum"), 0
-        speed = self.speed * staircase(self.schedule, (trainer.global_step - 1) / trainer.max_steps)
+        speed = self.speed * value_at(self.schedule, place_of(trainer, trainer.global_step - 1, self.by))
         routers = list(routers_of(pl_module))
         if not getattr(pl_module, "step_skipped", False):
             for router, counts_E in zip(routers, counts_LE, strict=True):
-                router.expert_bias += bias_step(counts_E, speed)
+                router.expert_bias += bias_step(counts_E, speed, self.rule, self.centered)
         if is_log_step(trainer, trainer.global_step):
             absmax = max(float(router.expert_bias.abs().max()) for router in routers)
             log_scalars(trainer, {"balance/bias_speed": speed, "balance/bias_absmax": absmax})
@@ -63,6 +73,11 @@ def routers_of(module: nn.Module) -> Iterator[Balanced]:
             yield router
 
 
-def bias_step(counts_E: Tensor, speed: float) -> Tensor:
-    """speed · sign(mean c - c_i), fp32 [E]; counts int64. Exact: compares E · c_i with the total, as integers."""
-    return speed * torch.sign(counts_E.sum() - counts_E * counts_E.numel()).float()
+def bias_step(counts_E: Tensor, speed: float, rule: str = "sign", centered: bool = False) -> Tensor:
+    """speed · sign(mean c - c_i), or speed · (mean c - c_i) / mean c; fp32 [E], counts int64.
+
+    The difference is exact: E · c_i from the total, as integers. Nothing moves where nothing was routed.
+    """
+    missing_E = counts_E.sum() - counts_E * counts_E.numel()
+    step_E = torch.sign(missing_E).float() if rule == "sign" else missing_E.double() / counts_E.sum().clamp(min=1)
+    return (speed * (step_E - step_E.mean() if centered else step_E)).float()

@@ -5,22 +5,23 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import check_staircase, staircase
+from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
 
 
 class MTPWeight(Callback):
     """Sets `pl_module.mtp_weight` before each micro-batch, from the share of the run that lies behind.
 
-    schedule: pairs [from share of the run's tokens, λ]. Logs mtp/weight. No state: it follows from the step.
+    schedule: points [from, λ] or [at, λ, linear or cosine]; by: share (of the run), steps or tokens.
+    Logs mtp/weight. No state: it follows from the step.
     """
 
-    def __init__(self, schedule: list[list[float]]) -> None:
-        check_staircase(schedule, "callbacks.mtp_weight.schedule")
-        self.schedule = schedule
+    def __init__(self, schedule: list[list[Any]], by: str = "share") -> None:
+        check_schedule(schedule, by, "callbacks.mtp_weight.schedule")
+        self.schedule, self.by = schedule, by
         self.weight = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.weight = pl_module.mtp_weight = staircase(self.schedule, trainer.global_step / trainer.max_steps)
+        self.weight = pl_module.mtp_weight = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -49,7 +49,8 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
     )  # fmt: skip
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
+    whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
     if first_rank:
         banner(config, folder, start, reason)
         if start is None:

@@ -135,6 +135,8 @@ def check_together(
         ):
             if on:
                 raise ConfigError(f"{key}: the model has no mixture-of-experts layer; set {key}={off}")
+    if model.n_group == 1 and (grouped := {"device", "communication"} & loss.balance_factors.keys()):
+        raise ConfigError(f"loss.balance={min(grouped)}: its devices are the model's groups; set model.n_group above 1")
     if callbacks.get("expert_bias") is not None and model.topk_method != "noaux_tc":
         raise ConfigError(
             f"model.topk_method={model.topk_method}: has no expert bias to move; "

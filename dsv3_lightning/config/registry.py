@@ -2,6 +2,7 @@
 
 CALLBACKS = {
     "expert_bias": "dsv3_lightning.callbacks.ExpertBias",
+    "balance_factor": "dsv3_lightning.callbacks.BalanceFactor",
     "mtp_weight": "dsv3_lightning.callbacks.MTPWeight",
     "router_monitor": "dsv3_lightning.callbacks.RouterMonitor",
     "throughput": "dsv3_lightning.callbacks.Throughput",

@@ -21,6 +21,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `count_targets`).
     target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
+    step_tokens, step_mask [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's micro-batches.
     target_bytes [b] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
     """
 
@@ -43,26 +44,34 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.index)
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        length = self.sequence_length + 1 + self.mtp_depth
-        tokens = np.full((len(draw.samples), length), self.pad_id, dtype=np.int64)
-        barriers = np.full((len(draw.samples), length), length, dtype=np.int32)  # nothing may predict padding
-        row, piece = pieces_of(self.index, draw.samples)
-        sizes = self.index.lengths[piece]
-        places = stretch(row * length + self.index.positions[piece], sizes)
-        tokens.reshape(-1)[places] = self.file.tokens[stretch(self.index.starts[piece], sizes)]
-        barriers.reshape(-1)[places] = np.repeat(self.barriers[piece], sizes)
+        tokens, barriers = self.gather(draw.samples)
         targets = targets_of(tokens, barriers, self.sequence_length)
         batch: dict[str, Any] = {
             "tokens": tokens,
-            "mask": barriers < length,
+            "mask": barriers < tokens.shape[1],
             "targets": targets,
             "target_counts": draw.target_counts,
             "sample_ids": draw.samples,
         }
+        if draw.step_samples is not None:
+            step_tokens, step_barriers = self.gather(draw.step_samples)
+            batch |= {"step_tokens": step_tokens, "step_mask": step_barriers < tokens.shape[1]}
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int64 and barriers int32 of the samples, each [b, T + 1 + D]; nothing may predict padding."""
+        length = self.sequence_length + 1 + self.mtp_depth
+        tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
+        barriers = np.full((len(samples), length), length, dtype=np.int32)
+        row, piece = pieces_of(self.index, samples)
+        sizes = self.index.lengths[piece]
+        places = stretch(row * length + self.index.positions[piece], sizes)
+        tokens.reshape(-1)[places] = self.file.tokens[stretch(self.index.starts[piece], sizes)]
+        barriers.reshape(-1)[places] = np.repeat(self.barriers[piece], sizes)
+        return tokens, barriers
 
 
 def barriers(index: PackedIndex, mask_document_ends: bool) -> np.ndarray:

@@ -30,9 +30,10 @@ class TextDataModule(LightningDataModule):
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
     numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
+    whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     """
 
-    def __init__(self, config: DataConfig, mtp_depth: int, max_steps: int) -> None:
+    def __init__(self, config: DataConfig, mtp_depth: int, max_steps: int, whole_steps: bool = False) -> None:
         super().__init__()
         if config.sequence_length <= mtp_depth:
             raise ConfigError(
@@ -40,6 +41,7 @@ class TextDataModule(LightningDataModule):
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
+        self.whole_steps = whole_steps
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
@@ -73,6 +75,7 @@ class TextDataModule(LightningDataModule):
             self.max_steps,
             first_step=step,
             first_sample=self._first_sample,
+            whole_steps=self.whole_steps,
         )
         return Loader(dataset, sampler, self.config.num_workers)
 
@@ -124,6 +127,10 @@ class TextDataModule(LightningDataModule):
     @property
     def train_tokens(self) -> int:
         return int(self.manifest["splits"]["train"]["tokens"])
+
+    def tokens_before(self, step: int) -> int:
+        """Positions of the run's first `step` optimizer steps, over all ranks."""
+        return step * self.config.batch_size * self.config.sequence_length
 
     @property
     def train_samples(self) -> int:

@@ -17,10 +17,12 @@ from dsv3_lightning.errors import ConfigError
 class Draw(NamedTuple):
     """One micro-batch on one rank. samples [b] int64: positions in the packed index, -1 for none. target_counts
     [1 + D] int64: valid targets of each head in the same step's samples of all ranks and micro-batches.
+    step_samples: with a step's first micro-batch, where asked for, those of all its micro-batches on this rank.
     """
 
     samples: np.ndarray
     target_counts: np.ndarray
+    step_samples: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class TrainSampler:
     """Draws of steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
 
     Its length is that of the whole run, also when it begins later: Lightning adds what an earlier life has drawn.
-    target_counts [S, 1 + D] int64, of each sample.
+    target_counts [S, 1 + D] int64, of each sample. whole_steps: whether draws have `step_samples`.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class TrainSampler:
         *,
         first_step: int = 0,
         first_sample: int = 0,
+        whole_steps: bool = False,
     ) -> None:
         self.target_counts, self.layout, self.seed = target_counts, layout, seed
+        self.whole_steps = whole_steps
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
 
     def __len__(self) -> int:
@@ -79,8 +83,9 @@ class TrainSampler:
             first = self.first_sample + step * layout.batch_size
             samples = order[first : first + layout.batch_size]
             target_counts = self.target_counts[samples].sum(0)
-            for parts in samples.reshape(layout.accumulate, layout.ranks, -1):
-                yield Draw(parts[layout.rank], target_counts)
+            parts = samples.reshape(layout.accumulate, layout.ranks, -1)[:, layout.rank]
+            for number, part in enumerate(parts):
+                yield Draw(part, target_counts, parts.reshape(-1) if self.whole_steps and number == 0 else None)
 
 
 class ValidationSampler:

@@ -12,12 +12,12 @@ from dsv3_lightning.model.rope import Rotation
 class Block(nn.Module):
     """x [B, T, D] -> ([B, T, D], RouterStats, or None from a dense layer)."""
 
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
+    def __init__(self, config: ModelConfig, dense: bool, balance: tuple[str, ...] = ("sequence",)) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = ATTENTION[config.attention](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config, balance)
 
     def forward(self, x_BTD: Tensor, at: Rotation, mask_BT: Tensor) -> tuple[Tensor, RouterStats | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), at)

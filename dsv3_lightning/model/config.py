@@ -57,9 +57,11 @@ class ModelConfig:
     scoring_func: affinities by sigmoid (V3) or by softmax over all experts (V2).
     topk_method: `noaux_tc` adds the expert bias to the choice and scores a group by its two best experts (V3);
         `group_limited_greedy` scores a group by its best (V2); `greedy` ignores groups (V2-Lite).
+    expert_bias_kind: the choice is by s + b (V3 eq. 16) or by s · (1 + b), a variant of arXiv 2408.15664 §4.3.
     n_group G, topk_group M: each token's experts come from at most M of G equal groups.
     norm_topk_prob, routed_scaling_factor: gates are normalised to sum 1, then scaled.
     num_nextn_predict_layers: depth of multi-token prediction (V3 §2.2); 0 switches it off.
+    mtp_kind: `sequential` modules that see the tokens between (V3 §2.2), or `parallel` heads (arXiv 2404.19737).
     max_position_embeddings: longest sequence. rope_theta, rope_scaling: rotary base and YaRN.
     rope_interleave: rotary pairs are neighbouring channels, as in the released weights; False: halves.
     initializer_range: standard deviation of every matrix at the start (V3 §4.2: 0.006).
@@ -88,10 +90,12 @@ class ModelConfig:
     topk_group: int = 1
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    expert_bias_kind: Literal["additive", "multiplicative"] = "additive"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
 
     num_nextn_predict_layers: int = 0
+    mtp_kind: Literal["sequential", "parallel"] = "sequential"
     max_position_embeddings: int
     rope_theta: float = 10000.0
     rope_scaling: Yarn | None = None
@@ -177,6 +181,10 @@ class ModelConfig:
             raise ConfigError(f"model.n_group={groups}: does not divide n_routed_experts={experts} into equal groups")
         if self.topk_group > groups:
             raise ConfigError(f"model.topk_group={self.topk_group}: there are only n_group={groups} groups")
+        if self.expert_bias_kind != "additive" and self.topk_method != "noaux_tc":
+            raise ConfigError(
+                f"model.expert_bias_kind={self.expert_bias_kind}: topk_method={self.topk_method} has no expert bias"
+            )
         if self.topk_method == "greedy" and groups > 1:
             raise ConfigError(
                 f"model.topk_method=greedy ignores groups, but n_group={groups}; use group_limited_greedy or n_group=1"

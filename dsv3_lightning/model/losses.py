@@ -1,4 +1,4 @@
-"""The losses: fused linear cross-entropy for every head, and the sequence-wise balance loss (V3 eq. 17-20)."""
+"""The loss of every head: linear and cross-entropy fused (V3 eq. 24)."""
 
 import torch
 from torch import Tensor
@@ -6,24 +6,6 @@ from torch import Tensor
 IGNORE = -100  # a target that doesn't count
 LOGITS_HELD = 2**27  # logits at a time: 512 MiB in fp32
 LOGITS_HELD_CPU = 2**20  # 4 MiB, so that they stay in the cache
-
-
-def sequence_balance_loss(scores_BTE: Tensor, experts_BTK: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over the sequences of Σ_i f_i P_i, without α: 1 in perfect balance (V3 eq. 17-20). fp32 scalar.
-
-    f_i = E/(K·T) · tokens of the sequence that chose expert i (no gradient); P_i = mean over the tokens of the
-    affinities, normalised to sum 1. T counts the sequence's tokens without padding.
-    """
-    with torch.autocast(scores_BTE.device.type, enabled=False):
-        E, K = scores_BTE.shape[-1], experts_BTK.shape[-1]
-        mask_BT1 = mask_BT[..., None].to(scores_BTE.dtype)
-        tokens_B1 = mask_BT1.sum(1).clamp(min=1)
-        chosen_BE = torch.zeros_like(scores_BTE[:, 0])
-        chosen_BE.scatter_add_(1, experts_BTK.flatten(1), mask_BT1.expand(-1, -1, K).flatten(1))
-        f_BE = chosen_BE * (E / K) / tokens_B1  # eq. 18
-        normalized_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)  # eq. 19
-        P_BE = (normalized_BTE * mask_BT1).sum(1) / tokens_B1  # eq. 20
-        return (f_BE * P_BE).sum(-1).mean()  # eq. 17
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -6,20 +6,20 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_lightning.model.balance import Choices, balance_terms
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.experts import Experts
-from dsv3_lightning.model.losses import sequence_balance_loss
 from dsv3_lightning.model.router import Router, count_tokens
 
 
 class RouterStats(NamedTuple):
     """What a MoE layer reports beside its output.
 
-    counts_E: tokens per expert without padding, int64. balance: sequence-wise loss without α, fp32 scalar.
+    counts_E: tokens per expert without padding, int64. balance: by name, what `balance_terms` gives.
     """
 
     counts_E: Tensor
-    balance: Tensor
+    balance: dict[str, Tensor]
 
 
 class MLP(nn.Module):
@@ -38,8 +38,9 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """x [B, T, D], mask [B, T] bool (False on padding) -> ([B, T, D], RouterStats)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, balance: tuple[str, ...] = ("sequence",)) -> None:
         super().__init__()
+        self.config, self.balance = config, balance
         self.gate = Router(config)
         self.experts = Experts(config)
         self.shared_experts = (
@@ -50,11 +51,12 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, RouterStats]:
         x_ND = x_BTD.flatten(0, 1)
-        experts_NK, gates_NK, scores_NE = self.gate(x_ND)
+        experts_NK, gates_NK, scores_NE, logits_NE = self.gate(x_ND)
         shared = None if self.shared_experts is None else functools.partial(self.shared_experts, x_ND)
         out_BTD = self.experts(x_ND, experts_NK, gates_NK, meanwhile=shared).view_as(x_BTD)
-        E = scores_NE.shape[1]
-        balance = sequence_balance_loss(
-            scores_NE.unflatten(0, x_BTD.shape[:2]), experts_NK.unflatten(0, x_BTD.shape[:2]), mask_BT
+        logits_BTE, scores_BTE, experts_BTK = (
+            x.unflatten(0, mask_BT.shape) for x in (logits_NE, scores_NE, experts_NK)
         )
-        return out_BTD, RouterStats(count_tokens(experts_NK, mask_BT.flatten(), E), balance)
+        choices = Choices(logits_BTE, scores_BTE, experts_BTK, mask_BT, self.config.n_group, self.config.topk_group)
+        counts_E = count_tokens(experts_NK, mask_BT.flatten(), self.config.n_routed_experts)
+        return out_BTD, RouterStats(counts_E, balance_terms(self.balance, choices))

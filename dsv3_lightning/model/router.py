@@ -12,12 +12,13 @@ from dsv3_lightning.model.config import ModelConfig
 class Routing(NamedTuple):
     """What the router decided for N tokens.
 
-    experts_NK: chosen experts, int64. gates_NK: their weights, fp32. scores_NE: affinities, fp32.
+    experts_NK: chosen experts, int64. gates_NK: their weights, fp32. scores_NE: affinities, fp32, made of logits_NE.
     """
 
     experts_NK: Tensor
     gates_NK: Tensor
     scores_NE: Tensor
+    logits_NE: Tensor
 
 
 class Router(nn.Module):
@@ -41,12 +42,14 @@ class Router(nn.Module):
                 logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
             )  # eq. 15
             experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config)
-            return Routing(experts_NK, gates_NK, scores_NE)
+            return Routing(experts_NK, gates_NK, scores_NE, logits_NE)
 
 
 def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Chosen experts [N, K] int64 and gates [N, K]: the choice is biased (eq. 16), the gates are not (eq. 13)."""
-    choice_NE = keep_best_groups(scores_NE.detach() + expert_bias_E, config)
+    scores = scores_NE.detach()
+    biased_NE = scores + expert_bias_E if config.expert_bias_kind == "additive" else scores * (1 + expert_bias_E)
+    choice_NE = keep_best_groups(biased_NE, config)
     experts_NK = choice_NE.topk(config.num_experts_per_tok, -1).indices
     gates_NK = scores_NE.gather(-1, experts_NK)
     if config.norm_topk_prob:

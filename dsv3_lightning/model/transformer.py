@@ -17,20 +17,23 @@ from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.losses import linear_cross_entropy
 from dsv3_lightning.model.moe import RouterStats
-from dsv3_lightning.model.mtp import MTPModule
+from dsv3_lightning.model.mtp import MTP_KINDS, MTPModule, ParallelHead
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import rotation
 
 
 class Losses(NamedTuple):
-    """nll_K: sums of token losses, fp32 [1 + mtp_depth], main head first.
+    """nll_K: sums of token losses, fp32 [1 + mtp_depth], main head first; empty where no targets were given.
 
-    balance_L: sequence-wise balance loss of each MoE layer, without α, fp32. counts_LE: tokens per expert, int64.
+    balance: by name, without α, fp32: the loss of each MoE layer [L], or for those of the whole batch what
+    `balance.batch_loss` takes [L, E]. counts_LE: tokens per expert, int64.
+    guesses_BKT: each head's greedy choice, int64, where they were asked for.
     """
 
     nll_K: Tensor
-    balance_L: Tensor
+    balance: dict[str, Tensor]
     counts_LE: Tensor
+    guesses_BKT: Tensor | None = None
 
 
 def normal(shape: torch.Size, std: float, key: str, device: torch.device) -> Tensor:
@@ -52,21 +55,35 @@ class OutputHead(nn.Linear):
         """Summed cross-entropy of the targets that aren't IGNORE, fp32."""
         return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
 
+    @torch.no_grad()
+    def greedy(self, h_BTD: Tensor) -> Tensor:
+        """The most likely next token of every position, int64 [B, T]."""
+        chunk = max(1, 2**24 // self.out_features)  # logits of so many tokens at a time
+        return torch.cat([self(h_ND).argmax(-1) for h_ND in h_BTD.flatten(0, 1).split(chunk)]).view(h_BTD.shape[:2])
+
 
 class Transformer(nn.Module):
-    """Parameters are named as in the released checkpoint, experts stacked, MTP modules apart in `mtp`."""
+    """Parameters are named as in the released checkpoint, experts stacked, MTP modules apart in `mtp`.
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: str = "none") -> None:
+    balance: names of the balance losses that `losses` makes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        activation_checkpointing: str = "none",
+        balance: tuple[str, ...] = ("sequence",),
+    ) -> None:
         super().__init__()
         self.config = config
         self.recompute = RECOMPUTE[activation_checkpointing]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+            Block(config, i < config.first_k_dense_replace, balance) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp_depth))
+        self.mtp = nn.ModuleList(MTP_KINDS[config.mtp_kind](config, balance) for _ in range(config.mtp_depth))
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -89,23 +106,31 @@ class Transformer(nn.Module):
                 stats.append(layer_stats)
         return self.norm(h_BTD), stats
 
-    def losses(self, tokens_BS: Tensor, mask_BS: Tensor, targets_BKT: Tensor) -> Losses:
+    def losses(self, tokens_BS: Tensor, mask_BS: Tensor, targets_BKT: Tensor | None, guess: bool = False) -> Losses:
         """The losses of S = T + 1 + mtp_depth tokens per sample.
 
         mask_BS: bool, False on padding. targets_BKT: int64, [:, k, i] is token i + 1 + k or IGNORE; k = 0 is the main
-        head. Module k starts from h_{k-1}, where h_0 is the main model's output after its final norm, as the inference
-        engines of the released weights do (eq. 21-25).
+        head; None: only the routing is wanted. guess: whether the heads' greedy choices are, too.
+        Module k starts from h_{k-1}, where h_0 is the main model's output after its final norm, as the inference
+        engines of the released weights do (eq. 21-25); a parallel head from h_0.
         """
-        T = targets_BKT.shape[-1]
+        T = tokens_BS.shape[1] - 1 - self.config.mtp_depth if targets_BKT is None else targets_BKT.shape[-1]
         h_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T])
-        nll = [self.lm_head.loss(h_BTD, targets_BKT[:, 0])]
+        heads = [h_BTD]  # what the output head gets
         at = rotation(self.config, torch.arange(T, device=tokens_BS.device))
         for k, module in enumerate(self.mtp, start=1):
-            embedding_BTD = self.embed_tokens(tokens_BS[:, k : k + T])
-            h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, at, mask_BS[:, k : k + T])
+            if isinstance(module, ParallelHead):
+                h_BTD, layer_stats = self.recompute(module, heads[0], at, mask_BS[:, :T])
+            else:
+                embedding_BTD = self.embed_tokens(tokens_BS[:, k : k + T])
+                h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, at, mask_BS[:, k : k + T])
             stats.append(layer_stats)
-            nll.append(self.lm_head.loss(cast(MTPModule, module).norm(h_BTD), targets_BKT[:, k]))
-        return Losses(torch.stack(nll), *stack_stats(stats, self.config.n_routed_experts, h_BTD.device))
+            heads.append(cast(MTPModule, module).norm(h_BTD))
+        nll_K = torch.zeros(0, device=h_BTD.device)
+        if targets_BKT is not None:
+            nll_K = torch.stack([self.lm_head.loss(h, targets_BKT[:, k]) for k, h in enumerate(heads)])
+        guesses_BKT = torch.stack([self.lm_head.greedy(h) for h in heads], 1) if guess else None
+        return Losses(nll_K, *stack_stats(stats, self.config.n_routed_experts, h_BTD.device), guesses_BKT)
 
     @torch.no_grad()
     def init_weights(self, seed: int, place: Callable[[Tensor, int | None, Callable[[], Tensor]], None] = fill) -> None:
@@ -128,11 +153,12 @@ class Transformer(nn.Module):
             nn.init.zeros_(buffer)
 
 
-def stack_stats(stats: list[RouterStats], num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """balance_L and counts_LE of all MoE layers; of zero rows where there is none."""
+def stack_stats(stats: list[RouterStats], num_experts: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """balance and counts_LE of all MoE layers; none, and of zero rows, where there is none."""
     if not stats:
-        return torch.zeros(0, device=device), torch.zeros(0, num_experts, dtype=torch.int64, device=device)
-    return torch.stack([s.balance for s in stats]), torch.stack([s.counts_E for s in stats])
+        return {}, torch.zeros(0, num_experts, dtype=torch.int64, device=device)
+    balance = {name: torch.stack([layer.balance[name] for layer in stats]) for name in stats[0].balance}
+    return balance, torch.stack([layer.counts_E for layer in stats])
 
 
 def keep_all(module: Callable, *args):

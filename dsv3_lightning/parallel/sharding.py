@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.moe import MoE
+from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.router import Router
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.mesh import StrategyConfig
@@ -55,7 +56,8 @@ def shard_model(model: Transformer, mesh: DeviceMesh, config: StrategyConfig, bf
                  shard_placement_fn=placement)  # fmt: skip
         unit(block, matrices, config.reshard_after_forward)
     for module in model.mtp:
-        unit(module.eh_proj, matrices, config.reshard_after_forward)
+        if isinstance(module, MTPModule):
+            unit(module.eh_proj, matrices, config.reshard_after_forward)
     if not tied:
         unit(model.embed_tokens, exact, config.reshard_after_forward)  # the residual stream begins in fp32
         unit(model.lm_head, matrices, False)  # the backward pass begins with it

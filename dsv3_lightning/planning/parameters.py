@@ -67,8 +67,9 @@ def count_parameters(model: ModelConfig) -> Parameters:
     mtp = {
         "attention": same(attention_weights(model)),
         **moe_parts(model),
-        "eh_proj": same(2 * D * D),
-        "norms": same(block_norms(model) + 3 * D),  # enorm, hnorm and the one before the head
+        "eh_proj": same(2 * D * D if model.mtp_kind == "sequential" else 0),
+        # enorm, hnorm and the one before the head; a parallel head has the last alone
+        "norms": same(block_norms(model) + (3 if model.mtp_kind == "sequential" else 1) * D),
     }
     mtp = {part: count.times(model.mtp_depth) for part, count in mtp.items() if model.mtp_depth}
     return Parameters(main, mtp, model.num_moe_layers * model.n_routed_experts)

@@ -5,6 +5,8 @@ from typing import Literal
 
 from dsv3_lightning.errors import ConfigError
 
+BalanceName = Literal["sequence", "batch", "expert", "device", "communication", "switch", "z", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -55,18 +57,38 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25). Raises ConfigError.
+    """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + Σ α · Σ_layers L_balance (V3 eq. 17, 25). Raises ConfigError.
 
-    balance: `sequence`, the sequence-wise loss of V3 eq. 17-20, or `none`. balance_factor: α.
+    balance: the name of a balance loss, a list of several, or `none`.
+        sequence: V3 eq. 17-20. batch: the same over the global batch (V3 §4.5.3).
+        expert, device, communication: V2 eq. 23-31; a device is one of model.n_group groups.
+        switch: softmax probabilities over the global batch (arXiv 2101.03961). z: router z-loss (arXiv 2202.08906).
+    balance_factor: its α, or a list with one for each.
     mtp_weight: a constant λ; null where callbacks.mtp_weight schedules it.
     """
 
-    balance: Literal["sequence", "none"]
-    balance_factor: float
+    balance: BalanceName | list[BalanceName]
+    balance_factor: float | list[float]
     mtp_weight: float | None
 
+    @property
+    def balance_factors(self) -> dict[str, float]:
+        """α by the loss's name; empty for `none`."""
+        names = [self.balance] if isinstance(self.balance, str) else self.balance
+        factors = self.balance_factor if isinstance(self.balance_factor, list) else [self.balance_factor]
+        return {} if names == ["none"] else dict(zip(names, factors, strict=True))
+
     def __post_init__(self) -> None:
-        if self.balance_factor < 0:
+        names = [self.balance] if isinstance(self.balance, str) else self.balance
+        factors = self.balance_factor if isinstance(self.balance_factor, list) else [self.balance_factor]
+        if not names or len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+            raise ConfigError(f"loss.balance={names}: must name each loss once; for none of them write none")
+        if len(factors) != len(names):
+            raise ConfigError(
+                f"loss.balance_factor={self.balance_factor}: must be {len(names)} factors, one for each of "
+                f"loss.balance={', '.join(names)}"
+            )
+        if min(factors) < 0:
             raise ConfigError(f"loss.balance_factor={self.balance_factor}: must be at least 0")
         if self.mtp_weight is not None and self.mtp_weight < 0:
             raise ConfigError(f"loss.mtp_weight={self.mtp_weight}: must be at least 0")

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.model.transformer import Losses, Transformer, fill
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
+from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_log_step, log_scalars
 from dsv3_lightning.training.metrics import BitsPerByte, TokenLoss
@@ -26,8 +27,9 @@ class PretrainModule(pl.LightningModule):
     A batch holds `tokens` and `mask` [B, T + 1 + mtp_depth], `targets` [B, 1 + mtp_depth, T] and `target_counts`
     [1 + mtp_depth], the valid targets of the whole optimizer step over all ranks and micro-batches: with it every mean
     is over the global count, however the batch is spread.
-    `mtp_weight` (λ) may be set by a callback before each step. The outputs hold `expert_counts`, int64 [L, E], and
-    `tokens`, the micro-batch's positions.
+    Where `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
+    `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
+    `expert_counts`, int64 [L, E], and `tokens`, the micro-batch's positions.
     """
 
     def __init__(
@@ -44,17 +46,15 @@ class PretrainModule(pl.LightningModule):
         self.optimizer_config, self.loss_config, self.max_steps = optimizer, loss, max_steps
         self.flops_per_token = training_flop_per_token(model, sequence_length)
         self.seed = seed
+        self.balance = BalanceTerm(loss.balance_factors, model.num_experts_per_tok)
         with torch.device("meta"):  # until `configure_model`, when it is known which part is made where
-            self.model = Transformer(model, compute.activation_checkpointing)
+            self.model = Transformer(model, compute.activation_checkpointing, tuple(loss.balance_factors))
         self.mtp_weight = loss.mtp_weight or 0.0
-        self.balance_factor = loss.balance_factor if loss.balance == "sequence" else 0.0
         self.train_loss = TokenLoss(1 + model.mtp_depth)
         self.val_loss = TokenLoss(1 + model.mtp_depth)
         self.val_bpb = BitsPerByte()
         self.scalars: dict[str, float] = {}
         self.step_loss: Tensor | float = 0.0  # of the current step's micro-batches on this rank
-        self.balance_sum: Tensor | float = 0.0
-        self.balance_count = 0
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
@@ -74,18 +74,28 @@ class PretrainModule(pl.LightningModule):
         """Optimizer steps of the run so far, also where a finished run was only loaded for validation."""
         return max(self.trainer.global_step, self.loaded_step)
 
+    def step_counts(self, batch: dict[str, Tensor], losses: Losses) -> Tensor | None:
+        """Tokens per expert of the whole step, over all micro-batches and ranks, where a loss needs them."""
+        if not self.balance.needs_counts:
+            return None
+        counts_LE = losses.counts_LE
+        if self.trainer.accumulate_grad_batches > 1:
+            if "step_tokens" not in batch:
+                return self.balance.step_counts_LE
+            counts_LE = count_step(self.model, batch["step_tokens"], batch["step_mask"], len(batch["tokens"]))
+        self.balance.step_counts_LE = self.trainer.strategy.reduce(counts_LE.clone(), reduce_op="sum")
+        return self.balance.step_counts_LE
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
         losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"])
         # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         mean_K = losses.nll_K / batch["target_counts"].clamp(min=1) * parts
-        loss = mean_K[0] + self.balance_factor * losses.balance_L.sum()
+        loss = mean_K[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
         if len(mean_K) > 1:
             loss = loss + self.mtp_weight * mean_K[1:].mean()
         self.train_loss.update(losses.nll_K, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
-        self.balance_sum = self.balance_sum + losses.balance_L.detach().sum()
-        self.balance_count += 1
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
     def configure_gradient_clipping(
@@ -120,7 +130,7 @@ class PretrainModule(pl.LightningModule):
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         self.train_loss.reset()  # its sums may hold the non-finite loss
-        self.balance_sum, self.balance_count = 0.0, 0
+        self.balance.clear()
         step = self.trainer.global_step + 1
         if self.skipped_in_a_row >= self.optimizer_config.max_skipped_steps:
             raise RunStopped(
@@ -136,16 +146,15 @@ class PretrainModule(pl.LightningModule):
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
-        values = (
-            dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
-            if self.balance_count
-            else {}
-        )
+        values = {}
+        if self.balance.count:  # none where every step since the last log was skipped
+            values = dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
+            if means := self.balance.means():
+                stacked = torch.stack(list(means.values())).to(self.device)
+                reduced = self.trainer.strategy.reduce(stacked, reduce_op="mean")
+                values |= dict(zip(means, reduced.tolist(), strict=True))
         self.train_loss.reset()
-        if self.balance_count:
-            balance = torch.as_tensor(self.balance_sum / self.balance_count, device=self.device)
-            values["loss/balance"] = float(self.trainer.strategy.reduce(balance, reduce_op="mean"))
-            self.balance_sum, self.balance_count = 0.0, 0
+        self.balance.clear()
         values["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if not self.step_skipped:
             values["optimizer/grad_norm"] = norm

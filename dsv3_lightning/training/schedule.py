@@ -1,9 +1,15 @@
-"""What changes over a run, as functions of the share of its steps that lie behind: learning rate, λ, bias speed."""
+"""What changes over a run: the learning rate by share of its steps; λ, α and the bias speed also by steps or tokens."""
 
 import math
+from typing import Any
+
+from lightning.pytorch import Trainer
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
+
+Schedule = list[list[Any]]
+UNITS = ("share", "steps", "tokens")
 
 
 def lr_factor(step: int, max_steps: int, warmup_steps: int, phases: list[Phase]) -> float:
@@ -29,17 +35,47 @@ def blend(start: float, end: float, within: float, shape: str) -> float:
     return start + (end - start) * done
 
 
-def staircase(schedule: list[list[float]], share: float) -> float:
-    """The value of the last pair [from share, value] that has begun. The first pair begins at 0."""
-    return [value for begin, value in schedule if begin <= share][-1]
+def value_at(schedule: Schedule, place: float) -> float:
+    """The value at `place`, from points [from, value] and [at, value, shape] in rising order.
+
+    A point without a shape is a step: its value holds from there on. With `linear` or `cosine` the value has been on
+    its way there since the point before.
+
+    >>> [value_at([[0.0, 1.0], [0.5, 1.0], [1.0, 0.0, "linear"]], place) for place in (0.25, 0.5, 0.75, 1.0)]
+    [1.0, 1.0, 0.5, 0.0]
+    """
+    begin, value = schedule[0][:2]
+    for at, target, *shape in schedule[1:]:
+        if at > place:
+            return blend(value, target, (place - begin) / (at - begin), shape[0]) if shape else value
+        begin, value = at, target
+    return value
 
 
-def check_staircase(schedule: list[list[float]], name: str) -> None:
-    """Raises ConfigError unless `schedule` is pairs with shares that rise from 0, and values of at least 0."""
-    if not schedule or any(len(pair) != 2 for pair in schedule):
-        raise ConfigError(f"{name}={schedule}: must be a list of pairs [from share, value]")
-    begins = [begin for begin, _ in schedule]
-    if begins[0] != 0 or begins != sorted(set(begins)) or begins[-1] > 1:
-        raise ConfigError(f"{name}={schedule}: shares must rise from 0.0 to at most 1.0")
-    if any(value < 0 for _, value in schedule):
+def place_of(trainer: Trainer, step: int, by: str) -> float:
+    """Where a run is after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
+    if by == "share":
+        return step / trainer.max_steps
+    return step if by == "steps" else trainer.datamodule.tokens_before(step)  # type: ignore[attr-defined]
+
+
+def check_schedule(schedule: Any, by: str, name: str) -> None:
+    """Raises ConfigError unless points rise from 0 (to 1 at most, for shares) and values are at least 0."""
+    if by not in UNITS:
+        raise ConfigError(f"{name.rpartition('.')[0]}.by={by}: must be share, steps or tokens")
+    if not isinstance(schedule, list) or not schedule:
+        raise ConfigError(f"{name}={schedule}: must be a list of points [from {by}, value]")
+    for point in schedule:
+        numbers = isinstance(point, list) and [type(item) in (int, float) for item in point]
+        if numbers not in ([True, True], [True, True, False]) or point[2:] not in ([], ["linear"], ["cosine"]):
+            raise ConfigError(
+                f"{name}={schedule}: must be a list of points [from {by}, value], or [at {by}, value, linear or cosine]"
+            )
+    begins = [point[0] for point in schedule]
+    if begins[0] != 0 or begins != sorted(set(begins)) or (by == "share" and begins[-1] > 1):
+        limit = " to at most 1.0" if by == "share" else ""
+        raise ConfigError(f"{name}={schedule}: {by} must rise from 0{limit}")
+    if len(schedule[0]) > 2:
+        raise ConfigError(f"{name}={schedule}: the first point has nothing before it to come from; leave its shape out")
+    if any(point[1] < 0 for point in schedule):
         raise ConfigError(f"{name}={schedule}: values must be at least 0")

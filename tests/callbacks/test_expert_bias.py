@@ -48,6 +48,22 @@ def test_the_rule_compares_integers():
     assert bias_step(large, 1.0).tolist() == [1.0] * 7 + [-1.0]
 
 
+def test_proportional_steps_follow_the_violation_and_centered_ones_keep_the_sum():
+    loads = torch.tensor([5, 0, 2, 1])  # mean 2
+    assert bias_step(loads, 0.1, "proportional").tolist() == pytest.approx([-0.15, 0.1, 0.0, 0.05])
+    assert bias_step(loads, 0.1).tolist() == pytest.approx([-0.1, 0.1, 0.0, 0.1])
+    assert bias_step(loads, 0.1, centered=True).tolist() == pytest.approx([-0.125, 0.075, -0.025, 0.075])
+    assert bias_step(torch.zeros(4, dtype=torch.int64), 0.1, "proportional", True).tolist() == [0.0] * 4
+
+
+def test_the_rule_of_the_settings_is_applied():
+    module = Routers()
+    callback = ExpertBias(speed=1.0, schedule=[[0, 1.0], [2, 0.0, "linear"]], by="steps", rule="proportional")
+    for step in (1, 2, 3):
+        callback.on_train_batch_end(trainer(step), module, counts([6, 0, 2, 0], [2, 2, 2, 2]), None, step - 1)
+    assert module.bias == [[-3.0, 1.5, 0.0, 1.5], [0.0] * 4]  # factors 1, 0.5, 0
+
+
 def test_micro_batches_are_added_before_the_one_step():
     """Alone, the first micro-batch would move expert 0 down and the second one up again; the sum is fair to it."""
     module, callback = Routers(), ExpertBias(speed=0.5, schedule=[[0.0, 1.0]])

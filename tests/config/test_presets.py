@@ -51,8 +51,10 @@ def test_v3_is_the_reports_recipe():  # §4.2
         [2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6], rel=1e-3
     )
     assert config.trainer["gradient_clip_val"] == 1.0 and config.loss.balance_factor == 1e-4
-    assert callbacks["expert_bias"] == {"speed": 1e-3, "schedule": [[0.0, 1.0], [0.966, 0.0]]}
-    assert callbacks["mtp_weight"] == {"schedule": [[0.0, 0.3], [0.676, 0.1]]}
+    by_sign = {"by": "share", "rule": "sign", "centered": False}
+    assert callbacks["expert_bias"] == {"speed": 1e-3, "schedule": [[0.0, 1.0], [0.966, 0.0]], **by_sign}
+    assert callbacks["mtp_weight"] == {"schedule": [[0.0, 0.3], [0.676, 0.1]], "by": "share"}
+    assert callbacks["balance_factor"] == {"schedule": [[0.0, 1.0]], "by": "share"}
     assert config.model.rope_scaling is None and config.model.initializer_range == 0.006
 
 

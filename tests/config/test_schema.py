@@ -18,7 +18,7 @@ def test_numbers_are_numbers_in_print_in_the_saved_tree_and_in_force(tmp_path):
     config = check(nano("optimizer.lr=1E-3", "trainer.max_steps=1e1", "callbacks.mtp_weight.schedule=[[0,3e-1]]"))
     assert config.optimizer.lr == 1e-3
     assert config.trainer["max_steps"] == 10 and type(config.trainer["max_steps"]) is int
-    assert config.callbacks["mtp_weight"] == {"schedule": [[0, 0.3]]}
+    assert config.callbacks["mtp_weight"] == {"schedule": [[0, 0.3]], "by": "share"}
     (tmp_path / "printed.yaml").write_text(to_yaml(to_tree(config)), encoding="utf-8")
     assert "max_steps: 10\n" in to_yaml(to_tree(config))
     assert check(compose([str(tmp_path / "printed.yaml")]).tree) == config
@@ -55,8 +55,11 @@ def test_a_callback_of_another_file_can_be_switched_off_by_name():
     assert check(nano("callbacks.mine=null")).callbacks["mine"] is None
 
 
+LOSSES = "sequence, batch, expert, device, communication, switch, z"
 PARTS = "does not divide into accumulate_grad_batches × devices × num_nodes ="
-NAMES = "expert_bias, mtp_weight, router_monitor, throughput, sample_text, checkpoint, progress, run_report"
+NAMES = (
+    "expert_bias, balance_factor, mtp_weight, router_monitor, throughput, sample_text, checkpoint, progress, run_report"
+)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ NAMES = "expert_bias, mtp_weight, router_monitor, throughput, sample_text, check
         (["trainer.max_steps=3.5"], "trainer.max_steps=3.5: must be a whole number"),
         (["run.name=123"], "run.name=123: must be text, in quotes where it reads like a number"),
         (["run.resume=true"], "run.resume=true: must be auto, false or text"),
-        (["loss.balance=seq"], 'loss.balance="seq": must be sequence or none'),
+        (["loss.balance=seq"], f'loss.balance="seq": must be {LOSSES}, none or a list, of {LOSSES} or none each'),
         (["data.mask_document_ends=1"], "data.mask_document_ends=1: must be true or false"),
         (["data.paths=a.txt"], 'data.paths="a.txt": must be a list, of text each'),
         (["data.paths=[3]"], "data.paths[0]=3: must be text, in quotes where it reads like a number"),
@@ -155,6 +158,31 @@ NAMES = "expert_bias, mtp_weight, router_monitor, throughput, sample_text, check
             ["model.topk_method=group_limited_greedy"],
             "model.topk_method=group_limited_greedy: has no expert bias to move; set callbacks.expert_bias=null, "
             "or topk_method=noaux_tc",
+        ),
+        # balance losses
+        (
+            ["loss.balance=[batch,z]"],
+            "loss.balance_factor=0.0001: must be 2 factors, one for each of loss.balance=batch, z",
+        ),
+        (
+            ["loss.balance=[batch,none]", "loss.balance_factor=[1,1]"],
+            "loss.balance=['batch', 'none']: must name each loss once; for none of them write none",
+        ),
+        (
+            ["loss.balance=[z,z]", "loss.balance_factor=[1,1]"],
+            "loss.balance=['z', 'z']: must name each loss once; for none of them write none",
+        ),
+        (
+            ["loss.balance=[batch,z]", "loss.balance_factor=[1,-1]"],
+            "loss.balance_factor=[1.0, -1.0]: must be at least 0",
+        ),
+        (
+            ["loss.balance=device", "model.n_group=1", "model.topk_group=1"],
+            "loss.balance=device: its devices are the model's groups; set model.n_group above 1",
+        ),
+        (
+            ["model.expert_bias_kind=multiplicative", "model.topk_method=group_limited_greedy"],
+            "model.expert_bias_kind=multiplicative: topk_method=group_limited_greedy has no expert bias",
         ),
         # attention
         (

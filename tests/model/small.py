@@ -52,10 +52,14 @@ def small_config(**changes) -> ModelConfig:
 
 
 def small_model(
-    config: ModelConfig, seed: int = 0, bias: tuple[float, float] = (-0.5, 0.2), activation_checkpointing: str = "none"
+    config: ModelConfig,
+    seed: int = 0,
+    bias: tuple[float, float] = (-0.5, 0.2),
+    activation_checkpointing: str = "none",
+    balance: tuple[str, ...] = ("sequence",),
 ) -> Transformer:
     """Initialized, then taken out of every neutral value. bias: mean and std of the expert biases."""
-    model = Transformer(config, activation_checkpointing)
+    model = Transformer(config, activation_checkpointing, balance)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -133,5 +137,5 @@ def smallest_gap(model: Transformer, batch: Batch) -> float:
 def total_loss(losses: Losses, targets_BKT: Tensor, mtp_weight: float = 0.3, balance_factor: float = 0.5) -> Tensor:
     """V3 eq. 17, 24, 25 from the sums; a large balance factor, so that its gradient counts."""
     mean_K = losses.nll_K / (targets_BKT != IGNORE).sum((0, 2))
-    loss = mean_K[0] + balance_factor * losses.balance_L.sum()
+    loss = mean_K[0] + balance_factor * losses.balance["sequence"].sum()
     return loss + mtp_weight * mean_K[1:].mean() if len(mean_K) > 1 else loss

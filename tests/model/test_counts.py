@@ -226,7 +226,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "base")  # base holds no model
 
 
-@pytest.mark.parametrize("config", [small_config(tie_word_embeddings=True), small_config(num_nextn_predict_layers=2)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        small_config(tie_word_embeddings=True),
+        small_config(num_nextn_predict_layers=2),
+        small_config(num_nextn_predict_layers=2, mtp_kind="parallel"),
+    ],
+)
 def test_planned_counts_of_small_models_are_those_of_the_module(config):
     assert_planned_counts_are_the_modules(config)
 

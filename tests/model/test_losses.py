@@ -1,6 +1,4 @@
-"""Fused cross-entropy against torch's own in fp64, the sequence-wise balance loss against loops over V3 eq. 17-20."""
-
-import math
+"""Fused cross-entropy against torch's own in fp64."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3_lightning.model.losses import IGNORE, LinearCrossEntropy, linear_cross_entropy, sequence_balance_loss
+from dsv3_lightning.model.losses import IGNORE, LinearCrossEntropy, linear_cross_entropy
 
 V, D = 37, 12
 
@@ -132,106 +130,3 @@ class LargestTensor(TorchDispatchMode):
         if isinstance(out, Tensor):
             self.numel = max(self.numel, out.numel())
         return out
-
-
-def reference_balance(scores_BTE: Tensor, experts_BTK: Tensor, lengths: list[int]) -> Tensor:
-    """Eq. 17-20, one sum after another, without α; differentiable in the fp64 scores."""
-    B, _, E = scores_BTE.shape
-    K = experts_BTK.shape[-1]
-    total = torch.zeros((), dtype=torch.float64)
-    for b in range(B):
-        T = lengths[b]
-        for i in range(E):
-            f_i = E / (K * T) * sum(i in experts_BTK[b, t].tolist() for t in range(T))  # eq. 18: a number
-            P_i = sum(scores_BTE[b, t, i] / sum(scores_BTE[b, t, j] for j in range(E)) for t in range(T)) / T  # 19, 20
-            total = total + f_i * P_i
-    return total / B
-
-
-def random_choices(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [B, T, E], choices [B, T, K] that are not the K largest scores, and the mask [B, T]; E = 6, K = 2."""
-    generator = torch.Generator().manual_seed(seed)
-    B, T = len(lengths), max(lengths)
-    skew = torch.arange(6) / 4
-    scores_BTE = torch.rand(B, T, 6, generator=generator, dtype=torch.float64) * (0.2 + skew)
-    experts_BTK = (torch.rand(B, T, 6, generator=generator, dtype=torch.float64) + skew).topk(2).indices
-    mask_BT = torch.arange(T) < torch.tensor(lengths)[:, None]
-    return scores_BTE.requires_grad_(), experts_BTK, mask_BT
-
-
-@pytest.mark.parametrize("lengths", [[5, 5, 5], [7, 1, 4]])
-def test_balance_loss_and_gradient_equal_the_equations(lengths):
-    # Not so with: unnormalized affinities, f from the K largest scores, f or P over the whole batch, padding in T.
-    scores_BTE, experts_BTK, mask_BT = random_choices(lengths)
-    expected = reference_balance(scores_BTE, experts_BTK, lengths)
-    (expected_grad,) = torch.autograd.grad(expected, scores_BTE)
-    loss = sequence_balance_loss(scores_BTE, experts_BTK, mask_BT)
-    (grad,) = torch.autograd.grad(loss, scores_BTE)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-14)  # f carries none: it is a number there
-    assert grad.abs().max() > 1e-3
-
-    fp32 = sequence_balance_loss(scores_BTE.detach().float(), experts_BTK, mask_BT)
-    assert fp32.dtype == torch.float32
-    assert fp32.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_balance_loss_is_one_in_perfect_balance_and_e_over_k_when_collapsed():
-    scores_BTE, mask_BT = torch.full((2, 6, 6), 0.4), torch.ones(2, 6, dtype=torch.bool)
-    in_turn_BTK = torch.tensor([[0, 1], [2, 3], [4, 5]] * 2).expand(2, -1, -1)
-    assert sequence_balance_loss(scores_BTE, in_turn_BTK, mask_BT).item() == pytest.approx(1, rel=1e-6)
-
-    scores_BTE = torch.tensor([0.8, 0.8, 0, 0, 0, 0]).expand(2, 6, 6)
-    collapsed_BTK = torch.tensor([0, 1]).expand(2, 6, 2)
-    # f = 6 / (2 · 6) · 6 = 3 for two experts, P = 1/2 for each
-    assert sequence_balance_loss(scores_BTE, collapsed_BTK, mask_BT).item() == pytest.approx(3, rel=1e-6)
-
-
-def test_balance_loss_pushes_affinities_of_overloaded_experts_down():
-    scores_BTE = torch.full((1, 4, 4), 0.5, requires_grad=True)
-    experts_BTK = torch.tensor([[[0], [0], [0], [1]]])
-    sequence_balance_loss(scores_BTE, experts_BTK, torch.ones(1, 4, dtype=torch.bool)).backward()
-    grad_E = scores_BTE.grad[0, 0]
-    assert grad_E[0] > grad_E[1].abs() and grad_E[2] < 0 and grad_E[3] < 0
-
-
-def test_balance_loss_of_a_batch_is_the_mean_of_its_sequences():
-    # Over the whole batch (V3 §4.5.3) it would be another number: these sequences prefer opposite experts.
-    scores_BTE, experts_BTK, mask_BT = random_choices([6, 6, 6, 6])
-    odd = torch.tensor([False, True, False, True])[:, None, None]
-    scores_BTE, experts_BTK = scores_BTE.where(~odd, scores_BTE.flip(-1)), experts_BTK.where(~odd, 5 - experts_BTK)
-    whole = sequence_balance_loss(scores_BTE, experts_BTK, mask_BT)
-    for size in (1, 2):
-        parts = [
-            sequence_balance_loss(scores_BTE[b : b + size], experts_BTK[b : b + size], mask_BT[b : b + size])
-            for b in range(0, 4, size)
-        ]
-        torch.testing.assert_close(torch.stack(parts).mean(), whole)
-    one = sequence_balance_loss(scores_BTE.reshape(1, 24, 6), experts_BTK.reshape(1, 24, 2), mask_BT.reshape(1, 24))
-    assert abs(one - whole) > 0.01
-
-
-def test_balance_loss_of_a_padded_sequence_is_that_of_the_shorter_one():
-    scores_BTE, experts_BTK, mask_BT = random_choices([4, 9])
-    padded = sequence_balance_loss(scores_BTE, experts_BTK, mask_BT)
-    short = sequence_balance_loss(scores_BTE[:1, :4], experts_BTK[:1, :4], mask_BT[:1, :4])
-    long = sequence_balance_loss(scores_BTE[1:], experts_BTK[1:], mask_BT[1:])
-    torch.testing.assert_close(padded, (short + long) / 2)
-    (grad,) = torch.autograd.grad(padded, scores_BTE)
-    assert grad[0, 4:].abs().sum() == 0
-
-
-def test_balance_loss_of_nothing_but_padding_is_finite():
-    scores_BTE, experts_BTK, mask_BT = random_choices([5, 5])
-    loss = sequence_balance_loss(scores_BTE, experts_BTK, torch.zeros_like(mask_BT))
-    (grad,) = torch.autograd.grad(loss, scores_BTE)
-    assert loss == 0 and grad.abs().sum() == 0
-
-
-def test_balance_loss_is_fp32_under_autocast():
-    scores_BTE, experts_BTK, mask_BT = random_choices([50, 50])
-    scores_BTE = scores_BTE.detach().float()
-    plain = sequence_balance_loss(scores_BTE, experts_BTK, mask_BT)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = sequence_balance_loss(scores_BTE, experts_BTK, mask_BT)
-    assert torch.equal(plain, mixed) and math.isfinite(plain)

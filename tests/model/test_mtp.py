@@ -117,7 +117,7 @@ def test_losses_equal_the_equations(depth, T):
     batch = clear_batch(model, T=T)
     losses = model.losses(*batch)
     assert losses.nll_K.tolist() == pytest.approx(composed_losses(model, batch), rel=2e-6)
-    assert len(losses.counts_LE) == len(losses.balance_L) == 2 + depth  # the modules' routers report, too
+    assert len(losses.counts_LE) == len(losses.balance["sequence"]) == 2 + depth  # the modules' routers report, too
     assert losses.counts_LE.sum(1).tolist() == [2 * T * 3] * (2 + depth)
 
 
@@ -209,7 +209,39 @@ def test_a_sample_without_any_target_gives_zero_gradients():
     model = small_model(small_config(num_nextn_predict_layers=2))
     batch = small_batch(model.config, B=1, T=5, padding=(8,))
     losses = model.losses(*batch)
-    (losses.nll_K.sum() + losses.balance_L.sum()).backward()
+    (losses.nll_K.sum() + losses.balance["sequence"].sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().sum() == 0, name
     assert losses.nll_K.tolist() == [0, 0, 0] and losses.counts_LE.sum() == 0
+
+
+@torch.no_grad()
+def test_parallel_heads_are_a_block_each_on_the_trunks_output():
+    """arXiv 2404.19737 §2: head k guesses token i + k + 1 from h_0 at i, and from no token after i."""
+    model = small_model(small_config(num_nextn_predict_layers=2, mtp_kind="parallel"))
+    batch = clear_batch(model, T=11)
+    losses = model.losses(*batch, guess=True)
+    at, head_VD = rotation(model.config, torch.arange(11)), model.lm_head.weight
+    h_BTD = model.trunk(batch.tokens[:, :11], batch.mask[:, :11])[0]
+    logits = [h_BTD @ head_VD.T]
+    for module in model.mtp:
+        out_BTD = module.block(h_BTD, at, batch.mask[:, :11])[0]  # of h_0, not of the head before
+        logits.append(rms_norm(out_BTD, module.norm.weight) @ head_VD.T)
+    expected = [cross_entropy(logits[k], batch.tokens[:, k + 1 : k + 12]) for k in range(3)]
+    assert losses.nll_K.tolist() == pytest.approx(expected, rel=2e-6)
+    assert torch.equal(losses.guesses_BKT, torch.stack(logits, 1).argmax(-1))
+    assert "eh_proj" not in "".join(dict(model.named_parameters())) and len(losses.counts_LE) == 2 + 2
+    later = batch.tokens.clone()
+    later[:, 11:] = (later[:, 11:] + 1) % 61  # what sequential modules embed
+    assert torch.equal(model.losses(later, batch.mask, None, guess=True).guesses_BKT, losses.guesses_BKT)
+
+
+@torch.no_grad()
+def test_guesses_are_the_heads_most_likely_tokens_and_need_no_targets():
+    model = small_model(small_config(num_nextn_predict_layers=1))
+    batch = clear_batch(model, T=11)
+    with_targets, without = model.losses(*batch, guess=True), model.losses(batch.tokens, batch.mask, None, guess=True)
+    assert torch.equal(with_targets.guesses_BKT, without.guesses_BKT)
+    assert torch.equal(without.guesses_BKT[:, 0], model(batch.tokens[:, :11]).argmax(-1))
+    assert torch.equal(with_targets.counts_LE, without.counts_LE) and len(without.nll_K) == 0
+    assert model.losses(*batch).guesses_BKT is None

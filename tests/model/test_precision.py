@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_within_the_noise_of_bf16(fp32_and_bf16):
     (full, full_gradients, _, batch), (half, half_gradients, _, _) = fp32_and_bf16
     tokens_K = (batch.targets != IGNORE).sum((0, 2))
     assert ((full.nll_K - half.nll_K) / tokens_K).abs().max() < 0.01  # of 4: bf16 keeps 2^-9 of each product
-    assert (full.balance_L / half.balance_L - 1).abs().max() < 0.02
+    assert (full.balance["sequence"] / half.balance["sequence"] - 1).abs().max() < 0.02
     assert (full.counts_LE - half.counts_LE).abs().sum() <= 0.03 * full.counts_LE.sum()
     for name, gradient in half_gradients.items():
         cosine = torch.cosine_similarity(gradient.float().flatten(), full_gradients[name].flatten(), dim=0)
@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_within_the_noise_of_bf16(fp32_and_bf16):
 
 def test_losses_counts_and_biases_keep_their_dtypes(fp32_and_bf16):
     for losses, gradients, model, _ in fp32_and_bf16:
-        assert losses.nll_K.dtype == losses.balance_L.dtype == torch.float32
+        assert losses.nll_K.dtype == losses.balance["sequence"].dtype == torch.float32
         assert losses.counts_LE.dtype == torch.int64
         for name, parameter in model.named_parameters():
             assert gradients[name].dtype == parameter.dtype

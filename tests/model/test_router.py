@@ -262,3 +262,26 @@ def random_router(config: ModelConfig) -> tuple[Router, torch.Tensor]:
         router.weight.normal_(std=0.3, generator=generator)
         router.expert_bias.normal_(mean=-1.0, std=0.3, generator=generator)
     return router, torch.randn(50, config.hidden_size, generator=generator)
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("groups, open_groups", [(1, 1), (4, 2)])
+def test_a_multiplicative_bias_scales_the_choice_and_not_the_gates(scoring, groups, open_groups):
+    """s · (1 + b): an expert of small affinity is lifted less than by adding b; worked out in fp64, token by token."""
+    config = small_config(
+        expert_bias_kind="multiplicative", scoring_func=scoring, n_group=groups, topk_group=open_groups
+    )
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(200, 8, generator=generator)
+    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    bias = torch.tensor([0.9, -0.9, 0.5, 0.0, -0.5, 0.3, 0.0, -0.2])
+    experts, gates = route(scores, bias, config)
+    for s, chosen, gate in zip(scores.double(), experts.tolist(), gates.double()):
+        choice = s * (1 + bias.double())
+        best = [sorted(choice[g * 8 // groups : (g + 1) * 8 // groups].tolist())[-2:] for g in range(groups)]
+        allowed = sorted(range(groups), key=lambda g: -sum(best[g]))[:open_groups]
+        ranked = sorted((i for i in range(8) if i // (8 // groups) in allowed), key=lambda i: -choice[i].item())
+        assert chosen == ranked[:3]
+        torch.testing.assert_close(gate, 2.5 * s[chosen] / s[chosen].sum(), rtol=1e-6, atol=0)
+    added, _ = route(scores, bias, small_config(scoring_func=scoring, n_group=groups, topk_group=open_groups))
+    assert (added.sort().values != experts.sort().values).any()

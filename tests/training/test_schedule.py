@@ -1,12 +1,13 @@
 """Learning rate and step-wise schedules against the reports' numbers."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
-from dsv3_lightning.training.schedule import check_staircase, lr_factor, staircase
+from dsv3_lightning.training.schedule import check_schedule, lr_factor, place_of, value_at
 
 STEPS = 14_800  # a step is 1e9 tokens
 V3 = [  # arXiv 2412.19437 §4.2, in shares of 14.8T tokens
@@ -47,14 +48,41 @@ def test_past_the_end_the_last_value_stays():
     assert lr_factor(200, 100, 0, [Phase(until=1.0, shape="cosine", to=0.1)]) == pytest.approx(0.1)
 
 
-def test_a_staircase_changes_at_its_shares():
+def test_a_step_changes_at_its_share():
     steps = [[0.0, 0.3], [0.676, 0.1]]
-    assert [staircase(steps, share) for share in (0.0, 0.675, 0.676, 1.0)] == [0.3, 0.3, 0.1, 0.1]
+    assert [value_at(steps, share) for share in (0.0, 0.675, 0.676, 1.0)] == [0.3, 0.3, 0.1, 0.1]
+
+
+def test_linear_and_cosine_points_are_approached_from_the_point_before():
+    ramp = [[0, 1.0], [100, 1.0], [200, 0.0, "linear"], [300, 2.0]]
+    assert [value_at(ramp, step) for step in (0, 99, 100, 150, 200, 299, 300, 900)] == [1, 1, 1, 0.5, 0, 0, 2, 2]
+    cosine = [[0, 1.0], [4, 3.0, "cosine"]]
+    expected = [2 - math.cos(math.pi * step / 4) for step in range(5)]
+    assert [value_at(cosine, step) for step in range(5)] == pytest.approx(expected)
+
+
+def test_a_place_is_counted_in_shares_steps_or_tokens():
+    trainer = SimpleNamespace(max_steps=40, datamodule=SimpleNamespace(tokens_before=lambda step: 1000 * step))
+    assert [place_of(trainer, 10, by) for by in ("share", "steps", "tokens")] == [0.25, 10, 10_000]
 
 
 @pytest.mark.parametrize(
-    "wrong", [[], [[0.1, 1.0]], [[0.0, 1.0], [0.0, 2.0]], [[0.0, -1.0]], [[0.0]], [[0.0, 1.0], [1.5, 0.0]]]
+    ("wrong", "by", "told"),
+    [
+        ([], "share", "must be a list of points"),
+        (5, "share", "must be a list of points"),
+        ([[0.0]], "share", "must be a list of points"),
+        ([[0.0, "much"]], "share", "must be a list of points"),
+        ([[0.0, 1.0], [0.5, 0.0, "sinus"]], "share", "linear or cosine"),
+        ([[0.1, 1.0]], "share", "share must rise from 0 to at most 1.0"),
+        ([[0.0, 1.0], [0.0, 2.0]], "share", "share must rise from 0"),
+        ([[0.0, 1.0], [1.5, 0.0]], "share", "at most 1.0"),
+        ([[0, 1.0], [100, 0.0], [50, 1.0]], "steps", "steps must rise from 0$"),
+        ([[0.0, -1.0]], "share", "values must be at least 0"),
+        ([[0.0, 1.0, "linear"]], "share", "leave its shape out"),
+        ([[0.0, 1.0]], "epochs", "must be share, steps or tokens"),
+    ],
 )
-def test_a_wrong_staircase_is_named(wrong):
-    with pytest.raises(ConfigError, match="callbacks.x.schedule"):
-        check_staircase(wrong, "callbacks.x.schedule")
+def test_a_wrong_schedule_is_named(wrong, by, told):
+    with pytest.raises(ConfigError, match=rf"^callbacks\.x\.(schedule|by)=.*{told}"):
+        check_schedule(wrong, by, "callbacks.x.schedule")

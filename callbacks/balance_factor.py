@@ -1,0 +1,27 @@
+"""The weight α of the balance losses over the run (V3 §4.2 keeps it constant)."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
+
+
+class BalanceFactor(Callback):
+    """Sets `pl_module.balance.scale`, a factor on every α, before each micro-batch.
+
+    schedule: points [from, factor] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
+    Logs balance/factor. No state: it follows from the step.
+    """
+
+    def __init__(self, schedule: list[list[Any]], by: str = "share") -> None:
+        check_schedule(schedule, by, "callbacks.balance_factor.schedule")
+        self.schedule, self.by = schedule, by
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.balance.scale = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+            log_scalars(trainer, {"balance/factor": float(pl_module.balance.scale)})

@@ -1,0 +1,120 @@
+"""Balance losses: what an uneven router pays. Pure functions of affinities and choices, all without their factor α.
+
+Two kinds. `sequence`, `expert`, `device`, `communication` and `z` are means over sequences, so micro-batches and ranks
+with equally many sequences average to the whole batch's. `batch` and `switch` multiply frequencies f and affinities P
+of the whole global batch. f carries no gradient, and P is a sum over tokens; so a layer reports that sum,
+Σ_t p_i,t [E], and `batch_loss` puts it together with the token counts of the whole optimizer step, summed over
+micro-batches and ranks: the exact gradient of the global loss, in parts that add up.
+
+f_i = E/(K·T) · tokens that chose expert i; perfect balance gives 1 for all losses but `z`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Choices(NamedTuple):
+    """A layer's routing of B sequences. n_group, topk_group: the devices of V2 §2.2.3, and how many a token visits."""
+
+    logits_BTE: Tensor
+    scores_BTE: Tensor
+    experts_BTK: Tensor
+    mask_BT: Tensor
+    n_group: int = 1
+    topk_group: int = 1
+
+
+def balance_terms(names: tuple[str, ...], choices: Choices) -> dict[str, Tensor]:
+    """By name: a scalar, or Σ_t p_t [E] for those of the whole batch; fp32, whatever the precision around."""
+    with torch.autocast(choices.scores_BTE.device.type, enabled=False):
+        return {name: LOSSES[name](choices) for name in names}
+
+
+def sequence_loss(choices: Choices) -> Tensor:
+    """Σ_i f_i P_i per sequence, with affinities normalised to sum 1; mean over the sequences (V3 eq. 17-20)."""
+    return weigh(frequencies(choices), mean(normalized(choices.scores_BTE), choices.mask_BT))
+
+
+def expert_loss(choices: Choices) -> Tensor:
+    """V2 eq. 23-25: Σ_i f_i P_i per sequence, with the affinities as they are (V2's softmax sums to 1)."""
+    return weigh(frequencies(choices), mean(choices.scores_BTE, choices.mask_BT))
+
+
+def device_loss(choices: Choices) -> Tensor:
+    """V2 eq. 26-28: Σ_d f'_d P'_d over the groups, f' the mean of their experts' f, P' the sum of their P."""
+    f_BG = frequencies(choices).unflatten(-1, (choices.n_group, -1)).mean(-1)
+    return weigh(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
+
+
+def communication_loss(choices: Choices) -> Tensor:
+    """V2 eq. 29-31: Σ_d f''_d P''_d, f''_d = G/(M·T) · tokens that are sent to group d, P'' the sum of its P."""
+    size = choices.scores_BTE.shape[-1] // choices.n_group
+    sent_BTG = torch.zeros_like(choices.scores_BTE[..., : choices.n_group]).scatter(-1, choices.experts_BTK // size, 1)
+    f_BG = mean(sent_BTG, choices.mask_BT) * (choices.n_group / choices.topk_group)
+    return weigh(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
+
+
+def z_loss(choices: Choices) -> Tensor:
+    """Mean over tokens of log² Σ_i exp(logit_i), per sequence, then over sequences (arXiv 2202.08906 eq. 5)."""
+    return mean(choices.logits_BTE.logsumexp(-1, keepdim=True).square(), choices.mask_BT).mean()
+
+
+def batch_sums(choices: Choices) -> Tensor:
+    """Σ_t of normalised affinities [E]: the P of the batch-wise loss (V3 §4.5.3)."""
+    return (normalized(choices.scores_BTE) * choices.mask_BT[..., None]).sum((0, 1))
+
+
+def switch_sums(choices: Choices) -> Tensor:
+    """Σ_t of softmax probabilities [E], also of a sigmoid router's logits (arXiv 2101.03961 eq. 4-6)."""
+    return (choices.logits_BTE.softmax(-1) * choices.mask_BT[..., None]).sum((0, 1))
+
+
+def batch_loss(sums_LE: Tensor, counts_LE: Tensor, experts_per_token: int) -> Tensor:
+    """Σ_i f_i P_i of each layer [L], the part of the tokens in `sums_LE`; parts with the same counts add up.
+
+    counts_LE: int64, tokens per expert of the whole optimizer step; f_i = E/(K·N) c_i, P_i = sums_i / N.
+    """
+    tokens_L1 = counts_LE.sum(-1, keepdim=True).double().clamp(min=1) / experts_per_token
+    f_LE = counts_LE * (counts_LE.shape[-1] / experts_per_token) / tokens_L1
+    return ((f_LE / tokens_L1).to(sums_LE.dtype) * sums_LE).sum(-1)
+
+
+def normalized(scores_BTE: Tensor) -> Tensor:
+    return scores_BTE / scores_BTE.sum(-1, keepdim=True)  # V3 eq. 19
+
+
+def frequencies(choices: Choices) -> Tensor:
+    """f [B, E] of each sequence, without gradient (V3 eq. 18); T counts its tokens without padding."""
+    E, K = choices.scores_BTE.shape[-1], choices.experts_BTK.shape[-1]
+    mask_BT1 = choices.mask_BT[..., None].to(choices.scores_BTE.dtype)
+    chosen_BE = torch.zeros_like(choices.scores_BTE[:, 0])
+    chosen_BE.scatter_add_(1, choices.experts_BTK.flatten(1), mask_BT1.expand(-1, -1, K).flatten(1))
+    return chosen_BE * (E / K) / mask_BT1.sum(1).clamp(min=1)
+
+
+def mean(x_BTC: Tensor, mask_BT: Tensor) -> Tensor:
+    """Over the tokens of each sequence that aren't padding: [B, C]."""
+    mask_BT1 = mask_BT[..., None].to(x_BTC.dtype)
+    return (x_BTC * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+
+
+def per_group(choices: Choices, P_BE: Tensor) -> Tensor:
+    return P_BE.unflatten(-1, (choices.n_group, -1)).sum(-1)
+
+
+def weigh(f_BX: Tensor, P_BX: Tensor) -> Tensor:
+    return (f_BX * P_BX).sum(-1).mean()
+
+
+LOSSES: dict[str, Callable[[Choices], Tensor]] = {
+    "sequence": sequence_loss,
+    "batch": batch_sums,
+    "expert": expert_loss,
+    "device": device_loss,
+    "communication": communication_loss,
+    "switch": switch_sums,
+    "z": z_loss,
+}

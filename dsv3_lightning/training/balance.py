@@ -1,0 +1,70 @@
+"""The balance term of the loss: Σ α · loss, each over the right tokens, however the step is spread."""
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.model.balance import batch_loss
+from dsv3_lightning.model.transformer import Losses, Transformer
+
+BATCH_WISE = ("batch", "switch")  # their frequencies are the whole step's
+
+
+class BalanceTerm:
+    """Micro-batch by micro-batch: `weigh` gives what the mean over micro-batches and ranks adds up to the loss.
+
+    factors: α by name. experts_per_token: K. scale: a common factor on α, which a callback may move.
+
+    Losses over the whole batch need the token counts of the whole step before the first backward pass. With one
+    micro-batch per step its own forward pass has them (`counts`: one all-reduce for all layers). With several,
+    `count_step` runs the step's other forward passes first, without gradient: the exact global loss, for a third
+    more compute.
+    """
+
+    def __init__(self, factors: dict[str, float], experts_per_token: int) -> None:
+        self.factors, self.experts_per_token = factors, experts_per_token
+        self.scale = 1.0
+        self.step_counts_LE: Tensor | None = None  # of the whole step, where it has several micro-batches
+        self.clear()
+
+    @property
+    def needs_counts(self) -> bool:
+        return any(name in BATCH_WISE for name in self.factors)
+
+    def clear(self) -> None:
+        """Forgets what was added up for the log."""
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.factors, 0.0)
+        self.count, self.weighted = 0, torch.zeros(())
+
+    def weigh(self, losses: Losses, counts_LE: Tensor | None, parts: int) -> Tensor | float:
+        """Σ α · Σ_layers loss. counts_LE: the step's; parts: micro-batches · ranks, over which is averaged later."""
+        total: Tensor | float = 0.0
+        for name, factor in self.factors.items():
+            term = losses.balance.get(name)
+            if term is None:
+                continue  # a model without experts
+            if name in BATCH_WISE:
+                assert counts_LE is not None, "the caller counts where `needs_counts` says so"
+                term = batch_loss(term, counts_LE, self.experts_per_token) * parts
+            total = total + self.scale * factor * term.sum()
+            self.sums[name] = self.sums[name] + term.detach().mean()
+        self.weighted = self.weighted + torch.as_tensor(total).detach()
+        self.count += 1
+        return total
+
+    def means(self) -> dict[str, Tensor]:
+        """For the log, of this rank: the term as it is added to the loss, and each loss without α per layer."""
+        if not self.factors:
+            return {}
+        values = {"loss/balance": self.weighted} | {
+            f"loss/balance_{name}": torch.as_tensor(value) for name, value in self.sums.items()
+        }
+        return {name: value / self.count for name, value in values.items()}
+
+
+@torch.no_grad()
+def count_step(model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, micro_batch_size: int) -> Tensor:
+    """Tokens per expert [L, E] of a step's micro-batches on this rank, by the forward passes that are to come."""
+    parts = zip(tokens_BS.split(micro_batch_size), mask_BS.split(micro_batch_size), strict=True)
+    counts_LE = torch.stack([model.losses(tokens, mask, None).counts_LE for tokens, mask in parts]).sum(0)
+    torch.clear_autocast_cache()  # it holds weights that were cast without a gradient
+    return counts_LE
