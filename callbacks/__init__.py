@@ -9,6 +9,7 @@ from dsv3_lightning.callbacks.expert_bias import ExpertBias
 from dsv3_lightning.callbacks.mtp_weight import MTPWeight
 from dsv3_lightning.callbacks.progress import Progress
 from dsv3_lightning.callbacks.router_monitor import RouterMonitor
+from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.run_report import RunReport
 from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput
@@ -20,6 +21,7 @@ __all__ = [
     "MTPWeight",
     "Progress",
     "RouterMonitor",
+    "RouterProbe",
     "RunReport",
     "SampleText",
     "Throughput",

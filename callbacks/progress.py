@@ -18,6 +18,7 @@ VALIDATION = {
     "val/loss": ("loss", "{:.3f}"),
     "val/bpb": ("bits per byte", "{:.3f}"),
     "val/mtp_1": ("mtp", "{:.3f}"),
+    "mtp/acceptance_1": ("accepted", "{:.0%}"),
     "balance/max_vio_global": ("max_vio", "{:.2f}"),
 }
 

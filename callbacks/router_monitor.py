@@ -1,4 +1,4 @@
-"""What the routers do: load per expert, MaxVio, bias; as scalars, and as heat maps of layers × experts."""
+"""How the load lies: MaxVio, percentiles, dead experts, bias; as scalars, histograms and maps of layers × experts."""
 
 from typing import Any
 
@@ -10,66 +10,92 @@ from torch import Tensor
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.plots import heat_map
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
 from dsv3_lightning.training.metrics import MaxVio, max_vio
+from dsv3_lightning.training.router_metrics import load_statistics, relative_load
 
 
 class RouterMonitor(Callback):
     """Reads outputs["expert_counts"] [L, E] int64, in training and in validation.
 
-    Logs, averaged over the steps since the last log: balance/max_vio (mean over layers) and
-    balance/max_vio_layer_<l> (MoE layers numbered from 0, MTP modules last), each step's from its whole global batch;
-    balance/load_max and balance/load_min, the busiest and the idlest expert's share of its fair load.
-    After a validation, from counts over the whole set: balance/max_vio_global and balance/max_vio_global_layer_<l>.
-    Every `every_n_steps`: heat maps of relative load and of the expert bias.
+    Logs, as means over layers and over the steps since the last log, with one all-reduce for everything:
+    balance/max_vio of the whole global batch, balance/max_vio_micro of a single micro-batch; of the load of all those
+    steps together balance/load_max, load_p95, load_p50, load_p5, load_min, load_cv, load_entropy, dead_experts and
+    group_load_max (`load_statistics`); balance/bias_spread (largest minus smallest bias) and balance/bias_mean, whose
+    drift uncentered steps cause; balance/router_grad_norm, before clipping.
+    After a validation, from counts over the whole set: balance/max_vio_global.
+    per_layer: also max_vio_layer_<l> and max_vio_global_layer_<l>, MoE layers numbered from 0, MTP modules last.
+    Every `every_n_steps`: maps and histograms of relative load and of the expert bias.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, per_layer: bool = False) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"callbacks.router_monitor.every_n_steps={every_n_steps}: must be at least 1")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self.step_counts: Tensor | int = 0
-        self.window: list[Tensor] = []  # a step's [L, E] each, since the last log; one all-reduce for all of them
+        self.window: list[Tensor] = []  # a step's [L, E] each, since the last log
+        self.micro_vio: Tensor | float = 0.0
+        self.micro_batches = 0
+        self.grad_norm: Tensor | None = None
         self.recent: list[float] = []  # batch-wise MaxVio of the last 50 steps, for the report
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
 
+    def due(self, trainer: Trainer, step: int) -> bool:
+        return step % self.every_n_steps == 0 or is_log_step(trainer, step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self.due(trainer, trainer.global_step + 1):
+            gradients = [router.weight.grad for router in routers_of(pl_module)]  # type: ignore[attr-defined]
+            self.grad_norm = global_norm([gradient for gradient in gradients if gradient is not None])
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step_LE = self.step_counts + outputs["expert_counts"]
+        counts_LE = outputs["expert_counts"]
+        self.step_counts = self.step_counts + counts_LE
+        self.micro_vio = self.micro_vio + max_vio(counts_LE).mean()
+        self.micro_batches += 1
         if not stepped(trainer, batch_idx):
-            self.step_counts = step_LE
             return
-        self.window.append(step_LE)
+        assert isinstance(self.step_counts, Tensor)
+        self.window.append(self.step_counts)
         self.step_counts = 0
-        draw = trainer.global_step % self.every_n_steps == 0
-        if not (draw or is_log_step(trainer, trainer.global_step)):
+        if not self.due(trainer, trainer.global_step):
             return
-        counts_SLE = trainer.strategy.reduce(torch.stack(self.window), reduce_op="sum")
-        self.window.clear()
-        vio_SL = max_vio(counts_SLE)
-        self.recent = [*self.recent, *vio_SL.mean(1).tolist()][-50:]
-        counts_LE = counts_SLE.sum(0).double()
-        load_LE = counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1e-9)
+        counts_SLE = self.reduced_window(trainer)
+        vio_SL, counts_LE = max_vio(counts_SLE), counts_SLE.sum(0)
+        bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
+        groups = pl_module.model.config.n_group if hasattr(pl_module, "model") else 1  # type: ignore[union-attr]
         values = {
-            "balance/max_vio": vio_SL.mean(),
-            "balance/load_max": load_LE.max(),
-            "balance/load_min": load_LE.min(),
+            "max_vio": vio_SL.mean(),
+            "max_vio_micro": self.micro_vio,
+            "bias_spread": (bias_LE.amax(1) - bias_LE.amin(1)).mean(),
+            "bias_mean": bias_LE.mean(),
+            **{name: value_L.mean() for name, value_L in load_statistics(counts_LE, groups).items()},
         }
-        values |= {f"balance/max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_SL.mean(0))}
-        log_scalars(trainer, {name: float(value) for name, value in values.items()})
-        if draw:
-            bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
-            self.draw(trainer, load_LE, bias_LE)
+        if self.grad_norm is not None:
+            values["router_grad_norm"] = self.grad_norm
+        if self.per_layer:
+            values |= {f"max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_SL.mean(0))}
+        numbers = torch.stack([torch.as_tensor(value).double() for value in values.values()]).tolist()
+        log_scalars(trainer, {f"balance/{name}": number for name, number in zip(values, numbers, strict=True)})
+        self.recent = [*self.recent, *vio_SL.mean(1).tolist()][-50:]
+        self.micro_vio, self.micro_batches, self.grad_norm = 0.0, 0, None
+        if trainer.global_step % self.every_n_steps == 0:
+            draw(trainer, "router/load", relative_load(counts_LE).cpu(), "load, 1 = fair share", 1.0)
+            draw(trainer, "router/bias", bias_LE.cpu(), "expert bias", 0.0)
 
-    def draw(self, trainer: Trainer, load_LE: Tensor, bias_LE: Tensor) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                load = heat_map(load_LE.cpu(), "load, 1 = fair share", center=1.0)
-                logger.experiment.add_figure("router/load", load, trainer.global_step)
-                bias = heat_map(bias_LE.cpu(), "expert bias", center=0.0)
-                logger.experiment.add_figure("router/bias", bias, trainer.global_step)
+    def reduced_window(self, trainer: Trainer) -> Tensor:
+        """Counts of the steps since the last log over all ranks, [S, L, E] int64; makes `micro_vio` the ranks' mean."""
+        counts_SLE = torch.stack(self.window)
+        self.window.clear()
+        mean_vio = torch.as_tensor(self.micro_vio / self.micro_batches).to(counts_SLE.device).double()
+        packed = torch.cat([counts_SLE.flatten().double(), mean_vio.view(1)])  # counts are exact up to 2^53
+        packed = trainer.strategy.reduce(packed, reduce_op="sum")
+        self.micro_vio = packed[-1] / trainer.world_size
+        return packed[:-1].long().view_as(counts_SLE)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.val_max_vio = None
@@ -94,4 +120,12 @@ class RouterMonitor(Callback):
         vio_L = torch.atleast_1d(self.val_max_vio.compute())  # torchmetrics makes one element a scalar
         self.max_vio_global = vio_L.tolist()
         values = {f"balance/max_vio_global_layer_{layer}": vio for layer, vio in enumerate(self.max_vio_global)}
-        log_scalars(trainer, {"balance/max_vio_global": float(vio_L.mean()), **values})
+        log_scalars(trainer, {"balance/max_vio_global": float(vio_L.mean()), **(values if self.per_layer else {})})
+
+
+def draw(trainer: Trainer, tag: str, values_LE: Tensor, title: str, center: float) -> None:
+    """A map of layers × experts and a histogram of its values, at this step."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.add_figure(tag, heat_map(values_LE, title, center), trainer.global_step)
+            logger.experiment.add_histogram(f"{tag}_values", values_LE.flatten(), trainer.global_step)

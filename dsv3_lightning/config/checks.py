@@ -131,6 +131,7 @@ def check_together(
         for key, on, off in (
             ("callbacks.expert_bias", callbacks.get("expert_bias") is not None, "null"),
             ("callbacks.router_monitor", callbacks.get("router_monitor") is not None, "null"),
+            ("callbacks.router_probe", callbacks.get("router_probe") is not None, "null"),
             ("loss.balance", loss.balance != "none", "none"),
         ):
             if on:

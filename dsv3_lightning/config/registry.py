@@ -5,6 +5,7 @@ CALLBACKS = {
     "balance_factor": "dsv3_lightning.callbacks.BalanceFactor",
     "mtp_weight": "dsv3_lightning.callbacks.MTPWeight",
     "router_monitor": "dsv3_lightning.callbacks.RouterMonitor",
+    "router_probe": "dsv3_lightning.callbacks.RouterProbe",
     "throughput": "dsv3_lightning.callbacks.Throughput",
     "sample_text": "dsv3_lightning.callbacks.SampleText",
     "checkpoint": "dsv3_lightning.callbacks.Checkpoint",

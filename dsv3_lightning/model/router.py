@@ -47,14 +47,18 @@ class Router(nn.Module):
 
 def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Chosen experts [N, K] int64 and gates [N, K]: the choice is biased (eq. 16), the gates are not (eq. 13)."""
-    scores = scores_NE.detach()
-    biased_NE = scores + expert_bias_E if config.expert_bias_kind == "additive" else scores * (1 + expert_bias_E)
-    choice_NE = keep_best_groups(biased_NE, config)
+    choice_NE = biased_choice(scores_NE.detach(), expert_bias_E, config)
     experts_NK = choice_NE.topk(config.num_experts_per_tok, -1).indices
     gates_NK = scores_NE.gather(-1, experts_NK)
     if config.norm_topk_prob:
         gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
     return experts_NK, gates_NK * config.routed_scaling_factor
+
+
+def biased_choice(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> Tensor:
+    """What the choice is made by: s + b or s · (1 + b), -inf outside the open groups."""
+    additive = config.expert_bias_kind == "additive"
+    return keep_best_groups(scores_NE + expert_bias_E if additive else scores_NE * (1 + expert_bias_E), config)
 
 
 def keep_best_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:

@@ -55,6 +55,37 @@ class BitsPerByte(Metric):
         return self.nll / self.bytes / math.log(2)
 
 
+class Acceptance(Metric):
+    """What greedy speculative decoding would keep of the MTP modules' guesses, by depth: shares [mtp_depth], fp64.
+
+    Module k at place i guesses the token k + 1 places on, which the main model chooses at place i + k. A guess counts
+    as kept where it and all shallower ones from the same place are the main model's own choice. update: guesses_BKT
+    and targets_BKT, int64, main head first; only places count where both have a target.
+    """
+
+    full_state_update = False
+    kept_K: Tensor
+    guessed_K: Tensor
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.add_state("kept_K", torch.zeros(depth, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("guessed_K", torch.zeros(depth, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, guesses_BKT: Tensor, targets_BKT: Tensor) -> None:
+        depth, T = guesses_BKT.shape[1] - 1, guesses_BKT.shape[2]
+        kept_BT = torch.ones_like(guesses_BKT[:, 0], dtype=torch.bool)
+        valid_BKT = targets_BKT != IGNORE
+        for k in range(1, depth + 1):
+            kept_BT = kept_BT[:, : T - k] & (guesses_BKT[:, k, : T - k] == guesses_BKT[:, 0, k:])
+            valid_BT = valid_BKT[:, k, : T - k] & valid_BKT[:, 0, k:]
+            self.kept_K[k - 1] += (kept_BT & valid_BT).sum()
+            self.guessed_K[k - 1] += valid_BT.sum()
+
+    def compute(self) -> Tensor:
+        return self.kept_K / self.guessed_K.double()
+
+
 class MaxVio(Metric):
     """Worst overload of each MoE layer, [L] fp64: (max c - mean c) / mean c; 0 is balance (arXiv 2408.15664 §4.1).
 

@@ -16,7 +16,7 @@ from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_log_step, log_scalars
-from dsv3_lightning.training.metrics import BitsPerByte, TokenLoss
+from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
 
@@ -53,6 +53,7 @@ class PretrainModule(pl.LightningModule):
         self.train_loss = TokenLoss(1 + model.mtp_depth)
         self.val_loss = TokenLoss(1 + model.mtp_depth)
         self.val_bpb = BitsPerByte()
+        self.val_acceptance = Acceptance(model.mtp_depth)
         self.scalars: dict[str, float] = {}
         self.step_loss: Tensor | float = 0.0  # of the current step's micro-batches on this rank
         self.step_skipped = False
@@ -166,7 +167,9 @@ class PretrainModule(pl.LightningModule):
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"])
+        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], guess=len(self.model.mtp) > 0)
+        if losses.guesses_BKT is not None:
+            self.val_acceptance.update(losses.guesses_BKT, batch["targets"])
         self.val_loss.update(losses.nll_K, batch["targets"])
         self.val_bpb.update(losses.nll_K[0], batch["target_bytes"])
         return {"expert_counts": losses.counts_LE}
@@ -175,6 +178,10 @@ class PretrainModule(pl.LightningModule):
         main, *mtp = torch.atleast_1d(self.val_loss.compute()).tolist()  # torchmetrics makes one element a scalar
         values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
         values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
+        if mtp:
+            accepted = torch.atleast_1d(self.val_acceptance.compute()).tolist()
+            values |= {f"mtp/acceptance_{k}": share for k, share in enumerate(accepted, start=1)}
+            self.val_acceptance.reset()
         self.val_loss.reset()
         self.val_bpb.reset()
         if not self.trainer.sanity_checking:

@@ -111,6 +111,8 @@ LEAVES = {
     "callbacks.mtp_weight.schedule": ("[[0.0, 1.0]]", NUMBERS),
     "callbacks.mtp_weight.by": ("tokens", NUMBERS),
     "callbacks.router_monitor.every_n_steps": (3, "pictures"),
+    "callbacks.router_monitor.per_layer": (True, NUMBERS),
+    "callbacks.router_probe": ("null", NUMBERS),
     "callbacks.throughput.peak_flops": (2e11, "speed"),
     "callbacks.sample_text.every_n_steps": (1, TEXT),
     "callbacks.sample_text.prompts": ("[b]", TEXT),

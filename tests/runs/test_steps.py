@@ -98,7 +98,7 @@ def test_models_without_mtp_without_experts_and_with_one_layer_of_them_train_and
     assert one.code == 0 and len(one.report()["max_vio_global"]) == 1 and one.report()["mtp_loss"] == []
     dense = (
         "model.first_k_dense_replace=3", "model.num_nextn_predict_layers=0", "loss.balance=none",
-        "callbacks.expert_bias=null", "callbacks.router_monitor=null",
+        "callbacks.expert_bias=null", "callbacks.router_monitor=null", "callbacks.router_probe=null",
     )  # fmt: skip
     gqa = ("model.attention=gqa", "model.kv_lora_rank=0", "model.q_lora_rank=null", "model.num_key_value_heads=2")
     two = nano.run("two", *ends, *dense, *gqa)

@@ -1,0 +1,66 @@
+"""How the choices are made, on validation text: margins, groups per token, experts that go together."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.router_monitor import draw
+from dsv3_lightning.model.mtp import MTPModule
+from dsv3_lightning.training.logging import log_scalars
+from dsv3_lightning.training.router_metrics import ChoiceStatistics, relative_coactivation
+
+
+class RouterProbe(Callback):
+    """Looks at the routers' outputs while a validation runs; training isn't touched and pays nothing.
+
+    Needs `pl_module.model` (a Transformer) and batches with `mask` [B, T + 1 + mtp_depth].
+    Logs, as means over the MoE layers: balance/margin, how far the last chosen expert is above the first left out;
+    balance/groups_per_token, which the node limit bounds; balance/coactivation_max, how much oftener than by chance the
+    most attached pair of experts is chosen together. Draws router/coactivation of the layer that has that pair.
+    """
+
+    def __init__(self) -> None:
+        self.statistics: ChoiceStatistics | None = None
+        self.handles: list[RemovableHandle] = []
+        self.masks_LN: list[Tensor] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.statistics = ChoiceStatistics(pl_module.model.config).to(pl_module.device)
+        for layer, router in enumerate(routers_of(pl_module)):
+            self.handles.append(router.register_forward_hook(self.hook(layer)))  # type: ignore[attr-defined]
+
+    def hook(self, layer: int) -> Any:
+        def look(router: Any, _inputs: Any, routing: Any) -> None:
+            assert self.statistics is not None
+            self.statistics.update(layer, routing, router.expert_bias, self.masks_LN[layer])
+
+        return look
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        model, mask_BS = pl_module.model, batch["mask"]
+        T = mask_BS.shape[1] - 1 - model.config.mtp_depth
+        starts = [0] * (model.config.num_moe_layers - model.config.mtp_depth)  # module k sees tokens k … k + T - 1
+        starts += [k if isinstance(module, MTPModule) else 0 for k, module in enumerate(model.mtp, start=1)]
+        self.masks_LN = [mask_BS[:, start : start + T].flatten() for start in starts]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if self.statistics is None or trainer.sanity_checking:
+            return
+        margin_L, groups_L, together_LEE = self.statistics.compute()
+        relative_LEE = relative_coactivation(together_LEE)
+        values = torch.stack([margin_L.mean(), groups_L.mean(), relative_LEE.amax((1, 2)).mean()]).tolist()
+        names = ("balance/margin", "balance/groups_per_token", "balance/coactivation_max")
+        log_scalars(trainer, {name: value for name, value in zip(names, values, strict=True) if value == value})
+        layer = int(relative_LEE.amax((1, 2)).argmax())
+        title = f"experts chosen together in MoE layer {layer}, 1 = by chance"
+        draw(trainer, "router/coactivation", relative_LEE[layer].cpu(), title, 1.0)
+        self.statistics = None

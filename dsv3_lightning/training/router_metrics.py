@@ -1,0 +1,97 @@
+"""What routers do, in numbers: pure functions of token counts, and a metric of the choices themselves."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.router import Routing, biased_choice
+
+
+def relative_load(counts_E: Tensor) -> Tensor:
+    """Each expert's load over its fair share, fp64; 1 is fair. 0 where nothing was routed."""
+    counts_E = counts_E.double()
+    return counts_E / counts_E.mean(-1, keepdim=True).clamp(min=1e-9)
+
+
+def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
+    """By name, a value per layer [L] fp64, from counts_LE int64.
+
+    load_max, load_p95, load_p50, load_p5, load_min: relative load of the busiest expert, … and the idlest.
+    load_cv: standard deviation over mean. load_entropy: of the load, over log E; 1 is balance.
+    dead_experts: share of experts without a token. group_load_max: the busiest group's relative load.
+
+    >>> values = load_statistics(torch.tensor([[4, 2, 2, 0]]), 2)
+    >>> [round(values[name].item(), 3) for name in ("load_max", "load_cv", "load_entropy", "dead_experts")]
+    [2.0, 0.707, 0.75, 0.25]
+    """
+    load_LE = relative_load(counts_LE)
+    share_LE = load_LE / load_LE.shape[1]
+    at = torch.tensor([1.0, 0.95, 0.5, 0.05, 0.0], dtype=torch.float64, device=load_LE.device)
+    values = dict(
+        zip(("load_max", "load_p95", "load_p50", "load_p5", "load_min"), load_LE.quantile(at, dim=1), strict=True)
+    )
+    return values | {
+        "load_cv": load_LE.std(1, correction=0),
+        "load_entropy": -torch.special.xlogy(share_LE, share_LE).sum(1) / torch.log(torch.tensor(load_LE.shape[1])),
+        "dead_experts": (counts_LE == 0).double().mean(1),
+        "group_load_max": load_LE.unflatten(1, (groups, -1)).mean(2).amax(1),
+    }
+
+
+class ChoiceStatistics(Metric):
+    """Of each MoE layer's choices, over a whole set. update: the layer's number, Routing and mask_N of some tokens.
+
+    compute: margin [L], how far the last chosen expert is above the first one left out (among the open groups; NaN
+    where there is none); groups_per_token [L]; together_LEE int64, tokens that chose both experts i and j (on the
+    diagonal: i).
+    """
+
+    full_state_update = False
+    margins_L: Tensor
+    groups_L: Tensor
+    tokens_L: Tensor
+    together_LEE: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers, experts = config.num_moe_layers, config.n_routed_experts
+        for name, shape, dtype in (
+            ("margins_L", (layers,), torch.float64),
+            ("groups_L", (layers,), torch.int64),
+            ("tokens_L", (layers,), torch.int64),
+            ("together_LEE", (layers, experts, experts), torch.int64),
+        ):
+            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, layer: int, routing: Routing, expert_bias_E: Tensor, mask_N: Tensor) -> None:
+        config, K = self.config, self.config.num_experts_per_tok
+        scores_NE, experts_NK = routing.scores_NE[mask_N], routing.experts_NK[mask_N]
+        chosen_NE = torch.zeros_like(scores_NE).scatter_(1, experts_NK, 1.0)
+        if config.n_routed_experts // config.n_group * config.topk_group > K:
+            best_NK = biased_choice(scores_NE, expert_bias_E, config).topk(K + 1).values
+            self.margins_L[layer] += (best_NK[:, -2] - best_NK[:, -1]).double().sum()
+        else:
+            self.margins_L[layer] += torch.nan
+        self.groups_L[layer] += chosen_NE.unflatten(1, (config.n_group, -1)).amax(2).sum().long()
+        self.tokens_L[layer] += mask_N.sum()
+        self.together_LEE[layer] += (chosen_NE.T @ chosen_NE).long()  # of one batch: exact in fp32
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        tokens_L = self.tokens_L.clamp(min=1)
+        return self.margins_L / tokens_L, self.groups_L / tokens_L, self.together_LEE
+
+
+def relative_coactivation(together_EE: Tensor) -> Tensor:
+    """How much oftener two experts are chosen together than independent choices of their loads would be, fp64 [E, E].
+
+    P(j | i) / P(j); 1 is independence. The diagonal is 1.
+    """
+    together_EE = together_EE.double()
+    loads_E = together_EE.diagonal(dim1=-2, dim2=-1)
+    # each of a token's K experts meets K, itself included: Σ together = K · Σ loads = K² · tokens
+    tokens = loads_E.sum(-1).square() / together_EE.sum((-2, -1)).clamp(min=1)
+    chance_EE = loads_E[..., :, None] * loads_E[..., None, :] / tokens.clamp(min=1)[..., None, None]
+    eye = torch.eye(together_EE.shape[-1], dtype=torch.bool, device=together_EE.device)
+    return (together_EE / chance_EE.clamp(min=1e-9)).masked_fill(eye, 1.0)

@@ -1,0 +1,91 @@
+"""Router statistics against plain Python, token by token."""
+
+import math
+
+import pytest
+import torch
+
+from dsv3_lightning.model.router import Routing
+from dsv3_lightning.training.metrics import Acceptance
+from dsv3_lightning.training.router_metrics import ChoiceStatistics, load_statistics, relative_coactivation
+from tests.model.small import small_config
+
+
+def test_load_statistics_by_hand():
+    counts = torch.tensor([[6, 1, 1, 0], [2, 2, 2, 2], [0, 0, 0, 0]])
+    values = load_statistics(counts, 2)
+    assert values["load_max"].tolist() == [3.0, 1.0, 0.0]
+    assert values["load_min"].tolist() == [0.0, 1.0, 0.0]
+    assert values["load_p50"].tolist() == [0.5, 1.0, 0.0]
+    assert values["dead_experts"].tolist() == [0.25, 0.0, 1.0]
+    assert values["group_load_max"].tolist() == [7 / 8 * 2, 1.0, 0.0]
+    assert values["load_cv"].tolist() == pytest.approx([math.sqrt((16 + 1 + 1 + 4) / 4) / 2, 0.0, 0.0])
+    entropy = -(0.75 * math.log(0.75) + 2 * 0.125 * math.log(0.125)) / math.log(4)
+    assert values["load_entropy"].tolist() == pytest.approx([entropy, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["additive", "multiplicative"])
+def test_choice_statistics_count_each_token_that_is_no_padding_once(kind):
+    config = small_config(num_nextn_predict_layers=1, expert_bias_kind=kind)  # 8 experts in 4 groups, 2 open, K = 3
+    generator, metric = torch.Generator().manual_seed(0), ChoiceStatistics(config)
+    bias = torch.randn(8, generator=generator) / 4
+    margins, groups, tokens = [], [], 0
+    together = [[0] * 8 for _ in range(8)]
+    from dsv3_lightning.model.router import route
+
+    for _ in range(2):  # two batches of one set
+        scores = torch.randn(30, 8, generator=generator).sigmoid()
+        mask = torch.rand(30, generator=generator) < 0.7
+        experts, gates = route(scores, bias, config)
+        metric.update(1, Routing(experts, gates, scores, scores.logit()), bias, mask)
+        for s, chosen, real in zip(scores, experts.tolist(), mask.tolist()):
+            if not real:
+                continue
+            tokens += 1
+            choice = s + bias if kind == "additive" else s * (1 + bias)
+            score = choice.view(4, 2).sum(1)
+            opened = score.argsort(descending=True)[:2].tolist()
+            ranked = sorted((choice[i].item() for i in range(8) if i // 2 in opened), reverse=True)
+            margins.append(ranked[2] - ranked[3])
+            groups.append(len({i // 2 for i in chosen}))
+            for i in chosen:
+                for j in chosen:
+                    together[i][j] += 1
+    margin_L, groups_L, together_LEE = metric.compute()
+    assert margin_L[1].item() == pytest.approx(sum(margins) / tokens, rel=1e-5)
+    assert groups_L[1].item() == pytest.approx(sum(groups) / tokens)
+    assert together_LEE[1].tolist() == together
+    assert together_LEE[0].sum() == together_LEE[2].sum() == 0 and together_LEE.shape == (3, 8, 8)
+
+
+def test_a_margin_where_nothing_is_left_out_is_no_number():
+    config = small_config(n_group=4, topk_group=1, num_experts_per_tok=2)  # both experts of the one open group
+    metric, scores = ChoiceStatistics(config), torch.rand(5, 8)
+    metric.update(
+        0, Routing(torch.tensor([[0, 1]] * 5), scores[:, :2], scores, scores), torch.zeros(8), torch.ones(5) > 0
+    )
+    assert math.isnan(metric.compute()[0][0])
+
+
+def test_coactivation_is_one_by_chance_and_shows_pairs():
+    independent = torch.tensor([[60, 30, 10], [30, 50, 20], [10, 20, 30]])
+    pair = torch.tensor([[50, 50, 0, 0], [50, 50, 0, 0], [0, 0, 50, 50], [0, 0, 50, 50]])  # 100 tokens, K = 2
+    relative = relative_coactivation(torch.stack([pair]))[0]
+    assert relative.tolist() == [[1, 2, 0, 0], [2, 1, 0, 0], [0, 0, 1, 2], [0, 0, 2, 1]]
+    tokens = 140**2 / 260
+    assert relative_coactivation(independent)[0, 1].item() == pytest.approx(30 * tokens / (60 * 50))
+
+
+def test_acceptance_is_of_chains_and_at_the_main_models_own_place():
+    T, ignored = 5, -100
+    guesses = torch.tensor([[[1, 2, 3, 4, 5], [2, 9, 4, 5, 9], [3, 4, 5, 9, 9]]])
+    targets = torch.zeros(1, 3, T, dtype=torch.int64)
+    metric = Acceptance(2)
+    metric.update(guesses, targets)
+    # depth 1: places 0-3 against the main head's 1-4: 2=2, 9≠3, 4=4, 5=5. depth 2: 0-2 against 2-4: 3=3, (4=4 but its
+    # chain broke), 5=5
+    assert metric.compute().tolist() == [3 / 4, 2 / 3]
+    targets[0, 1, 0] = ignored  # no such token: a document's end
+    targets[0, 0, 4] = ignored
+    metric.update(guesses, targets)
+    assert metric.kept_K.tolist() == [3 + 1, 2 + 1] and metric.guessed_K.tolist() == [4 + 2, 3 + 2]
