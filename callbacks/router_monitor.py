@@ -67,7 +67,7 @@ class RouterMonitor(Callback):
         counts_SLE = self.reduced_window(trainer)
         vio_SL, counts_LE = max_vio(counts_SLE), counts_SLE.sum(0)
         bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
-        groups = pl_module.model.config.n_group if hasattr(pl_module, "model") else 1  # type: ignore[union-attr]
+        groups = getattr(getattr(getattr(pl_module, "model", None), "config", None), "n_group", 1)
         values = {
             "max_vio": vio_SL.mean(),
             "max_vio_micro": self.micro_vio,

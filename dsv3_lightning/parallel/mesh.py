@@ -60,10 +60,13 @@ class MeshShape:
 
 def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int) -> MeshShape:
     """The sizes for so many processes, `auto` filled in. Raises ConfigError, which names the nearest that fit."""
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if replicate == "auto":
-        by_node = ranks // math.gcd(ranks, ranks_per_node) if config.kind == "hsdp" else 1
-        replicate = by_node if shard == "auto" else max(1, ranks // shard)
+    wanted, shard = config.dp_replicate, config.dp_shard
+    if wanted != "auto":
+        replicate = wanted
+    elif shard != "auto":
+        replicate = max(1, ranks // shard)
+    else:
+        replicate = ranks // math.gcd(ranks, ranks_per_node) if config.kind == "hsdp" else 1
     if ranks % replicate:
         raise ConfigError(
             f"strategy.dp_replicate={replicate}: does not divide {ranks} processes; use {near(replicate, ranks)}"
@@ -71,7 +74,7 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int) -> MeshS
     if shard == "auto":
         shard = ranks // replicate
     if replicate * shard != ranks:
-        fitting = f"use {near(shard, ranks)}" if config.dp_replicate == "auto" else f"use {ranks // replicate} or auto"
+        fitting = f"use {near(shard, ranks)}" if wanted == "auto" else f"use {ranks // replicate} or auto"
         raise ConfigError(
             f"strategy.dp_shard={shard}: with dp_replicate={replicate} it makes {replicate * shard} processes, "
             f"there are {ranks}; {fitting}"

@@ -5,6 +5,7 @@ norms and routers, which stay fp32 and are gathered once per pass.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def shard_model(model: Transformer, mesh: DeviceMesh, config: StrategyConfig, bf
     offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments) -> None:
-        skipped = {p for p in module.parameters() if isinstance(p, DTensor) and p.dim() != 3}
+        skipped: set[nn.Parameter] = {p for p in module.parameters() if isinstance(p, DTensor) and p.dim() != 3}
         fully_shard(module, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload,
                     ignored_params=skipped, mesh=mesh, **arguments)  # fmt: skip
 
@@ -95,8 +96,14 @@ def prefetch(order: list[Block], ahead: int) -> None:
     ):
         for i, block in enumerate(sequence[:-1]):
             coming = sequence[i + 1 : i + 1 + ahead]
-            announce(block, [unit for b in coming for unit in (b, *expert_units(b))])
+            announce(as_unit(block), [unit for b in coming for unit in units(b)])
 
 
-def expert_units(block: Block) -> list[FSDPModule]:
-    return [block.mlp.experts] if isinstance(block.mlp, MoE) else []
+def units(block: Block) -> list[FSDPModule]:
+    """What of a block is gathered on its own: the block, and its experts."""
+    return [as_unit(block), *([as_unit(block.mlp.experts)] if isinstance(block.mlp, MoE) else [])]
+
+
+def as_unit(module: nn.Module) -> FSDPModule:
+    """`fully_shard` has made it one, by changing its class."""
+    return cast(FSDPModule, module)

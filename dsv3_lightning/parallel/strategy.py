@@ -65,12 +65,12 @@ class MeshStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As AdamW's on one process, so that the file is the same for any number of them."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        state = optimizer.state_dict()
-        for weight, (index, values) in zip(optimizer.weights, sorted(state["state"].items()), strict=True):
+        weights, state = weights_of(optimizer), optimizer.state_dict()
+        for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
             state["state"][index] = {k: whole(like(weight, v)) for k, v in values.items()}
-        pairs = zip(optimizer.weights, state.pop("masters"), strict=True)
+        pairs = zip(weights, state.pop("masters"), strict=True)
         masters = [whole(like(weight, master)) for weight, master in pairs]
-        if any(weight.dtype != torch.float32 for weight in optimizer.weights):
+        if any(weight.dtype != torch.float32 for weight in weights):
             state["masters"] = masters
         return self.on_first_rank(state)
 
@@ -94,16 +94,22 @@ class MeshStrategy(ModelParallelStrategy):
             for name, value in checkpoint["state_dict"].items():
                 local(own[name]).copy_(part(value, own[name]))
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
-            for index, weight in enumerate(optimizer.weights):
+            weights = weights_of(optimizer)
+            for index, weight in enumerate(weights):
                 state["state"][index] = {k: part(v, weight) for k, v in state["state"][index].items()}
             masters = state.get("masters")
             state["masters"] = (
-                [local(weight.detach()) for weight in optimizer.weights]
+                [local(weight.detach()) for weight in weights]
                 if masters is None
-                else [part(master, weight) for master, weight in zip(masters, optimizer.weights, strict=True)]
+                else [part(master, weight) for master, weight in zip(masters, weights, strict=True)]
             )
             optimizer.load_state_dict(state)
         return checkpoint
+
+
+def weights_of(optimizer: Any) -> list[Tensor]:
+    """The parameters that the optimizer has its own parts or copies of, in the order of its state."""
+    return optimizer.weights
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Losses, Transformer, fill
+from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -64,11 +64,14 @@ class PretrainModule(pl.LightningModule):
         """Makes the initial weights: all of them, or this rank's part, the same whatever the number of ranks."""
         if not self.model.embed_tokens.weight.is_meta:
             return
-        strategy, place, device = self.trainer.strategy, fill, self.trainer.strategy.root_device
+        strategy = self.trainer.strategy
         if isinstance(strategy, MeshStrategy):
             place, device = strategy.shard(self.model), strategy.parameter_device
-        self.model.to_empty(device=device)
-        self.model.init_weights(self.seed, place)
+            self.model.to_empty(device=device)
+            self.model.init_weights(self.seed, place)
+        else:
+            self.model.to_empty(device=strategy.root_device)
+            self.model.init_weights(self.seed)
 
     @property
     def steps_done(self) -> int:
