@@ -162,5 +162,6 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
+    warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

@@ -11,6 +11,7 @@ LOGITS_HELD_CPU = 2**20  # 4 MiB, so that they stay in the cache
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Σ of -log softmax(x W^T)[target] over the targets that aren't IGNORE: fp32 scalar (V3 eq. 24, summed).
 
+    As with torch's cross_entropy, another target outside 0..V-1 is an error (on CUDA a device-side assertion).
     Logits exist for some tokens at a time, in fp32, and the gradients are made while they do.
     """
     held = LOGITS_HELD_CPU if x_ND.device.type == "cpu" else LOGITS_HELD
@@ -34,7 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             x, targets = x_ND[start : start + chunk], targets_N[start : start + chunk]
             log_p = (x @ weight_VD.T).to(total.dtype).log_softmax(-1)
             valid = targets != IGNORE
-            index = targets.clamp(min=0)[:, None]
+            index = targets.masked_fill(~valid, 0)[:, None]
             total -= (log_p.gather(1, index).squeeze(1) * valid).sum()
             if need_x or need_weight:
                 # d loss / d logits = softmax - one-hot

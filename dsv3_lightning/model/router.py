@@ -1,5 +1,6 @@
 """Who gets a token, and how much (V3 §2.1.2, eq. 12-16; V2 §2.2 for the softmax family)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,14 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """`model.bfloat16()` and its like leave `expert_bias` in fp32: in bf16 steps of 0.001 are lost at 0.5."""
+        bias_E = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.itemsize < bias_E.itemsize:
+            self.expert_bias = bias_E.to(self.expert_bias.device)
+        return self
 
     def forward(self, x_ND: Tensor) -> Routing:
         with torch.autocast(x_ND.device.type, enabled=False):

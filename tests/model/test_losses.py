@@ -130,3 +130,12 @@ class LargestTensor(TorchDispatchMode):
         if isinstance(out, Tensor):
             self.numel = max(self.numel, out.numel())
         return out
+
+
+@pytest.mark.parametrize("target", [-1, -99, -101, V])
+def test_a_target_that_is_no_token_is_refused(target):
+    """Taking a stray -1 for token 0 would train the model to write it."""
+    x_ND, weight_VD, targets_N = hidden_states(4)
+    targets_N[2] = target
+    with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+        linear_cross_entropy(x_ND, weight_VD, targets_N)

@@ -106,3 +106,21 @@ def test_a_choice_between_close_experts_needs_fp32_biases():
     assert router.expert_bias.bfloat16().unique().numel() == 1
     with torch.autocast("cpu", torch.bfloat16):
         assert router(x_ND.bfloat16()).experts_NK.flatten().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("cast", [Transformer.bfloat16, Transformer.half, lambda model: model.to(torch.bfloat16)])
+def test_casting_the_whole_model_leaves_biases_alone_and_routing_in_fp32(cast):
+    model = small_model(small_config())
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    router = cast(model).layers[1].mlp.gate
+    assert router.weight.dtype in (torch.bfloat16, torch.float16)
+    for name, value in model.named_buffers():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name]), name
+    routing = router(torch.ones(3, 32, dtype=router.weight.dtype))
+    assert routing.scores_NE.dtype == routing.gates_NK.dtype == torch.float32
+
+
+def test_a_cast_to_fp64_and_a_move_take_the_bias_along():
+    router = small_model(small_config()).layers[1].mlp.gate
+    assert router.double().expert_bias.dtype == torch.float64
+    assert router.to("meta").expert_bias.is_meta
