@@ -65,7 +65,7 @@ def dispatch(words: Sequence[str]) -> int:
     parser = Parser(f"dsv3 {chosen.verb}", verb.summary, "")
     verb.arguments(parser)
     arguments = vars(parser.parse_intermixed_args(chosen.words))
-    if "words" in arguments:
+    if verb.arguments is config_arguments:
         return run_with_config(verb, **arguments)
     return resolve(verb.target)(**arguments)
 
@@ -128,6 +128,26 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling; default %(default)s")
 
 
+def sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="a file, or one of ours; then key=value for all")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
+    parser.add_argument("--task", type=int, metavar="N", help="only the run of that number, from 0")
+    parser.add_argument("--slurm", action="store_true", help="print a SLURM batch script, and do nothing")
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of experiments")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there, too")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves there, as PNG")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -143,6 +163,10 @@ VERBS = {
     "validate": Verb(f"{COMMANDS}.validate:run", "Check a config, and do nothing else.", config_arguments),
     "generate": Verb(f"{COMMANDS}.generate:generate", "Continue a text with a trained model.", generate_arguments),
     "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP and memory, on no device.", config_arguments),
+    "sweep": Verb(
+        f"{COMMANDS}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments
+    ),
+    "compare": Verb(f"{COMMANDS}.compare:compare", "Compare runs: a table and plots.", compare_arguments),
     "doctor": Verb(f"{COMMANDS}.doctor:run", "Tell what this machine and installation can do.", no_arguments),
 }
 CONFIG_HELP = """\

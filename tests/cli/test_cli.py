@@ -55,6 +55,8 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "validate": config,
         "generate": "-h --help checkpoint --prompt --max-new-tokens --temperature --seed",
         "plan": config,
+        "sweep": "-h --help words --jobs --task --slurm",
+        "compare": "-h --help runs --markdown --plot",
         "doctor": "-h --help",
     }
 

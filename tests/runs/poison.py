@@ -48,3 +48,10 @@ class Diary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         biases = [m.expert_bias.double().sum().item() for m in pl_module.modules() if hasattr(m, "expert_bias")]
         self.write(trainer, validation=True, biases=biases)
+
+
+class Exit(Callback):
+    """Ends the process in its first step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise SystemExit("poisoned on purpose")
