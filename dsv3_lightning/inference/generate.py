@@ -34,8 +34,7 @@ def generate(
     rows = torch.arange(len(prompts), device=device)
     for _ in range(max_new_tokens):
         context = tokens_BT[:, : int(lengths.max())]
-        h_BTD, _ = model.trunk(context, torch.ones_like(context, dtype=torch.bool))
-        logits_BV = model.lm_head(h_BTD[rows, lengths - 1]).float()
+        logits_BV = model(context, lengths - 1).float()  # as a call, which gathers weights that are sharded
         chosen = pick(logits_BV, temperature, generator)
         running = running & (chosen != eos_id) & (lengths < limit)
         if not running.any():

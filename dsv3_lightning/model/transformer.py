@@ -91,9 +91,12 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of the main model for every position: [B, T, V]."""
-        return self.lm_head(self.trunk(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))[0])
+    def forward(self, tokens_BT: Tensor, positions_B: Tensor | None = None) -> Tensor:
+        """Logits of the main model for every position: [B, T, V]; or for one position of each row: [B, V]."""
+        h_BTD, _ = self.trunk(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+        if positions_B is not None:
+            return self.lm_head(h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), positions_B])
+        return self.lm_head(h_BTD)
 
     def trunk(self, tokens_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[RouterStats]]:
         """The main model up to its final norm: [B, T, D], and the stats of its MoE layers."""

@@ -62,9 +62,12 @@ def runs_on_ranks(ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], time
     return on_ranks(ranks, folder, ["tests.parallel.worker", str(folder / "runs.json")], timeout)
 
 
+SAMPLES = [f"callbacks.sample_text.{setting}" for setting in ("every_n_steps=10", "temperature=0", "max_new_tokens=8")]
+
+
 @pytest.fixture(scope="module")
 def shared_nano(tmp_path_factory: pytest.TempPathFactory, data_cache: list[str]) -> Nano:
     """As `nano`, for all tests of a file."""
     from tests.conftest import QUIET
 
-    return Nano(tmp_path_factory.mktemp("nano"), [*data_cache, *QUIET, "callbacks.sample_text=null"])
+    return Nano(tmp_path_factory.mktemp("nano"), [*data_cache, *QUIET, *SAMPLES])

@@ -4,6 +4,8 @@ With clipping, sequence-wise loss, MTP, bias updates, accumulation, and document
 another number of valid targets.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -78,3 +80,12 @@ def test_a_checkpoint_of_four_processes_goes_on_in_one(runs, shared_nano):
 
 def test_a_checkpoint_of_one_process_goes_on_in_four(runs):
     assert_same_curves(runs["one"], runs["goes_on"], 2e-5, after=10)
+
+
+@pytest.mark.parametrize("name", [name for ways in WAYS.values() for name in ways])
+def test_samples_are_those_of_one_process(runs, name):
+    """Writing text calls the model outside of its losses: sharded weights have to be gathered there too."""
+    one, many = (
+        re.findall(r"```\n(.*?)\n```", (runs[run].folder / "report.md").read_text(), re.S) for run in ("one", name)
+    )
+    assert len(one) == 3 and one == many
