@@ -1,7 +1,9 @@
 """Callbacks that runs of the tests name by class_path."""
 
+import contextlib
+import ctypes
+import gc
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ class Poison(Callback):
 
 
 class Diary(Callback):
-    """Writes one JSON line per optimizer step, and one per validation, into diary-<rank>.jsonl of the run's folder."""
+    """Writes one JSON line per optimizer step, and one per validation, into diary-<rank>.jsonl of the run's folder.
 
-    def __init__(self, memory: bool = False) -> None:
-        self.memory = memory
+    memory_every: steps between measurements of the memory in use, 0 for none.
+    """
+
+    def __init__(self, memory_every: int = 0) -> None:
+        self.memory_every = memory_every
         self.samples: list[int] = []
 
     def write(self, trainer: Trainer, **facts: Any) -> None:
@@ -40,8 +45,8 @@ class Diary(Callback):
         self.samples += batch["sample_ids"].tolist()
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             facts = {"samples": self.samples, "lr": pl_module.optimizers().param_groups[0]["lr"]}
-            if self.memory:
-                facts["rss"] = psutil.Process(os.getpid()).memory_info().rss
+            if self.memory_every and trainer.global_step % self.memory_every == 0:
+                facts["rss"] = memory_in_use()
             self.write(trainer, **facts)
             self.samples = []
 
@@ -55,3 +60,11 @@ class Exit(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         raise SystemExit("poisoned on purpose")
+
+
+def memory_in_use() -> int:
+    """Resident bytes without what only waits to be freed or used again: garbage, and glibc's free lists."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return psutil.Process().memory_info().rss

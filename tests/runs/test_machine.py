@@ -69,12 +69,15 @@ def test_a_rank_that_dies_takes_the_others_with_it(nano, victim):
     assert parent.returncode != 0
 
 
-@pytest.mark.xfail(strict=False, reason="grows by 2 to 3 % between steps 450 and 900 on some runs; cause not found yet")
 def test_memory_does_not_grow(nano):
-    """seen elsewhere: logged tensors keep their graphs (Lightning-AI/pytorch-lightning#4556)."""
+    """seen elsewhere: logged tensors keep their graphs (Lightning-AI/pytorch-lightning#4556).
+
+    Measured over 1,500 steps it stays within 0.1 % from step 150 on; the limit is a leak of 5 kB per step. A step's
+    graph is a thousand times that.
+    """
     run = nano.command(
         "long",
-        "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory: true}}",
+        "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory_every: 450}}",
         "trainer.max_steps=900",
         "trainer.log_every_n_steps=5",
         "data.batch_size=1",
@@ -86,7 +89,7 @@ def test_memory_does_not_grow(nano):
     )
     assert run.code == 0, run.output
     rss = {entry["step"]: entry["rss"] for entry in diary(run) if "rss" in entry}
-    assert rss[900] < 1.02 * rss[450]
+    assert rss[900] < 1.005 * rss[450]
 
 
 def test_bf16_weights_learn_as_fp32_ones_do(nano):
