@@ -128,6 +128,25 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling; default %(default)s")
 
 
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file")
+    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    types = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=types, default="float32", help="of the weights; default %(default)s")
+    parser.add_argument(
+        "--verify", nargs="?", const=True, default=False, metavar="TOKENS.npy",
+        help="write the model's logits to verify/ beside OUT, read OUT back and compare; of these, or random tokens",
+    )  # fmt: skip
+    parser.add_argument(
+        "--file-gigabytes", type=above_zero, default=5.0, metavar="X", help="largest file; default %(default)s"
+    )
+
+
+def import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="HF_FOLDER", help="with config.json and safetensors files")
+    parser.add_argument("--out", metavar="FILE", help="the YAML to write; default: the folder's name, here")
+
+
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="a file, or one of ours; then key=value for all")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
@@ -148,6 +167,13 @@ def positive(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise ValueError
+    return value
+
+
 def no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -162,6 +188,12 @@ VERBS = {
     "run": Verb(f"{COMMANDS}.run:run", "Train, or continue training.", config_arguments),
     "validate": Verb(f"{COMMANDS}.validate:run", "Check a config, and do nothing else.", config_arguments),
     "generate": Verb(f"{COMMANDS}.generate:generate", "Continue a text with a trained model.", generate_arguments),
+    "export": Verb(f"{COMMANDS}.export:export", "Write a run's model as a Hugging Face folder.", export_arguments),
+    "import": Verb(
+        f"{COMMANDS}.import_folder:import_folder",
+        "Check a Hugging Face folder to start runs from.",
+        import_arguments,
+    ),
     "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP and memory, on no device.", config_arguments),
     "sweep": Verb(
         f"{COMMANDS}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments

@@ -4,29 +4,45 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from dsv3_lightning.callbacks.checkpoint import best_files, step_files
-from dsv3_lightning.config.schema import check
+from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.data.files import native
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.inference.generate import generate as continue_prompts
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.model.transformer import Transformer, fill
 from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
 
 
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> int:
     """Prints the prompt and its continuation. `checkpoint`: a file, or a run's folder (its best, else its newest)."""
-    path, folder = find_checkpoint(Path(checkpoint))
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"{config}: missing, so {folder} is not a run's folder")
-    model = load_model(path, check(yaml.safe_load(config.read_text(encoding="utf-8"))).model)
-    tokenizer = Tokenizer.from_file(folder)
+    model, tokenizer = load(checkpoint)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     (new,) = continue_prompts(model, [ids], max_new_tokens, temperature, tokenizer.eos_id, seed)
     print(prompt + tokenizer.decode(new))
     return 0
+
+
+def load(word: str) -> tuple[Transformer, Tokenizer]:
+    """A run's model, or that of a Hugging Face folder, fp32 on CPU, with its tokenizer."""
+    given = native(word)
+    if (given / "config.json").is_file():
+        return load_hub_folder(given), Tokenizer.from_file(given)
+    path, folder = find_checkpoint(given)
+    config = stored_config(folder)
+    return load_model(path, config.model), Tokenizer.from_file(folder)
+
+
+def stored_config(folder: Path) -> Config:
+    """The settings that a run was made with."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
+    return check(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -44,17 +60,35 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 def load_model(path: Path, config: ModelConfig) -> Transformer:
     """The model with a checkpoint's weights, fp32, on CPU. Raises ConfigError where keys or shapes differ."""
-    weights = {
-        key.removeprefix("model."): value
-        for key, value in read_checkpoint(path)["state_dict"].items()
-        if key.startswith("model.")
-    }
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device="cpu")
-    model.tie_weights()
+    return fill_model(config, read_weights(path), path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint, by the model's own names, left in the file until they are used."""
+    state = read_checkpoint(path, mmap=True)["state_dict"]
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+
+
+def fill_model(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> Transformer:
+    model = empty_model(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    return model.float().eval()
+    return model.eval()
+
+
+def load_hub_folder(path: Path) -> Transformer:
+    folder = HubFolder(path)
+    model = empty_model(folder.config)
+    folder.load_into(model, fill)
+    return model.eval()
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """fp32, on CPU, its memory not written yet."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model

@@ -20,6 +20,7 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dsv3_lightning.training.dashboard import RunLogger
@@ -37,6 +38,7 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
         print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
         return 0
     refuse_taken_port(config)
+    source, notes = open_source(config)
     callbacks = build_callbacks(config)
     start = folder.resume_from()
     precision, reason = resolve_precision(config, folder)
@@ -48,11 +50,14 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
+        source if start is None else None,
     )  # fmt: skip
     whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
     if first_rank:
         banner(config, folder, start, reason)
+        for note in notes if start is None else []:
+            print(note, flush=True)
         if start is None:
             logger.describe(tree)
         for file in prepare(config.data).glob("tokenizer*.json"):  # so that the folder is all that generating needs
@@ -62,6 +67,17 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     else:
         trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
     return 0
+
+
+def open_source(config: Config) -> tuple[HubFolder | None, list[str]]:
+    """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
+    if config.init_from is None:
+        return None, []
+    source = HubFolder(config.init_from)
+    differing = check_same_model(source.config, config.model, config.init_from)
+    source.audit()
+    loss = f"loss.balance={config.loss.balance}, loss.balance_factor={config.loss.balance_factor} (a folder has none)"
+    return source, [*source.notes, *differing, f"weights of {config.init_from}; {loss}"]
 
 
 def build_trainer(

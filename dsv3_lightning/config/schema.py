@@ -1,6 +1,6 @@
 """Config: one run's checked settings, by section. Imports no torch, so a wrong setting is named in the first second."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dsv3_lightning.config.checks import check_callbacks, check_strategy, check_together, check_trainer
@@ -40,10 +40,12 @@ class Config:
     """trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of
     ours (parallel/mesh.py), or a block: of ours with its `kind`, of anybody's with its `class_path`.
 
+    init_from: a Hugging Face folder whose weights a run starts from; None: initial weights are random.
     callbacks: by name, None where one is switched off.
     """
 
     run: RunConfig
+    init_from: str | None
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -58,6 +60,10 @@ def check(tree: dict[str, Any]) -> Config:
     """The typed settings of a composed tree. Raises ConfigError with the key, the value and what is valid."""
     trainer = tree.get("trainer")
     config = build(Config, {**tree, "trainer": check_trainer(trainer)} if isinstance(trainer, dict) else tree)
+    if config.init_from == "":
+        raise ConfigError("init_from: must be a folder, or null for random initial weights")
+    if config.init_from is not None and config.data.tokenizer is None:  # another would give the weights other meanings
+        config = replace(config, data=replace(config.data, tokenizer=config.init_from))
     check_callbacks(config.callbacks)
     check_strategy(config.strategy, config.trainer)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)

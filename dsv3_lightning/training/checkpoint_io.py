@@ -44,12 +44,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint's content, on CPU. Raises ConfigError where it is missing, cut, unsafe to read or incomplete."""
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The checkpoint's content, on CPU. Raises ConfigError where it is missing, cut, unsafe to read or incomplete.
+
+    mmap: tensors stay in the file until they are used.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error

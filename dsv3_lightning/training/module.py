@@ -8,8 +8,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dsv3_lightning.errors import RunStopped
+from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Losses, Transformer
+from dsv3_lightning.model.transformer import Losses, Transformer, fill
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -28,6 +29,7 @@ class PretrainModule(pl.LightningModule):
     [1 + mtp_depth], the valid targets of the whole optimizer step over all ranks and micro-batches: with it every mean
     is over the global count, however the batch is spread.
     Where `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
+    init_from: a folder whose weights are the initial ones, in place of random ones.
     `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
     `expert_counts`, int64 [L, E], and `tokens`, the micro-batch's positions.
     """
@@ -41,11 +43,12 @@ class PretrainModule(pl.LightningModule):
         sequence_length: int,
         max_steps: int,
         seed: int,
+        init_from: HubFolder | None = None,
     ) -> None:
         super().__init__()
         self.optimizer_config, self.loss_config, self.max_steps = optimizer, loss, max_steps
         self.flops_per_token = training_flop_per_token(model, sequence_length)
-        self.seed = seed
+        self.seed, self.init_from = seed, init_from
         self.balance = BalanceTerm(loss.balance_factors, model.num_experts_per_tok)
         with torch.device("meta"):  # until `configure_model`, when it is known which part is made where
             self.model = Transformer(model, compute.activation_checkpointing, tuple(loss.balance_factors))
@@ -67,11 +70,12 @@ class PretrainModule(pl.LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, MeshStrategy):
             place, device = strategy.shard(self.model), strategy.parameter_device
-            self.model.to_empty(device=device)
-            self.model.init_weights(self.seed, place)
         else:
-            self.model.to_empty(device=strategy.root_device)
-            self.model.init_weights(self.seed)
+            place, device = fill, strategy.root_device
+        self.model.to_empty(device=device)
+        self.model.init_weights(self.seed, place)
+        if self.init_from is not None:
+            self.init_from.load_into(self.model, place)
 
     @property
     def steps_done(self) -> int:

@@ -54,6 +54,8 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "run": config,
         "validate": config,
         "generate": "-h --help checkpoint --prompt --max-new-tokens --temperature --seed",
+        "export": "-h --help run out --dtype --verify --file-gigabytes",
+        "import": "-h --help folder --out",
         "plan": config,
         "sweep": "-h --help words --jobs --task --slurm",
         "compare": "-h --help runs --markdown --plot",

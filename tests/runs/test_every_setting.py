@@ -35,6 +35,7 @@ LEAVES = {
     "run.dir": ("other", "elsewhere: every test of this folder, through tests/conftest.py"),
     "run.seed": (2, NUMBERS),
     "run.resume": ("/nope.ckpt", REFUSED),
+    "init_from": ("/nope", "elsewhere: tests/hub/test_init_from.py"),
     "model.vocab_size": (512, NUMBERS),
     "model.hidden_size": (32, NUMBERS),
     "model.num_hidden_layers": (2, NUMBERS),

@@ -1,0 +1,82 @@
+"""`dsv3 export`: a run's model as a Hugging Face folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.commands.generate import fill_model, find_checkpoint, load_hub_folder, read_weights, stored_config
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.files import native, write_synced
+from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.hub.config import to_json
+from dsv3_lightning.hub.export import DTYPES, write_folder, write_weights
+from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
+from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference, verification_tokens, write_logits
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.planning.parameters import count_parameters
+
+
+def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: float) -> int:
+    """Writes the folder, whole or not at all. verify: whether its logits are compared, or a file of tokens for it."""
+    path, run_folder = find_checkpoint(native(run))
+    config = stored_config(run_folder)
+    tokenizer, target = Tokenizer.from_file(run_folder), native(out)
+    weights = read_weights(path)
+    tokens = None if verify is False else verification_tokens(None if verify is True else str(verify), config.model)
+
+    def write(folder: Path) -> None:
+        size = write_weights(config.model, weights.__getitem__, folder, DTYPES[dtype], int(file_gigabytes * 1e9))
+        write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
+        write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
+        write_generation_config(tokenizer, folder)
+        write_synced(folder / "README.md", model_card(config, run_folder, path).encode())
+        print(f"{target}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
+
+    to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written
+    if tokens is not None:
+        model = fill_model(config.model, weights, path)
+        expected = all_logits(model, tokens)
+        write_logits(target.parent / "verify", tokens, expected)
+    write_folder(target, write)
+    return 0 if tokens is None else compare(target, model, tokens, expected, DTYPES[dtype])
+
+
+def compare(folder: Path, model: Transformer, tokens: Tensor, expected: tuple, dtype: torch.dtype) -> int:
+    """Reads the folder back. Its logits must be those of the model with weights of that precision."""
+    again = load_hub_folder(folder)
+    rounded = largest_difference(expected, all_logits(again, tokens))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    difference = largest_difference(all_logits(model, tokens), all_logits(again, tokens))
+    print(
+        f"verified: logits of {tokens.numel()} tokens differ by {rounded:.1e} from the training model's"
+        + ("" if dtype is torch.float32 else f", by {difference:.1e} from its own with weights rounded alike")
+    )
+    if difference <= TOLERANCE:
+        return 0
+    print(f"dsv3: {folder}: the export differs by {difference:.1e}, more than {TOLERANCE}", file=sys.stderr)
+    return 1
+
+
+def model_card(config: Config, run_folder: Path, path: Path) -> str:
+    """README.md of the folder: what it is, how it is loaded, and the run's report."""
+    counts = count_parameters(config.model)
+    report = run_folder / "report.json"
+    numbers = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in numbers.items() if value is not None)
+    results = f"\n## The run's report\n\n| | |\n| --- | --- |\n{rows}\n" if rows else ""
+    mtp = f"\nIt holds {config.model.mtp_depth} multi-token prediction modules, as layers after the last.\n"
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {config.run.name}\n\n{counts.total:,} parameters, {counts.active:,} active per token; context of "
+        f"{config.model.max_position_embeddings:,} tokens. Trained with dsv3-lightning; from `{path.name}`.\n"
+        f"{mtp if config.model.mtp_depth else ''}\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n'
+        'print(tokenizer.decode(model.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=64)[0]))\n'
+        f"```\n{results}"
+    )

@@ -1,0 +1,56 @@
+"""`dsv3 import`: checks a Hugging Face folder, and writes the YAML of a run that starts from it."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from dsv3_lightning.data.files import native, write_synced
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.folder import HubFolder
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.parameters import count_parameters
+
+HEAD = """\
+# A run that starts from the weights in {folder}. Complete it, then: dsv3 run {file}
+# `model` is that folder's; a context extension may change max_position_embeddings and rope_scaling.
+"""
+
+
+def import_folder(folder: str, out: str | None) -> int:
+    """Every key and shape is checked, by the files' headers alone: also of 671B parameters in seconds."""
+    source = HubFolder(folder)
+    source.audit()
+    for note in source.notes:
+        print(note)
+    target = native(out) if out is not None else Path(f"{source.path.resolve().name}.yaml")
+    if target.exists():
+        raise ConfigError(f"{target}: is there already; name another file with --out")
+    tree = {
+        "defaults": ["base"],
+        "run": {"name": source.path.resolve().name},
+        "init_from": str(source.path.resolve()),
+        "model": {name: value for name, value in asdict(source.config).items() if value is not None},
+        "data": {"sequence_length": min(source.config.max_position_embeddings, 4096)},
+        "trainer": {"max_steps": 1000},
+        **fitting(source.config),
+    }
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    write_synced(target, (HEAD.format(folder=source.path.resolve(), file=target) + text).encode())
+    counts = count_parameters(source.config)
+    print(f"{source.path}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")
+    print(f"{target}: written; dsv3 run {target} starts from these weights")
+    return 0
+
+
+def fitting(model: ModelConfig) -> dict[str, dict]:
+    """Switches off what this model has no use for."""
+    callbacks: dict[str, None] = {}
+    if model.topk_method != "noaux_tc" or not model.num_moe_layers:
+        callbacks["expert_bias"] = None
+    if not model.mtp_depth:
+        callbacks["mtp_weight"] = None
+    if not model.num_moe_layers:
+        callbacks |= dict.fromkeys(("router_monitor", "router_probe"))
+    loss = {} if model.num_moe_layers else {"loss": {"balance": "none"}}
+    return loss | ({"callbacks": callbacks} if callbacks else {})

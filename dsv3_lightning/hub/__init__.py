@@ -1,0 +1,1 @@
+"""To and from Hugging Face folders, in the released checkpoints' layout."""

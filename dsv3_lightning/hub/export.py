@@ -1,0 +1,109 @@
+"""Weights into safetensors files of the released layout, file by file: memory stays at one file's size."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsv3_lightning.data.files import sync_folder, write_synced
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.config import interleaved_on_disk
+from dsv3_lightning.hub.layout import BIAS, Stored, layout, permutation, stored_shape, to_disk
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX = "model.safetensors.index.json"
+
+
+class Planned(NamedTuple):
+    """A tensor to be written."""
+
+    stored: Stored
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def plan(config: ModelConfig, dtype: torch.dtype) -> Iterator[Planned]:
+    """Everything that an export holds, from shapes alone."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    for stored in layout(config):
+        if stored.written:
+            kept = torch.float32 if stored.key.endswith(BIAS) else dtype  # a step of 0.001 is lost in bf16 from 0.5 on
+            yield Planned(stored, stored_shape(stored, shapes[stored.name]), kept)
+
+
+def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned]]:
+    """In order, at most `file_bytes` in each, or one tensor that is larger."""
+    files: list[list[Planned]] = [[]]
+    size = 0
+    for item in planned:
+        if files[-1] and size + item.bytes > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += item.bytes
+    return files
+
+
+def write_weights(
+    config: ModelConfig, read: Callable[[str], Tensor], folder: Path, dtype: torch.dtype, file_bytes: int
+) -> int:
+    """Writes the files and their index into `folder`; bytes of all tensors. read(name): a parameter or buffer of ours.
+
+    A number beyond the range of `dtype` is refused with its tensor's name.
+    """
+    files = into_files(plan(config, dtype), file_bytes)
+    permute = permutation(config.rope_interleave, interleaved_on_disk(config))
+    places: dict[str, str] = {}
+    for number, planned in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {}
+        for stored, shape, kept in planned:
+            tensor = to_disk(stored, read(stored.name), config.qk_rope_head_dim, permute)
+            assert tuple(tensor.shape) == shape, stored.key
+            tensors[stored.key] = cast(tensor, kept, stored.key)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+        del tensors
+    total = sum(item.bytes for planned in files for item in planned)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_synced(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    return total
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """A copy of its own, contiguous."""
+    out = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not torch.isfinite(out).all():
+        raise ConfigError(f"{key}: holds a number that is not finite in {str(dtype).removeprefix('torch.')}")
+    return out
+
+
+def write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder beside `out` and renames it when it is whole. Raises ConfigError if `out` is there already."""
+    if out.exists():
+        raise ConfigError(f"{out}: is there already; choose another folder, or remove it")
+    beside = out.with_name(out.name + ".new")
+    if beside.exists():
+        shutil.rmtree(beside)  # of an export that was interrupted
+    try:
+        beside.mkdir(parents=True)
+        write(beside)
+        sync_folder(beside)
+        beside.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

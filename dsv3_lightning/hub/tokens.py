@@ -1,0 +1,38 @@
+"""Tokenizer files and generation_config.json: one begin, end and padding token in all of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv3_lightning.data.files import write_synced
+from dsv3_lightning.data.tokenizer import Tokenizer
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """What AutoTokenizer reads. It puts the begin token in front, as every document in training has it."""
+    tokenizer.save(folder)
+    description = json.loads(tokenizer.serialized)
+    bos = tokenizer.names[0]
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+    write_json(folder / "tokenizer.json", description)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "tokenizer_config.json", config | {"model_max_length": max_length})
+
+
+def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """Without the end token transformers would never stop."""
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(tokenizer)})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_synced(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

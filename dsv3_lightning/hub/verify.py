@@ -1,0 +1,66 @@
+"""The training model's own logits, and whether a model that was read back gives them too."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv3_lightning.data.files import native
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.mtp import MTPModule
+from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.transformer import Transformer
+
+TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def all_logits(model: Transformer, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[B, T, V], row i of token i + 1; and module 1's [B, T - 1, V], row i of token i + 2, where there is one. fp32."""
+    h_BTD, _ = model.trunk(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+    logits_BTV = model.lm_head(h_BTD)
+    if not len(model.mtp) or tokens_BT.shape[1] < 2:
+        return logits_BTV, None
+    module, after = model.mtp[0], tokens_BT[:, 1:]
+    assert isinstance(module, MTPModule)
+    at = rotation(model.config, torch.arange(after.shape[1]))
+    h_BTD, _ = module(h_BTD[:, :-1], model.embed_tokens(after), at, torch.ones_like(after, dtype=torch.bool))
+    return logits_BTV, model.lm_head(module.norm(h_BTD))
+
+
+def verification_tokens(path: str | None, config: ModelConfig) -> Tensor:
+    """int64 [B, T] of an .npy file, or two samples of 64 random ones. Raises ConfigError."""
+    if path is None:
+        length = min(64, config.max_position_embeddings)
+        return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    try:
+        array = np.load(native(path), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--verify {path}: not a readable .npy file ({error})") from error
+    array = array[None] if array.ndim == 1 else array
+    if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+        raise ConfigError(f"--verify {path}: must hold whole numbers [B, T], holds {array.dtype} {list(array.shape)}")
+    if array.min() < 0 or array.max() >= config.vocab_size:
+        raise ConfigError(f"--verify {path}: a token lies outside 0 to {config.vocab_size - 1}")
+    if array.shape[1] > config.max_position_embeddings:
+        raise ConfigError(
+            f"--verify {path}: {array.shape[1]} tokens; the context holds {config.max_position_embeddings}"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def write_logits(folder: Path, tokens_BT: Tensor, logits: tuple[Tensor, Tensor | None]) -> None:
+    """tokens.npy, logits.npy and, with MTP, mtp_logits.npy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mtp_logits.npy").unlink(missing_ok=True)
+    for name, tensor in zip(("tokens", "logits", "mtp_logits"), (tokens_BT, *logits)):
+        if tensor is not None:
+            np.save(folder / f"{name}.npy", tensor.numpy())
+
+
+def largest_difference(ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None]) -> float:
+    """Over the logits of all heads."""
+    pairs = [(a, b) for a, b in zip(ours, theirs) if a is not None and b is not None]
+    return max((a - b).abs().max().item() for a, b in pairs)

@@ -1,0 +1,162 @@
+"""From a run to a folder, from a folder to a run, by the commands."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.data.tokenizer import Tokenizer
+from tests.conftest import QUIET, Nano
+
+SHORT = ["trainer.max_steps=5", "callbacks.checkpoint.every_n_steps=5", "callbacks.sample_text=null"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_cache):
+    return Nano(tmp_path_factory.mktemp("hub"), [*data_cache, *QUIET, *SHORT])
+
+
+@pytest.fixture(scope="module")
+def trained(runs):
+    return runs.run("trained", "optimizer.lr=1e-2", "optimizer.warmup_steps=1")
+
+
+@pytest.fixture(scope="module")
+def folder(runs, trained):
+    tokens = runs.base / "tokens.npy"
+    np.save(tokens, np.arange(120).reshape(2, 60))
+    assert main(["export", str(trained.folder), str(runs.base / "out"), f"--verify={tokens}"]) == 0
+    return runs.base / "out"
+
+
+def test_the_folder_has_everything_and_names_the_same_tokens(folder):
+    names = {path.name for path in folder.iterdir()}
+    files = "config.json generation_config.json tokenizer.json tokenizer_config.json README.md"
+    assert {*files.split(), "model.safetensors.index.json", "model-00001-of-00001.safetensors"} == names
+    config, generation = (json.loads((folder / f"{n}.json").read_text()) for n in ("config", "generation_config"))
+    tokenizer = Tokenizer.from_file(folder)
+    for content in (config, generation):
+        for role in ("bos", "eos", "pad"):
+            assert content[f"{role}_token_id"] == getattr(tokenizer, f"{role}_id")
+    assert "aux_loss_alpha" not in config
+    assert (
+        "713,728 parameters" in (folder / "README.md").read_text() and "val_loss" in (folder / "README.md").read_text()
+    )
+
+
+def test_transformers_gives_the_logits_that_verify_wrote(folder):
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.from_numpy(np.load(folder.parent / "verify/tokens.npy"))
+    assert tokens.tolist() == np.arange(120).reshape(2, 60).tolist()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        theirs = model(tokens).logits.numpy()
+    np.testing.assert_allclose(np.load(folder.parent / "verify/logits.npy"), theirs, rtol=0, atol=1e-4)
+    assert np.load(folder.parent / "verify/mtp_logits.npy").shape == (2, 59, 1024)
+
+
+TEXTS = [
+    "a\r\nb\rc\td", *(f"x{' ' * n}y" for n in range(1, 41)), "e\u0301", "a\ufeffb", "a\0b",
+    "\U0001f469\u200d\U0001f680",
+    " leading", "Don't stop . , !", "1234 567", "\n\n  \n",
+]  # fmt: skip
+
+
+def test_auto_tokenizer_gives_every_text_back_after_the_begin_token(folder):
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.from_file(folder)
+    assert theirs.model_max_length == 256
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ids == [ours.bos_id, *ours.encode(text)], text
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+        assert theirs.decode(theirs.encode(text, add_special_tokens=False)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+
+
+def test_a_run_starts_with_the_folders_weights_and_its_balance_loss(runs, trained, folder, capsys):
+    """Its first loss is what the trained model has, not ln(1024) = 6.93; α is the YAML's: the folder names none."""
+    rest = ["optimizer.lr=1e-9", "optimizer.warmup_steps=1", "loss.balance_factor=0.01"]
+    run = runs.run("continued", f"init_from={folder}", *rest)
+    assert run.code == 0
+    text = capsys.readouterr().out
+    assert f"weights of {folder}; loss.balance=sequence, loss.balance_factor=0.01" in text
+    first = run.scalars()["loss/main"][1][0]
+    assert first < 6.4 and first < trained.scalars()["loss/main"][1][-1] + 0.3
+    assert min(run.scalars()["balance/sequence"][1]) > 0
+    own, other = trained.weights(5), run.weights(5)
+    for name, weight in own.items():
+        if "expert_bias" not in name and weight.is_floating_point():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+    # With nothing to resume from, `auto` has started from the folder; a finished run doesn't need it any more.
+    assert (runs.base / "runs/continued/tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    assert runs.run("continued", "init_from=/nope", *rest).code == 2
+    assert "init_from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["init_from=/nope"], "/nope/config.json: can't be read"),
+        (["init_from=''"], "init_from: must be a folder"),
+        (["model.hidden_size=128"], "model.hidden_size=128: init_from="),
+        (["model.scoring_func=softmax"], "model.scoring_func=softmax: init_from="),
+    ],
+)
+def test_a_start_that_can_not_be_meant_is_one_line(words, message, runs, folder, capsys):
+    assert runs.run("refused", f"init_from={folder}", *words).code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (runs.base / "runs/refused").exists()
+
+
+def test_another_mtp_depth_and_context_are_said(runs, folder, capsys):
+    more = ["model.num_nextn_predict_layers=2", "model.max_position_embeddings=512", "trainer.max_steps=1"]
+    assert runs.run("deeper", f"init_from={folder}", *more).code == 0
+    text = capsys.readouterr().out
+    assert f"model.num_nextn_predict_layers=2: {folder} has 1; the others start anew" in text
+    assert f"model.max_position_embeddings=512: {folder} has 256" in text
+
+
+def test_import_writes_a_config_that_starts_from_the_folder(runs, folder, capsys):
+    target = runs.base / "again.yaml"
+    assert main(["import", str(folder), "--out", str(target)]) == 0
+    assert "all with a place; 713,728 parameters" in capsys.readouterr().out
+    tree = compose([str(target)]).tree
+    assert tree["init_from"] == str(folder) and tree["model"]["n_routed_experts"] == 16
+    overrides = ["data.sequence_length=64", "trainer.max_steps=1", "run.name=again", "data.batch_size=8"]
+    arguments = runs.arguments("again", tuple(overrides))
+    assert main(["run", str(target), *arguments[2:]]) == 0
+    assert main(["import", str(folder), "--out", str(target)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_export_refuses_what_it_can_not_mean(runs, trained, capsys, tmp_path):
+    for words, message in (
+        (["/nope", "out"], "/nope: no such run folder"),
+        ([str(trained.folder), "out", "--verify=/nope.npy"], "--verify /nope.npy: not a readable"),
+        ([str(trained.folder), "out", "--file-gigabytes=0"], "argument --file-gigabytes"),
+    ):
+        assert main(["export", *words]) == 2
+        assert message in capsys.readouterr().err
+    np.save(tmp_path / "t.npy", np.array([[0, 1024]]))
+    assert main(["export", str(trained.folder), "out", f"--verify={tmp_path / 't.npy'}"]) == 2
+    assert "a token lies outside 0 to 1023" in capsys.readouterr().err
+
+
+def test_a_folder_is_continued_like_its_run(trained, folder, capsys):
+    texts = []
+    for word in (str(trained.folder / "checkpoints/step=5.ckpt"), str(folder)):
+        assert main(["generate", word, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("def ")
+
+
+def test_bfloat16_is_verified_against_weights_rounded_alike(trained, tmp_path, capsys):
+    assert main(["export", str(trained.folder), str(tmp_path / "half"), "--dtype", "bfloat16", "--verify"]) == 0
+    assert "from its own with weights rounded alike" in capsys.readouterr().out

@@ -1,0 +1,264 @@
+"""What is exported comes back bit by bit; the key list is the released one; a folder that doesn't fit is refused."""
+
+import gc
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.config import from_json, to_json
+from dsv3_lightning.hub.export import into_files, plan, write_weights
+from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.planning.parameters import count_parameters
+
+from .folders import LLAMA, V2_GROUPS, V2_LITE, biased, exported, imported, small_config
+
+ROUND = {
+    "v3": small_config(num_nextn_predict_layers=2),
+    "halves": small_config(rope_interleave=False, num_nextn_predict_layers=1),
+    "tied": small_config(tie_word_embeddings=True, num_nextn_predict_layers=1),
+    "no shared experts": small_config(n_shared_experts=0),
+    "v2": small_config(**V2_GROUPS),
+    "v2-lite": small_config(**V2_LITE),
+    "llama": small_config(**LLAMA),
+    "llama, pairs": small_config(**LLAMA | {"rope_interleave": True}),
+}
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_weights_come_back_bit_by_bit(name, tmp_path):
+    model = biased(ROUND[name])
+    again = imported(exported(model, tmp_path / "out"), model.config)  # its rotary order, whatever the folder's is
+    own, other = model.state_dict(), again.state_dict()
+    assert own.keys() == other.keys()
+    for key in own:
+        assert torch.equal(own[key], other[key]), key
+
+
+@pytest.mark.parametrize("name", [name for name in ROUND if "halves" not in name and "pairs" not in name])
+def test_config_json_comes_back(name):
+    config = ROUND[name]
+    content = json.loads(json.dumps(to_json(config, {}, "float32")))
+    again = from_json(content, "config.json").config
+    assert replace(again, num_key_value_heads=config.num_key_value_heads) == config
+
+
+@pytest.mark.parametrize("preset", ["v3", "v2-lite", "moonlight", "llm-7b", "llm-67b", "laptop"])
+def test_presets_can_be_exported_and_come_back(preset):
+    config = check(compose([preset]).tree).model
+    described = from_json(to_json(config, {}, "bfloat16"), "config.json")
+    assert check_same_model(described.config, config, "x") == [] and described.notes == []
+
+
+V3_LAYER = """input_layernorm.weight post_attention_layernorm.weight self_attn.q_a_proj.weight self_attn.q_b_proj.weight
+self_attn.kv_a_proj_with_mqa.weight self_attn.kv_b_proj.weight self_attn.o_proj.weight self_attn.q_a_layernorm.weight
+self_attn.kv_a_layernorm.weight""".split()
+V3_MOE = """mlp.gate.weight mlp.gate.e_score_correction_bias mlp.shared_experts.gate_proj.weight
+mlp.shared_experts.up_proj.weight mlp.shared_experts.down_proj.weight""".split()
+V3_MTP = "enorm.weight hnorm.weight eh_proj.weight embed_tokens.weight shared_head.norm.weight shared_head.head.weight"
+
+
+def test_keys_and_shapes_of_671b_are_the_released_ones():
+    """README_WEIGHTS.md of the released checkpoint: 61 layers and the MTP module as the 62nd, 685B with its copies."""
+    config = check(compose(["v3"]).tree).model
+    shapes = {item.stored.key: item.shape for item in plan(config, torch.bfloat16)}
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for i in range(62):
+        parts = list(V3_LAYER)
+        if i < 3:
+            parts += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        else:
+            parts += V3_MOE
+            parts += [f"mlp.experts.{e}.{n}_proj.weight" for e in range(256) for n in ("gate", "up", "down")]
+        expected |= {f"model.layers.{i}.{part}" for part in (*parts, *(V3_MTP.split() if i == 61 else ()))}
+    assert shapes.keys() == expected
+    assert shapes["model.layers.61.eh_proj.weight"] == (7168, 14336)
+    assert shapes["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"] == (576, 7168)
+    assert shapes["model.layers.60.mlp.experts.255.down_proj.weight"] == (7168, 2048)
+    assert shapes["model.layers.60.mlp.experts.0.gate_proj.weight"] == (2048, 7168)
+    counts = count_parameters(config)
+    copies = 2 * 129280 * 7168
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert total == counts.total + counts.bias_entries + copies == 684_489_845_504
+    files = into_files(plan(config, torch.bfloat16), 5 * 10**9)
+    assert sum(len(file) for file in files) == len(shapes)
+    assert max(sum(item.bytes for item in file) for file in files) <= 5 * 10**9
+
+
+def test_memory_stays_at_one_file(tmp_path):
+    """A model of 40 files: what is alive at any time is a file, and the tensor it is cut from."""
+    config = small_config(
+        vocab_size=64, hidden_size=64, num_hidden_layers=12, n_routed_experts=16, moe_intermediate_size=128
+    )
+    with torch.device("meta"):
+        from dsv3_lightning.model.transformer import Transformer
+
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    peak, size = [0], 1_000_000
+
+    def alive() -> int:
+        tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor and not thing.is_meta)
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    before = alive()
+
+    def read(name: str) -> torch.Tensor:
+        tensor = torch.zeros(shapes[name])
+        peak[0] = max(peak[0], alive() - before)
+        return tensor
+
+    total = write_weights(config, read, tmp_path, torch.float32, size)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert total > 15 * size and len(files) >= total // size
+    assert max(path.stat().st_size for path in files) < 1.1 * size
+    largest = max(4 * shape.numel() for shape in shapes.values())
+    assert size < peak[0] <= size + 2 * largest, "tensors pile up"
+
+
+def test_fp8_blocks_are_numbers_times_their_scale(tmp_path):
+    """Against a loop over blocks; sizes that 128 does not divide, and uneven scales, so that a shifted block shows."""
+    model = biased(small_config(hidden_size=160, intermediate_size=200, moe_intermediate_size=136))
+    folder = exported(model, tmp_path / "out", file_bytes=10**9)
+    (file,) = folder.glob("*.safetensors")
+    tensors, expected = load_file(file), {}
+    for key in [key for key in tensors if re.search(r"(proj|proj_with_mqa)\.weight", key)]:
+        weight = tensors.pop(key)
+        rows, columns = weight.shape
+        scales = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.01
+        narrow = weight.clamp(-3, 3).to(torch.float8_e4m3fn)
+        wide = torch.zeros(rows, columns, dtype=torch.float64)
+        for i in range(rows):
+            for j in range(0, columns, 8):
+                wide[i, j : j + 8] = narrow[i, j : j + 8].double() * scales[i // 128, j // 128].double()
+        tensors |= {key: narrow, f"{key}_scale_inv": scales}
+        expected[key] = wide
+    file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(content))
+    source, again = HubFolder(folder), imported(folder)
+    for key, wide in expected.items():
+        torch.testing.assert_close(source.read(key).double(), wide, rtol=1e-7, atol=0)
+    down = again.layers[1].mlp.experts.down_proj[3]  # type: ignore[union-attr]
+    torch.testing.assert_close(
+        down.T.double(), expected["model.layers.1.mlp.experts.3.down_proj.weight"], rtol=1e-7, atol=0
+    )
+    assert not any(parameter.isnan().any() for parameter in again.parameters())
+
+
+def one_file(tmp_path, **changes):
+    folder = exported(biased(small_config(**changes)), tmp_path / "out", file_bytes=10**9)
+    (folder / "model.safetensors.index.json").unlink()
+    (file,) = folder.glob("*.safetensors")
+    return folder, file.rename(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.layers.1.mlp.gate.weight"), "lacks model.layers.1.mlp.gate.weight"),
+        (lambda t: t.update({"model.layers.9.x": torch.ones(1)}), "has no place for, model.layers.9.x"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight is \[3\], config.json"),
+        (
+            lambda t: t.update({"model.layers.3.shared_head.head.weight": t["lm_head.weight"] + 1}),
+            "model.layers.3.shared_head.head.weight differs from lm_head.weight",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
+            "lm_head.weight is torch.float8_e4m3fn, and there is no lm_head.weight_scale_inv",
+        ),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_one_line(change, message, tmp_path):
+    folder, file = one_file(tmp_path, num_nextn_predict_layers=1)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=message):
+        imported(folder)
+
+
+def test_a_cut_file_and_no_file_are_one_line(tmp_path):
+    folder, file = one_file(tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="can't be read"):
+        imported(folder)
+    file.unlink()
+    with pytest.raises(ConfigError, match="can't be read"):
+        imported(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "qwen3"}, "model_type=qwen3: must be deepseek_v3"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu: only silu"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "type linear: only MLA's yarn"),
+        ({"n_group": 3}, "n_group=3: does not divide"),
+        ({"hidden_size": "big"}, "config.json: "),
+    ],
+)
+def test_another_architecture_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        from_json(to_json(small_config(), {}, "float32") | changes, "config.json")
+
+
+def test_absent_fields_are_named_with_what_is_taken():
+    content = to_json(small_config(), {}, "float32")
+    del content["scoring_func"], content["rms_norm_eps"]
+    content["a_new_one"] = 1
+    described = from_json(content, "config.json")
+    assert described.config.scoring_func == "sigmoid" and described.config.rms_norm_eps == 1e-6
+    assert described.notes == [
+        "config.json: not used: a_new_one",
+        "config.json: absent, so taken as rms_norm_eps=1e-06, scoring_func=sigmoid",
+    ]
+    del content["kv_lora_rank"], content["vocab_size"]
+    with pytest.raises(ConfigError, match="lacks vocab_size"):
+        from_json(content, "config.json")
+
+
+@pytest.mark.parametrize("factor", [40, 40.0])
+def test_both_spellings_of_yarn_are_read(factor):
+    """`rope_scaling` beside `rope_theta`, and `rope_parameters` with both, as transformers 5 saves."""
+    content = to_json(small_config(), {}, "float32")
+    yarn = {"factor": factor, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.0}
+    old = from_json(content | {"rope_scaling": {"type": "yarn", **yarn}}, "").config
+    del content["rope_theta"], content["rope_scaling"]
+    new = from_json(content | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, **yarn}}, "").config
+    assert old == new and old.rope_scaling is not None and old.rope_scaling.factor == 40.0 and old.rope_theta == 100.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"expert_bias_kind": "multiplicative"}, "expert_bias_kind=multiplicative"),
+        ({"scoring_func": "softmax"}, "scoring_func=softmax with topk_method=noaux_tc"),
+        ({"mtp_kind": "parallel", "num_nextn_predict_layers": 1}, "mtp_kind=parallel"),
+        (LLAMA | {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 8}, "num_moe_layers=2: no released architecture"),
+    ],
+)  # fmt: skip
+def test_a_function_that_no_reader_has_is_not_exported(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        to_json(small_config(**changes), {}, "float32")
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+    model = biased(small_config())
+    with torch.no_grad():
+        model.norm.weight[0] = 1e6
+    with pytest.raises(ConfigError, match="model.norm.weight: holds a number that is not finite in float16"):
+        exported(model, tmp_path / "out", "float16")
+    assert list(tmp_path.iterdir()) == []
+    exported(model, tmp_path / "out")
+    with pytest.raises(ConfigError, match="is there already"):
+        exported(model, tmp_path / "out")
