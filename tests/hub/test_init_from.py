@@ -88,7 +88,7 @@ def test_a_run_starts_with_the_folders_weights_and_its_balance_loss(runs, traine
     assert f"weights of {folder}; loss.balance=sequence, loss.balance_factor=0.01" in text
     first = run.scalars()["loss/main"][1][0]
     assert first < 6.4 and first < trained.scalars()["loss/main"][1][-1] + 0.3
-    assert min(run.scalars()["balance/sequence"][1]) > 0
+    assert min(run.scalars()["loss/balance"][1]) > 0
     own, other = trained.weights(5), run.weights(5)
     for name, weight in own.items():
         if "expert_bias" not in name and weight.is_floating_point():
