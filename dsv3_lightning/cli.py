@@ -121,10 +121,26 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="RUN_DIR_OR_CKPT", help="a run's folder (its best checkpoint), or a file")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    sampling_arguments(parser)
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the first turn")
+    sampling_arguments(parser)
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default %(default)s")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest; 0: from all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="from the likeliest that sum to X")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="from those X times as likely as the best"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling; default %(default)s")
 
 
@@ -182,12 +198,14 @@ def verb_list() -> str:
     return "verbs:\n" + "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
 
 
+MODEL_HELP = "a run's folder (its best checkpoint), a checkpoint file, or a Hugging Face folder"
 COMMANDS = "dsv3_lightning.commands"
 VERBS = {
     "prepare": Verb(f"{COMMANDS}.prepare:run", "Tokenize and cut a config's data.", config_arguments),
     "run": Verb(f"{COMMANDS}.run:run", "Train, or continue training.", config_arguments),
     "validate": Verb(f"{COMMANDS}.validate:run", "Check a config, and do nothing else.", config_arguments),
     "generate": Verb(f"{COMMANDS}.generate:generate", "Continue a text with a trained model.", generate_arguments),
+    "chat": Verb(f"{COMMANDS}.chat:chat", "Talk with a trained model, line by line.", chat_arguments),
     "export": Verb(f"{COMMANDS}.export:export", "Write a run's model as a Hugging Face folder.", export_arguments),
     "import": Verb(
         f"{COMMANDS}.import_folder:import_folder",

@@ -1,4 +1,4 @@
-"""`dsv3 generate`: continues a prompt with a run's model."""
+"""`dsv3 generate`: continues a prompt with the model of a run, or of a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -12,18 +12,40 @@ from dsv3_lightning.data.files import native
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import HubFolder
-from dsv3_lightning.inference.generate import generate as continue_prompts
+from dsv3_lightning.inference.decode import decode
+from dsv3_lightning.inference.decoder import check_lengths
+from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.text import TextStream
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer, fill
 from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
 
 
-def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> int:
-    """Prints the prompt and its continuation. `checkpoint`: a file, or a run's folder (its best, else its newest)."""
+def generate(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    stop: list[str],
+    seed: int,
+) -> int:
+    """Prints the prompt and, as it comes, its continuation."""
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     model, tokenizer = load(checkpoint)
+    stream = TextStream(tokenizer, tuple(stop))
+
+    def show(number: int, token: int) -> bool:
+        print(stream.push(token), end="", flush=True)
+        return stream.stopped
+
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    (new,) = continue_prompts(model, [ids], max_new_tokens, temperature, tokenizer.eos_id, seed)
-    print(prompt + tokenizer.decode(new))
+    check_lengths([len(ids)], max_new_tokens, model.config.max_position_embeddings)
+    print(prompt, end="", flush=True)
+    decode(model, [ids], max_new_tokens, sampling, {tokenizer.eos_id}, seed, show)
+    print(stream.finish(), flush=True)
     return 0
 
 

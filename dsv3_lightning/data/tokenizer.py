@@ -38,6 +38,12 @@ ENDLESS = re.compile(r"\w+|\s+|[^\w\s]+")
 PROBE = " x  1234 Don't\r\n\te\u0301 é\ufeff\0 中文かな \U0001f469\u200d\U0001f680" + BOS
 
 
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # written as themselves by byte-level BPE
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
+}
+
+
 class Tokenizer:
     """serialized: the text of a tokenizer.json. bos, eos, pad: names of its tokens. Raises ConfigError if lossy."""
 
@@ -125,6 +131,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text; U+FFFD where the ids stop inside a character."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What stands for one id in the text; of a special token its name, of an unused id nothing."""
+        name = self.backend.id_to_token(token) or ""
+        if token in self.backend.get_added_tokens_decoder():
+            return name.encode()
+        return bytes(BYTES[character] for character in name)
 
     def bytes_per_token(self) -> np.ndarray:
         """Bytes of text behind each id, int64 [vocab_size]; 0 for special tokens and unused ids."""

@@ -49,11 +49,13 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         arguments(parser)
         options[verb] = " ".join(name for action in parser._actions for name in action.option_strings or [action.dest])
     config = "-h --help words --print-config"
+    sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
         "prepare": config,
         "run": config,
         "validate": config,
-        "generate": "-h --help checkpoint --prompt --max-new-tokens --temperature --seed",
+        "generate": f"-h --help checkpoint --prompt {sampling}",
+        "chat": f"-h --help checkpoint --system {sampling}",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
         "plan": config,
@@ -121,7 +123,8 @@ def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
     got = []
     monkeypatch.setattr(cli, "resolve", lambda target: lambda **given: got.append(given) or 0)
     assert cli.main(["generate", "runs/nano", "--prompt", "def ", "--temperature", "0"]) == 0
-    assert got == [{"checkpoint": "runs/nano", "prompt": "def ", "max_new_tokens": 128, "temperature": 0.0, "seed": 1}]
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [], "seed": 1}
+    assert got == [{"checkpoint": "runs/nano", "prompt": "def ", "max_new_tokens": 128} | sampling]
 
 
 def test_print_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str]):

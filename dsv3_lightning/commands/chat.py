@@ -1,0 +1,33 @@
+"""`dsv3 chat`: a conversation on the terminal, until the end of the input."""
+
+import sys
+
+from dsv3_lightning.commands.generate import load
+from dsv3_lightning.inference.chat import Chat
+from dsv3_lightning.inference.sampling import Sampling
+
+
+def chat(
+    checkpoint: str,
+    system: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    stop: list[str],
+    seed: int,
+) -> int:
+    """Each line is a turn; Ctrl-D ends."""
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    model, tokenizer = load(checkpoint)
+    talk = Chat(model, tokenizer, sampling, seed, system)
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        print(prompt, end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        for piece in talk.reply(line.rstrip("\r\n"), max_new_tokens, tuple(stop)):
+            print(piece, end="", flush=True)
+        print(flush=True)

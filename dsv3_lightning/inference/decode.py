@@ -1,0 +1,67 @@
+"""Continues prompts of different lengths together, a token each at a time; a row that ends makes room."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.inference.decoder import Decoder, check_lengths
+from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.model.transformer import Transformer
+
+Stop = Callable[[int, int], bool]
+
+
+def decode(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_ids: set[int],
+    seed: int,
+    on_token: Stop | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to and without an end token, or the context limit. Raises ConfigError.
+
+    Each prompt has random numbers of its own (`seed`), so its text doesn't depend on those beside it.
+    on_token(prompt's number, token): called for every new token; True ends that text, with this token.
+    """
+    limit = model.config.max_position_embeddings
+    check_lengths([len(prompt) for prompt in prompts], max_new_tokens, limit)
+    if not max_new_tokens:
+        return [[] for _ in prompts]
+    capacity = min(max(len(prompt) for prompt in prompts) + max_new_tokens, limit)
+    decoder = Decoder(model, len(prompts), capacity)
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    new: list[list[int]] = [[] for _ in prompts]
+    running: list[int] = []  # which prompt each row holds
+
+    def take(token: int, number: int) -> bool:
+        """Whether the text goes on after this token."""
+        if token in end_ids or len(prompts[number]) + len(new[number]) >= limit:
+            return False
+        new[number].append(token)
+        ended = on_token is not None and on_token(number, token)
+        room = len(new[number]) < max_new_tokens and len(prompts[number]) + len(new[number]) < limit
+        return room and not ended
+
+    for number, prompt in enumerate(prompts):
+        row = len(running)
+        decoder.lengths[row] = 0
+        h_D = decoder.extend(torch.tensor([prompt], device=decoder.device), row)[:, -1:]
+        (token,) = pick(decoder, h_D, sampling, [generators[number]])
+        if take(token, number):
+            running.append(number)
+    while running:
+        last = torch.tensor([[new[number][-1]] for number in running], device=decoder.device)
+        tokens = pick(decoder, decoder.extend(last), sampling, [generators[number] for number in running])
+        for row in reversed(range(len(running))):
+            if not take(tokens[row], running[row]):
+                decoder.move(len(running) - 1, row)
+                running[row] = running[-1]
+                running.pop()
+    return new
+
+
+def pick(decoder: Decoder, h_R1D: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+    return sampling.pick(decoder.logits(h_R1D)[:, -1], generators)

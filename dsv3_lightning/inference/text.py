@@ -1,0 +1,46 @@
+"""From tokens to text as it comes: whole characters only, and never a part of a stop string."""
+
+import codecs
+
+from dsv3_lightning.data.tokenizer import Tokenizer
+
+
+class TextStream:
+    """push(token) gives the text that is certain by now, finish() the rest; joined they are the whole text.
+
+    stop: the text ends before the first of these strings; `stopped` says that one came. A character whose last bytes
+    never come is one replacement sign at the end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(word for word in stop if word)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        return self.release(self.decoder.decode(self.tokenizer.bytes_of(token)), last=False)
+
+    def finish(self) -> str:
+        return self.release(self.decoder.decode(b"", True), last=True)
+
+    def release(self, text: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        self.held += text
+        found = [place for place in (self.held.find(word) for word in self.stop) if place >= 0]
+        if found:
+            self.stopped, ready = True, self.held[: min(found)]
+            self.held = ""
+            return ready
+        keep = 0 if last else self.beginning_of_a_stop()
+        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return ready
+
+    def beginning_of_a_stop(self) -> int:
+        """Characters at the end that a stop string may begin with."""
+        longest = max((len(word) for word in self.stop), default=1) - 1
+        for size in range(min(longest, len(self.held)), 0, -1):
+            if any(word.startswith(self.held[-size:]) for word in self.stop):
+                return size
+        return 0

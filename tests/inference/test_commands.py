@@ -1,0 +1,103 @@
+"""`dsv3 generate` and `dsv3 chat` on a small model with a tokenizer of its own."""
+
+import io
+
+import pytest
+import torch
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.config import to_json
+from dsv3_lightning.hub.export import write_folder, write_weights
+from dsv3_lightning.hub.tokens import token_ids, write_json, write_tokenizer
+from dsv3_lightning.inference.chat import Chat, conversation
+from dsv3_lightning.inference.decode import decode
+from dsv3_lightning.inference.sampling import Sampling
+from tests.hub.folders import biased
+from tests.model.small import small_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["def f(x):\n    return x\n", "日本語 and 👍 words"] * 3, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return biased(small_config(vocab_size=tokenizer.vocab_size, num_nextn_predict_layers=1))
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "out"
+    state = model.state_dict()
+
+    def write(at):
+        write_weights(model.config, state.__getitem__, at, torch.float32, 10**9)
+        write_json(at / "config.json", to_json(model.config, token_ids(tokenizer), "float32"))
+        write_tokenizer(tokenizer, at, 512)
+
+    write_folder(out, write)
+    return str(out)
+
+
+def test_generate_streams_what_decoding_gives(folder, model, tokenizer, capsys):
+    assert main(["generate", folder, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "30"]) == 0
+    (ids,) = decode(model, [[tokenizer.bos_id, *tokenizer.encode("def ")]], 30, Sampling(), {tokenizer.eos_id}, 0)
+    assert capsys.readouterr().out == f"def {tokenizer.decode(ids)}\n"
+
+
+def test_generate_stops_before_a_string(folder, capsys):
+    arguments = ["generate", folder, "--prompt", "", "--temperature", "1", "--max-new-tokens", "40", "--seed", "4"]
+    assert main(arguments) == 0
+    whole = capsys.readouterr().out
+    stop = whole[10:13]
+    assert main([*arguments, "--stop", "never there", "--stop", stop]) == 0
+    assert capsys.readouterr().out == whole[: whole.find(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
+        (["--top-p", "2"], "top_p=2.0: must be between 0 and 1"),
+        (["--prompt", "x " * 600], "tokens is longer than the context of 512 tokens"),
+        (["--max-new-tokens", "-1"], "max_new_tokens=-1"),
+    ],
+)
+def test_nonsense_is_one_line(words, message, folder, capsys):
+    assert main(["generate", folder, "--prompt", "a", *words]) == 2
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and out == ""
+
+
+def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatch, capsys):
+    """Each answer is what the whole conversation up to there gives, from the first token on."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nx = 日本\n"))
+    options = ["--temperature", "0", "--max-new-tokens", "12", "--system", "be brief"]
+    assert main(["chat", folder, *options]) == 0
+    shown = capsys.readouterr().out
+    talk, expected = [("system", "be brief")], ""
+    ids = conversation(tokenizer, [*talk, ("user", "hello")])
+    for following in ("x = 日本", None):
+        (new,) = decode(model, [ids], 12, Sampling(), {tokenizer.eos_id}, 0)
+        expected += tokenizer.decode(new) + "\n"
+        if following is not None:
+            ids = [*ids, *new, tokenizer.eos_id, *conversation(tokenizer, [("user", following)])[1:]]
+    assert shown == expected
+
+
+def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
+    chat = Chat(model, tokenizer, Sampling(), 0, "")
+    "".join(chat.reply("a " * 100, 20))
+    with pytest.raises(ConfigError, match="the conversation has .* tokens; the context holds 512"):
+        "".join(chat.reply("a " * 400, 20))
+
+
+def test_the_format_of_a_conversation(tokenizer):
+    ids = conversation(tokenizer, [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r")])
+    text = tokenizer.decode(ids)
+    assert text == "<｜begin▁of▁sentence｜>s<｜User｜>q<｜Assistant｜>a<｜end▁of▁sentence｜><｜User｜>r<｜Assistant｜>"
+    with pytest.raises(ConfigError, match="role=tool: must be system, user or assistant"):
+        conversation(tokenizer, [("tool", "x")])

@@ -1,0 +1,151 @@
+"""Decoding with the cache is the training path, position by position, alone and beside others."""
+
+import itertools
+
+import pytest
+import torch
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.decode import decode
+from dsv3_lightning.inference.decoder import Decoder
+from dsv3_lightning.inference.generate import generate
+from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.model.config import Yarn
+from dsv3_lightning.planning.memory import cache_per_token
+from tests.hub.folders import LLAMA, V2_GROUPS, V2_LITE, biased
+from tests.model.small import clear_batch, small_config
+
+YARN = Yarn(factor=40, original_max_position_embeddings=32, beta_fast=4, mscale=0.7, mscale_all_dim=1.0)
+MODELS = {
+    "v3": small_config(),
+    "rotating halves, no query latent": small_config(rope_interleave=False, q_lora_rank=None),
+    "yarn": small_config(rope_scaling=YARN, qk_rope_head_dim=16, max_position_embeddings=1280),
+    "yarn, one weight": small_config(
+        rope_scaling=Yarn(factor=40, original_max_position_embeddings=32, mscale=1.0), max_position_embeddings=1280
+    ),
+    "v2": small_config(**V2_GROUPS),
+    "v2-lite": small_config(**V2_LITE),
+    "gqa": small_config(**LLAMA),
+    "gqa, partly rotating": small_config(**LLAMA | {"qk_nope_head_dim": 4, "rope_interleave": True, "v_head_dim": 6}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_position_has_the_training_paths_logits(name):
+    """A prompt at once, then tokens one by one, then several at once: all ways into the cache."""
+    model = biased(MODELS[name])
+    tokens = clear_batch(model, B=2, T=90).tokens[:, :90]
+    expected = model(tokens)
+    decoder = Decoder(model, 2, 90)
+    parts = [tokens[:, :7], *tokens[:, 7:70].split(1, 1), tokens[:, 70:73], tokens[:, 73:]]
+    got = torch.cat([decoder.logits(decoder.extend(part)) for part in parts], 1)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    single = Decoder(model, 1, 90)
+    from_the_first = torch.cat([single.logits(single.extend(part)) for part in tokens[:1].split(1, 1)], 1)
+    torch.testing.assert_close(from_the_first, expected[:1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["v3", "gqa"])
+@torch.no_grad()
+def test_rows_of_different_lengths_each_have_their_own_positions(name):
+    model = biased(MODELS[name])
+    tokens = clear_batch(model, B=3, T=60).tokens[:, :60]
+    expected, decoder = model(tokens), Decoder(model, 3, 60)
+    lengths = [1, 20, 37]
+    for row, length in enumerate(lengths):
+        decoder.extend(tokens[row : row + 1, :length], row)
+    for T in (1, 3, 1):
+        new = torch.stack([tokens[row, length : length + T] for row, length in enumerate(decoder.lengths)])
+        before = list(decoder.lengths)
+        got = decoder.logits(decoder.extend(new))
+        for row, length in enumerate(before):
+            torch.testing.assert_close(got[row], expected[row, length : length + T], rtol=0, atol=2e-5)
+    assert decoder.lengths == [6, 25, 42]
+
+
+@torch.no_grad()
+def test_forgotten_tokens_leave_no_trace():
+    model = biased(MODELS["v3"])
+    tokens = clear_batch(model, B=1, T=30).tokens[:, :30]
+    decoder = Decoder(model, 1, 40)
+    decoder.extend(tokens[:, :20])
+    decoder.extend(60 - tokens[:, :8])
+    decoder.lengths[0] = 20
+    got = decoder.logits(decoder.extend(tokens[:, 20:]))
+    torch.testing.assert_close(got, model(tokens)[:, 20:], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_bytes_are_the_planned_ones(name):
+    """Of MLA kv_lora_rank + qk_rope_head_dim numbers a token and layer, whatever the number of heads."""
+    config = MODELS[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = Decoder(biased(config).to(dtype), rows=3, capacity=50)
+        assert decoder.cache.entries.nbytes == 3 * 50 * cache_per_token(config) * dtype.itemsize
+    if config.attention == "mla":
+        assert cache_per_token(config) == 3 * (config.kv_lora_rank + config.qk_rope_head_dim)
+
+
+GREEDY = Sampling()
+
+
+@pytest.mark.parametrize("name", ["v3", "gqa"])
+def test_prompts_alone_together_and_in_every_order_are_continued_alike(name):
+    """Of 1, 40 and 200 tokens; the second ends early."""
+    model = biased(MODELS[name])
+    stream = torch.randint(61, (241,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = [stream[:1], stream[1:41], stream[41:]]
+    (second,) = decode(model, [prompts[1]], 60, GREEDY, set(), seed=0)
+    end = next(token for place, token in enumerate(second) if place > 4 and token not in second[:place])
+    alone = [decode(model, [prompt], 60, GREEDY, {end}, seed=0)[0] for prompt in prompts]
+    assert alone == generate_all(model, prompts, 60, end)
+    assert len(alone[1]) < 60
+    for order in itertools.permutations(range(3)):
+        together = decode(model, [prompts[i] for i in order], 60, GREEDY, {end}, seed=0)
+        assert together == [alone[i] for i in order]
+    drawn = Sampling(temperature=1.0)
+    apart = [decode(model, [prompt], 20, drawn, {end}, seed=5)[0] for prompt in prompts]
+    assert decode(model, prompts, 20, drawn, {end}, seed=5) == apart
+    assert decode(model, prompts, 20, drawn, {end}, seed=6) != apart
+
+
+def generate_all(model, prompts, count, end):
+    """By running everything again for each token."""
+    return [generate(model, [prompt], count, 0.0, end, seed=0)[0] for prompt in prompts]
+
+
+def test_padding_is_not_routed():
+    """Every token that goes through a router is one of the texts."""
+    model = biased(MODELS["v3"])
+    routed = []
+    model.layers[1].mlp.gate.register_forward_hook(lambda gate, args, out: routed.append(len(args[0])))
+    new = decode(model, [[1], [2] * 40, [3] * 9], 10, GREEDY, set(), seed=0)
+    assert sum(routed) == 50 + 3 * 9  # the last new token of each goes nowhere
+    assert [len(ids) for ids in new] == [10, 10, 10]
+
+
+@pytest.mark.parametrize("length", [507, 511, 512])
+def test_it_stops_at_the_context_limit(length):
+    model = biased(MODELS["v3"])
+    prompt = torch.arange(length).remainder(61).tolist()
+    new = decode(model, [prompt, [1, 2]], 8, GREEDY, set(), seed=0)
+    assert [len(ids) for ids in new] == [min(8, 512 - length), 8]
+
+
+@pytest.mark.parametrize(
+    "prompts, count, message",
+    [
+        ([[1] * 513], 1, "a prompt of 513 tokens is longer than the context of 512 tokens"),
+        ([[1], []], 1, "a prompt holds no token"),
+        ([[1]], -1, "max_new_tokens=-1: must be at least 0"),
+    ],
+)
+def test_an_impossible_request_is_one_line(prompts, count, message):
+    with pytest.raises(ConfigError, match=message):
+        decode(biased(MODELS["v3"]), prompts, count, GREEDY, set(), seed=0)
+
+
+def test_none_new_is_none():
+    assert decode(biased(MODELS["v3"]), [[1], [2]], 0, GREEDY, set(), seed=0) == [[], []]
