@@ -123,6 +123,9 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--draft", type=int, default=0, metavar="N", help="let N of the model's MTP modules guess ahead; the text stays"
+    )
     sampling_arguments(parser)
 
 

@@ -1,5 +1,6 @@
 """`dsv3 generate`: continues a prompt with the model of a run, or of a Hugging Face folder."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import check_lengths
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.speculative import Drafts, check_depth, speculate
 from dsv3_lightning.inference.text import TextStream
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer, fill
@@ -24,6 +26,7 @@ from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
 def generate(
     checkpoint: str,
     prompt: str,
+    draft: int,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -43,10 +46,25 @@ def generate(
 
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     check_lengths([len(ids)], max_new_tokens, model.config.max_position_embeddings)
+    if draft:
+        check_depth(model, draft)
     print(prompt, end="", flush=True)
+    if draft:
+        end = {tokenizer.eos_id}
+        _, counts = speculate(model, ids, max_new_tokens, sampling, end, seed, draft, lambda token: show(0, token))
+        print(stream.finish(), flush=True)
+        print(told(counts), file=sys.stderr)
+        return 0
     decode(model, [ids], max_new_tokens, sampling, {tokenizer.eos_id}, seed, show)
     print(stream.finish(), flush=True)
     return 0
+
+
+def told(counts: Drafts) -> str:
+    """What became of the guesses."""
+    shares = ", ".join("none" if share is None else f"{share:.0%}" for share in counts.acceptance())
+    tokens = counts.passes + sum(counts.kept)
+    return f"dsv3: guesses kept, by depth: {shares}; {tokens / counts.passes:.2f} tokens per pass of the main model"
 
 
 def load(word: str) -> tuple[Transformer, Tokenizer]:

@@ -54,7 +54,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "prepare": config,
         "run": config,
         "validate": config,
-        "generate": f"-h --help checkpoint --prompt {sampling}",
+        "generate": f"-h --help checkpoint --prompt --draft {sampling}",
         "chat": f"-h --help checkpoint --system {sampling}",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
@@ -124,7 +124,7 @@ def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli, "resolve", lambda target: lambda **given: got.append(given) or 0)
     assert cli.main(["generate", "runs/nano", "--prompt", "def ", "--temperature", "0"]) == 0
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [], "seed": 1}
-    assert got == [{"checkpoint": "runs/nano", "prompt": "def ", "max_new_tokens": 128} | sampling]
+    assert got == [{"checkpoint": "runs/nano", "prompt": "def ", "draft": 0, "max_new_tokens": 128} | sampling]
 
 
 def test_print_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str]):

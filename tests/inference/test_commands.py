@@ -57,6 +57,17 @@ def test_generate_stops_before_a_string(folder, capsys):
     assert capsys.readouterr().out == whole[: whole.find(stop)] + "\n"
 
 
+def test_guesses_leave_the_text_as_it_is_and_are_counted(folder, capsys):
+    arguments = ["generate", folder, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "30"]
+    assert main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert main([*arguments, "--draft", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert out == plain and "tokens per pass of the main model" in error
+    assert main([*arguments, "--draft", "2"]) == 2
+    assert "draft=2: must be between 1 and the model's MTP depth, 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

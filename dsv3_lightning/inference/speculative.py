@@ -1,0 +1,165 @@
+"""MTP modules draft, the main model verifies: several tokens per pass, the text of plain decoding (V3 §2.2, §5.4.3).
+
+After the tokens t_0 … t_n module k guesses t_{n+k} from what module k - 1 made of index n - 1, so the guesses are a
+chain. One pass of the main model over t_n and the guesses tells what it would have said after each. Greedy: guesses are
+kept as long as they are its own. Sampling: guess x is kept with probability min(1, p(x) / q(x)), and the first that is
+not kept is replaced by a draw from max(p - q, 0), which leaves exactly p (arXiv 2211.17192, algorithm 1).
+
+An index of a module's cache stays only if all tokens it was made of are certain; the others are made again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.decoder import Decoder, check_lengths
+from dsv3_lightning.inference.sampling import Sampling, draw
+from dsv3_lightning.model.mtp import MTPModule
+from dsv3_lightning.model.transformer import Transformer
+
+
+@dataclass
+class Drafts:
+    """drafted, kept: guesses by depth, and how many of them came into the text. passes: of the main model."""
+
+    drafted: list[int]
+    kept: list[int]
+    passes: int = 0
+
+    def acceptance(self) -> list[float | None]:
+        """By depth; a guess counts as kept only if those before it were. None where there was none."""
+        return [kept / drafted if drafted else None for kept, drafted in zip(self.kept, self.drafted)]
+
+
+@dataclass
+class Speculation:
+    """One text in the making. `tokens` are certain; the main model's cache holds all of them but the last.
+
+    waiting_1ID: by module, h_{k-1} of the indices that it has yet to see for good.
+    """
+
+    decoder: Decoder
+    tokens: list[int]
+    sampling: Sampling
+    generator: torch.Generator
+    waiting_1ID: list[Tensor] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """The prompt goes in, and its first continuation is certain."""
+        h_1TD = self.decoder.extend(self.tensor(self.tokens))
+        self.waiting_1ID = [h_1TD, *(h_1TD[:, :0] for _ in self.decoder.mtp_lengths[1:])]
+        self.tokens.append(self.sampling.pick(self.decoder.logits(h_1TD[:, -1:])[:, 0], [self.generator])[0])
+
+    def round(self, depth: int) -> list[int]:
+        """Up to 1 + depth tokens more."""
+        drafts, q_KV = self.draft(depth)
+        h_1TD = self.decoder.extend(self.tensor([self.tokens[-1], *drafts]))
+        new = self.verify(drafts, q_KV, self.decoder.logits(h_1TD)[0])
+        kept = len(new) - 1
+        self.decoder.lengths[0] -= len(drafts) - kept
+        if self.waiting_1ID:
+            seen = h_1TD[:, : kept + 1]
+            self.waiting_1ID[0] = seen if depth else torch.cat((self.waiting_1ID[0], seen), 1)
+        self.tokens += new
+        return new
+
+    def draft(self, depth: int) -> tuple[list[int], list[Tensor]]:
+        """Guesses, and for sampling what each was drawn from."""
+        n, lengths = len(self.tokens) - 1, self.decoder.mtp_lengths
+        guesses: list[int] = []
+        q_KV: list[Tensor] = []
+        for k in range(1, depth + 1):
+            start = lengths[k - 1][0]  # the first index that it has not seen for good
+            tokens = [*self.tokens, *guesses][start + k : n + k]
+            h_1ID = self.decoder.extend_mtp(k, self.waiting_1ID[k - 1], self.tensor(tokens))
+            module = self.decoder.model.mtp[k - 1]
+            assert isinstance(module, MTPModule)
+            with torch.inference_mode():
+                logits_1V = self.decoder.logits(module.norm(h_1ID[:, -1:]))[:, 0]
+            if self.sampling.temperature == 0:
+                guesses.append(int(logits_1V.argmax()))
+            else:
+                q_KV.append(self.sampling.probabilities(logits_1V)[0].cpu())
+                guesses.append(draw(q_KV[-1], self.generator))
+            certain = max(n - k + 1, 0)  # indices i with i + k <= n
+            lengths[k - 1][0] = certain
+            if k < len(self.waiting_1ID):
+                following = lengths[k][0]
+                h_1ID = torch.cat((self.waiting_1ID[k][:, : start - following], h_1ID), 1)
+                self.waiting_1ID[k] = h_1ID
+            if k > 1:  # of what module k has used, the certain part that it will see again
+                used = self.waiting_1ID[k - 1]
+                self.waiting_1ID[k - 1] = used[:, certain - start : max(n - k + 2, 0) - start]
+        return guesses, q_KV
+
+    def verify(self, drafts: list[int], q_KV: list[Tensor], logits_TV: Tensor) -> list[int]:
+        if self.sampling.temperature == 0:
+            own = logits_TV.argmax(1).tolist()
+            kept = next((k for k, guess in enumerate(drafts) if guess != own[k]), len(drafts))
+            return [*drafts[:kept], own[kept]]
+        return accept(drafts, q_KV, self.sampling.probabilities(logits_TV).cpu(), self.generator)
+
+    def tensor(self, tokens: list[int]) -> Tensor:
+        return torch.tensor([tokens], device=self.decoder.device)
+
+
+def accept(drafts: list[int], q_KV: list[Tensor], p_TV: Tensor, generator: torch.Generator) -> list[int]:
+    """The drafts that are kept, and one token more. p_TV: the main model's, after each draft and before the first."""
+    for k, (guess, q_V) in enumerate(zip(drafts, q_KV, strict=True)):
+        chance = torch.rand((), dtype=torch.float64, generator=generator) * q_V[guess]
+        if not chance < p_TV[k, guess]:
+            return [*drafts[:k], draw((p_TV[k] - q_V).clamp(min=0), generator)]
+    return [*drafts, draw(p_TV[len(drafts)], generator)]
+
+
+def speculate(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_ids: set[int],
+    seed: int,
+    depth: int,
+    on_token: Callable[[int], bool] | None = None,
+) -> tuple[list[int], Drafts]:
+    """The new tokens, as `decode` gives them for one prompt, and what became of the guesses of `depth` modules.
+
+    on_token(token): True ends the text with this token. Raises ConfigError.
+    """
+    check_depth(model, depth)
+    limit = model.config.max_position_embeddings
+    check_lengths([len(prompt)], max_new_tokens, limit)
+    counts = Drafts([0] * depth, [0] * depth)
+    total = min(len(prompt) + max_new_tokens, limit)
+    if total == len(prompt):
+        return [], counts
+    decoder = Decoder(model, 1, total, depth)
+    text = Speculation(decoder, list(prompt), sampling, torch.Generator().manual_seed(seed))
+    text.begin()
+    counts.passes = 1
+    checked = len(prompt)
+    while True:
+        for token in text.tokens[checked:]:
+            if token in end_ids:
+                return text.tokens[len(prompt) : checked], counts
+            checked += 1
+            if on_token is not None and on_token(token) or checked == total:
+                return text.tokens[len(prompt) : checked], counts
+        guesses = min(depth, total - len(text.tokens) - 1)
+        new = text.round(guesses)
+        counts.passes += 1
+        for k in range(guesses):
+            counts.drafted[k] += 1
+            counts.kept[k] += len(new) > k + 1
+
+
+def check_depth(model: Transformer, depth: int) -> None:
+    """Raises ConfigError where the model has no such modules."""
+    config = model.config
+    if not 1 <= depth <= config.mtp_depth or config.mtp_kind != "sequential":
+        raise ConfigError(
+            f"draft={depth}: must be between 1 and the model's MTP depth, {config.mtp_depth}, of sequential modules"
+        )
