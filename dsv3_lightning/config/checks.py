@@ -89,12 +89,12 @@ def mesh_strategy(strategy: str | dict[str, Any]) -> StrategyConfig | None:
     return None if "class_path" in strategy else build(StrategyConfig, strategy, "strategy")
 
 
-def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any]) -> MeshShape | None:
+def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], model: ModelConfig) -> MeshShape | None:
     """The mesh, where the strategy has one and the number of devices is known. Raises ConfigError if it doesn't fit."""
     config, devices = mesh_strategy(strategy), number_of_devices(trainer)
     if config is None or devices is None:
         return None
-    return mesh_shape(config, devices * trainer["num_nodes"], devices)
+    return mesh_shape(config, devices * trainer["num_nodes"], devices, model)
 
 
 def number_of_devices(trainer: dict[str, Any]) -> int | None:

@@ -65,7 +65,7 @@ def check(tree: dict[str, Any]) -> Config:
     if config.init_from is not None and config.data.tokenizer is None:  # another would give the weights other meanings
         config = replace(config, data=replace(config.data, tokenizer=config.init_from))
     check_callbacks(config.callbacks)
-    check_strategy(config.strategy, config.trainer)
+    check_strategy(config.strategy, config.trainer, config.model)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)
     return config
 

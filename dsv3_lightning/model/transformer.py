@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -174,12 +175,29 @@ def recompute_all(module: Callable, *args):
 
 def recompute_cheap(module: Callable, *args):
     """Keeps what attention and the large matrix products made; norms, activations and rotations are made again."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, keep_products)
-    return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(module, *args, use_reentrant=False, context_fn=products_contexts)
 
 
-def keep_products(_context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+def products_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """For the first pass, which keeps the products, and for the second, which finds them."""
+    first, second = create_selective_checkpoint_contexts(lambda *_args, **_kwargs: CheckpointPolicy.MUST_SAVE)
+    return OnProducts(first), OnProducts(second)
+
+
+class OnProducts(TorchDispatchMode):
+    """Another mode, for the operations in PRODUCTS alone.
+
+    It counts operations, and the two passes have unequal numbers of others where parameters are gathered on the way.
+    """
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS:
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 RECOMPUTE = {"none": keep_all, "selective": recompute_cheap, "full": recompute_all}

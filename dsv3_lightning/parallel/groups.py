@@ -1,14 +1,35 @@
 """The mesh as process groups."""
 
+from typing import NamedTuple
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dsv3_lightning.parallel.mesh import MeshShape
 
 
-def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
-    """[dp_replicate, dp_shard]; [dp_shard] without replicas. Needs a default process group of `shape.ranks`."""
+class Meshes(NamedTuple):
+    """dense: over which everything but experts is sharded, [dp_replicate, dp_shard], or [dp_shard] without replicas.
+
+    experts: the same ranks for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
+    ep: the ranks that hold different experts; None where every rank computes with all of them.
+    """
+
+    dense: DeviceMesh
+    experts: DeviceMesh
+    ep: DeviceMesh | None
+
+
+def build_meshes(shape: MeshShape, device_type: str) -> Meshes:
+    """Needs a default process group of `shape.ranks`. The ranks of an ep group are neighbours."""
     assert dist.get_world_size() == shape.ranks
-    sizes = (shape.dp_replicate, shape.dp_shard)
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return mesh if shape.dp_replicate > 1 else mesh["dp_shard"]
+    replicas = ("dp_replicate",) if shape.dp_replicate > 1 else ()
+    mesh = init_device_mesh(
+        device_type, (shape.dp_replicate, shape.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+    dense = mesh[(*replicas, "dp_shard")]
+    if shape.ep == 1:
+        return Meshes(dense, dense, None)
+    sizes = (shape.dp_replicate, shape.expert_shard, shape.ep)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "expert_shard", "ep"))
+    return Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"])

@@ -1,7 +1,8 @@
 """The mesh as arithmetic: which sizes fit how many processes. Imports no torch, so a laptop can judge 2,048 ranks.
 
 Every rank is a data-parallel rank: it has samples of its own. `dp_replicate` groups hold a copy of the model each,
-sharded over the `dp_shard` ranks of the group.
+sharded over the `dp_shard` ranks of the group. `expert_parallel` (axis `ep`) is cut out of `dp_shard`: so many
+neighbouring ranks hold different experts and send each other tokens, and what is left of `dp_shard` shards each expert.
 """
 
 import math
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.config import ModelConfig
 
-KINDS = ("fsdp2", "hsdp")
+KINDS = ("fsdp2", "hsdp", "fsdp2_ep")
 Size = int | Literal["auto"]
 
 
@@ -19,23 +21,27 @@ class StrategyConfig:
     """How a model is spread over processes. Raises ConfigError.
 
     kind: `fsdp2` shards parameters, gradients and optimizer state over all ranks (arXiv 1910.02054, stage 3); `hsdp`
-        shards within a node and keeps a copy per node.
+        shards within a node and keeps a copy per node; `fsdp2_ep` is fsdp2 with experts that stay where they are
+        while tokens travel (V3 §3.2).
     dp_replicate, dp_shard: sizes of the mesh, outermost first; their product is the number of processes.
+    expert_parallel: ranks over which the experts of a layer are spread, of any kind. `auto` is 1 for fsdp2 and hsdp,
+        and for fsdp2_ep as many ranks of a node as divide the experts.
     reshard_after_forward: frees a block's gathered parameters after its forward pass and gathers them again for the
         backward pass: less memory, half as much communication again.
     cpu_offload: parameters, gradients and optimizer state live in the host's memory (GPUs only).
     prefetch: blocks whose parameters are gathered ahead of the one that computes.
     """
 
-    kind: Literal["fsdp2", "hsdp"]
+    kind: Literal["fsdp2", "hsdp", "fsdp2_ep"]
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
+    expert_parallel: Size = "auto"
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     prefetch: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard"):
+        for name in ("dp_replicate", "dp_shard", "expert_parallel"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ConfigError(f"strategy.{name}={value}: must be at least 1, or auto")
@@ -45,20 +51,27 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes by axis."""
+    """Sizes by axis; ep is a part of dp_shard."""
 
     dp_replicate: int
     dp_shard: int
+    ep: int = 1
 
     @property
     def ranks(self) -> int:
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share one expert's parameters."""
+        return self.dp_shard // self.ep
+
     def __str__(self) -> str:
-        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}"
+        experts = f" (experts: {self.expert_shard} x ep {self.ep})" if self.ep > 1 else ""
+        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}{experts}"
 
 
-def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int) -> MeshShape:
+def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: ModelConfig | None = None) -> MeshShape:
     """The sizes for so many processes, `auto` filled in. Raises ConfigError, which names the nearest that fit."""
     wanted, shard = config.dp_replicate, config.dp_shard
     if wanted != "auto":
@@ -79,7 +92,38 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int) -> MeshS
             f"strategy.dp_shard={shard}: with dp_replicate={replicate} it makes {replicate * shard} processes, "
             f"there are {ranks}; {fitting}"
         )
-    return MeshShape(replicate, shard)
+    shape = MeshShape(replicate, shard, expert_size(config, shard, ranks_per_node, model))
+    if model is not None and shape.ep > 1:
+        check_expert_widths(shape, model)
+    return shape
+
+
+def expert_size(config: StrategyConfig, shard: int, ranks_per_node: int, model: ModelConfig | None) -> int:
+    """Ranks over which a layer's experts are spread. Raises ConfigError where they don't divide."""
+    experts = model.n_routed_experts if model is not None and model.num_moe_layers else 0
+    ep = config.expert_parallel
+    if ep == "auto":
+        return math.gcd(shard, ranks_per_node, experts) if config.kind == "fsdp2_ep" and experts else 1
+    if ep == 1:
+        return 1
+    if not experts:
+        raise ConfigError(f"strategy.expert_parallel={ep}: the model has no experts; use 1 or auto")
+    if shard % ep or experts % ep:
+        raise ConfigError(
+            f"strategy.expert_parallel={ep}: must divide dp_shard={shard} and model.n_routed_experts={experts}; "
+            f"use {near(ep, math.gcd(shard, experts))}"
+        )
+    return ep
+
+
+def check_expert_widths(shape: MeshShape, model: ModelConfig) -> None:
+    """The ranks that share an expert cut it along a width. Raises ConfigError where that isn't even."""
+    share, widths = shape.expert_shard, (model.hidden_size, model.moe_intermediate_size)
+    if all(width % share for width in widths):
+        raise ConfigError(
+            f"strategy.expert_parallel={shape.ep}: leaves {share} ranks per expert, which divide neither "
+            f"model.hidden_size={widths[0]} nor moe_intermediate_size={widths[1]}; use another expert_parallel"
+        )
 
 
 def near(value: int, number: int) -> str:

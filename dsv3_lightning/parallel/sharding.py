@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -26,10 +25,12 @@ from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.router import Router
 from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.dispatch import AllToAll
+from dsv3_lightning.parallel.groups import Meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig
 
 
-def shard_model(model: Transformer, mesh: DeviceMesh, config: StrategyConfig, bf16: bool) -> None:
+def shard_model(model: Transformer, meshes: Meshes, config: StrategyConfig, bf16: bool) -> None:
     """Makes every parameter a DTensor, in place; the model may be on the meta device.
 
     bf16: matrices are gathered, and their gradients made, in bf16; gradients are always added up in fp32.
@@ -43,18 +44,25 @@ def shard_model(model: Transformer, mesh: DeviceMesh, config: StrategyConfig, bf
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments) -> None:
         skipped: set[nn.Parameter] = {p for p in module.parameters() if isinstance(p, DTensor) and p.dim() != 3}
         fully_shard(module, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload,
-                    ignored_params=skipped, mesh=mesh, **arguments)  # fmt: skip
+                    ignored_params=skipped, **{"mesh": meshes.dense} | arguments)  # fmt: skip
+
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        spread_experts(experts, meshes)
 
     # The root first, with the small parameters alone: later units then leave these to it.
     tied = model.config.tie_word_embeddings
     small = small_parameters(model) | ({model.embed_tokens.weight} if tied else set())
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact, offload_policy=offload,
+    fully_shard(model, mesh=meshes.dense, reshard_after_forward=False, mp_policy=exact, offload_policy=offload,
                 ignored_params=set(model.parameters()) - small)  # fmt: skip
     for block in blocks(model):
         if isinstance(block.mlp, MoE):
-            placement = expert_placement(block.mlp.experts, mesh.size(-1))
-            unit(block.mlp.experts, matrices, config.reshard_after_forward,
-                 shard_placement_fn=placement)  # fmt: skip
+            experts = block.mlp.experts
+            unit(experts, matrices, config.reshard_after_forward, mesh=meshes.experts,
+                 shard_placement_fn=expert_placement(meshes))  # fmt: skip
+            if meshes.ep is not None:  # its gradients are sums over the ep ranks' tokens; the mean is over all ranks
+                as_unit(experts).set_gradient_divide_factor(float(meshes.dense.size()))
+                # gloo has no sum with a factor; a group of one would, in torch 2.13, divide twice if told this
+                as_unit(experts).set_force_sum_reduction_for_comms(meshes.experts.size(-1) > 1)
         unit(block, matrices, config.reshard_after_forward)
     for module in model.mtp:
         if isinstance(module, MTPModule):
@@ -77,11 +85,28 @@ def small_parameters(model: nn.Module) -> set[nn.Parameter]:
     return routers | {p for p in model.parameters() if p.dim() == 1}
 
 
-def expert_placement(experts: Experts, shards: int) -> Callable[[nn.Parameter], Shard]:
-    """The first dim that divides evenly: whole experts where there are enough, else rows or columns of all of them."""
+def spread_experts(experts: Experts, meshes: Meshes) -> None:
+    """Gives each rank of an ep group its experts and a way to the others' ones; the weights are still on meta."""
+    if meshes.ep is None:
+        return
+    for name, weight in list(experts.named_parameters()):
+        own_EDF = weight.new_empty(weight.shape[0] // meshes.ep.size(), *weight.shape[1:])
+        spread = DTensor.from_local(
+            own_EDF, meshes.ep, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
+        )
+        setattr(experts, name, nn.Parameter(spread))
+    experts.dispatcher = AllToAll(meshes.ep.get_group())
+
+
+def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:
+    """The first dim that divides evenly: whole experts where there are enough, else rows or columns of all of them.
+
+    Where experts are spread over ep their own dim is taken.
+    """
+    shards, first = meshes.experts.size(-1), 0 if meshes.ep is None else 1
 
     def place(weight: Tensor) -> Shard:
-        return Shard(next((dim for dim, size in enumerate(weight.shape) if size % shards == 0), 0))
+        return Shard(next((dim for dim in range(first, 3) if weight.shape[dim] % shards == 0), first))
 
     return place
 

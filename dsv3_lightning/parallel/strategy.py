@@ -1,4 +1,4 @@
-"""The Lightning strategy over one mesh: FSDP2 and replicas of it, by the names fsdp2 and hsdp."""
+"""The Lightning strategy over one mesh: FSDP2, replicas of it, and expert parallelism, by the names in KINDS."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
-from dsv3_lightning.parallel.groups import build_mesh
+from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharding import shard_model
 from dsv3_lightning.parallel.tensors import like, local, part, place, whole
@@ -34,8 +34,10 @@ class MeshStrategy(ModelParallelStrategy):
         self._setup_distributed()
         if self.config.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("strategy.cpu_offload=true: this run is on the CPU; offloading is for GPUs")
-        shape = mesh_shape(self.config, self.world_size, self.num_processes)
-        self._device_mesh = build_mesh(shape, self.root_device.type)
+        model: Any = self.lightning_module.model.config  # type: ignore[union-attr]
+        shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
+        self.meshes = build_meshes(shape, self.root_device.type)
+        self._device_mesh = self.meshes.dense
         rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)
 
     @property
@@ -49,7 +51,7 @@ class MeshStrategy(ModelParallelStrategy):
     def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
         """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
         self.precision_plugin.convert_module(self.lightning_module)  # type: ignore[arg-type]
-        shard_model(model, self.device_mesh, self.config, "bf16" in str(self.precision_plugin.precision))
+        shard_model(model, self.meshes, self.config, "bf16" in str(self.precision_plugin.precision))
         return place
 
     def model_to_device(self) -> None:

@@ -182,7 +182,7 @@ def test_a_strategy_is_lightnings_name_or_a_class():
     assert isinstance(build_strategy(config(strategy=block)), DDPStrategy)
     for strategy, expected in (
         ("dpp", 'strategy="dpp": no such strategy; did you mean ddp?'),
-        ({"kind": "x"}, 'strategy.kind="x": must be fsdp2 or hsdp'),
+        ({"kind": "x"}, 'strategy.kind="x": must be fsdp2, hsdp or fsdp2_ep'),
     ):
         with pytest.raises(ConfigError) as caught:
             build_strategy(config(strategy=strategy))

@@ -4,6 +4,7 @@ import pytest
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
+from tests.parallel.small import config
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,41 @@ def test_what_does_not_fit_is_refused_with_what_would(settings, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("dp_replicate", 0), ("dp_shard", -1), ("prefetch", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("dp_replicate", 0), ("dp_shard", -1), ("expert_parallel", 0), ("prefetch", -1)]
+)
 def test_impossible_sizes_are_named(key, value):
     with pytest.raises(ConfigError, match=f"strategy.{key}={value}"):
         StrategyConfig(kind="fsdp2", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "shape"),
+    [
+        ({"kind": "fsdp2_ep"}, 2048, MeshShape(1, 2048, 8)),  # within a node of 8
+        ({"kind": "fsdp2_ep"}, 4, MeshShape(1, 4, 4)),
+        ({"kind": "fsdp2_ep", "expert_parallel": 64}, 2048, MeshShape(1, 2048, 64)),
+        ({"kind": "hsdp", "expert_parallel": 4}, 16, MeshShape(2, 8, 4)),
+        ({"kind": "fsdp2"}, 16, MeshShape(1, 16, 1)),
+    ],
+)
+def test_experts_are_spread_over_a_part_of_the_shards(settings, ranks, shape):
+    model = config(n_routed_experts=256, hidden_size=7168, moe_intermediate_size=2048)
+    found = mesh_shape(StrategyConfig(**settings), ranks, 8, model)
+    assert found == shape and found.ep * found.expert_shard * found.dp_replicate == ranks
+
+
+@pytest.mark.parametrize(
+    ("ep", "model", "message"),
+    [
+        (16, {}, "must divide dp_shard=24 and model.n_routed_experts=8; use 8"),
+        (3, {}, "must divide dp_shard=24 and model.n_routed_experts=8; use 2 or 4"),
+        (4, {}, "leaves 6 ranks per expert, which divide neither model.hidden_size=16 nor moe_intermediate_size=32"),
+        (2, {"first_k_dense_replace": 1}, "the model has no experts; use 1 or auto"),
+    ],
+)
+def test_experts_that_do_not_divide_are_refused_with_what_would(ep, model, message):
+    with pytest.raises(ConfigError) as error:
+        strategy = StrategyConfig(kind="fsdp2_ep", expert_parallel=ep)
+        mesh_shape(strategy, 24, 8, config(**{"moe_intermediate_size": 32} | model))
+    assert f"strategy.expert_parallel={ep}: " in str(error.value) and message in str(error.value)

@@ -1,4 +1,4 @@
-"""Four processes give the losses, every gradient and the weights of one, over 20 steps.
+"""Two and four processes give the losses, every gradient and the weights of one, over 20 steps.
 
 With clipping, sequence-wise loss, MTP, bias updates, accumulation, and document ends that leave each micro-batch
 another number of valid targets.
@@ -28,9 +28,12 @@ COMMON = (
     "optimizer.eps=1e-3",  # Adam then moves smoothly with the gradient, and rounding stays rounding
 )
 WAYS = {
+    2: {"ep2": ("strategy=fsdp2_ep",)},
     4: {
         "fsdp2": ("strategy={kind: fsdp2, reshard_after_forward: false}",),
         "hsdp22": ("strategy={kind: hsdp, dp_shard: 2, prefetch: 2}", "compute.activation_checkpointing=full"),
+        "ep2_fsdp2": ("strategy={kind: fsdp2_ep, expert_parallel: 2}", "compute.activation_checkpointing=selective"),
+        "ep4": ("strategy={kind: fsdp2_ep}", "compute.activation_checkpointing=full"),
     },
 }
 
@@ -50,7 +53,8 @@ def runs(shared_nano):
             name: (*COMMON, *way, f"trainer.devices={ranks}", *recorded(base, name)) for name, way in ways.items()
         }
         checkpoint = found["one"].folder / "checkpoints/step=10.ckpt"
-        overrides["goes_on"] = (*COMMON, "strategy=fsdp2", f"trainer.devices={ranks}", f"run.resume={checkpoint}")
+        if ranks == 4:
+            overrides["goes_on"] = (*COMMON, "strategy=fsdp2_ep", "trainer.devices=4", f"run.resume={checkpoint}")
         runs_on_ranks(ranks, shared_nano, overrides)
         found |= {name: type(found["one"])(base / "runs" / name, 0) for name in overrides}
     return found
@@ -71,14 +75,15 @@ def test_losses_gradients_and_weights_are_those_of_one_process(runs, shared_nano
                 assert error < 5e-5, f"{file} {key}: differs by {error:.1e} of its norm"
 
 
-def test_a_checkpoint_of_four_processes_goes_on_in_one(runs, shared_nano):
-    checkpoint = runs["fsdp2"].folder / "checkpoints/step=10.ckpt"
-    resumed = shared_nano.run("resumed", *COMMON, f"run.resume={checkpoint}")
+@pytest.mark.parametrize("name", ["fsdp2", "ep2_fsdp2"])
+def test_a_checkpoint_of_four_processes_goes_on_in_one(runs, shared_nano, name):
+    checkpoint = runs[name].folder / "checkpoints/step=10.ckpt"
+    resumed = shared_nano.run(f"resumed_{name}", *COMMON, f"run.resume={checkpoint}")
     assert resumed.code == 0
     assert_same_curves(runs["one"], resumed, 2e-5, after=10)
 
 
-def test_a_checkpoint_of_one_process_goes_on_in_four(runs):
+def test_a_checkpoint_of_one_process_goes_on_in_four_with_experts_apart(runs):
     assert_same_curves(runs["one"], runs["goes_on"], 2e-5, after=10)
 
 

@@ -1,0 +1,55 @@
+"""One rank of a MoE layer's experts, spread over all ranks, held against all of them in one process.
+
+python -m tests.parallel.dispatch_worker, under a launcher's environment.
+"""
+
+import torch
+import torch.distributed as dist
+
+from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.parallel.dispatch import AllToAll
+from tests.parallel.small import EXPERTS, K, config, tokens_and_choices
+
+
+def spread(experts: Experts, rank: int, ranks: int) -> Experts:
+    """The rank's part of the experts, with a way to the others."""
+    own = Experts(config())
+    share = EXPERTS // ranks
+    for name, weight in experts.named_parameters():
+        setattr(own, name, torch.nn.Parameter(weight.detach()[rank * share : (rank + 1) * share].clone()))
+    own.dispatcher = AllToAll(dist.group.WORLD)
+    return own
+
+
+def check(case: str) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = Experts(config())
+    for weight in whole.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    part = spread(whole, rank, ranks)
+    inputs = [tokens_and_choices(case, r) for r in range(ranks)]
+    x_ND, experts_NK, gates_NK = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    expected_ND = whole(x_ND.requires_grad_(), experts_NK, gates_NK)
+    expected_ND.square().sum().backward()
+    mine_ND = inputs[rank][0].clone().requires_grad_()
+    actual_ND = part(mine_ND, *inputs[rank][1:], meanwhile=lambda: mine_ND * 2)
+    (actual_ND - 2 * mine_ND).square().sum().backward()
+
+    start = sum(len(inputs[r][0]) for r in range(rank))
+    own = slice(start, start + len(mine_ND))
+    torch.testing.assert_close(actual_ND, expected_ND[own] + 2 * x_ND[own])
+    torch.testing.assert_close(mine_ND.grad, x_ND.grad[own])
+    share = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
+    for name, weight in part.named_parameters():
+        expected = whole.get_parameter(name).grad[share]
+        torch.testing.assert_close(torch.zeros_like(expected) if weight.grad is None else weight.grad, expected)
+    assert experts_NK.shape[1] == K
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for case in ("uneven", "one expert", "no tokens on rank 0", "no tokens for rank 0"):
+        check(case)
+    dist.destroy_process_group()
