@@ -166,6 +166,17 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="the YAML to write; default: the folder's name, here")
 
 
+def placement_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs that serve it, of all nodes")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default %(default)s")
+    parser.add_argument("--replicas", type=positive, metavar="N", help="experts of a layer on all GPUs together")
+    parser.add_argument(
+        "--loads", metavar="FILE.npy", help="tokens [layers, experts]; default: counted on validation text"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="default: placement/ in the run's folder")
+
+
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="a file, or one of ours; then key=value for all")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
@@ -214,6 +225,9 @@ VERBS = {
         f"{COMMANDS}.import_folder:import_folder",
         "Check a Hugging Face folder to start runs from.",
         import_arguments,
+    ),
+    "placement": Verb(
+        f"{COMMANDS}.placement:placement", "Spread a model's experts over GPUs by their load.", placement_arguments
     ),
     "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP and memory, on no device.", config_arguments),
     "sweep": Verb(

@@ -1,0 +1,77 @@
+"""`dsv3 placement`: which GPU serves which experts, from the load that a run's validation text gives them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv3_lightning.callbacks.plots import heat_map
+from dsv3_lightning.callbacks.run_report import write_whole
+from dsv3_lightning.commands.generate import find_checkpoint, load_model, stored_config
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.files import native
+from dsv3_lightning.data.module import TextDataModule
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
+
+BATCHES = 16  # of validation text
+
+
+def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str | None, out: str | None) -> int:
+    """Prints max/mean GPU load by layer before and after; writes placement.json and placement.png."""
+    path, folder = find_checkpoint(native(run))
+    config = stored_config(folder)
+    if not config.model.num_moe_layers:
+        raise ConfigError(f"{folder}: the model has no experts")
+    experts = config.model.n_routed_experts
+    if replicas is None:  # one more on each GPU than it must hold, as in V3 §3.4.1
+        replicas = (-(-experts // gpus) + 1) * gpus
+    weight_LE = count_load(config, path) if loads is None else read_loads(loads, config)
+    plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
+    before_LG, after_LG = loads_in_order(weight_LE, gpus), gpu_loads(weight_LE, plan, gpus)
+    before_L, after_L = overload(before_LG), overload(after_LG)
+    print("MoE layer  max/mean before  after")
+    for layer, (before, after) in enumerate(zip(before_L.tolist(), after_L.tolist())):
+        print(f"{layer:9}  {before:15.3f}  {after:5.3f}")
+    print(f"mean       {before_L.mean():15.3f}  {after_L.mean():5.3f}")
+    target = folder / "placement" if out is None else native(out)
+    target.mkdir(parents=True, exist_ok=True)
+    content = {"gpus": gpus, "nodes": nodes, "replicas": replicas, "load": weight_LE.tolist()}
+    content |= {name: table.tolist() for name, table in plan._asdict().items()}
+    write_whole(target / "placement.json", json.dumps(content) + "\n")
+    shares = [loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG)]
+    picture = heat_map(torch.cat(shares, 1), f"GPU load over its mean: left before, right after ({gpus} GPUs)", 1.0)
+    picture.axes[0].set(xlabel="GPU")
+    picture.axes[0].axvline(gpus - 0.5, color="black")
+    picture.savefig(target / "placement.png")
+    print(f"{target}: placement.json and placement.png, {replicas} replicas of {experts} experts on {gpus} GPUs")
+    return 0
+
+
+@torch.no_grad()
+def count_load(config: Config, path: Path) -> Tensor:
+    """Tokens per expert, int64 [L, E], of some validation batches."""
+    model = load_model(path, config.model)
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
+    data.prepare_data()
+    data.setup("validate")
+    counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
+    for batch, _ in zip(data.val_dataloader(), range(BATCHES)):
+        counts_LE += model.losses(batch["tokens"], batch["mask"], None).counts_LE
+    if not counts_LE.any():
+        raise ConfigError("data.validation_fraction: the run has no validation text to count on; give --loads FILE.npy")
+    return counts_LE
+
+
+def read_loads(name: str, config: Config) -> Tensor:
+    try:
+        array = np.load(native(name), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--loads {name}: not a readable .npy file ({error})") from error
+    if array.ndim != 2 or array.shape[1] != config.model.n_routed_experts:
+        raise ConfigError(
+            f"--loads {name}: is {list(array.shape)}, must be [layers, {config.model.n_routed_experts} experts]"
+        )
+    return torch.from_numpy(array.astype(np.float64))

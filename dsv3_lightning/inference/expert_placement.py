@@ -1,0 +1,124 @@
+"""Where experts live when a model is served: the loaded ones several times, and every GPU with as much to do (V3 §3.4).
+
+First each layer's experts get replicas, one after the other to the expert with the most load per replica. Then replicas
+are packed onto GPUs, equally many on each: the heaviest first, each onto the least loaded GPU with room. Where nodes
+divide the router's groups, whole groups are packed onto nodes before, and the rest happens within nodes, so that a
+token that is limited to few groups visits few nodes. This is the policy of the published load balancer (EPLB).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.errors import ConfigError
+
+
+class Placement(NamedTuple):
+    """Of L layers with E experts, R physical experts, X the most replicas of one. int64.
+
+    physical_to_logical [L, R]: the expert at each place; GPU g has the places from g · R/GPUs on. logical_to_physical
+    [L, E, X]: the places of each expert, -1 where it has fewer than X. expert_count [L, E]: how many it has.
+    """
+
+    physical_to_logical: Tensor
+    logical_to_physical: Tensor
+    expert_count: Tensor
+
+
+def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Placement:
+    """weight [L, E]: tokens per expert, or any load. num_replicas: R, of all GPUs together. Raises ConfigError."""
+    load_LE = weight.detach().double().cpu()
+    check(load_LE, num_replicas, num_groups, num_nodes, num_gpus)
+    hierarchical = num_groups % num_nodes == 0
+    groups, nodes = (num_groups, num_nodes) if hierarchical else (1, 1)
+    placed = [place_layer(load_E.tolist(), num_replicas, groups, nodes, num_gpus) for load_E in load_LE]
+    return tables(torch.tensor(placed), load_LE.shape[1])
+
+
+def place_layer(load: list[float], replicas: int, groups: int, nodes: int, gpus: int) -> list[int]:
+    """The expert at each of R places, GPU by GPU, node by node."""
+    size = len(load) // groups
+    group_loads = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
+    places: list[int] = []
+    for node_groups in pack(group_loads, nodes):
+        experts = [g * size + i for g in node_groups for i in range(size)]
+        counts = replicate([load[e] for e in experts], replicas // nodes)
+        physical = [expert for expert, count in zip(experts, counts) for _ in range(count)]
+        shares = [load[expert] / count for expert, count in zip(experts, counts) for _ in range(count)]
+        places += [physical[i] for gpu in pack(shares, gpus // nodes) for i in gpu]
+    return places
+
+
+def replicate(load: list[float], replicas: int) -> list[int]:
+    """How often each expert is there: once, and each further replica goes where the load per replica is largest."""
+    counts = [1] * len(load)
+    for _ in range(replicas - len(load)):
+        largest = max(range(len(load)), key=lambda e: load[e] / counts[e])
+        counts[largest] += 1
+    return counts
+
+
+def pack(weights: list[float], packs: int) -> list[list[int]]:
+    """Items by pack, equally many in each: the heaviest first, each into the lightest pack with room."""
+    room = len(weights) // packs
+    content: list[list[int]] = [[] for _ in range(packs)]
+    total = [0.0] * packs
+    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        open_packs = [p for p in range(packs) if len(content[p]) < room]
+        lightest = min(open_packs, key=total.__getitem__)
+        content[lightest].append(item)
+        total[lightest] += weights[item]
+    return content
+
+
+def tables(physical_LR: Tensor, num_experts: int) -> Placement:
+    layers, replicas = physical_LR.shape
+    count_LE = torch.zeros(layers, num_experts, dtype=torch.int64)
+    count_LE.scatter_add_(1, physical_LR, torch.ones_like(physical_LR))
+    logical_LEX = torch.full((layers, num_experts, int(count_LE.max())), -1)
+    for layer in range(layers):
+        seen = [0] * num_experts
+        for place, expert in enumerate(physical_LR[layer].tolist()):
+            logical_LEX[layer, expert, seen[expert]] = place
+            seen[expert] += 1
+    return Placement(physical_LR, logical_LEX, count_LE)
+
+
+def gpu_loads(weight: Tensor, placement: Placement, num_gpus: int) -> Tensor:
+    """[L, GPUs] fp64: an expert's tokens are shared evenly by its replicas."""
+    share_LE = weight.double() / placement.expert_count
+    return share_LE.gather(1, placement.physical_to_logical).unflatten(1, (num_gpus, -1)).sum(-1)
+
+
+def loads_in_order(weight: Tensor, num_gpus: int) -> Tensor:
+    """[L, GPUs] fp64 without balancing: every expert once, in order, as equally many on each GPU as can be."""
+    layers, experts = weight.shape
+    gpu_E = torch.arange(experts) * num_gpus // experts
+    return torch.zeros(layers, num_gpus, dtype=torch.float64).index_add_(1, gpu_E, weight.double())
+
+
+def overload(loads_LG: Tensor) -> Tensor:
+    """[L]: the busiest GPU's load over the mean; 1 is balance, and nothing to do is balanced."""
+    mean_L = loads_LG.mean(1)
+    return torch.where(mean_L > 0, loads_LG.amax(1) / mean_L, 1.0)
+
+
+def check(load_LE: Tensor, replicas: int, groups: int, nodes: int, gpus: int) -> None:
+    if load_LE.dim() != 2 or not load_LE.numel():
+        raise ConfigError(f"weight: is {list(load_LE.shape)}, must be [layers, experts]")
+    if not torch.isfinite(load_LE).all() or (load_LE < 0).any():
+        raise ConfigError("weight: must be finite and at least 0")
+    experts = load_LE.shape[1]
+    for name, value in (("gpus", gpus), ("nodes", nodes), ("groups", groups)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
+    for name, value, of, whole in (
+        ("groups", groups, "experts", experts),
+        ("nodes", nodes, "gpus", gpus),
+        ("gpus", gpus, "replicas", replicas),
+    ):
+        if whole % value:
+            raise ConfigError(f"{name}={value}: does not divide {of}={whole}")
+    if replicas < experts:
+        raise ConfigError(f"replicas={replicas}: must be at least the number of experts, {experts}")
