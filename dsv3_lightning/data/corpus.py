@@ -19,7 +19,10 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BOM = b"\xef\xbb\xbf"
 # Left out of the standard library: Debian packs the tests apart, so that corpora would differ, and other people's code.
-FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+# Tables that a program wrote (character sets, the text of help()) are a sixth of the bytes and a third of the tokens.
+LEFT_OUT_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+)
 
 
 class Source(NamedTuple):
@@ -44,7 +47,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text.
     """
     if not paths:
-        return walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), FOREIGN_FOLDERS)
+        return walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), LEFT_OUT_FOLDERS)
     sources: list[Source] = []
     for given in paths:
         path = native(given)
