@@ -135,6 +135,19 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
 
 
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--name", metavar="TEXT", help="what clients call the model; default: the folder's name")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default %(default)s")
+    parser.add_argument("--slots", type=int, default=16, metavar="N", help="texts at a time; default %(default)s")
+    parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="beyond them; default %(default)s")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; 0: as torch chooses")
+
+
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default %(default)s")
@@ -220,6 +233,7 @@ VERBS = {
     "validate": Verb(f"{COMMANDS}.validate:run", "Check a config, and do nothing else.", config_arguments),
     "generate": Verb(f"{COMMANDS}.generate:generate", "Continue a text with a trained model.", generate_arguments),
     "chat": Verb(f"{COMMANDS}.chat:chat", "Talk with a trained model, line by line.", chat_arguments),
+    "serve": Verb(f"{COMMANDS}.serve:serve", "Serve a trained model to OpenAI clients.", serve_arguments),
     "export": Verb(f"{COMMANDS}.export:export", "Write a run's model as a Hugging Face folder.", export_arguments),
     "import": Verb(
         f"{COMMANDS}.import_folder:import_folder",

@@ -56,6 +56,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --draft {sampling}",
         "chat": f"-h --help checkpoint --system {sampling}",
+        "serve": "-h --help checkpoint --name --host --port --slots --max-waiting --timeout --threads",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",

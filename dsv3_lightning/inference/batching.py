@@ -1,0 +1,179 @@
+"""Continuous batching: texts come and go while others are written, one token of each at a time.
+
+One thread owns model and cache. Between two steps it drops what was cancelled or is overdue and lets waiting texts in
+where a row is free (their prompts go through alone); then every row advances by a token.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.decoder import Decoder, check_lengths
+from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.text import TextStream
+from dsv3_lightning.model.transformer import Transformer
+
+Finish = Literal["stop", "length", "timeout", "error"]
+
+
+class Busy(Exception):
+    """As many texts wait as may."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One text to write. deliver(piece, finish) is called from the engine's thread: pieces with None, at last why it
+    ended: `stop` (end token or stop string), `length`, `timeout` or `error`. tokens: how many were written."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+    deliver: Callable[[str, Finish | None], None]
+    tokens: int = 0
+    cancelled: bool = False
+    last: int = -1
+    deadline: float = field(default=0.0)
+    stream: TextStream | None = None
+    generator: torch.Generator | None = None
+
+
+class Engine:
+    """rows: texts written at a time. waiting: how many may wait. seconds: from a text's arrival to its end."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, waiting: int, seconds: float) -> None:
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.limit = model.config.max_position_embeddings
+        self.max_waiting, self.seconds = waiting, seconds
+        self.decoder = Decoder(model, rows, self.limit)
+        self.queue: deque[Job] = deque()
+        self.running: list[Job] = []  # by row
+        self.changed = threading.Condition()
+        self.closed = False
+        self.thread = threading.Thread(target=self.work, name="decoding", daemon=True)
+        self.thread.start()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """All of them, or none. Raises ConfigError for an impossible one, Busy where too many wait already."""
+        for job in jobs:
+            check_lengths([len(job.prompt)], job.max_new_tokens, self.limit)
+            job.deadline = time.monotonic() + self.seconds
+            job.stream = TextStream(self.tokenizer, job.stop)
+            job.generator = torch.Generator().manual_seed(job.seed)
+        with self.changed:
+            if len(self.queue) + len(jobs) > self.max_waiting + self.rows - len(self.running):
+                raise Busy
+            self.queue.extend(jobs)
+            self.changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nothing more is delivered; its row is free after the current step."""
+        job.cancelled = True
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.thread.join()
+
+    def work(self) -> None:
+        while True:
+            with self.changed:
+                while not (self.closed or self.queue or self.running):
+                    self.changed.wait()
+                if self.closed:
+                    return
+            try:
+                self.step()
+            except Exception as error:  # whoever waits must hear of it, and the next ones get a clean start
+                print(f"dsv3: decoding failed: {type(error).__name__}: {error}", flush=True)
+                for job in self.running:
+                    job.deliver("", "error")
+                self.running = []
+
+    def step(self) -> None:
+        """Drops, admits, advances."""
+        now = time.monotonic()
+        for row in reversed(range(len(self.running))):
+            if self.over(self.running[row], now):
+                self.leave(row)
+        with self.changed:
+            for job in [job for job in self.queue if self.over(job, now)]:
+                self.queue.remove(job)
+        while len(self.running) < self.rows:
+            with self.changed:
+                if not self.queue:
+                    break
+                job = self.queue.popleft()
+                self.running.append(job)
+            self.begin(job)
+        if self.running:
+            last = torch.tensor([[job.last] for job in self.running], device=self.decoder.device)
+            logits_RV = self.decoder.logits(self.decoder.extend(last))[:, -1]
+            for row in reversed(range(len(self.running))):
+                self.take(row, logits_RV[row : row + 1])
+
+    def over(self, job: Job, now: float) -> bool:
+        late = now > job.deadline
+        if late and not job.cancelled:
+            job.deliver("", "timeout")
+        return late or job.cancelled
+
+    def begin(self, job: Job) -> None:
+        row = len(self.running) - 1
+        self.decoder.lengths[row] = 0
+        if not job.max_new_tokens:
+            self.end(row, "length")
+            return
+        h_1TD = self.decoder.extend(torch.tensor([job.prompt], device=self.decoder.device), row)
+        self.take(row, self.decoder.logits(h_1TD[:, -1:])[:, -1])
+
+    def take(self, row: int, logits_1V: torch.Tensor) -> None:
+        """The next token of one row, and whether it was the last."""
+        job = self.running[row]
+        assert job.stream is not None and job.generator is not None
+        (job.last,) = job.sampling.pick(logits_1V, [job.generator])
+        if job.last == self.tokenizer.eos_id:
+            self.end(row, "stop")
+            return
+        if len(job.prompt) + job.tokens >= self.limit:
+            self.end(row, "length")
+            return
+        job.tokens += 1
+        piece = job.stream.push(job.last)
+        if piece and not job.cancelled:
+            job.deliver(piece, None)
+        if job.stream.stopped:
+            self.end(row, "stop")
+        elif job.tokens >= job.max_new_tokens or len(job.prompt) + job.tokens >= self.limit:
+            self.end(row, "length")
+
+    def end(self, row: int, why: Finish) -> None:
+        job = self.running[row]
+        assert job.stream is not None
+        if not job.cancelled:
+            job.deliver(job.stream.finish(), why)
+        self.leave(row)
+
+    def leave(self, row: int) -> None:
+        """The last row takes its place."""
+        with self.changed:
+            self.decoder.move(len(self.running) - 1, row)
+            self.running[row] = self.running[-1]
+            self.running.pop()
+
+
+def check_engine(rows: int, waiting: int, seconds: float) -> None:
+    for name, value, least in (("slots", rows, 1), ("max_waiting", waiting, 0)):
+        if value < least:
+            raise ConfigError(f"{name}={value}: must be at least {least}")
+    if not seconds > 0:
+        raise ConfigError(f"timeout={seconds}: must be above 0 seconds")

@@ -1,0 +1,220 @@
+"""The server as OpenAI's own client sees it: right answers to many at once, reasons for refusals, no row lost."""
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.batching import Engine, check_engine
+from dsv3_lightning.inference.chat import conversation
+from dsv3_lightning.inference.decode import decode
+from dsv3_lightning.inference.sampling import Sampling
+from tests.hub.folders import biased
+from tests.model.small import small_config
+
+openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")  # of the extras serve and dev
+server = pytest.importorskip("dsv3_lightning.inference.server", exc_type=ImportError)
+
+
+class Served:
+    """A server on a free port, in a thread."""
+
+    def __init__(self, model, tokenizer, rows=4, waiting=64, seconds=60.0) -> None:
+        self.engine = Engine(model, tokenizer, rows, waiting, seconds)
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        config = uvicorn.Config(server.build_app(self.engine, tokenizer, "small"), log_level="error")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.close()
+
+    def idle(self) -> bool:
+        """Whether no text is being written or waits, within ten seconds."""
+        for _ in range(500):
+            if not self.engine.running and not self.engine.queue:
+                return True
+            time.sleep(0.02)
+        return False
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["def f(x):\n    return x\n", "日本語 and 👍 words"] * 3, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.set_num_threads(1)
+    return biased(small_config(vocab_size=tokenizer.vocab_size))
+
+
+@pytest.fixture(scope="module")
+def served(model, tokenizer):
+    served = Served(model, tokenizer)
+    yield served
+    served.close()
+
+
+def expected(model, tokenizer, prompt: list[int], count: int, sampling=None, seed: int = 0) -> str:
+    (ids,) = decode(model, [prompt], count, sampling or Sampling(), {tokenizer.eos_id}, seed)
+    return tokenizer.decode(ids)
+
+
+def test_completions_models_and_usage(served, model, tokenizer):
+    assert [m.id for m in served.client.models.list()] == ["small"]
+    ids = [tokenizer.bos_id, *tokenizer.encode("def ")]
+    for prompt in ("def ", ids):
+        answer = served.client.completions.create(model="small", prompt=prompt, max_tokens=20, temperature=0)
+        assert answer.choices[0].text == expected(model, tokenizer, ids, 20)
+        assert answer.choices[0].finish_reason == "length"
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 20)
+
+
+def test_several_prompts_and_copies_each_with_its_own_seed(served, model, tokenizer):
+    answer = served.client.completions.create(
+        model="small", prompt=["a", "def f"], n=2, seed=7, max_tokens=12, temperature=1.0, extra_body={"top_k": 50}
+    )
+    wanted = [
+        expected(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(p)], 12, Sampling(1.0, 50), seed)
+        for p in ("a", "def f")
+        for seed in (7, 8)
+    ]
+    assert [choice.text for choice in sorted(answer.choices, key=lambda c: c.index)] == wanted
+
+
+def test_streams_join_to_the_answer_in_whole_characters(served):
+    options = {"model": "small", "prompt": "日", "max_tokens": 60, "temperature": 1.0, "seed": 3}
+    whole = served.client.completions.create(**options).choices[0]
+    events = list(served.client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(e.choices[0].text for e in events if e.choices) == whole.text
+    assert events[-2].choices[0].finish_reason == whole.finish_reason and events[-1].usage.completion_tokens > 0
+    stop = whole.text[5:7]
+    cut = served.client.completions.create(**options, stop=[stop]).choices[0]
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+
+
+def test_chat(served, model, tokenizer):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    prompt = conversation(tokenizer, [("system", "be brief"), ("user", "hello")])
+    options = {"model": "small", "messages": messages, "max_completion_tokens": 15, "temperature": 0}
+    answer = served.client.chat.completions.create(**options)
+    assert answer.choices[0].message.content == expected(model, tokenizer, prompt, 15)
+    pieces = served.client.chat.completions.create(**options, stream=True)
+    assert "".join(p.choices[0].delta.content for p in pieces) == answer.choices[0].message.content
+
+
+def test_32_clients_at_once_get_their_own_answers(served, model, tokenizer):
+    """More than there are rows; each with another prompt and length, half of them streaming."""
+    prompts = [f"{'x' * (i % 7)} def {i}" for i in range(32)]
+    wanted = [
+        expected(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(p)], 5 + i) for i, p in enumerate(prompts)
+    ]
+
+    def ask(i: int) -> str:
+        options = {"model": "small", "prompt": prompts[i], "max_tokens": 5 + i, "temperature": 0}
+        if i % 2:
+            return served.client.completions.create(**options).choices[0].text
+        return "".join(e.choices[0].text for e in served.client.completions.create(**options, stream=True))
+
+    with ThreadPoolExecutor(32) as pool:
+        for _ in range(2):
+            assert list(pool.map(ask, range(32))) == wanted
+    assert served.idle()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_goes_away_frees_its_row(served, streaming):
+    body = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 1.0, "stream": streaming, "n": 4}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    with socket.create_connection(served.socket.getsockname()) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + data)
+        while not served.engine.running:
+            time.sleep(0.005)
+    assert served.idle()
+    answer = served.client.completions.create(model="small", prompt="a", max_tokens=1)
+    assert answer.usage.completion_tokens <= 1
+
+
+@pytest.mark.parametrize(
+    "changes, status, message",
+    [
+        ({"model": "other"}, 404, "model 'other': there is only 'small'"),
+        ({"temperature": -1}, 400, "temperature=-1.0: must be at least 0"),
+        ({"top_p": 2}, 400, "top_p=2.0: must be between 0 and 1"),
+        ({"max_tokens": -1}, 400, "max_tokens: Input should be greater than or equal to 0"),
+        ({"prompt": "x " * 600}, 400, "tokens is longer than the context of 512 tokens"),
+        ({"prompt": []}, 400, "prompt: must not be an empty list"),
+        ({"prompt": [[]]}, 400, "a prompt holds no token"),
+        ({"prompt": [10**6]}, 400, "prompt: a token lies outside 0 to"),
+        ({"prompt": None}, 400, "prompt"),
+        ({"logit_bias": {"1": 5}}, 400, "logit_bias: Extra inputs are not permitted"),
+        ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_bad_request_gets_a_reason(served, changes, status, message):
+    body = {"model": "small", "prompt": "a", "max_tokens": 2} | changes
+    assert_refused(served, "/v1/completions", body, status, message)
+
+
+def assert_refused(served, path, body, status, message):
+    request = urllib.request.Request(served.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert error.value.code == status
+    assert message in json.loads(error.value.read())["error"]["message"]
+
+
+def test_a_bad_chat_gets_a_reason(served):
+    body = {"model": "small", "messages": [{"role": "tool", "content": "x"}]}
+    assert_refused(served, "/v1/chat/completions", body, 400, "role=tool: must be system, user or assistant")
+    assert_refused(served, "/v1/chat/completions", body | {"messages": []}, 400, "messages")
+
+
+def test_limits_of_waiting_and_of_time(model, tokenizer):
+    served = Served(model, tokenizer, rows=1, waiting=0, seconds=0.2)
+    try:
+        body = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 1.0, "n": 2}
+        assert_refused(served, "/v1/completions", body, 429, "0 requests are waiting already")
+        served.model_step = served.engine.step
+
+        def slow() -> None:
+            time.sleep(0.1)
+            served.model_step()
+
+        served.engine.step = slow  # type: ignore[method-assign]
+        assert_refused(served, "/v1/completions", body | {"n": 1}, 504, "not finished within 0.2 seconds")
+        assert served.idle()
+    finally:
+        served.close()
+
+
+@pytest.mark.parametrize("sizes, name", [((0, 1, 1.0), "slots"), ((1, -1, 1.0), "max_waiting"), ((1, 1, 0), "timeout")])
+def test_impossible_sizes_are_one_line(sizes, name):
+    with pytest.raises(ConfigError, match=name):
+        check_engine(*sizes)
+
+
+def test_an_error_while_decoding_reaches_the_client_and_the_next_one_is_served(served, monkeypatch):
+    extend = served.engine.decoder.extend
+    monkeypatch.setattr(served.engine.decoder, "extend", lambda *_: 1 / 0)
+    assert_refused(served, "/v1/completions", {"model": "small", "prompt": "a"}, 500, "decoding failed")
+    monkeypatch.setattr(served.engine.decoder, "extend", extend)
+    assert served.client.completions.create(model="small", prompt="a", max_tokens=3).usage.completion_tokens <= 3
