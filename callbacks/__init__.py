@@ -13,6 +13,7 @@ from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.run_report import RunReport
 from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput
+from dsv3_lightning.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "BalanceFactor",
@@ -25,4 +26,5 @@ __all__ = [
     "RunReport",
     "SampleText",
     "Throughput",
+    "WeightAverage",
 ]

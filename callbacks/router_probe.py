@@ -49,7 +49,7 @@ class RouterProbe(Callback):
         starts += [k if isinstance(module, MTPModule) else 0 for k, module in enumerate(model.mtp, start=1)]
         self.masks_LN = [mask_BS[:, start : start + T].flatten() for start in starts]
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []

@@ -6,6 +6,7 @@ CALLBACKS = {
     "mtp_weight": "dsv3_lightning.callbacks.MTPWeight",
     "router_monitor": "dsv3_lightning.callbacks.RouterMonitor",
     "router_probe": "dsv3_lightning.callbacks.RouterProbe",
+    "weight_average": "dsv3_lightning.callbacks.WeightAverage",
     "throughput": "dsv3_lightning.callbacks.Throughput",
     "sample_text": "dsv3_lightning.callbacks.SampleText",
     "checkpoint": "dsv3_lightning.callbacks.Checkpoint",

@@ -58,7 +58,7 @@ def test_a_callback_of_another_file_can_be_switched_off_by_name():
 LOSSES = "sequence, batch, expert, device, communication, switch, z"
 PARTS = "does not divide into accumulate_grad_batches × devices × num_nodes ="
 NAMES = (
-    "expert_bias, balance_factor, mtp_weight, router_monitor, router_probe, throughput, "
+    "expert_bias, balance_factor, mtp_weight, router_monitor, router_probe, weight_average, throughput, "
     "sample_text, checkpoint, progress, run_report"
 )
 

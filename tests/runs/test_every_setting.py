@@ -114,6 +114,7 @@ LEAVES = {
     "callbacks.router_monitor.every_n_steps": (3, "pictures"),
     "callbacks.router_monitor.per_layer": (True, NUMBERS),
     "callbacks.router_probe": ("null", NUMBERS),
+    "callbacks.weight_average": ("{decay: 0.5}", NUMBERS),
     "callbacks.throughput.peak_flops": (2e11, "speed"),
     "callbacks.sample_text.every_n_steps": (1, TEXT),
     "callbacks.sample_text.prompts": ("[b]", TEXT),

@@ -1,0 +1,111 @@
+"""An exponential moving average of the weights, kept on the CPU (V3 §3.2.3) and evaluated beside the weights."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.tensors import like, local, part, whole
+from dsv3_lightning.training.logging import log_scalars, stepped
+from dsv3_lightning.training.metrics import TokenLoss
+
+
+class WeightAverage(Callback):
+    """a = d · a + (1 - d) · w after every optimizer step that was not skipped, d = min(decay, (1 + n) / (10 + n)).
+
+    n counts the updates: a short run isn't ruled by its initial weights. a is fp32, on the CPU, of each rank the parts
+    that it has of the weights; the expert biases, which are no weights, stay as they are.
+
+    Needs `pl_module.model` with `losses`. After a validation goes over its batches once more with the average in the
+    weights' place. Logs val/loss_average. Saves the average, whole, and n.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"callbacks.weight_average.decay={decay}: must be at least 0 and below 1")
+        self.decay, self.updates = decay, 0
+        self.weights: dict[str, nn.Parameter] = {}
+        self.average: dict[str, Tensor] = {}  # of each weight this rank's part
+        self.loaded: dict[str, Tensor] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.weights, self.average = {}, {}
+
+    def adopt(self, pl_module: Any) -> None:
+        """Takes the weights, or what a checkpoint held, as the average; once, when there are weights."""
+        if self.average:
+            return
+        self.weights = dict(pl_module.model.named_parameters())
+        if self.loaded is None:
+            self.average = {name: own_copy(weight) for name, weight in self.weights.items()}
+        else:
+            self.average = {name: part(self.loaded[name], weight) for name, weight in self.weights.items()}
+            self.loaded = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.adopt(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not stepped(trainer, batch_idx) or getattr(pl_module, "step_skipped", False):
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, weight in self.weights.items():
+            self.average[name].lerp_(own_copy(weight), 1 - decay)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        self.adopt(pl_module)
+        loss = TokenLoss(1 + pl_module.model.config.mtp_depth).to(pl_module.device)
+        trained = {name: local(weight.detach()).clone() for name, weight in self.weights.items()}
+        put(pl_module.model, self.average)
+        try:
+            for batch in batches(trainer):
+                with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                    losses = pl_module.model.losses(batch["tokens"], batch["mask"], batch["targets"])
+                loss.update(losses.nll_K, batch["targets"])
+        finally:
+            put(pl_module.model, trained)
+        main = torch.atleast_1d(loss.compute())[0]  # torchmetrics makes one element a scalar
+        log_scalars(trainer, {"val/loss_average": float(main)}, getattr(pl_module, "steps_done", None))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank must ask: parts are put together."""
+        average = {
+            name: whole(like(weight, self.average[name].to(local(weight).device)))
+            for name, weight in self.weights.items()
+        }
+        return {"updates": self.updates, "average": average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates, self.loaded = state_dict["updates"], state_dict["average"]
+        self.average = {}
+
+
+def own_copy(weight: Tensor) -> Tensor:
+    """This rank's part of a weight: fp32 on the CPU, never a view of it."""
+    return local(weight.detach()).to("cpu", torch.float32, copy=True)
+
+
+@torch.no_grad()
+def put(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Sets this rank's parts. What FSDP has gathered before is of other weights, so it goes."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, weight in model.named_parameters():
+        local(weight).copy_(values[name])
+
+
+def batches(trainer: Trainer) -> Any:
+    """The batches of the validation that has just ended, on the device."""
+    for number, batch in enumerate(trainer.val_dataloaders):  # type: ignore[arg-type]
+        if number >= trainer.num_val_batches[0]:
+            return
+        yield trainer.strategy.batch_to_device(batch)
