@@ -190,6 +190,16 @@ def placement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="default: placement/ in the run's folder")
 
 
+def needle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", metavar="N", help="default: 1/4, 1/2, all of the context"
+    )
+    parser.add_argument("--depths", type=positive, default=5, metavar="N", help="of the needle; default %(default)s")
+    parser.add_argument("--texts", type=positive, default=8, metavar="N", help="for each; default %(default)s")
+    parser.add_argument("--out", metavar="FOLDER", help="default: needle/ in the run's folder")
+
+
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="a file, or one of ours; then key=value for all")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
@@ -243,6 +253,7 @@ VERBS = {
     "placement": Verb(
         f"{COMMANDS}.placement:placement", "Spread a model's experts over GPUs by their load.", placement_arguments
     ),
+    "needle": Verb(f"{COMMANDS}.needle:needle", "See whether a model finds a line in a long text.", needle_arguments),
     "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP and memory, on no device.", config_arguments),
     "sweep": Verb(
         f"{COMMANDS}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments

@@ -1,6 +1,7 @@
 """`dsv3 placement`: which GPU serves which experts, from the load that a run's validation text gives them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,20 @@ def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str 
 def count_load(config: Config, path: Path) -> Tensor:
     """Tokens per expert, int64 [L, E], of some validation batches."""
     model = load_model(path, config.model)
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
-    data.prepare_data()
-    data.setup("validate")
     counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
-    for batch, _ in zip(data.val_dataloader(), range(BATCHES)):
+    for batch, _ in zip(validation_batches(config), range(BATCHES)):
         counts_LE += model.losses(batch["tokens"], batch["mask"], None).counts_LE
     if not counts_LE.any():
         raise ConfigError("data.validation_fraction: the run has no validation text to count on; give --loads FILE.npy")
     return counts_LE
+
+
+def validation_batches(config: Config) -> Iterable[dict[str, Tensor]]:
+    """As the run validates on."""
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
+    data.prepare_data()
+    data.setup("validate")
+    return data.val_dataloader()
 
 
 def read_loads(name: str, config: Config) -> Tensor:

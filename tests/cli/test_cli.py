@@ -60,6 +60,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
+        "needle": "-h --help run --lengths --depths --texts --out",
         "plan": config,
         "sweep": "-h --help words --jobs --task --slurm",
         "compare": "-h --help runs --markdown --plot",

@@ -59,7 +59,7 @@ def assert_trained(run: Run) -> None:
 
 
 def test_no_preset_is_forgotten():
-    assert set(presets()) == {"base", "nano", "laptop", *LARGE}
+    assert set(presets()) == {"base", "nano", "laptop", "extend", *LARGE}  # extend: tests/hub/test_extend.py
 
 
 @pytest.mark.parametrize("name", ["nano", "laptop"])

@@ -1,0 +1,44 @@
+"""`dsv3 needle`: the needle-in-a-haystack check of a run's model, on its validation text, with a heat map."""
+
+import json
+
+from dsv3_lightning.callbacks.plots import heat_map
+from dsv3_lightning.callbacks.run_report import write_whole
+from dsv3_lightning.commands.generate import find_checkpoint, load_model, stored_config
+from dsv3_lightning.commands.placement import validation_batches
+from dsv3_lightning.data.files import native
+from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.inference.needle import find_needles
+
+
+def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: str | None) -> int:
+    """Prints what the needle is worth by length and depth; writes needle.json and needle.png."""
+    path, folder = find_checkpoint(native(run))
+    config = stored_config(folder)
+    limit = config.model.max_position_embeddings
+    lengths = lengths or [limit // part for part in (4, 2, 1)]
+    places = [place / max(depths - 1, 1) for place in range(depths)]
+    filler: list[int] = []
+    for batch in validation_batches(config):
+        filler += batch["tokens"][batch["mask"]].tolist()
+        if len(filler) > 4 * max(lengths):
+            break
+    found = find_needles(load_model(path, config.model), Tokenizer.from_file(folder), filler, lengths, places, texts)
+    print("nats per token that the needle saves (share that greedy decoding gets right)")
+    print("length " + "".join(f"  at {place:4.0%}     " for place in places))
+    for row, length in enumerate(lengths):
+        cells = zip(found.saved[row].tolist(), found.right[row].tolist())
+        print(f"{length:6} " + "".join(f"  {saved:5.2f} ({right:4.0%})" for saved, right in cells))
+    target = folder / "needle" if out is None else native(out)
+    target.mkdir(parents=True, exist_ok=True)
+    content = {"lengths": lengths, "depths": places, "texts": texts}
+    content |= {name: value.tolist() for name, value in found._asdict().items()}
+    write_whole(target / "needle.json", json.dumps(content) + "\n")
+    picture = heat_map(found.saved, "nats per token that the needle saves", 0.0)
+    axes = picture.axes[0]
+    axes.set(xlabel="depth of the needle", ylabel="tokens")
+    axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
+    axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])
+    picture.savefig(target / "needle.png")
+    print(f"{target}: needle.json and needle.png")
+    return 0

@@ -1,0 +1,74 @@
+"""Needle in a haystack: does the model find one line of a long text again, wherever it stands?
+
+The text is filler, with "the secret number is …" at some depth, and ends with the same words; what is measured are the
+digits after them. A small model won't answer, so beside the share of digits that greedy decoding gets right stands what
+the needle is worth: nats per token that it saves, against the same text with another number in its place.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.decoder import Decoder
+from dsv3_lightning.model.transformer import Transformer
+
+ASK = "\n# The secret number is "
+
+
+class Found(NamedTuple):
+    """[lengths, depths] fp64. right: share of the digits' tokens that greedy decoding gives. saved: nats per token."""
+
+    right: Tensor
+    saved: Tensor
+
+
+def find_needles(
+    model: Transformer, tokenizer: Tokenizer, filler: list[int], lengths: list[int], depths: list[float], texts: int
+) -> Found:
+    """depths: 0 is the beginning, 1 the end. Means over `texts` numbers and pieces of filler. Raises ConfigError."""
+    limit = model.config.max_position_embeddings
+    ask = tokenizer.encode(ASK)
+    right, saved = torch.zeros(2, len(lengths), len(depths), dtype=torch.float64).unbind()
+    for row, length in enumerate(lengths):
+        if length > limit:
+            raise ConfigError(f"lengths: {length} tokens are more than the context of {limit}")
+        for column, depth in enumerate(depths):
+            for text in range(texts):
+                number, other = (tokenizer.encode(f"{secret(text, which)}") for which in (0, 1))
+                tail = [*ask, *number]
+                scores = []
+                for needle in (number, other):
+                    line = [*ask, *needle, *tokenizer.encode(".\n")]
+                    room = length - 1 - len(line) - len(tail)
+                    if room < 0 or room > len(filler):
+                        raise ConfigError(
+                            f"lengths: {length} tokens need {max(room, 0)} of filler, there are {len(filler)}; "
+                            f"the shortest is {length - room}"
+                        )
+                    start = text * 997 % (len(filler) - room + 1)
+                    hay, place = filler[start : start + room], round(depth * room)
+                    ids = [tokenizer.bos_id, *hay[:place], *line, *hay[place:], *tail]
+                    scores.append(score(model, ids, len(number)))
+                right[row, column] += scores[0][0] / texts
+                saved[row, column] += (scores[0][1] - scores[1][1]) / texts
+    return Found(right, saved)
+
+
+def secret(text: int, which: int) -> int:
+    """Six digits; the two of a text differ in every one."""
+    digits = f"{(text + 1) * 716_537 % 1_000_000:06}"
+    return int("".join(str((int(digit) + 5 * which) % 10) for digit in f"1{digits[1:]}"))
+
+
+def score(model: Transformer, ids: list[int], answer: int) -> tuple[float, float]:
+    """Of the last `answer` tokens: the share that is the likeliest, and the mean log-probability."""
+    decoder = Decoder(model, 1, len(ids))
+    h_1TD = decoder.extend(torch.tensor([ids], device=decoder.device))
+    logits_AV = decoder.logits(h_1TD[:, -answer - 1 : -1])[0]
+    wanted_A = torch.tensor(ids[-answer:], device=decoder.device)
+    right = (logits_AV.argmax(-1) == wanted_A).double().mean()
+    likely_A = logits_AV.log_softmax(-1).gather(1, wanted_A[:, None])
+    return float(right), float(likely_A.double().mean())
