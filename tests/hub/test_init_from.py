@@ -115,6 +115,19 @@ def test_a_start_that_can_not_be_meant_is_one_line(words, message, runs, folder,
     assert not (runs.base / "runs/refused").exists()
 
 
+def test_two_processes_read_what_each_of_them_holds(runs, trained, folder):
+    run = runs.command(
+        "sharded", f"init_from={folder}", "strategy=fsdp2", "trainer.devices=2", "trainer.accelerator=cpu",
+        "optimizer.lr=1e-9", "optimizer.warmup_steps=1", "trainer.max_steps=1", "callbacks.checkpoint.every_n_steps=1",
+    )  # fmt: skip
+    assert run.code == 0, run.output
+    own, other = trained.weights(5), run.weights(1)
+    assert own.keys() == other.keys()
+    for name, weight in own.items():
+        if "expert_bias" not in name and weight.is_floating_point():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+
+
 def test_another_mtp_depth_and_context_are_said(runs, folder, capsys):
     more = ["model.num_nextn_predict_layers=2", "model.max_position_embeddings=512", "trainer.max_steps=1"]
     assert runs.run("deeper", f"init_from={folder}", *more).code == 0

@@ -1,13 +1,17 @@
 """transformers reads an export as the same model: equal logits, the same greedy text, the same MTP logits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from dsv3_lightning.hub.tokens import write_generation_config
 from dsv3_lightning.hub.verify import all_logits
+from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.generate import generate
+from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.model.config import Yarn
 from tests.model.small import clear_batch
 
@@ -22,7 +26,10 @@ MODELS = {
     "v3 that rotates halves": small_config(rope_interleave=False),
     "v3, tied": small_config(tie_word_embeddings=True, num_nextn_predict_layers=1),
     "v3 with YaRN": small_config(rope_scaling=YARN, **LONG),
-    "v3 with YaRN, one weight": small_config(rope_scaling=replace(YARN, mscale_all_dim=0.0), **LONG),
+    **{
+        f"v3 with YaRN, {a} and {b}": small_config(rope_scaling=replace(YARN, mscale=a, mscale_all_dim=b), **LONG)
+        for a, b in ((1.0, 0.7), (1.0, 0.0), (0.0, 0.0))
+    },
     "moonlight": small_config(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2),
     "v2": small_config(**V2_GROUPS),
     "v2-lite that rotates halves": small_config(**V2_LITE, rope_interleave=False),
@@ -68,6 +75,24 @@ def test_its_mtp_model_gives_our_mtp_logits(tmp_path, monkeypatch):
     _, ours = all_logits(model, tokens)
     assert ours is not None
     torch.testing.assert_close(ours, main.lm_head(h_1), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_both_stop_at_the_same_end_token(tmp_path):
+    """transformers knows it from the exported files alone; here it is the token at the sixth place of the text."""
+    from transformers import AutoModelForCausalLM
+
+    model = biased(MODELS["v3"])
+    prompt = torch.tensor([[7, 21, 3, 40]])
+    (plain,) = generate(model, prompt.tolist(), 200, 0.0, eos_id=-1, seed=0)
+    end = next(token for place, token in enumerate(plain) if place >= 5 and token not in plain[:place])
+    folder = exported(model, tmp_path / "out")
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=end, pad_id=2)
+    write_generation_config(tokenizer, folder)  # type: ignore[arg-type]
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200)[0, 4:].tolist()
+    (ours,) = decode(model, prompt.tolist(), 200, Sampling(), {end}, seed=0)
+    assert text == [*ours, end] and 5 <= len(ours) < 200
 
 
 def test_half_precision_keeps_the_bias_in_fp32(tmp_path):
