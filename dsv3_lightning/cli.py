@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dsv3_lightning import __version__
 from dsv3_lightning.errors import ConfigError, RunStopped
@@ -65,13 +65,13 @@ def dispatch(words: Sequence[str]) -> int:
     parser = Parser(f"dsv3 {chosen.verb}", verb.summary, "")
     verb.arguments(parser)
     arguments = vars(parser.parse_intermixed_args(chosen.words))
-    if verb.arguments is config_arguments:
+    if verb.arguments in (config_arguments, plan_arguments):
         return run_with_config(verb, **arguments)
     return resolve(verb.target)(**arguments)
 
 
-def run_with_config(verb: Verb, words: list[str], print_config: bool) -> int:
-    """Composes and checks the settings, then hands them to the verb: (config, tree as plain dict, files read)."""
+def run_with_config(verb: Verb, words: list[str], print_config: bool, **options: Any) -> int:
+    """Composes and checks the settings, then hands them to the verb: (config, tree as plain dict, files read, ...)."""
     from dsv3_lightning.config.compose import compose, to_yaml
     from dsv3_lightning.config.overrides import split_words
     from dsv3_lightning.config.schema import check, to_tree
@@ -84,7 +84,7 @@ def run_with_config(verb: Verb, words: list[str], print_config: bool) -> int:
     if print_config:
         print(to_yaml(to_tree(config)), end="")
         return 0
-    return resolve(verb.target)(config, to_tree(config), composed.files)
+    return resolve(verb.target)(config, to_tree(config), composed.files, **options)
 
 
 def resolve(target: str) -> Callable[..., int]:
@@ -118,6 +118,19 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+", metavar="FILE", help=f"YAML files, or presets by name: {names}")
     parser.add_argument("--print-config", action="store_true", help="show all settings in force, and do nothing")
     parser.epilog = CONFIG_HELP.format(prog=parser.prog, base=PRESETS / "base.yaml")
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser)
+    parser.usage = f"{parser.prog} FILE... [key=value ...] [--gpus N [--gpu KIND] [--efficiency X]] [--print-config]"
+    parser.add_argument("--gpus", type=positive, metavar="N", help="plan one rank of N, and the whole run's time")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="KIND", help="a100, h100, h200, h800, b200; default %(default)s"
+    )
+    parser.add_argument(
+        "--efficiency", type=share, default=0.45, metavar="X",
+        help="share of the peak that computing alone is assumed to reach; default %(default)s",
+    )  # fmt: skip
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +233,13 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
 def above_zero(text: str) -> float:
     value = float(text)
     if not value > 0:
@@ -254,7 +274,7 @@ VERBS = {
         f"{COMMANDS}.placement:placement", "Spread a model's experts over GPUs by their load.", placement_arguments
     ),
     "needle": Verb(f"{COMMANDS}.needle:needle", "See whether a model finds a line in a long text.", needle_arguments),
-    "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP and memory, on no device.", config_arguments),
+    "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP, memory, a run's time: on no device.", plan_arguments),
     "sweep": Verb(
         f"{COMMANDS}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments
     ),

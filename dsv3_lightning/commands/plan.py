@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv3_lightning.commands.plan_cluster import cluster_tables
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
@@ -11,8 +12,10 @@ from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import Count, add, count_parameters
 
 
-def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
-    print("\n\n".join((parameter_table(config), flop_table(config), memory_table(config))))
+def run(config: Config, tree: dict[str, Any], files: list[Path], gpus: int | None, gpu: str, efficiency: float) -> int:
+    tables = [parameter_table(config), flop_table(config)]
+    tables += [memory_table(config)] if gpus is None else cluster_tables(config, gpus, gpu, efficiency)
+    print("\n\n".join(tables))
     return 0
 
 

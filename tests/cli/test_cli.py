@@ -61,7 +61,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
         "needle": "-h --help run --lengths --depths --texts --out",
-        "plan": config,
+        "plan": f"{config} --gpus --gpu --efficiency",
         "sweep": "-h --help words --jobs --task --slurm",
         "compare": "-h --help runs --markdown --plot",
         "doctor": "-h --help",
@@ -100,7 +100,7 @@ def test_a_multi_line_error_becomes_one_line(monkeypatch: pytest.MonkeyPatch, ca
         raise cli.ConfigError("one\ntwo")
 
     monkeypatch.setattr(cli, "resolve", lambda _: stop)
-    assert cli.main(["plan", "nano"]) == 2
+    assert cli.main(["validate", "nano"]) == 2
     assert capsys.readouterr().err == "dsv3: error: one two\n"
 
 
@@ -109,7 +109,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "resolve", lambda _: interrupt)
-    assert cli.main(["plan", "nano"]) == 130
+    assert cli.main(["validate", "nano"]) == 130
 
 
 def test_a_verb_gets_settings_tree_and_files(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,107 @@
+"""The part of `dsv3 plan` that `--gpus` adds: one rank's memory, the wires, and what the run takes."""
+
+import math
+
+from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
+from dsv3_lightning.planning.cluster import RankMemory, StepTime, Work, rank_memory, split_step, step_time
+from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
+from dsv3_lightning.planning.hardware import GPU, gpu_named
+
+PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
+
+
+def cluster_tables(config: Config, gpus: int, gpu_name: str, efficiency: float) -> list[str]:
+    """Raises ConfigError for a mesh or a batch that doesn't divide, with the nearest that do."""
+    gpu = gpu_named(gpu_name)
+    strategy, chosen = strategy_of(config)
+    shape = mesh_shape(strategy, gpus, math.gcd(gpus, gpu.per_node), config.model)
+    work = work_of(config, gpus)
+    memory = rank_memory(config.model, shape, strategy, work)
+    time = step_time(config.model, shape, strategy, work, gpu, efficiency)
+    head = f"{gpus:,} {gpu_name.upper()}, {strategy.kind}{chosen}: {shape}"
+    return [
+        head,
+        memory_table(memory, gpu, work),
+        traffic_table(time, shape),
+        time_table(config, time, gpus, gpu, efficiency),
+    ]
+
+
+def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
+    """The config's mesh, or one that fits a model of this kind; and a word on which."""
+    strategy = mesh_strategy(config.strategy)
+    if strategy is not None:
+        return strategy, ""
+    if isinstance(config.strategy, dict) or config.strategy not in ("auto", "ddp"):
+        raise ConfigError(f"strategy={config.strategy!r}: only fsdp2, hsdp and fsdp2_ep can be planned for --gpus")
+    return StrategyConfig(kind="fsdp2_ep"), f" (assumed, the config says {config.strategy})"
+
+
+def work_of(config: Config, gpus: int) -> Work:
+    """The micro-batch is the config's; the step is split over these GPUs."""
+    trainer = config.trainer
+    ranks = (number_of_devices(trainer) or 1) * trainer["num_nodes"]
+    samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks))
+    precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
+    T = config.data.sequence_length
+    micro_batches = split_step(config.data.batch_size, samples, gpus)
+    return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing)
+
+
+def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
+    verdict = "fits" if memory.total < gpu.memory else "DOES NOT FIT"
+    return table(
+        [
+            (f"memory per rank, {work.precision}", "", ""),
+            ("weights, its part", si(memory.weights, "B"), "exact"),
+            ("gradients, its part", si(memory.gradients, "B"), "exact"),
+            ("AdamW, its part", si(memory.optimizer, "B"), "exact"),
+            ("blocks gathered for a moment", si(memory.gathered, "B"), "estimate"),
+            (f"activations of {work.tokens:,} tokens, checkpointing {work.policy}", si(memory.activations, "B"),
+             "estimate"),
+            ("sum", si(memory.total, "B"), f"{verdict} in {si(gpu.memory, 'B')}"),
+        ]
+    )  # fmt: skip
+
+
+def traffic_table(time: StepTime, shape: MeshShape) -> str:
+    traffic = time.traffic
+    return table(
+        [
+            ("received by a rank per step", "bytes", "seconds"),
+            ("parameters gathered, gradients scattered", si(traffic.parameters, "B"), ""),
+            (f"gradients between {shape.dp_replicate} replicas", si(traffic.replicas, "B"), ""),
+            ("  both, while it computes", "", f"{traffic.parameter_seconds:.2f}"),
+            (f"tokens to {shape.ep} ranks of experts and back", si(traffic.tokens, "B"),
+             f"{traffic.token_seconds:.2f}"),
+        ]
+    )  # fmt: skip
+
+
+def time_table(config: Config, time: StepTime, gpus: int, gpu: GPU, efficiency: float) -> str:
+    step_tokens = config.data.batch_size * config.data.sequence_length
+    total = step_tokens * config.trainer["max_steps"]
+    speed = step_tokens / time.seconds
+    hours = gpus * time.seconds / 3600
+    rows = [
+        ("time", ""),
+        (f"computing, at {efficiency:.0%} of the peak (assumed)", f"{time.compute:.2f} s"),
+        ("step", f"{time.seconds:.2f} s"),
+        (f"MFU, of {si(gpu.peak, 'FLOP/s')}", f"{time.flop / time.seconds / gpu.peak:.1%}"),
+        ("tokens per second and GPU", f"{speed / gpus:,.0f}"),
+        ("tokens per day", si(speed * 86400, "")),
+        ("GPU hours per trillion tokens", f"{hours / step_tokens * 1e12:,.0f}"),
+        (f"GPU hours of the run, {si(total, '')} tokens", f"{hours * config.trainer['max_steps']:,.0f}"),
+        ("days of the run", f"{time.seconds * config.trainer['max_steps'] / 86400:,.1f}"),
+    ]
+    if config.model.hidden_size == 7168 and config.model.n_routed_experts == 256:
+        with_mtp = training_flop_per_token(config.model, config.data.sequence_length)
+        main_model = 3 * forward_flop_per_token(config.model, config.data.sequence_length, with_mtp=False)
+        reached = [si(flop * 1e12 / (PUBLISHED * 3600), "FLOP/s") for flop in (main_model, with_mtp)]
+        rows.append(("published for V3 (H800, FP8, 16-way pipeline): GPU hours per T tokens", f"{PUBLISHED:,.0f}"))
+        rows.append(("  which is per GPU, without and with MTP", " and ".join(reached)))
+    return table(rows)

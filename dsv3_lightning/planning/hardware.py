@@ -1,0 +1,35 @@
+"""What GPUs can do, from their makers' data sheets: nothing here is measured, and no unknown GPU is guessed."""
+
+from dataclasses import dataclass
+
+from dsv3_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """peak: dense bf16 FLOP/s. memory: bytes. inside, between: bytes/s per GPU and direction, within and between nodes.
+
+    A node has `per_node` GPUs.
+    """
+
+    peak: float
+    memory: float
+    inside: float
+    between: float
+    per_node: int = 8
+
+
+GPUS = {
+    "a100": GPU(312e12, 80e9, 300e9, 25e9),
+    "h100": GPU(989e12, 80e9, 450e9, 50e9),
+    "h200": GPU(989e12, 141e9, 450e9, 50e9),
+    "h800": GPU(989e12, 80e9, 160e9, 50e9),  # bandwidths as V3 §3.2.2 has them
+    "b200": GPU(2250e12, 180e9, 900e9, 50e9),
+}
+
+
+def gpu_named(name: str) -> GPU:
+    """Raises ConfigError."""
+    if name.lower() not in GPUS:
+        raise ConfigError(f"--gpu {name}: not known; must be {', '.join(GPUS)}")
+    return GPUS[name.lower()]

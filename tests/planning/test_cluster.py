@@ -1,0 +1,99 @@
+"""A rank's memory, the wires and the time, against numbers worked out by hand and published ones."""
+
+from pathlib import Path
+
+import pytest
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
+from dsv3_lightning.planning.cluster import Work, parameter_split, rank_memory, split_step, step_time, traffic
+from dsv3_lightning.planning.hardware import GPU, GPUS
+from tests.conftest import ROOT
+
+CLUSTER = sorted((ROOT / "configs/cluster").glob("*.yaml"))
+FSDP = StrategyConfig(kind="fsdp2_ep")
+V3 = check(compose(["v3"]).tree).model
+WORK = Work(tokens=4096, micro_batches=2, sequence_length=4096, precision="bf16", policy="full")
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
+def test_every_cluster_config_fits_as_it_is_planned(path: Path, capsys: pytest.CaptureFixture[str]):
+    config = check(compose([str(path)]).tree)
+    ranks = config.trainer["devices"] * config.trainer["num_nodes"]
+    assert path.stem.endswith(f"-{ranks}")
+    assert main(["plan", str(path), "--gpus", str(ranks), "--gpu", "h100"]) == 0
+    shown = capsys.readouterr().out
+    assert "fits in 80 GB" in shown and f"{ranks:,} H100" in shown
+
+
+def test_there_are_configs_for_8_to_2048_gpus():
+    assert [path.stem for path in CLUSTER] == ["moonlight-16", "v2-lite-8", "v3-2048", "v3-256"]
+
+
+def test_v3_on_2048_gpus_shows_its_estimate_beside_the_published_hours(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]) == 0
+    shown = capsys.readouterr().out
+    assert "180,000" in shown and "386.5 TFLOP/s" in shown  # 250.45 GFLOP/token · 1e12 / (180e3 · 3600 s), §1 table 1
+
+
+def test_shares_are_the_whole_over_the_ranks():
+    memory = rank_memory(V3, MeshShape(8, 256, 64), FSDP, WORK)
+    total = 671_026_404_352 + 11_610_068_224 - 256  # FACTS: main model and MTP module, without its bias
+    assert memory.weights == pytest.approx(2 * total / 256, rel=1e-5)
+    assert memory.gradients == pytest.approx(2 * total / 256, rel=1e-5)
+    assert memory.optimizer == pytest.approx(12 * total / 256, rel=1e-5)  # two moments and master weights
+
+
+def test_bytes_on_the_wires_are_those_of_rings_and_of_all_to_alls():
+    """Two nodes of two GPUs; experts over all four: 3/4 of the slots travel, 2/4 between nodes."""
+    gpu = GPU(peak=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2)
+    dense, routed = parameter_split(V3)
+    assert routed == 59 * 256 * 3 * 7168 * 2048
+    found = traffic(V3, MeshShape(1, 4, 4), FSDP, WORK, gpu)
+    gathered = 2 * (2 * 2 + 4) * dense * 3 / 4  # micro-batches, bf16 twice and fp32 once, ring of four
+    assert found.parameters == pytest.approx(gathered)  # an expert is on one rank alone
+    assert found.parameter_seconds == pytest.approx(gathered / 10)
+    slots = 2 * 4096 * 8 * 59 * 7168 * 2 * 6  # there and back three times: forward, recomputed, backward
+    assert found.tokens == pytest.approx(slots * 3 / 4)
+    assert found.token_seconds == pytest.approx(slots * (1 / 4 / 100 + 2 / 4 / 10))
+
+
+def test_replicas_add_their_parts_of_the_gradients():
+    found = traffic(V3, MeshShape(2, 4, 1), FSDP, WORK, GPUS["h100"])
+    assert found.replicas == pytest.approx(2 * 2 * 1 / 2 * 4 * sum(parameter_split(V3)) / 4)
+
+
+def test_a_step_takes_what_its_flop_take_where_nothing_travels():
+    time = step_time(V3, MeshShape(1, 1, 1), FSDP, WORK, GPUS["h800"], efficiency=0.5)
+    flop = 260.64e9 * 4096 * 2  # FACTS §4, with MTP
+    assert time.flop == pytest.approx(flop, rel=1e-4)
+    assert time.seconds == pytest.approx(4 / 3 * flop / (989e12 * 0.5), rel=1e-4)  # all forward passes twice
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "2048"], "data.batch_size=15360: does not divide into micro-batches of 1 samples on 2048 ranks; "
+                             "use 14336 or 16384"),
+        (["--gpus", "8", "--gpu", "h9"], "--gpu h9: not known; must be a100, h100, h200, h800, b200"),
+        (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
+          "trainer.accumulate_grad_batches=1920"],
+         "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
+        (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp and fsdp2_ep can be planned for --gpus"),
+        (["--gpus", "0"], "argument --gpus: invalid positive value: '0'"),
+        (["--gpus", "8", "--efficiency", "1.5"], "argument --efficiency: invalid share value: '1.5'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "v3", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_step_divides_into_equal_parts():
+    assert split_step(4608, 4, 8) == 144
+    with pytest.raises(ConfigError, match="use 32"):
+        split_step(8, 4, 8)
