@@ -1,7 +1,8 @@
-"""Nothing is lost: a checkpoint every N steps, at the end, on Ctrl-C and SIGTERM, and the best by validation."""
+"""Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -12,21 +13,24 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
 from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.training.logging import latest_scalars, stepped
 
 STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 BEST_FILE = re.compile(r"best-step=(\d+)-loss=([\d.]+)\.ckpt")
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Checkpoint(CheckpointBase):
     """Writes step=<n>.ckpt into <default_root_dir>/checkpoints, and last.ckpt, a link to the newest.
 
     every_n_steps: optimizer steps between two. keep: how many of the newest stay. keep_best: how many stay of those
-    with the lowest validation loss, as best-step=<n>-loss=<x>.ckpt.
+    with the lowest validation loss, as best-step=<n>-loss=<x>.ckpt. With
+    strategy.sharded_checkpoints these are folders.
 
     The folder itself is the record of what there is: a run that is killed at any moment has no state that disagrees.
-    The first Ctrl-C or SIGTERM (on any rank) ends the run after the current step, with a checkpoint; a second Ctrl-C
-    ends it at once. Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
+    The first Ctrl-C, SIGTERM or SIGUSR1 (on any rank) ends the run after the current step, with a checkpoint; a second
+    Ctrl-C ends it at once. Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
     """
 
     def __init__(self, every_n_steps: int, keep: int, keep_best: int) -> None:
@@ -38,7 +42,7 @@ class Checkpoint(CheckpointBase):
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in STOP}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self.handlers.items():
@@ -60,6 +64,8 @@ class Checkpoint(CheckpointBase):
         stop = int(trainer.strategy.reduce(received, reduce_op="max"))  # all ranks stop at the same step
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
+        if stop or step == trainer.max_steps:
+            self.settle(trainer)
         if stop and step < trainer.max_steps:
             raise RunStopped(
                 f"stopped by {signal.Signals(stop).name} after step {step}, which is saved; "
@@ -72,14 +78,28 @@ class Checkpoint(CheckpointBase):
         for logger in trainer.loggers:
             logger.save()  # a resumed run must find every curve up to the step that it resumes from
         trainer.save_checkpoint(folder / f"step={trainer.global_step}.ckpt", weights_only=False)
-        if trainer.is_global_zero:
-            newest = step_files(folder)
+        self.tidy(trainer)
+
+    def settle(self, trainer: Trainer) -> None:
+        """Waits for what is written in the background, so that nothing is left to do."""
+        if isinstance(trainer.strategy, MeshStrategy):
+            trainer.strategy.finish_saving()
+        self.tidy(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.settle(trainer)
+
+    def tidy(self, trainer: Trainer) -> None:
+        """Points last.ckpt to the newest that is wholly there, and removes what is too old or not among the best."""
+        folder = checkpoint_folder(trainer)
+        newest = step_files(folder)
+        if trainer.is_global_zero and newest:
             link = folder / "last.ckpt.new"
             link.unlink(missing_ok=True)
             link.symlink_to(newest[0].name)
             os.replace(link, folder / "last.ckpt")
-            for path in newest[self.keep :]:
-                path.unlink()
+            for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
+                remove(path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.keep_best:
@@ -90,9 +110,15 @@ class Checkpoint(CheckpointBase):
             trainer.save_checkpoint(
                 folder / f"best-step={trainer.global_step}-loss={loss:.4f}.ckpt", weights_only=False
             )
-            if trainer.is_global_zero:
-                for _, path in best_files(folder)[self.keep_best :]:
-                    path.unlink()
+            self.tidy(trainer)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint of one file, or of many."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -1,5 +1,6 @@
 """An exponential moving average of the weights, kept on the CPU (V3 §3.2.3) and evaluated beside the weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import like, local, part, whole
 from dsv3_lightning.training.logging import log_scalars, stepped
 from dsv3_lightning.training.metrics import TokenLoss
@@ -20,7 +22,7 @@ class WeightAverage(Callback):
     that it has of the weights; the expert biases, which are no weights, stay as they are.
 
     Needs `pl_module.model` with `losses`. After a validation goes over its batches once more with the average in the
-    weights' place. Logs val/loss_average. Saves the average, whole, and n.
+    weights' place. Logs val/loss_average. Saves n and the average: whole, or where parts are saved, as parts.
     """
 
     def __init__(self, decay: float) -> None:
@@ -30,19 +32,22 @@ class WeightAverage(Callback):
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part
         self.loaded: dict[str, Tensor] | None = None
+        self.to_save: Callable[[Tensor], Tensor] = whole
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
+        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else whole
 
     def adopt(self, pl_module: Any) -> None:
         """Takes the weights, or what a checkpoint held, as the average; once, when there are weights."""
         if self.average:
             return
+        reshard(pl_module.model)
         self.weights = dict(pl_module.model.named_parameters())
         if self.loaded is None:
             self.average = {name: own_copy(weight) for name, weight in self.weights.items()}
         else:
-            self.average = {name: part(self.loaded[name], weight) for name, weight in self.weights.items()}
+            self.average = {name: part(self.loaded[name], weight).cpu() for name, weight in self.weights.items()}
             self.loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,7 +83,7 @@ class WeightAverage(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""
         average = {
-            name: whole(like(weight, self.average[name].to(local(weight).device)))
+            name: self.to_save(like(weight, self.average[name].to(local(weight).device)))
             for name, weight in self.weights.items()
         }
         return {"updates": self.updates, "average": average}
@@ -95,12 +100,17 @@ def own_copy(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Sets this rank's parts. What FSDP has gathered before is of other weights, so it goes."""
+    """Sets this rank's parts."""
+    reshard(model)
+    for name, weight in model.named_parameters():
+        local(weight).copy_(values[name])
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of what FSDP has gathered and not freed: its parameters are the parts again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for name, weight in model.named_parameters():
-        local(weight).copy_(values[name])
 
 
 def batches(trainer: Trainer) -> Any:

@@ -226,6 +226,12 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw the curves there, as PNG")
 
 
+def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("inspect", "verify", "consolidate"), help="consolidate makes one file of it")
+    parser.add_argument("path", metavar="CKPT", help="a file, or a folder of shards")
+    parser.add_argument("output", metavar="FILE", nargs="?", help="of consolidate: the file to write")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -279,6 +285,9 @@ VERBS = {
         f"{COMMANDS}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments
     ),
     "compare": Verb(f"{COMMANDS}.compare:compare", "Compare runs: a table and plots.", compare_arguments),
+    "checkpoint": Verb(
+        f"{COMMANDS}.checkpoint:checkpoint", "Show or judge a checkpoint, or make one file of it.", checkpoint_arguments
+    ),
     "doctor": Verb(f"{COMMANDS}.doctor:run", "Tell what this machine and installation can do.", no_arguments),
 }
 CONFIG_HELP = """\

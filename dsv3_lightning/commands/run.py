@@ -19,8 +19,9 @@ from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, b
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.parallel.lost import ERRORS, lost_contact, who_is_gone
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dsv3_lightning.training.dashboard import RunLogger
@@ -62,11 +63,30 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
             logger.describe(tree)
         for file in prepare(config.data).glob("tokenizer*.json"):  # so that the folder is all that generating needs
             shutil.copyfile(file, folder.path / file.name)
-    if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
-        trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
-    else:
-        trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
+    try:
+        if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
+            trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
+        else:
+            trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
+    except ERRORS as error:
+        stop_if_another_died(trainer, error)
+        raise
     return 0
+
+
+def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
+    """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
+    reason = lost_contact(error)
+    if reason is None or isinstance(error, RunStopped):
+        return
+    time.sleep(0.5)  # for the kernel to tell what became of it
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    who = who_is_gone(started)
+    for process in started:
+        process.kill()
+    raise RunStopped(
+        f"rank {trainer.global_rank} stops: {who}, {reason}; the same command goes on from the newest checkpoint"
+    ) from error
 
 
 def open_source(config: Config) -> tuple[HubFolder | None, list[str]]:

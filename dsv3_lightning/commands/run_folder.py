@@ -12,7 +12,7 @@ from dsv3_lightning.callbacks.checkpoint import step_files
 from dsv3_lightning.callbacks.run_report import write_whole
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
+from dsv3_lightning.training.checkpoint_io import newest_good, step_of
 
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
 FREE = (
@@ -78,9 +78,9 @@ class RunFolder:
         """The checkpoint to go on from and its step. The same on every rank: a function of the files alone."""
         wanted = self.config.run.resume
         if isinstance(wanted, str) and wanted != "auto":
-            if not Path(wanted).is_file():
+            if not Path(wanted).exists():
                 raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
-            return Path(wanted), read_checkpoint(Path(wanted))["global_step"]
+            return Path(wanted), step_of(Path(wanted))
         return newest_good(step_files(self.path / "checkpoints")) if wanted == "auto" else None
 
 

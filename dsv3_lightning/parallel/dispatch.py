@@ -4,7 +4,7 @@ Imports no Lightning. Another library's exchange can take this one's place: a cl
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,23 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from dsv3_lightning.model.experts import Combine, Dispatch
 
 
-class Sent(NamedTuple):
-    """x_RD: R slots received, by sending rank and then by expert, perhaps still on their way.
+@dataclass
+class Sent:
+    """x_RD: R slots received, by sending rank and then by expert, perhaps still on their way; None once taken.
 
     received_PE: how many of them, by sending rank and own expert. sent, received: slots by rank.
     """
 
-    x_RD: Tensor
+    x_RD: Tensor | None
     received_PE: Tensor
     sent: list[int]
     received: list[int]
+
+    def take(self) -> Tensor:
+        """The slots, which nobody holds any longer: a layer's slots are the widest tensors of a step."""
+        assert self.x_RD is not None
+        x_RD, self.x_RD = self.x_RD, None
+        return x_RD
 
 
 class AllToAll:
@@ -44,12 +51,13 @@ class AllToAll:
         return Sent(x_RD, received_PE, sent, received)
 
     def collect(self, sent: Sent, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        x_RD, received_PE = sent.x_RD, sent.received_PE
-        ranks, experts = received_PE.shape
-        own_E = torch.arange(experts, device=x_RD.device).repeat(ranks)
-        order = own_E.repeat_interleave(received_PE.flatten(), output_size=sum(sent.received)).argsort(stable=True)
-        y_RD = compute(Dispatch.apply(x_RD, order, 1), received_PE.sum(0).cumsum(0))
-        return all_to_all_single_autograd(Combine.apply(y_RD, order), sent.sent, sent.received, self.group)
+        ranks, experts = sent.received_PE.shape
+        own_E = torch.arange(experts, device=sent.received_PE.device).repeat(ranks)
+        slots = sent.received_PE.flatten()
+        order = own_E.repeat_interleave(slots, output_size=sum(sent.received)).argsort(stable=True)
+        ends_E = sent.received_PE.sum(0).cumsum(0)
+        y_RD = Combine.apply(compute(Dispatch.apply(sent.take(), order, 1), ends_E), order)
+        return all_to_all_single_autograd(y_RD, sent.sent, sent.received, self.group)
 
 
 def slots_by_rank(counts_E: Tensor, ranks: int) -> Tensor:

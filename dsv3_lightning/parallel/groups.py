@@ -1,5 +1,7 @@
 """The mesh as process groups."""
 
+import os
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -18,6 +20,20 @@ class Meshes(NamedTuple):
     dense: DeviceMesh
     experts: DeviceMesh
     ep: DeviceMesh | None
+
+
+def start_again(backend: str, timeout: timedelta) -> None:
+    """Starts the process group of a restart by torchrun; of a first start Lightning does.
+
+    torchrun's store outlives a restart (seen in torch 2.13): under their old names it still has the addresses of the
+    processes that died, and the new ones would wait for those.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or dist.is_initialized():
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def build_meshes(shape: MeshShape, device_type: str) -> Meshes:

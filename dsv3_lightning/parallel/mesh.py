@@ -30,6 +30,9 @@ class StrategyConfig:
         backward pass: less memory, half as much communication again.
     cpu_offload: parameters, gradients and optimizer state live in the host's memory (GPUs only).
     prefetch: blocks whose parameters are gathered ahead of the one that computes.
+    sharded_checkpoints: each rank writes its parts, in the background, so that none ever has the whole and training
+        waits for a copy alone; otherwise the first rank writes one file. Either goes on on any mesh.
+    timeout_minutes: how long a collective waits for a rank before all give up.
     """
 
     kind: Literal["fsdp2", "hsdp", "fsdp2_ep"]
@@ -39,6 +42,8 @@ class StrategyConfig:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     prefetch: int = 1
+    sharded_checkpoints: bool = False
+    timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "expert_parallel"):
@@ -47,6 +52,8 @@ class StrategyConfig:
                 raise ConfigError(f"strategy.{name}={value}: must be at least 1, or auto")
         if self.prefetch < 0:
             raise ConfigError(f"strategy.prefetch={self.prefetch}: must be at least 0")
+        if not self.timeout_minutes > 0:
+            raise ConfigError(f"strategy.timeout_minutes={self.timeout_minutes}: must be above 0")
 
 
 @dataclass(frozen=True)

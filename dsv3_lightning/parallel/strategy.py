@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.optim import Optimizer
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
-from dsv3_lightning.parallel.groups import build_meshes
+from dsv3_lightning.parallel.groups import build_meshes, start_again
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
+from dsv3_lightning.parallel.sharded import Saver, read_parts
 from dsv3_lightning.parallel.sharding import shard_model
 from dsv3_lightning.parallel.tensors import like, local, part, place, whole
 
@@ -22,15 +24,17 @@ class MeshStrategy(ModelParallelStrategy):
     """Spreads `pl_module.model`, a Transformer, over all processes; its arguments are those of StrategyConfig.
 
     Every rank is a data-parallel rank. The LightningModule's `configure_model` calls `shard` while its model is still
-    on the meta device, and then `materialize`, so that no process ever holds the whole.
-    timeout_minutes: how long a collective waits for a rank before all give up.
+    on the meta device, and puts each weight into its parts with what that returns: no process ever holds the whole.
     """
 
-    def __init__(self, timeout_minutes: float = 30.0, **sizes: Any) -> None:
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
-        self.config = StrategyConfig(**sizes)
+    def __init__(self, **settings: Any) -> None:
+        self.config = StrategyConfig(**settings)
+        timeout = timedelta(minutes=self.config.timeout_minutes)
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout)
+        self.saver: Saver | None = None
 
     def setup_environment(self) -> None:
+        start_again(self._get_process_group_backend(), timedelta(minutes=self.config.timeout_minutes))
         self._setup_distributed()
         if self.config.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("strategy.cpu_offload=true: this run is on the CPU; offloading is for GPUs")
@@ -38,6 +42,7 @@ class MeshStrategy(ModelParallelStrategy):
         shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
         self.meshes = build_meshes(shape, self.root_device.type)
         self._device_mesh = self.meshes.dense
+        self.saver = Saver() if self.config.sharded_checkpoints else None
         rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)
 
     @property
@@ -59,36 +64,54 @@ class MeshStrategy(ModelParallelStrategy):
         if not self.config.cpu_offload:
             super().model_to_device()
 
+    def finish_saving(self) -> None:
+        """Waits for a checkpoint that is still being written."""
+        if self.saver is not None:
+            self.saver.finish()
+
+    def teardown(self) -> None:
+        self.finish_saving()
+        super().teardown()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the CPU, gathered one at a time; on the first rank alone."""
+        """Whole tensors on the CPU, gathered one at a time, on the first rank alone; or each rank's parts."""
         state = self.lightning_module.state_dict()  # type: ignore[union-attr]
-        return self.on_first_rank({name: whole(value) for name, value in state.items()})
+        return self.on_first_rank({name: self.to_save(value) for name, value in state.items()})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As AdamW's on one process, so that the file is the same for any number of them."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
-            state["state"][index] = {k: whole(like(weight, v)) for k, v in values.items()}
+            state["state"][index] = {k: self.to_save(like(weight, v)) for k, v in values.items()}
         pairs = zip(weights, state.pop("masters"), strict=True)
-        masters = [whole(like(weight, master)) for weight, master in pairs]
+        masters = [self.to_save(like(weight, master)) for weight, master in pairs]
         if any(weight.dtype != torch.float32 for weight in weights):
             state["masters"] = masters
         return self.on_first_rank(state)
 
+    def to_save(self, tensor: Tensor) -> Tensor:
+        return whole(tensor) if self.saver is None else tensor.detach()
+
     def on_first_rank(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state if self.is_global_zero else {}
+        return state if self.is_global_zero or self.saver is not None else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self.is_global_zero:
+        if self.saver is not None:
+            self.saver.save(checkpoint, Path(filepath))
+        elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Each rank reads the file and keeps its parts of it."""
-        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
+        """Each rank reads its parts: of a file, which it reads whole, or of shards, which may be another mesh's."""
         module = self.lightning_module
         assert module is not None
         own = module.state_dict()
+        path = Path(checkpoint_path)
+        if path.is_dir():
+            checkpoint = read_parts(path, own, [weights_of(optimizer) for optimizer in self.optimizers])
+        else:
+            checkpoint = self.checkpoint_io.load_checkpoint(path)
         if own.keys() != checkpoint["state_dict"].keys():
             different = ", ".join(sorted(own.keys() ^ checkpoint["state_dict"].keys())[:4])
             raise ConfigError(f"{checkpoint_path}: its weights are those of another model ({different})")

@@ -34,7 +34,9 @@ def like(weight: Tensor, own: Tensor) -> Tensor:
 
 
 def part(value: Tensor, weight: Tensor) -> Tensor:
-    """Of a whole tensor what this rank has of the weight; scalars are their own part."""
+    """Of a whole tensor, or of one laid out alike, what this rank has of the weight; scalars are their own part."""
+    if isinstance(value, DTensor):
+        return value.to_local()
     return value[region(weight)].clone() if isinstance(weight, DTensor) and value.dim() else value
 
 

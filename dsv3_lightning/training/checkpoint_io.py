@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel import sharded
 
 # What a run can't be continued from without; the data position is the loader's "next_sample".
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "skipped_steps")
@@ -49,6 +50,8 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
     mmap: tensors stay in the file until they are used.
     """
+    if path.is_dir():
+        return complete(sharded.read_whole(path), path)
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such checkpoint")
     try:
@@ -56,6 +59,11 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
+    return complete(checkpoint, path)
+
+
+def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The checkpoint, if a run can go on from it. Raises ConfigError."""
     missing = [key for key in PARTS if key not in checkpoint]
     if not any(
         POSITION[0] in key and POSITION[1] in value for key, value in checkpoint.items() if isinstance(value, dict)
@@ -66,11 +74,17 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint that a run can go on from; of a sharded one the tensors aren't read. ConfigError."""
+    checkpoint = complete(sharded.read_rest(path), path) if path.is_dir() else read_checkpoint(path)
+    return checkpoint["global_step"]
+
+
 def newest_good(paths: list[Path]) -> tuple[Path, int] | None:
     """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't."""
     for path in paths:
         try:
-            return path, read_checkpoint(path)["global_step"]
+            return path, step_of(path)
         except ConfigError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     return None

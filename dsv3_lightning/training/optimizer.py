@@ -47,6 +47,8 @@ class MasterAdamW(torch.optim.AdamW):
             if weight.dtype == master.dtype:
                 master.data = local(weight.detach())  # FSDP2 may have moved it
         super().step()
+        for master in self.masters:
+            master.grad = None
         rounded = [pair for pair in zip(self.weights, self.masters, strict=True) if pair[0].dtype != pair[1].dtype]
         if rounded:
             torch._foreach_copy_([local(weight) for weight, _ in rounded], [master for _, master in rounded])

@@ -64,6 +64,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "plan": f"{config} --gpus --gpu --efficiency",
         "sweep": "-h --help words --jobs --task --slurm",
         "compare": "-h --help runs --markdown --plot",
+        "checkpoint": "-h --help action path output",
         "doctor": "-h --help",
     }
 

@@ -28,13 +28,23 @@ COMMON = (
     "optimizer.eps=1e-3",  # Adam then moves smoothly with the gradient, and rounding stays rounding
 )
 WAYS = {
-    2: {"ep2": ("strategy=fsdp2_ep",)},
+    2: {"ep2": ("strategy={kind: fsdp2_ep, sharded_checkpoints: true}",)},
     4: {
-        "fsdp2": ("strategy={kind: fsdp2, reshard_after_forward: false}",),
+        "fsdp2": ("strategy={kind: fsdp2, reshard_after_forward: false, sharded_checkpoints: true}",),
         "hsdp22": ("strategy={kind: hsdp, dp_shard: 2, prefetch: 2}", "compute.activation_checkpointing=full"),
-        "ep2_fsdp2": ("strategy={kind: fsdp2_ep, expert_parallel: 2}", "compute.activation_checkpointing=selective"),
+        "ep2_fsdp2": (
+            "strategy={kind: fsdp2_ep, expert_parallel: 2, sharded_checkpoints: true}",
+            "compute.activation_checkpointing=selective",
+        ),
         "ep4": ("strategy={kind: fsdp2_ep}", "compute.activation_checkpointing=full"),
     },
+}
+
+GO_ON = {  # on so many ranks, with that strategy, from the run's checkpoint at half time
+    "4_ep_from_1": (4, "fsdp2_ep", "one"),
+    "4_hsdp_from_2_ep": (4, "{kind: hsdp, dp_shard: 2}", "ep2"),
+    "4_fsdp_from_4_ep": (4, "fsdp2", "ep2_fsdp2"),
+    "4_ep_from_4_fsdp": (4, "{kind: fsdp2_ep, expert_parallel: 2, sharded_checkpoints: true}", "fsdp2"),
 }
 
 
@@ -52,9 +62,11 @@ def runs(shared_nano):
         overrides = {
             name: (*COMMON, *way, f"trainer.devices={ranks}", *recorded(base, name)) for name, way in ways.items()
         }
-        checkpoint = found["one"].folder / "checkpoints/step=10.ckpt"
-        if ranks == 4:
-            overrides["goes_on"] = (*COMMON, "strategy=fsdp2_ep", "trainer.devices=4", f"run.resume={checkpoint}")
+        overrides |= {
+            name: (*COMMON, f"strategy={strategy}", f"trainer.devices={ranks}",
+                   f"run.resume={base / 'runs' / start / 'checkpoints/step=10.ckpt'}")
+            for name, (on, strategy, start) in GO_ON.items() if on == ranks
+        }  # fmt: skip
         runs_on_ranks(ranks, shared_nano, overrides)
         found |= {name: type(found["one"])(base / "runs" / name, 0) for name in overrides}
     return found
@@ -75,16 +87,17 @@ def test_losses_gradients_and_weights_are_those_of_one_process(runs, shared_nano
                 assert error < 5e-5, f"{file} {key}: differs by {error:.1e} of its norm"
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "ep2_fsdp2"])
-def test_a_checkpoint_of_four_processes_goes_on_in_one(runs, shared_nano, name):
-    checkpoint = runs[name].folder / "checkpoints/step=10.ckpt"
-    resumed = shared_nano.run(f"resumed_{name}", *COMMON, f"run.resume={checkpoint}")
+@pytest.mark.parametrize("name", ["ep2", "fsdp2", "hsdp22", "ep2_fsdp2"])
+def test_a_checkpoint_of_many_processes_goes_on_in_one(runs, shared_nano, name):
+    """Files and folders of shards."""
+    resumed = shared_nano.run(f"1_from_{name}", *COMMON, f"run.resume={runs[name].folder}/checkpoints/step=10.ckpt")
     assert resumed.code == 0
     assert_same_curves(runs["one"], resumed, 2e-5, after=10)
 
 
-def test_a_checkpoint_of_one_process_goes_on_in_four_with_experts_apart(runs):
-    assert_same_curves(runs["one"], runs["goes_on"], 2e-5, after=10)
+@pytest.mark.parametrize("name", GO_ON)
+def test_a_checkpoint_goes_on_in_another_mesh(runs, name):
+    assert_same_curves(runs["one"], runs[name], 2e-5, after=10)
 
 
 @pytest.mark.parametrize("name", [name for ways in WAYS.values() for name in ways])

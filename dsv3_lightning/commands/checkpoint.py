@@ -1,0 +1,86 @@
+"""`dsv3 checkpoint`: what is in a checkpoint, whether all of it is sound, and one file of many."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+
+
+def checkpoint(action: str, path: str, output: str | None) -> int:
+    """action: `inspect`, `verify`, or `consolidate` into the file `output`. Raises ConfigError on a bad checkpoint."""
+    if (output is None) == (action == "consolidate"):
+        raise ConfigError("checkpoint consolidate PATH FILE takes two names, inspect and verify take one")
+    state = read_checkpoint(Path(path), mmap=Path(path).is_file())
+    if action == "inspect":
+        print(inspected(Path(path), state))
+    elif action == "verify":
+        print(f"{path}: {verified(Path(path), state)}")
+    else:
+        assert output is not None
+        consolidate(state, Path(output))
+        print(f"{output}: {si(Path(output).stat().st_size, 'B')} in one file, step {state['global_step']:,}")
+    return 0
+
+
+def inspected(path: Path, state: dict[str, Any]) -> str:
+    weights = state["state_dict"]
+    moments = [v for s in state["optimizer_states"] for values in s["state"].values() for v in values.values()]
+    masters = [master for s in state["optimizer_states"] for master in s.get("masters", ())]
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    return table(
+        [
+            (str(path), ""),
+            ("kind", "shards" if path.is_dir() else "one file"),
+            ("optimizer step", f"{state['global_step']:,}"),
+            ("files", f"{len(files):,}, {si(size, 'B')}"),
+            ("model", described(weights.values())),
+            ("AdamW's moments", described(moments)),
+            ("fp32 master weights", described(masters) if masters else "none: the weights are fp32"),
+        ]
+    )
+
+
+def described(tensors: Any) -> str:
+    tensors = list(tensors)
+    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+    return f"{len(tensors):,} tensors, {sum(t.numel() for t in tensors):,} numbers, {kinds}"
+
+
+def verified(path: Path, state: dict[str, Any]) -> str:
+    """Reads every number: all finite, moments for all, biases fp32. Raises ConfigError with the first that is not."""
+    named: dict[str, Tensor] = dict(state["state_dict"])
+    for optimizer in state["optimizer_states"]:
+        indices = [index for group in optimizer["param_groups"] for index in group["params"]]
+        for index in indices:
+            values = optimizer["state"].get(index, {})
+            if not {"exp_avg", "exp_avg_sq", "step"} <= values.keys():
+                raise ConfigError(f"{path}: parameter {index} of the optimizer has no moments")
+            named |= {f"optimizer/{index}/{what}": value for what, value in values.items()}
+        named |= {f"optimizer/{index}/master": value for index, value in enumerate(optimizer.get("masters", ()))}
+    for owner, entries in state.get("callbacks", {}).items():
+        for what, kept in entries.items():
+            named |= {f"{owner}/{what}/{name}": value for name, value in tensors_of(kept)}
+    for name, value in named.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ConfigError(f"{path}: {name} holds numbers that are not finite")
+        if name.endswith("expert_bias") and value.dtype != torch.float32:
+            raise ConfigError(f"{path}: {name} is {value.dtype}, must be fp32")
+    return f"sound, {len(named):,} tensors read, all finite; step {state['global_step']:,}"
+
+
+def tensors_of(kept: Any) -> list[tuple[str, Tensor]]:
+    """Those that a callback keeps by name."""
+    return [(name, v) for name, v in kept.items() if torch.is_tensor(v)] if isinstance(kept, dict) else []
+
+
+def consolidate(state: dict[str, Any], output: Path) -> None:
+    """Writes the checkpoint as one file, as a run on one process would. Raises ConfigError if something is there."""
+    if output.exists():
+        raise ConfigError(f"{output}: is there already; choose another name")
+    AtomicCheckpointIO().save_checkpoint(state, output)

@@ -1,0 +1,120 @@
+"""Ranks that are killed under torchrun: the others end too, all start again by themselves, and nothing is lost."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.training.checkpoint_io import read_checkpoint
+from tests.conftest import ROOT, Run
+from tests.runs.compare import assert_same_curves
+
+COMMON = (
+    "trainer.max_steps=15",
+    "trainer.val_check_interval=5",
+    "trainer.limit_val_batches=1",
+    "trainer.precision=bf16",  # so that there are master weights in the checkpoint
+    "data.sequence_length=16",
+    "model.num_hidden_layers=2",
+    "callbacks.checkpoint={every_n_steps: 5, keep: 2, keep_best: 1}",
+    "callbacks.sample_text=null",
+    "callbacks.weight_average={decay: 0.5}",
+    "strategy={kind: fsdp2_ep, sharded_checkpoints: true}",
+    "trainer.devices=2",
+)
+KILLS = "[[8, step, 0], [10, save, 1], [15, validation, 1]]"
+
+
+@pytest.fixture(scope="module")
+def runs(shared_nano):
+    """Under torchrun: one that is killed in a step, in a save and in a validation, and one that is left alone."""
+    killer = ("callbacks.killer={class_path: tests.parallel.killer.Killer, init_args: {"
+              f"folder: {shared_nano.base / 'killed'}, kills: {KILLS}}}}}",)  # fmt: skip
+    found = {}
+    for name, overrides in (("alone", COMMON), ("killed", (*COMMON, *killer))):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                   "--max-restarts=3", "-m", "dsv3_lightning", *shared_nano.arguments(name, overrides)]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=shared_nano.base, capture_output=True, text=True, timeout=300, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        found[name] = Run(shared_nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)
+    return found
+
+
+def test_killed_three_times_it_ends_with_the_weights_of_the_undisturbed_run(runs, shared_nano):
+    alone, killed = runs["alone"], runs["killed"]
+    assert (alone.code, killed.code) == (0, 0), killed.output[-6000:]
+    assert len(list((shared_nano.base / "killed").iterdir())) == 3
+    one, other = (read_checkpoint(run.folder / "checkpoints/step=15.ckpt") for run in (alone, killed))
+    average = one["callbacks"]["WeightAverage"]["average"]
+    assert {f"model.{name}" for name in average} == {name for name in one["state_dict"] if "expert_bias" not in name}
+    assert_same(one["state_dict"], other["state_dict"])
+    assert_same(average, other["callbacks"]["WeightAverage"]["average"])
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_it_went_on_each_time_from_the_newest_checkpoint_that_was_whole(runs):
+    went_on = [line for line in runs["killed"].output.splitlines() if "continuing after step" in line]
+    assert [line.split()[3] for line in went_on] == ["5", "5", "15"], went_on  # step 10's was never finished
+
+
+def test_old_checkpoints_go_and_nothing_half_written_stays(runs):
+    names = sorted(path.name.split("-loss")[0] for path in (runs["killed"].folder / "checkpoints").iterdir())
+    assert names == ["best-step=10", "last.ckpt", "step=10.ckpt", "step=15.ckpt"]  # step 15's validation was cut short
+    assert (runs["killed"].folder / "checkpoints/last.ckpt").resolve().name == "step=15.ckpt"
+
+
+def test_shards_of_bf16_weights_go_on_in_one_process(runs, shared_nano):
+    start = runs["alone"].folder / "checkpoints/step=10.ckpt"
+    resumed = shared_nano.run("alone_on_one", *COMMON[:-2], "strategy=auto", f"run.resume={start}")
+    assert resumed.code == 0
+    # The sums of bf16 products are rounded at other places.
+    assert_same_curves(loss_alone(runs["alone"]), loss_alone(resumed), 2e-3, after=10)
+
+
+def loss_alone(run: Run) -> Run:
+    class Loss(Run):
+        def scalars(self):
+            return {tag: curve for tag, curve in super().scalars().items() if "loss" in tag and tag != "loss/balance"}
+
+    return Loss(**vars(replace(run)))
+
+
+def test_checkpoint_verbs_show_judge_and_join_shards(runs, tmp_path, capsys):
+    shards, file = runs["alone"].folder / "checkpoints/step=10.ckpt", tmp_path / "one.ckpt"
+    assert main(["checkpoint", "inspect", str(shards)]) == 0
+    shown = capsys.readouterr().out
+    assert "shards" in shown and "optimizer step" in shown and "bfloat16, float32" in shown
+    assert main(["checkpoint", "verify", str(shards)]) == 0
+    assert "sound, " in capsys.readouterr().out
+    assert main(["checkpoint", "consolidate", str(shards), str(file)]) == 0
+    one, many = read_checkpoint(file), read_checkpoint(shards)
+    assert all(torch.equal(value, one["state_dict"][name]) for name, value in many["state_dict"].items())
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(one["optimizer_states"][0]["state"][3][name], many["optimizer_states"][0]["state"][3][name])
+    assert main(["checkpoint", "consolidate", str(shards), str(file)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    one["state_dict"]["model.norm.weight"][0] = float("nan")
+    torch.save(one, file)
+    assert main(["checkpoint", "verify", str(file)]) == 2
+    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+    assert main(["checkpoint", "consolidate", str(shards)]) == 2
+
+
+def test_a_shard_that_was_cut_is_named(runs, capsys):
+    shards = runs["killed"].folder / "checkpoints/step=10.ckpt"
+    (cut, *_) = (shards / "shards").glob("*.distcp")
+    os.truncate(cut, cut.stat().st_size // 2)
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", str(shards)]) == 2
+    error = capsys.readouterr().err
+    assert f"shards/{cut.name} is missing or cut" in error and error.count("\n") == 1
