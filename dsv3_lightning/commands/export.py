@@ -12,7 +12,7 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.files import native, write_synced
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import DTYPES, write_folder, write_weights
+from dsv3_lightning.hub.export import DTYPES, check_free, reader, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
 from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference, verification_tokens, write_logits
 from dsv3_lightning.model.transformer import Transformer
@@ -21,14 +21,15 @@ from dsv3_lightning.planning.parameters import count_parameters
 
 def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: float) -> int:
     """Writes the folder, whole or not at all. verify: whether its logits are compared, or a file of tokens for it."""
+    target = native(out)
+    check_free(target)
     path, run_folder = find_checkpoint(native(run))
-    config = stored_config(run_folder)
-    tokenizer, target = Tokenizer.from_file(run_folder), native(out)
+    config, tokenizer = stored_config(run_folder), Tokenizer.from_file(run_folder)
     weights = read_weights(path)
     tokens = None if verify is False else verification_tokens(None if verify is True else str(verify), config.model)
 
     def write(folder: Path) -> None:
-        size = write_weights(config.model, weights.__getitem__, folder, DTYPES[dtype], int(file_gigabytes * 1e9))
+        size = write_weights(config.model, reader(weights), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder)

@@ -103,20 +103,28 @@ def yarn_to_json(yarn: Yarn | None) -> dict[str, Any] | None:
 
 
 def from_json(content: dict[str, Any], where: str) -> Described:
-    """Raises ConfigError where the model would not be ours."""
+    """where: the file, for messages. Raises ConfigError where the model would not be ours."""
+    try:
+        described = describe(content)
+    except (ValueError, TypeError, AttributeError) as error:  # also of values of another type than they should have
+        raise ConfigError(f"{where}: {error}") from error
+    return described._replace(notes=[f"{where}: {note}" for note in described.notes])
+
+
+def describe(content: dict[str, Any]) -> Described:
     kind = content.get("model_type")
     if kind not in FAMILIES:
-        raise ConfigError(f"{where}: model_type={kind}: must be {', '.join(FAMILIES)}")
+        raise ConfigError(f"model_type={kind}: must be {', '.join(FAMILIES)}")
     for name, value in FIXED.items():
         if content.get(name, value) != value:
-            raise ConfigError(f"{where}: {name}={content[name]}: only {value} is supported")
+            raise ConfigError(f"{name}={content[name]}: only {value} is supported")
     known = {*SHAPE, *LATENT, *EXPERTS, *FIXED, *OTHERS}
     unread = sorted(name for name in content if name not in known)
-    notes = [f"{where}: not used: {', '.join(unread)}"] if unread else []
-    theta, yarn = rope_from_json(content, where)
+    notes = [f"not used: {', '.join(unread)}"] if unread else []
+    theta, yarn = rope_from_json(content)
     given = {name: content[name] for name in SHAPE if name in content} | {"rope_theta": theta, "rope_scaling": yarn}
     if kind == "llama":
-        given |= llama_fields(content, where)
+        given |= llama_fields(content)
         interleaved = False
     else:
         given |= {name: content[name] for name in (*LATENT, *EXPERTS) if content.get(name) is not None}
@@ -130,21 +138,18 @@ def from_json(content: dict[str, Any], where: str) -> Described:
         interleaved = bool(content.get("rope_interleave", True))
     needed = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.name not in given]
     if needed:
-        raise ConfigError(f"{where}: lacks {', '.join(needed)}")
+        raise ConfigError(f"lacks {', '.join(needed)}")
     absent = [] if kind == "llama" else [n for n in (*SHAPE, *EXPERTS) if n not in content and n != "rope_theta"]
-    try:
-        config = ModelConfig(**given, rope_interleave=interleaved)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+    config = ModelConfig(**given, rope_interleave=interleaved)
     if absent:
-        notes.append(f"{where}: absent, so taken as " + ", ".join(f"{n}={getattr(config, n)}" for n in absent))
+        notes.append("absent, so taken as " + ", ".join(f"{n}={getattr(config, n)}" for n in absent))
     return Described(config, interleaved, notes)
 
 
-def llama_fields(content: dict[str, Any], where: str) -> dict[str, Any]:
+def llama_fields(content: dict[str, Any]) -> dict[str, Any]:
     heads = content.get("num_attention_heads", 0)
     if not heads or "hidden_size" not in content or "num_hidden_layers" not in content:
-        raise ConfigError(f"{where}: lacks num_attention_heads, hidden_size or num_hidden_layers")
+        raise ConfigError("lacks num_attention_heads, hidden_size or num_hidden_layers")
     size = content.get("head_dim") or content["hidden_size"] // heads
     return {
         "attention": "gqa",
@@ -156,7 +161,7 @@ def llama_fields(content: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def rope_from_json(content: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
+def rope_from_json(content: dict[str, Any]) -> tuple[float, Yarn | None]:
     """Base and YaRN: `rope_theta` and `rope_scaling`, or `rope_parameters`, as transformers 5 writes."""
     given = dict(content.get("rope_scaling") or {}) | dict(content.get("rope_parameters") or {})
     theta = float(given.pop("rope_theta", None) or content.get("rope_theta", 10000.0))
@@ -164,13 +169,13 @@ def rope_from_json(content: dict[str, Any], where: str) -> tuple[float, Yarn | N
     if kinds <= {"default"}:
         return theta, None
     if kinds != {"yarn"} or content["model_type"] == "llama":
-        raise ConfigError(f"{where}: rope_scaling type {', '.join(sorted(kinds))}: only MLA's yarn is supported")
+        raise ConfigError(f"rope_scaling type {', '.join(sorted(kinds))}: only MLA's yarn is supported")
     if given.pop("truncate", True) is not True:
-        raise ConfigError(f"{where}: rope_scaling.truncate=false: is not supported")
+        raise ConfigError("rope_scaling.truncate=false: is not supported")
     names = {field.name for field in fields(Yarn)}
     if unknown := sorted(name for name, value in given.items() if name not in names and value is not None):
-        raise ConfigError(f"{where}: rope_scaling.{unknown[0]}: is not supported")
+        raise ConfigError(f"rope_scaling.{unknown[0]}: is not supported")
     try:
         return theta, Yarn(**{name: value for name, value in given.items() if value is not None})
     except TypeError as error:
-        raise ConfigError(f"{where}: rope_scaling lacks factor or original_max_position_embeddings") from error
+        raise ConfigError("rope_scaling lacks factor or original_max_position_embeddings") from error

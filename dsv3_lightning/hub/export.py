@@ -1,12 +1,14 @@
-"""Weights into safetensors files of the released layout, file by file: memory stays at one file's size."""
+"""Weights into safetensors files of the released layout, file by file: memory stays at one file and one matrix."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from dsv3_lightning.model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
+Read = Callable[[str, int | None], Tensor]
 
 
 class Planned(NamedTuple):
@@ -56,12 +59,16 @@ def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned
     return files
 
 
-def write_weights(
-    config: ModelConfig, read: Callable[[str], Tensor], folder: Path, dtype: torch.dtype, file_bytes: int
-) -> int:
-    """Writes the files and their index into `folder`; bytes of all tensors. read(name): a parameter or buffer of ours.
+def reader(state: Mapping[str, Tensor]) -> Read:
+    """Of tensors that are in memory, or in a file that is mapped into it."""
+    return lambda name, expert: state[name] if expert is None else state[name][expert]
 
-    A number beyond the range of `dtype` is refused with its tensor's name.
+
+def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dtype, file_bytes: int) -> int:
+    """Writes the files and their index into `folder`; bytes of all tensors.
+
+    read(name, expert): a parameter or buffer of ours, or one expert's matrix of a stacked one. A number beyond the
+    range of `dtype` is refused with its tensor's name.
     """
     files = into_files(plan(config, dtype), file_bytes)
     permute = permutation(config.rope_interleave, interleaved_on_disk(config))
@@ -70,10 +77,12 @@ def write_weights(
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = {}
         for stored, shape, kept in planned:
-            tensor = to_disk(stored, read(stored.name), config.qk_rope_head_dim, permute)
+            tensor = to_disk(stored, read(stored.name, stored.expert), config.qk_rope_head_dim, permute)
             assert tuple(tensor.shape) == shape, stored.key
             tensors[stored.key] = cast(tensor, kept, stored.key)
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
         places |= dict.fromkeys(tensors, name)
         del tensors
     total = sum(item.bytes for planned in files for item in planned)
@@ -90,10 +99,14 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     return out
 
 
-def write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder beside `out` and renames it when it is whole. Raises ConfigError if `out` is there already."""
+def check_free(out: Path) -> None:
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another folder, or remove it")
+
+
+def write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder beside `out` and renames it when it is whole. Raises ConfigError if `out` is there already."""
+    check_free(out)
     beside = out.with_name(out.name + ".new")
     if beside.exists():
         shutil.rmtree(beside)  # of an export that was interrupted
@@ -103,7 +116,7 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
         sync_folder(beside)
         beside.rename(out)
         sync_folder(out.parent)
-    except OSError as error:
-        raise ConfigError(f"{out}: can't be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out}: can't be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

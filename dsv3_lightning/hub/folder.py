@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv3_lightning.data.files import native
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import EXPERTS, Described, from_json
 from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation, stored_shape
+from dsv3_lightning.hub.weights import READ_ERRORS, Weights, open_weights
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer
 
@@ -23,7 +23,7 @@ Place = Callable[[Tensor, int | None, Callable[[], Tensor]], None]
 
 
 class HubFolder:
-    """config.json and safetensors, with or without an index. Raises ConfigError, here and in every method."""
+    """config.json and weights, with or without an index. Raises ConfigError, here and in every method."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = native(path)
@@ -45,14 +45,8 @@ class HubFolder:
         return content
 
     @cached_property
-    def files(self) -> dict[str, Any]:
-        """Open files by name, mapped into memory."""
-        index = self.path / "model.safetensors.index.json"
-        names = sorted(set(self.json(index.name)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        try:
-            return {name: safe_open(self.path / name, framework="pt") for name in names}
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.path}: its weights can't be read ({error})") from error
+    def files(self) -> dict[str, Weights]:
+        return open_weights(self.path)
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -83,7 +77,7 @@ class HubFolder:
                 more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
                 raise ConfigError(f"{self.path}: {what} {', '.join(keys[:4])}{more}")
         for key in sorted(found):
-            shape = tuple(self.files[self.keys[key]].get_slice(key).get_shape())
+            shape = self.files[self.keys[key]].shape(key)
             wanted = stored_shape(expected[key], shapes[expected[key].name])
             if shape != wanted:
                 raise ConfigError(f"{self.path}: {key} is {list(shape)}, config.json makes it {list(wanted)}")
@@ -91,11 +85,11 @@ class HubFolder:
     def read(self, key: str) -> Tensor:
         """The tensor, dequantized to fp32 where it is FP8, else as stored."""
         try:
-            tensor = self.files[self.keys[key]].get_tensor(key)
+            tensor = self.files[self.keys[key]].tensor(key)
             if key + SCALE in self.keys:
-                scales = self.files[self.keys[key + SCALE]].get_tensor(key + SCALE)
+                scales = self.files[self.keys[key + SCALE]].tensor(key + SCALE)
                 return dequantize(tensor, scales, self.block_size(), key)
-        except (OSError, SafetensorError) as error:
+        except READ_ERRORS as error:
             raise ConfigError(f"{self.path}: {key} can't be read ({error})") from error
         if tensor.dtype.itemsize == 1:
             raise ConfigError(f"{self.path}: {key} is {tensor.dtype}, and there is no {key}{SCALE}")

@@ -91,12 +91,12 @@ def stored_shape(stored: Stored, shape: torch.Size) -> tuple[int, ...]:
     return (columns // (1 if stored.half is None else 2), rows)
 
 
-def to_disk(stored: Stored, parameter: Tensor, rotary: int, permute: str | None) -> Tensor:
-    """The tensor on disk. rotary: channels that rotate. permute: see `permute_rotary`; None where both agree."""
+def to_disk(stored: Stored, ours: Tensor, rotary: int, permute: str | None) -> Tensor:
+    """The tensor on disk. ours: the parameter, or the expert's matrix of a stacked one. rotary: channels that rotate.
+    permute: see `permute_rotary`; None where both agree."""
     if stored.expert is not None:
-        matrix = parameter[stored.expert]
-        return (matrix if stored.half is None else matrix.chunk(2, -1)[stored.half]).T
-    return permute_rotary(parameter, stored.heads, rotary, permute) if stored.heads and permute else parameter
+        return (ours if stored.half is None else ours.chunk(2, -1)[stored.half]).T
+    return permute_rotary(ours, stored.heads, rotary, permute) if stored.heads and permute else ours
 
 
 def from_disk(stored: list[Stored], tensors: list[Tensor], rotary: int, permute: str | None) -> Tensor:

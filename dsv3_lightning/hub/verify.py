@@ -61,6 +61,6 @@ def write_logits(folder: Path, tokens_BT: Tensor, logits: tuple[Tensor, Tensor |
 
 
 def largest_difference(ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None]) -> float:
-    """Over the logits of all heads."""
+    """Over the logits of all heads; not a number where one of them isn't."""
     pairs = [(a, b) for a, b in zip(ours, theirs) if a is not None and b is not None]
-    return max((a - b).abs().max().item() for a, b in pairs)
+    return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import DTYPES, write_folder, write_weights
+from dsv3_lightning.hub.export import DTYPES, reader, write_folder, write_weights
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.hub.tokens import write_json
 from dsv3_lightning.model.config import ModelConfig
@@ -30,10 +30,9 @@ def biased(config: ModelConfig) -> Transformer:
 
 def exported(model: Transformer, folder: Path, dtype: str = "float32", file_bytes: int = 20_000) -> Path:
     """Many small files, so that the index counts."""
-    state = model.state_dict()
 
     def write(at: Path) -> None:
-        write_weights(model.config, state.__getitem__, at, DTYPES[dtype], file_bytes)
+        write_weights(model.config, reader(model.state_dict()), at, DTYPES[dtype], file_bytes)
         write_json(at / "config.json", to_json(model.config, {"eos_token_id": None}, dtype))
 
     write_folder(folder, write)
