@@ -20,6 +20,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Busy, Engine, Finish, Job
 from dsv3_lightning.inference.chat import conversation
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.text import encode
 
 POLL = 0.2  # seconds between two looks at whether the client is still there
 
@@ -106,14 +107,16 @@ class Answers:
 
     async def pieces(self, request: Request) -> AsyncIterator[tuple[int, str, Finish | None]]:
         """Until every text has ended. A client that goes away frees its rows. Raises Refused on a timeout or error."""
-        left = len(self.jobs)
+        left, looked = len(self.jobs), self.loop.time()
         try:
             while left:
+                if self.loop.time() > looked + POLL:
+                    if await request.is_disconnected():
+                        return
+                    looked = self.loop.time()
                 try:
                     index, piece, finish = await asyncio.wait_for(self.events.get(), POLL)
                 except asyncio.TimeoutError:
-                    if await request.is_disconnected():
-                        return
                     continue
                 if finish == "timeout":
                     raise Refused(504, f"not finished within {self.engine.seconds:g} seconds", "timeout_error")
@@ -201,7 +204,7 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
 
     def with_begin(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+            return [tokenizer.bos_id, *encode(tokenizer, prompt)]
         size = engine.model.config.vocab_size
         if any(not 0 <= token < size for token in prompt):
             raise ConfigError(f"prompt: a token lies outside 0 to {size - 1}")

@@ -140,15 +140,22 @@ def test_32_clients_at_once_get_their_own_answers(served, model, tokenizer):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_client_that_goes_away_frees_its_row(served, streaming):
-    body = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 1.0, "stream": streaming, "n": 4}
+def test_a_client_that_goes_away_frees_its_row(served, model, tokenizer, streaming, monkeypatch):
+    """Long before its texts end: 500 steps that take ten seconds and more, and tokens come all the time."""
+    prompt = [tokenizer.bos_id, *tokenizer.encode("a")]
+    assert len(decode(model, [prompt], 500, Sampling(), {tokenizer.eos_id}, 0)[0]) == 500
+    step = served.engine.step
+    monkeypatch.setattr(served.engine, "step", lambda: (time.sleep(0.02), step()))
+    body = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 0, "stream": streaming, "n": 4}
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     with socket.create_connection(served.socket.getsockname()) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + data)
         while not served.engine.running:
             time.sleep(0.005)
-    assert served.idle()
+        jobs, left = list(served.engine.running), time.monotonic()
+    assert served.idle() and time.monotonic() < left + 5
+    assert max(job.tokens for job in jobs) < 250
     answer = served.client.completions.create(model="small", prompt="a", max_tokens=1)
     assert answer.usage.completion_tokens <= 1
 
@@ -166,6 +173,7 @@ def test_a_client_that_goes_away_frees_its_row(served, streaming):
         ({"prompt": [10**6]}, 400, "prompt: a token lies outside 0 to"),
         ({"prompt": None}, 400, "prompt"),
         ({"logit_bias": {"1": 5}}, 400, "logit_bias: Extra inputs are not permitted"),
+        ({"prompt": "a\ud83d"}, 400, "the text is no Unicode: its character 1 is a half one"),
         ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
     ],
 )
