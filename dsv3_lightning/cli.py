@@ -7,6 +7,7 @@ a run by the same command line.
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -24,11 +25,13 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    """Runs one verb and returns the exit code: 0, 2 for a mistake of the user's, 130 for Ctrl-C, 141 for `| head`."""
     try:
         if argv is None:
             read_names_as_utf8()
-        return dispatch(sys.argv[1:] if argv is None else argv)
+        code = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(f"dsv3: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
@@ -37,6 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped.code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+        return 141
+
+
+def reader_has_left() -> bool:
+    """Whether nobody reads our output any more; what is still to be written then goes nowhere."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def lightning_main() -> int:
@@ -135,7 +152,9 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what to continue; may be repeated"
+    )
     parser.add_argument(
         "--draft", type=int, default=0, metavar="N", help="let N of the model's MTP modules guess ahead; the text stays"
     )
@@ -152,13 +171,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--name", metavar="TEXT", help="what clients call the model; default: the folder's name")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default %(default)s")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any; default %(default)s")
     parser.add_argument("--slots", type=int, default=16, metavar="N", help="texts at a time; default %(default)s")
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="beyond them; default %(default)s")
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU; 0: as torch chooses")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: as torch chooses")
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +189,7 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, default=0.0, metavar="X", help="from those X times as likely as the best"
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling; default %(default)s")
+    parser.add_argument("--seed", type=seed, default=1, metavar="N", help="of the sampling; default %(default)s")
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +261,21 @@ def positive(text: str) -> int:
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
+def seed(text: str) -> int:
+    return below(2**63, text)
+
+
+def port(text: str) -> int:
+    return below(2**16, text)
+
+
+def below(limit: int, text: str) -> int:
+    value = int(text)
+    if not 0 <= value < limit:
         raise ValueError
     return value
 

@@ -1,5 +1,6 @@
 """`dsv3 generate`: continues a prompt with the model of a run, or of a Hugging Face folder."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import check_lengths
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.speculative import Drafts, check_depth, speculate
-from dsv3_lightning.inference.text import TextStream
+from dsv3_lightning.inference.text import TextStream, encode
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer, fill
 from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
@@ -25,7 +26,7 @@ from dsv3_lightning.training.checkpoint_io import newest_good, read_checkpoint
 
 def generate(
     checkpoint: str,
-    prompt: str,
+    prompt: list[str],
     draft: int,
     max_new_tokens: int,
     temperature: float,
@@ -35,29 +36,54 @@ def generate(
     stop: list[str],
     seed: int,
 ) -> int:
-    """Prints the prompt and, as it comes, its continuation."""
+    """Prints each prompt and, as it comes, its continuation; several are written together, or with guesses in turn."""
     sampling = Sampling(temperature, top_k, top_p, min_p)
     model, tokenizer = load(checkpoint)
-    stream = TextStream(tokenizer, tuple(stop))
-
-    def show(number: int, token: int) -> bool:
-        print(stream.push(token), end="", flush=True)
-        return stream.stopped
-
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    check_lengths([len(ids)], max_new_tokens, model.config.max_position_embeddings)
+    prompts = [[tokenizer.bos_id, *encode(tokenizer, text)] for text in prompt]
+    check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
     if draft:
         check_depth(model, draft)
-    print(prompt, end="", flush=True)
-    if draft:
-        end = {tokenizer.eos_id}
-        _, counts = speculate(model, ids, max_new_tokens, sampling, end, seed, draft, lambda token: show(0, token))
-        print(stream.finish(), flush=True)
-        print(told(counts), file=sys.stderr)
+    texts, ends = Texts(tokenizer, prompt, tuple(stop)), {tokenizer.eos_id}
+    if not draft:
+        decode(model, prompts, max_new_tokens, sampling, ends, seed, texts.push)
+        for _ in prompts:
+            texts.finish()
         return 0
-    decode(model, [ids], max_new_tokens, sampling, {tokenizer.eos_id}, seed, show)
-    print(stream.finish(), flush=True)
+    counts = Drafts([0] * draft, [0] * draft)
+    for number, ids in enumerate(prompts):
+        show = functools.partial(texts.push, number)
+        counts += speculate(model, ids, max_new_tokens, sampling, ends, seed, draft, show)[1]
+        texts.finish()
+    print(told(counts), file=sys.stderr)
     return 0
+
+
+class Texts:
+    """Several texts on one terminal: one as it comes, the next when it has ended."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: list[str], stop: tuple[str, ...]) -> None:
+        self.streams = [TextStream(tokenizer, stop) for _ in prompts]
+        self.held, self.current = list(prompts), 0
+        self.show()
+
+    def push(self, number: int, token: int) -> bool:
+        """Whether a stop string has ended the text."""
+        self.held[number] += self.streams[number].push(token)
+        self.show()
+        return self.streams[number].stopped
+
+    def finish(self) -> None:
+        """Of the current text."""
+        self.held[self.current] += self.streams[self.current].finish() + "\n"
+        self.show()
+        self.current += 1
+        if self.current < len(self.held):
+            print("---")
+            self.show()
+
+    def show(self) -> None:
+        print(self.held[self.current], end="", flush=True)
+        self.held[self.current] = ""
 
 
 def told(counts: Drafts) -> str:

@@ -1,5 +1,6 @@
 """`dsv3 serve`: an OpenAI-compatible server for one model."""
 
+import socket
 from pathlib import Path
 
 import torch
@@ -8,9 +9,18 @@ from dsv3_lightning.commands.generate import load
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Engine, check_engine
 
+LAST_ANSWERS = 5  # seconds that they get after Ctrl-C
+
 
 def serve(
-    checkpoint: str, name: str | None, host: str, port: int, slots: int, max_waiting: int, timeout: float, threads: int
+    checkpoint: str,
+    name: str | None,
+    host: str,
+    port: int,
+    slots: int,
+    max_waiting: int,
+    timeout: float,
+    threads: int | None,
 ) -> int:
     """Until Ctrl-C."""
     check_engine(slots, max_waiting, timeout)
@@ -20,14 +30,26 @@ def serve(
         from dsv3_lightning.inference.server import build_app
     except ImportError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'dsv3-lightning[serve]'") from None
-    if threads:
+    if threads is not None:
         torch.set_num_threads(threads)
-    model, tokenizer = load(checkpoint)
-    called = name or Path(checkpoint).resolve().name
-    engine = Engine(model, tokenizer, slots, max_waiting, timeout)
-    print(f"{called}: {slots} texts at a time; http://{host}:{port}/v1", flush=True)
-    try:
-        uvicorn.run(build_app(engine, tokenizer, called), host=host, port=port, log_level="warning")
-    finally:
-        engine.close()
+    with listen(host, port) as listener:
+        model, tokenizer = load(checkpoint)
+        called = name or Path(checkpoint).resolve().name
+        engine = Engine(model, tokenizer, slots, max_waiting, timeout)
+        config = uvicorn.Config(
+            build_app(engine, tokenizer, called), log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS
+        )
+        print(f"{called}: {slots} texts at a time; http://{host}:{listener.getsockname()[1]}/v1", flush=True)
+        try:
+            uvicorn.Server(config).run([listener])
+        finally:
+            engine.close()
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Before the model is read, so that a port in use is told at once. Raises ConfigError."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from error

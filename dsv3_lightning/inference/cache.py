@@ -4,13 +4,15 @@ Keys and values of MLA are never expanded (V3 §2.1.1): W_UK is absorbed into th
 themselves, and W_UV is applied to their weighted sum. So a token costs kv_lora_rank + qk_rope_head_dim numbers a layer.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_lightning.model.attention import GroupedQueryAttention, MultiHeadLatentAttention, causal_attention
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.rope import Rotation, rotate, rotation
+from dsv3_lightning.model.rope import Rotation, rotate
 
 
 class Cache:
@@ -30,23 +32,27 @@ class Cache:
 
 
 class Step:
-    """T new tokens for each of R neighbouring rows of a cache, from `first` on; lengths: of each row before them."""
+    """T new tokens for each of R neighbouring rows of a cache, from `first` on; lengths: of each row before them.
 
-    def __init__(self, config: ModelConfig, first: int, lengths: list[int], T: int, device: torch.device) -> None:
+    table: the rotation at every position that the cache has room for.
+    """
+
+    def __init__(self, table: Rotation, first: int, lengths: list[int], T: int) -> None:
         self.rows, self.T = slice(first, first + len(lengths)), T
         self.start, self.end = max(lengths), max(lengths) + T
         self.even = min(lengths) == self.start
+        self.hidden_RTS: Tensor | None = None
+        device = table.cos.device
         if self.even:
-            positions_RT = torch.arange(self.start, self.end, device=device)[None]
+            cos, sin = (x[None, self.start : self.end] for x in table)
+            if T > 1:
+                self.hidden_RTS = torch.ones(1, T, self.end, dtype=torch.bool, device=device).triu(self.start + 1)
         else:
-            positions_RT = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
-        self.positions_RT = positions_RT
-        cos, sin = (x.unflatten(0, positions_RT.shape) for x in rotation(config, positions_RT.flatten()))
+            self.positions_RT = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
+            cos, sin = (x[self.positions_RT] for x in table)
+            self.hidden_RTS = torch.arange(self.end, device=device) > self.positions_RT[..., None]
         self.keys_at = Rotation(cos, sin)  # [R or 1, T, rope / 2]
         self.queries_at = Rotation(cos[:, None], sin[:, None])
-        self.hidden_RTS: Tensor | None = None
-        if not self.even or T > 1:
-            self.hidden_RTS = torch.arange(self.end, device=device) > positions_RT[..., None]
 
     def append(self, entries_BSC: Tensor, new_RTC: Tensor) -> Tensor:
         """Writes what the new tokens leave, and returns what they may look at: [R, end, C]."""
@@ -57,19 +63,31 @@ class Step:
             here.scatter_(1, self.positions_RT[..., None].expand_as(new_RTC), new_RTC)
         return here[:, : self.end]
 
+    def of_last(self) -> "Step":
+        """The same for queries of the last of the new tokens alone."""
+        last = copy.copy(self)
+        last.T, last.start = 1, self.end - 1
+        last.queries_at = Rotation(*(x[:, :, -1:] for x in self.queries_at))
+        last.hidden_RTS = None if self.even or self.hidden_RTS is None else self.hidden_RTS[:, -1:]
+        return last
 
-def attend(attention: nn.Module, x_RTD: Tensor, entries_BSC: Tensor, step: Step) -> Tensor:
-    """What `attention` makes of the new tokens, which see all before them: [R, T, D]."""
+
+def attend(attention: nn.Module, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool = False) -> Tensor:
+    """What `attention` makes of the new tokens, which see all before them: [R, T, D]; of the last one: [R, 1, D]."""
     if isinstance(attention, MultiHeadLatentAttention):
-        return attend_latents(attention, x_RTD, entries_BSC, step)
+        return attend_latents(attention, x_RTD, entries_BSC, step, only_last)
     assert isinstance(attention, GroupedQueryAttention)
-    return attend_shared(attention, x_RTD, entries_BSC, step)
+    return attend_shared(attention, x_RTD, entries_BSC, step, only_last)
 
 
-def attend_latents(attention: MultiHeadLatentAttention, x_RTD: Tensor, entries_BSC: Tensor, step: Step) -> Tensor:
+def attend_latents(
+    attention: MultiHeadLatentAttention, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool
+) -> Tensor:
     c_kv, k_r = attention.kv_a_proj_with_mqa(x_RTD).split((attention.kv_rank, attention.rope), -1)
     k_r = rotate(k_r, step.keys_at, attention.interleave)
     latents_RSC = step.append(entries_BSC, torch.cat((attention.kv_a_layernorm(c_kv), k_r), -1))
+    if only_last:
+        x_RTD, step = x_RTD[:, -1:], step.of_last()
     q_RHTC = attention.queries(x_RTD, step.queries_at)
     up = attention.kv_b_proj.weight.unflatten(0, (attention.heads, -1))
     w_uk, w_uv = up.split((attention.nope, attention.v_dim), 1)
@@ -87,11 +105,15 @@ def attend_latents(attention: MultiHeadLatentAttention, x_RTD: Tensor, entries_B
     return attention.o_proj(out_RHTC.transpose(1, 2).flatten(2))
 
 
-def attend_shared(attention: GroupedQueryAttention, x_RTD: Tensor, entries_BSC: Tensor, step: Step) -> Tensor:
+def attend_shared(
+    attention: GroupedQueryAttention, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool
+) -> Tensor:
     shared = attention.kv_heads
     k, v = (proj(x_RTD).unflatten(-1, (shared, -1)) for proj in (attention.k_proj, attention.v_proj))
     k = attention.rotated(k.transpose(1, 2), step.queries_at).transpose(1, 2)
     entries = step.append(entries_BSC, torch.cat((k.flatten(2), v.flatten(2)), -1))
+    if only_last:
+        x_RTD, step = x_RTD[:, -1:], step.of_last()
     keys, values = entries.split((k.shape[2] * k.shape[3], v.shape[2] * v.shape[3]), -1)
     k_RGSC, v_RGSC = (x.unflatten(-1, (shared, -1)).transpose(1, 2) for x in (keys, values))
     q_RGNC = attention.queries(x_RTD, step.queries_at).unflatten(1, (shared, -1)).flatten(2, 3)

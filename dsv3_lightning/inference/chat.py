@@ -11,7 +11,7 @@ from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.sampling import Sampling
-from dsv3_lightning.inference.text import TextStream
+from dsv3_lightning.inference.text import TextStream, encode
 from dsv3_lightning.model.transformer import Transformer
 
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -30,7 +30,7 @@ def conversation(tokenizer: Tokenizer, messages: list[tuple[str, str]]) -> list[
     user, assistant = turn_ids(tokenizer)
     ids = [tokenizer.bos_id]
     for role, text in messages:
-        words = tokenizer.encode(text)
+        words = encode(tokenizer, text)
         if role == "system":
             ids += words
         elif role == "user":
@@ -51,11 +51,11 @@ class Chat:
         self.limit = model.config.max_position_embeddings
         self.decoder = Decoder(model, 1, self.limit)
         self.generator = torch.Generator().manual_seed(seed)
-        self.pending = [tokenizer.bos_id, *tokenizer.encode(system)]  # not in the cache yet
+        self.pending = [tokenizer.bos_id, *encode(tokenizer, system)]  # not in the cache yet
 
     def reply(self, text: str, max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
         """The answer, piece by piece."""
-        pending = [*self.pending, self.user, *self.tokenizer.encode(text), self.assistant]
+        pending = [*self.pending, self.user, *encode(self.tokenizer, text), self.assistant]
         total = self.decoder.lengths[0] + len(pending)
         if total >= self.limit:
             raise ConfigError(f"the conversation has {total} tokens; the context holds {self.limit}")

@@ -10,6 +10,7 @@ from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.mtp import MTPModule
+from dsv3_lightning.model.rope import rotation
 from dsv3_lightning.model.transformer import Transformer
 
 FEW = 32  # slots: tokens times experts per token
@@ -27,6 +28,7 @@ class Decoder:
         self.model, self.config, self.capacity = model, model.config, capacity
         layers = self.config.num_hidden_layers + mtp_depth
         self.cache = Cache(self.config, layers, rows, capacity, model.embed_tokens.weight)
+        self.rotations = rotation(self.config, torch.arange(capacity, device=self.device))
         self.lengths = [0] * rows
         self.mtp_lengths = [[0] * rows for _ in range(mtp_depth)]
 
@@ -45,18 +47,18 @@ class Decoder:
         return self.model.norm(h_RTD)
 
     @torch.inference_mode()
-    def extend_mtp(self, k: int, h_RTD: Tensor, tokens_RT: Tensor, first: int = 0) -> Tensor:
+    def extend_mtp(self, k: int, h_RTD: Tensor, tokens_RT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
         """Module k (from 1) at the next T positions: from h_{k-1} there and the tokens k places on, h_k before its
-        norm."""
+        norm; of the last position alone where no other module needs the rest."""
         module, layer = self.model.mtp[k - 1], self.config.num_hidden_layers + k - 1
         assert isinstance(module, MTPModule)
         step = self.step(self.mtp_lengths[k - 1], first, tokens_RT.shape[1], len(tokens_RT))
         joined = torch.cat((module.enorm(self.model.embed_tokens(tokens_RT)), module.hnorm(h_RTD)), -1)
-        return run_block(module.block, module.eh_proj(joined), self.cache.entries[layer], step)
+        return run_block(module.block, module.eh_proj(joined), self.cache.entries[layer], step, only_last)
 
     def step(self, lengths: list[int], first: int, T: int, rows: int) -> Step:
-        step = Step(self.config, first, lengths[first : first + rows], T, self.device)
-        assert step.end <= self.capacity, "the cache is full"
+        assert max(lengths[first : first + rows]) + T <= self.capacity, "the cache is full"
+        step = Step(self.rotations, first, lengths[first : first + rows], T)
         for row in range(first, first + rows):
             lengths[row] += T
         return step
@@ -74,9 +76,10 @@ class Decoder:
             lengths[target] = lengths[source]
 
 
-def run_block(block: Block, x_RTD: Tensor, entries_BSC: Tensor, step: Step) -> Tensor:
+def run_block(block: Block, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool = False) -> Tensor:
     """A layer without what only training asks for."""
-    x_RTD = x_RTD + attend(block.self_attn, block.input_layernorm(x_RTD), entries_BSC, step)
+    seen_RTD = attend(block.self_attn, block.input_layernorm(x_RTD), entries_BSC, step, only_last)
+    x_RTD = (x_RTD[:, -1:] if only_last else x_RTD) + seen_RTD
     u_RTD = block.post_attention_layernorm(x_RTD)
     if not isinstance(block.mlp, MoE):
         return x_RTD + block.mlp(u_RTD)
@@ -95,9 +98,10 @@ def few_slots(experts: Experts, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tens
     """What `experts` gives, a product per chosen expert: for few tokens torch's grouped product costs more on CPU."""
     K = experts_NK.shape[1]
     chosen, rows = experts_NK.flatten().tolist(), x_ND.split(1)
-    gate, up = torch.cat([rows[s // K] @ experts.gate_up_proj[e] for s, e in enumerate(chosen)]).chunk(2, -1)
+    gate_up_EDF, down_EFD = experts.gate_up_proj, experts.down_proj
+    gate, up = torch.cat([rows[s // K] @ gate_up_EDF[e] for s, e in enumerate(chosen)]).chunk(2, -1)
     inner = (F.silu(gate) * up).split(1)
-    y_SD = torch.cat([inner[s] @ experts.down_proj[e] for s, e in enumerate(chosen)])
+    y_SD = torch.cat([inner[s] @ down_EFD[e] for s, e in enumerate(chosen)])
     return (gates_NK[:, None].to(y_SD.dtype) @ y_SD.unflatten(0, (-1, K))).squeeze(1)
 
 

@@ -29,6 +29,12 @@ class Drafts:
     kept: list[int]
     passes: int = 0
 
+    def __iadd__(self, other: "Drafts") -> "Drafts":
+        self.drafted = [a + b for a, b in zip(self.drafted, other.drafted, strict=True)]
+        self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
+        self.passes += other.passes
+        return self
+
     def acceptance(self) -> list[float | None]:
         """By depth; a guess counts as kept only if those before it were. None where there was none."""
         return [kept / drafted if drafted else None for kept, drafted in zip(self.kept, self.drafted)]
@@ -74,7 +80,8 @@ class Speculation:
         for k in range(1, depth + 1):
             start = lengths[k - 1][0]  # the first index that it has not seen for good
             tokens = [*self.tokens, *guesses][start + k : n + k]
-            h_1ID = self.decoder.extend_mtp(k, self.waiting_1ID[k - 1], self.tensor(tokens))
+            deepest = k == len(self.waiting_1ID)
+            h_1ID = self.decoder.extend_mtp(k, self.waiting_1ID[k - 1], self.tensor(tokens), only_last=deepest)
             module = self.decoder.model.mtp[k - 1]
             assert isinstance(module, MTPModule)
             with torch.inference_mode():
@@ -86,7 +93,7 @@ class Speculation:
                 guesses.append(draw(q_KV[-1], self.generator))
             certain = max(n - k + 1, 0)  # indices i with i + k <= n
             lengths[k - 1][0] = certain
-            if k < len(self.waiting_1ID):
+            if not deepest:
                 following = lengths[k][0]
                 h_1ID = torch.cat((self.waiting_1ID[k][:, : start - following], h_1ID), 1)
                 self.waiting_1ID[k] = h_1ID

@@ -3,6 +3,16 @@
 import codecs
 
 from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of what a user gave. Raises ConfigError for half characters, as a wrongly coded terminal makes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the text is no Unicode: its character {error.start} is a half one") from error
+    return tokenizer.encode(text)
 
 
 class TextStream:

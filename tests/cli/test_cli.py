@@ -25,6 +25,16 @@ def dsv3(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
 
 
+def test_a_closed_pipe_ends_it_quietly():
+    """As `| head -1` leaves it."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dsv3_lightning", "plan", "v3"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_help_plan_and_print_config_import_no_torch():
     words = [["--help"], *([verb, "--help"] for verb in cli.VERBS), ["plan", "v3"], ["run", "nano", "--print-config"]]
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH.format(words=words)], capture_output=True, text=True)
@@ -79,7 +89,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         (["generate", "x"], "the following arguments are required: --prompt (see dsv3 generate --help)"),
         (
             ["generate", "x", "--prompt", "p", "--seed", "a"],
-            "argument --seed: invalid int value: 'a' (see dsv3 generate --help)",
+            "argument --seed: invalid seed value: 'a' (see dsv3 generate --help)",
         ),
     ],
 )
@@ -128,7 +138,7 @@ def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli, "resolve", lambda target: lambda **given: got.append(given) or 0)
     assert cli.main(["generate", "runs/nano", "--prompt", "def ", "--temperature", "0"]) == 0
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [], "seed": 1}
-    assert got == [{"checkpoint": "runs/nano", "prompt": "def ", "draft": 0, "max_new_tokens": 128} | sampling]
+    assert got == [{"checkpoint": "runs/nano", "prompt": ["def "], "draft": 0, "max_new_tokens": 128} | sampling]
 
 
 def test_print_config_shows_what_is_in_force(capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 """`dsv3 generate` and `dsv3 chat` on a small model with a tokenizer of its own."""
 
 import io
+import socket
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import write_folder, write_weights
+from dsv3_lightning.hub.export import reader, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_json, write_tokenizer
 from dsv3_lightning.inference.chat import Chat, conversation
 from dsv3_lightning.inference.decode import decode
@@ -31,10 +32,9 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def folder(tokenizer, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("model") / "out"
-    state = model.state_dict()
 
     def write(at):
-        write_weights(model.config, state.__getitem__, at, torch.float32, 10**9)
+        write_weights(model.config, reader(model.state_dict()), at, torch.float32, 10**9)
         write_json(at / "config.json", to_json(model.config, token_ids(tokenizer), "float32"))
         write_tokenizer(tokenizer, at, 512)
 
@@ -68,9 +68,23 @@ def test_guesses_leave_the_text_as_it_is_and_are_counted(folder, capsys):
     assert "draft=2: must be between 1 and the model's MTP depth, 1" in capsys.readouterr().err
 
 
+def test_several_prompts_are_shown_one_after_the_other(folder, capsys):
+    arguments = ["generate", folder, "--temperature", "0", "--max-new-tokens", "12"]
+    alone, together = [], list(arguments)
+    for prompt in ("def ", "", "日本 " * 20):
+        assert main([*arguments, "--prompt", prompt]) == 0
+        alone.append(capsys.readouterr().out)
+        together += ["--prompt", prompt]
+    for more in ([], ["--draft", "1"]):
+        assert main([*together, *more]) == 0
+        assert capsys.readouterr().out == "---\n".join(alone)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--seed", "-1"], "argument --seed: invalid seed value: '-1'"),
+        (["--prompt", "\udcff"], "the text is no Unicode: its character 0 is a half one"),
         (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["--top-p", "2"], "top_p=2.0: must be between 0 and 1"),
         (["--prompt", "x " * 600], "tokens is longer than the context of 512 tokens"),
@@ -81,6 +95,15 @@ def test_nonsense_is_one_line(words, message, folder, capsys):
     assert main(["generate", folder, "--prompt", "a", *words]) == 2
     out, error = capsys.readouterr()
     assert message in error and error.count("\n") == 1 and out == ""
+
+
+def test_a_port_in_use_is_one_line(folder, capsys):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", folder, "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert f"--host 127.0.0.1 --port {port}: " in error and error.count("\n") == 1
 
 
 def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Decoding with the cache is the training path, position by position, alone and beside others."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ MODELS = {
     "yarn, one weight": small_config(
         rope_scaling=Yarn(factor=40, original_max_position_embeddings=32, mscale=1.0), max_position_embeddings=1280
     ),
+    **{
+        f"yarn, {a} and {b}": small_config(
+            rope_scaling=replace(YARN, mscale=a, mscale_all_dim=b), qk_rope_head_dim=16, max_position_embeddings=1280
+        )
+        for a, b in ((1.0, 0.7), (0.0, 0.0))
+    },
     "v2": small_config(**V2_GROUPS),
     "v2-lite": small_config(**V2_LITE),
     "gqa": small_config(**LLAMA),
