@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dsv3_lightning.commands.export import export
-from dsv3_lightning.commands.generate import load
+from dsv3_lightning.commands.models import load
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.speculative import speculate

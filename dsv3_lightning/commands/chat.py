@@ -2,7 +2,7 @@
 
 import sys
 
-from dsv3_lightning.commands.generate import load
+from dsv3_lightning.commands.models import load
 from dsv3_lightning.inference.chat import Chat
 from dsv3_lightning.inference.sampling import Sampling
 

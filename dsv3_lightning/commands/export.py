@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3_lightning.commands.generate import fill_model, find_checkpoint, load_hub_folder, read_weights, stored_config
+from dsv3_lightning.commands.models import find_checkpoint, load_hub_folder, load_model, part_reader, stored_config
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.files import native, write_synced
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import DTYPES, check_free, reader, write_folder, write_weights
+from dsv3_lightning.hub.export import DTYPES, check_free, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
 from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference, verification_tokens, write_logits
 from dsv3_lightning.model.transformer import Transformer
@@ -25,11 +25,10 @@ def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: f
     check_free(target)
     path, run_folder = find_checkpoint(native(run))
     config, tokenizer = stored_config(run_folder), Tokenizer.from_file(run_folder)
-    weights = read_weights(path)
     tokens = None if verify is False else verification_tokens(None if verify is True else str(verify), config.model)
 
     def write(folder: Path) -> None:
-        size = write_weights(config.model, reader(weights), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
+        size = write_weights(config.model, part_reader(path), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder)
@@ -38,7 +37,7 @@ def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: f
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written
     if tokens is not None:
-        model = fill_model(config.model, weights, path)
+        model = load_model(path, config.model)
         expected = all_logits(model, tokens)
         write_logits(target.parent / "verify", tokens, expected)
     write_folder(target, write)

@@ -4,7 +4,7 @@ import json
 
 from dsv3_lightning.callbacks.plots import heat_map
 from dsv3_lightning.callbacks.run_report import write_whole
-from dsv3_lightning.commands.generate import find_checkpoint, load_model, stored_config
+from dsv3_lightning.commands.models import find_checkpoint, load_model, stored_config
 from dsv3_lightning.commands.placement import validation_batches
 from dsv3_lightning.data.files import native
 from dsv3_lightning.data.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv3_lightning.callbacks.plots import heat_map
 from dsv3_lightning.callbacks.run_report import write_whole
-from dsv3_lightning.commands.generate import find_checkpoint, load_model, stored_config
+from dsv3_lightning.commands.models import find_checkpoint, load_model, stored_config
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.files import native
 from dsv3_lightning.data.module import TextDataModule

@@ -59,9 +59,15 @@ def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned
     return files
 
 
-def reader(state: Mapping[str, Tensor]) -> Read:
-    """Of tensors that are in memory, or in a file that is mapped into it."""
-    return lambda name, expert: state[name] if expert is None else state[name][expert]
+def reader(state: Mapping[str, Tensor], where: str | Path) -> Read:
+    """Of tensors that are in memory, or in a file that is mapped into it. Raises ConfigError for one that isn't."""
+
+    def read(name: str, expert: int | None) -> Tensor:
+        if name not in state:
+            raise ConfigError(f"{where}: holds no {name}")
+        return state[name] if expert is None else state[name][expert]
+
+    return read
 
 
 def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dtype, file_bytes: int) -> int:

@@ -62,6 +62,11 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     return complete(checkpoint, path)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a file, or a folder of shards."""
+    return path.is_file() or (path / sharded.REST).is_file()
+
+
 def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """The checkpoint, if a run can go on from it. Raises ConfigError."""
     missing = [key for key in PARTS if key not in checkpoint]
@@ -74,17 +79,20 @@ def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def step_of(path: Path) -> int:
+def step_of(path: Path, mmap: bool = False) -> int:
     """The step of a checkpoint that a run can go on from; of a sharded one the tensors aren't read. ConfigError."""
-    checkpoint = complete(sharded.read_rest(path), path) if path.is_dir() else read_checkpoint(path)
+    checkpoint = complete(sharded.read_rest(path), path) if path.is_dir() else read_checkpoint(path, mmap)
     return checkpoint["global_step"]
 
 
-def newest_good(paths: list[Path]) -> tuple[Path, int] | None:
-    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't."""
+def newest_good(paths: list[Path], mmap: bool = False) -> tuple[Path, int] | None:
+    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't.
+
+    mmap: judges a file by its contents' list, without reading its tensors.
+    """
     for path in paths:
         try:
-            return path, step_of(path)
+            return path, step_of(path, mmap)
         except ConfigError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     return None

@@ -32,7 +32,7 @@ def exported(model: Transformer, folder: Path, dtype: str = "float32", file_byte
     """Many small files, so that the index counts."""
 
     def write(at: Path) -> None:
-        write_weights(model.config, reader(model.state_dict()), at, DTYPES[dtype], file_bytes)
+        write_weights(model.config, reader(model.state_dict(), "memory"), at, DTYPES[dtype], file_bytes)
         write_json(at / "config.json", to_json(model.config, {"eos_token_id": None}, dtype))
 
     write_folder(folder, write)

@@ -34,7 +34,7 @@ def folder(tokenizer, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("model") / "out"
 
     def write(at):
-        write_weights(model.config, reader(model.state_dict()), at, torch.float32, 10**9)
+        write_weights(model.config, reader(model.state_dict(), "memory"), at, torch.float32, 10**9)
         write_json(at / "config.json", to_json(model.config, token_ids(tokenizer), "float32"))
         write_tokenizer(tokenizer, at, 512)
 

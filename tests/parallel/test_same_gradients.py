@@ -9,6 +9,9 @@ import re
 import pytest
 import torch
 
+from dsv3_lightning.cli import main
+from dsv3_lightning.commands.models import load_hub_folder
+from dsv3_lightning.training.checkpoint_io import read_checkpoint
 from tests.parallel.conftest import runs_on_ranks
 from tests.runs.compare import assert_same_curves
 
@@ -107,3 +110,17 @@ def test_samples_are_those_of_one_process(runs, name):
         re.findall(r"```\n(.*?)\n```", (runs[run].folder / "report.md").read_text(), re.S) for run in ("one", name)
     )
     assert len(one) == 3 and one == many
+
+
+@pytest.mark.parametrize("name", ["ep2", "fsdp2", "ep2_fsdp2"])
+def test_shards_are_exported_tensor_by_tensor(runs, name, tmp_path, monkeypatch):
+    """By a process that belongs to no group, and nobody reads a whole checkpoint for it."""
+    shards = runs[name].folder / "checkpoints/step=20.ckpt"
+    expected = read_checkpoint(shards)["state_dict"]
+    monkeypatch.setattr("dsv3_lightning.parallel.sharded.read_into", None)
+    assert main(["export", str(shards), str(tmp_path / "out"), "--verify"]) == 0
+    got = load_hub_folder(tmp_path / "out").state_dict()
+    assert {f"model.{key}" for key in got} == {key for key in expected if key.startswith("model.")}
+    assert all(torch.equal(value, expected[f"model.{key}"]) for key, value in got.items())
+    next(shards.glob("shards/*.distcp")).unlink()
+    assert main(["export", str(shards), str(tmp_path / "again")]) == 2

@@ -1,0 +1,58 @@
+"""The model's tensors in a folder of shards, one at a time or one expert of them, in a process alone."""
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.sharded import SHARDS, read_metadata, read_rest
+
+PREFIX = "model/"  # see `sharded`
+
+
+class ShardReader:
+    """Raises ConfigError, also for a folder that is not whole.
+
+    kept: of the two stacked tensors read last (the two of a layer's experts take turns) the parts that hold the expert.
+    """
+
+    def __init__(self, path: Path) -> None:
+        read_rest(path)  # looks at all files
+        self.path, self.metadata = path, read_metadata(path)
+        self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
+
+    def names(self) -> list[str]:
+        return [key.removeprefix(PREFIX) for key in self.metadata.state_dict_metadata if key.startswith(PREFIX)]
+
+    def read(self, name: str, place: int | None = None) -> Tensor:
+        """The tensor, or what stands at `place` of its first dim."""
+        entry = self.metadata.state_dict_metadata.get(PREFIX + name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ConfigError(f"{self.path}: holds no {name}")
+        whole = torch.empty(entry.size if place is None else entry.size[1:], dtype=entry.properties.dtype)
+        used: dict[MetadataIndex, Tensor] = {}
+        for chunk in entry.chunks:
+            offsets = chunk.offsets
+            if place is not None and not offsets[0] <= place < offsets[0] + chunk.sizes[0]:
+                continue
+            index = MetadataIndex(PREFIX + name, offsets)
+            part = self.kept.get(name, {}).get(index)
+            part = self.read_part(index) if part is None else part
+            if place is not None:
+                used[index] = part
+                part, offsets = part[place - offsets[0]], offsets[1:]
+            whole[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape))] = part
+        if used:
+            others = [(key, parts) for key, parts in self.kept.items() if key != name]
+            self.kept = dict([*others[-1:], (name, used)])
+        return whole
+
+    def read_part(self, index: MetadataIndex) -> Tensor:
+        """What one rank wrote of a tensor."""
+        place = self.metadata.storage_data[index]
+        with open(self.path / SHARDS / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
