@@ -139,7 +139,8 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
-    parser.usage = f"{parser.prog} FILE... [key=value ...] [--gpus N [--gpu KIND] [--efficiency X]] [--print-config]"
+    options = "[--gpus N [--gpu KIND] [--efficiency X] [--dry-run]] [--print-config]"
+    parser.usage = f"{parser.prog} FILE... [key=value ...] {options}"
     parser.add_argument("--gpus", type=positive, metavar="N", help="plan one rank of N, and the whole run's time")
     parser.add_argument(
         "--gpu", default="h100", metavar="KIND", help="a100, h100, h200, h800, b200; default %(default)s"
@@ -148,6 +149,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--efficiency", type=share, default=0.45, metavar="X",
         help="share of the peak that computing alone is assumed to reach; default %(default)s",
     )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="also count what a rank's step holds, without numbers")
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`dsv3 plan`: parameters by part, FLOP and memory of a config, by arithmetic alone. Imports no torch."""
+"""`dsv3 plan`: parameters by part, FLOP and memory of a config, by arithmetic alone; only --dry-run imports torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +7,20 @@ from typing import Any
 from dsv3_lightning.commands.plan_cluster import cluster_tables
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import Count, add, count_parameters
 
 
-def run(config: Config, tree: dict[str, Any], files: list[Path], gpus: int | None, gpu: str, efficiency: float) -> int:
+def run(
+    config: Config, tree: dict[str, Any], files: list[Path], gpus: int | None, gpu: str, efficiency: float,
+    dry_run: bool,
+) -> int:  # fmt: skip
+    if dry_run and gpus is None:
+        raise ConfigError("--dry-run: of one rank of how many? add --gpus N")
     tables = [parameter_table(config), flop_table(config)]
-    tables += [memory_table(config)] if gpus is None else cluster_tables(config, gpus, gpu, efficiency)
+    tables += [memory_table(config)] if gpus is None else cluster_tables(config, gpus, gpu, efficiency, dry_run)
     print("\n\n".join(tables))
     return 0
 

@@ -14,8 +14,11 @@ from dsv3_lightning.planning.hardware import GPU, gpu_named
 PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
 
 
-def cluster_tables(config: Config, gpus: int, gpu_name: str, efficiency: float) -> list[str]:
-    """Raises ConfigError for a mesh or a batch that doesn't divide, with the nearest that do."""
+def cluster_tables(config: Config, gpus: int, gpu_name: str, efficiency: float, dry: bool) -> list[str]:
+    """Raises ConfigError for a mesh or a batch that doesn't divide, with the nearest that do.
+
+    dry: also counts what one rank makes in a step, without making it.
+    """
     gpu = gpu_named(gpu_name)
     strategy, chosen = strategy_of(config)
     shape = mesh_shape(strategy, gpus, math.gcd(gpus, gpu.per_node), config.model)
@@ -23,12 +26,10 @@ def cluster_tables(config: Config, gpus: int, gpu_name: str, efficiency: float) 
     memory = rank_memory(config.model, shape, strategy, work)
     time = step_time(config.model, shape, strategy, work, gpu, efficiency)
     head = f"{gpus:,} {gpu_name.upper()}, {strategy.kind}{chosen}: {shape}"
-    return [
-        head,
-        memory_table(memory, gpu, work),
-        traffic_table(time, shape),
-        time_table(config, time, gpus, gpu, efficiency),
-    ]
+    tables = [head, memory_table(memory, gpu, work)]
+    if dry:
+        tables.append(dry_table(config, strategy, shape, work, memory))
+    return [*tables, traffic_table(time, shape), time_table(config, time, gpus, gpu, efficiency)]
 
 
 def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
@@ -60,12 +61,29 @@ def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
             ("weights, its part", si(memory.weights, "B"), "exact"),
             ("gradients, its part", si(memory.gradients, "B"), "exact"),
             ("AdamW, its part", si(memory.optimizer, "B"), "exact"),
-            ("blocks gathered for a moment", si(memory.gathered, "B"), "estimate"),
+            ("gathered for a moment", si(memory.gathered, "B"), "estimate"),
             (f"activations of {work.tokens:,} tokens, checkpointing {work.policy}", si(memory.activations, "B"),
              "estimate"),
             ("sum", si(memory.total, "B"), f"{verdict} in {si(gpu.memory, 'B')}"),
         ]
     )  # fmt: skip
+
+
+def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: Work, memory: RankMemory) -> str:
+    from dsv3_lightning.training.dry_run import dry_run  # which needs torch, as nothing else here does
+
+    samples = work.tokens // work.sequence_length
+    counted = dry_run(
+        config.model, config.optimizer, strategy, shape, samples, work.sequence_length, work.precision, work.policy
+    )
+    rows = [
+        ("weights", counted.weights, memory.weights),
+        ("gradients", counted.gradients, memory.gradients),
+        ("AdamW", counted.optimizer, memory.optimizer),
+        ("at the peak of a step", counted.peak, memory.total),
+    ]
+    head = ("dry run of rank 0, even loads", "counted", "planned")
+    return table([head, *((name, si(was, "B"), f"{plan / was - 1:+.1%}") for name, was, plan in rows)])
 
 
 def traffic_table(time: StepTime, shape: MeshShape) -> str:

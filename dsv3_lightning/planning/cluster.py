@@ -10,6 +10,7 @@ from typing import Protocol
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.activations import activations
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.planning.hardware import GPU
 from dsv3_lightning.planning.memory import training_memory
@@ -53,7 +54,7 @@ class Work:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. gathered: parameters of the blocks that are whole for a moment, and their gradients."""
+    """Bytes on one rank. gathered: parameters that are whole for a moment, and gradients of the output matrix."""
 
     weights: float
     gradients: float
@@ -109,40 +110,49 @@ def parameter_split(model: ModelConfig) -> tuple[int, int]:
     return parameters.total - routed, routed
 
 
-def largest_block(model: ModelConfig, ep: int) -> int:
-    """Parameters that are whole on a rank while the largest layer computes."""
-    dense = swiglu(model.hidden_size, model.intermediate_size) if model.first_k_dense_replace else 0
-    moe = 0
-    if model.num_moe_layers:
-        parts = moe_parts(model)
-        moe = parts["routed experts"].total // ep + parts["shared experts"].total
-    return attention_weights(model) + max(dense, moe)
+def last_block(model: ModelConfig, ep: int) -> int:
+    """Parameters that are whole on a rank while the last layer, or the last MTP module's, computes."""
+    if not model.num_moe_layers and not model.mtp_depth:
+        return attention_weights(model) + swiglu(model.hidden_size, model.intermediate_size)
+    parts = moe_parts(model)
+    return attention_weights(model) + parts["routed experts"].total // ep + parts["shared experts"].total
 
 
 def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -> RankMemory:
-    whole = training_memory(model, work.tokens, work.precision, work.policy)
-    computed = 4 if work.precision == "32" else 2
-    block, ends = largest_block(model, shape.ep), 2 * model.vocab_size * model.hidden_size
-    ahead = 1 + strategy.prefetch
-    if not strategy.reshard_after_forward:
-        dense, routed = parameter_split(model)
-        gathered = computed * (dense + routed / shape.ep)
+    """Two moments compete for the most: the loss, which makes a gradient of the output matrix per head in fp32, and the
+    backward pass of the last block, when that matrix's gradient is on its way to be added up.
+    """
+    whole, computed = training_memory(model, work.tokens, work.precision, work.policy), bytes_computed(work)
+    per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size
+    block = computed * last_block(model, shape.ep)
+    if strategy.reshard_after_forward:
+        ahead: float = strategy.prefetch * block
     else:
-        gathered = computed * ahead * block + (4 + computed) * ends / 2  # embedding in fp32, the head stays
-    gathered += (computed + 4) * block  # its gradients, and their fp32 copies on the way to be added up
+        dense, routed = parameter_split(model)
+        ahead = computed * (dense + routed / shape.ep)
+    moments = [
+        (ahead + computed * head + (2 + model.mtp_depth) * 4 * head, work.tokens * per_token.kept),
+        (ahead + 2 * block + 4 * head, work.tokens * (per_token.kept + per_token.made_again)),
+    ]
+    gathered, held = max(moments, key=sum)
     return RankMemory(
         weights=whole.weights / shape.dp_shard,
         gradients=whole.gradients / shape.dp_shard,
         optimizer=whole.optimizer / shape.dp_shard,
-        gathered=gathered if shape.dp_shard > 1 else 0.0,
-        activations=whole.activations,
+        gathered=gathered,
+        activations=held,
     )
+
+
+def bytes_computed(work: Work) -> int:
+    """Of a number in matrix products."""
+    return 4 if work.precision == "32" else 2
 
 
 def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: GPU) -> Traffic:
     """Gathers and scatters by ring: (n - 1)/n of the whole per rank; all-to-alls of K slots per token and layer."""
     dense, routed = parameter_split(model)
-    computed = 4 if work.precision == "32" else 2
+    computed = bytes_computed(work)
     per_pass = computed * (2 if strategy.reshard_after_forward else 1) + 4  # gathered, and gradients in fp32
     n, m, r = shape.dp_shard, shape.expert_shard, shape.dp_replicate
     dense_bytes = work.micro_batches * per_pass * dense * (n - 1) / n

@@ -71,7 +71,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
         "needle": "-h --help run --lengths --depths --texts --out",
-        "plan": f"{config} --gpus --gpu --efficiency",
+        "plan": f"{config} --gpus --gpu --efficiency --dry-run",
         "sweep": "-h --help words --jobs --task --slurm",
         "compare": "-h --help runs --markdown --plot",
         "checkpoint": "-h --help action path output",

@@ -5,9 +5,10 @@ python -m tests.parallel.dispatch_worker, under a launcher's environment.
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from dsv3_lightning.model.experts import Experts
-from dsv3_lightning.parallel.dispatch import AllToAll
+from dsv3_lightning.parallel.dispatch import AllToAll, Sent
 from tests.parallel.small import EXPERTS, K, config, tokens_and_choices
 
 
@@ -17,7 +18,7 @@ def spread(experts: Experts, rank: int, ranks: int) -> Experts:
     share = EXPERTS // ranks
     for name, weight in experts.named_parameters():
         setattr(own, name, torch.nn.Parameter(weight.detach()[rank * share : (rank + 1) * share].clone()))
-    own.dispatcher = AllToAll(dist.group.WORLD)
+    own.dispatcher = Watched(dist.group.WORLD)
     return own
 
 
@@ -33,7 +34,7 @@ def check(case: str) -> None:
     expected_ND = whole(x_ND.requires_grad_(), experts_NK, gates_NK)
     expected_ND.square().sum().backward()
     mine_ND = inputs[rank][0].clone().requires_grad_()
-    actual_ND = part(mine_ND, *inputs[rank][1:], meanwhile=lambda: mine_ND * 2)
+    actual_ND = part(mine_ND, *inputs[rank][1:], meanwhile=lambda: still_on_their_way(part) * mine_ND * 2)
     (actual_ND - 2 * mine_ND).square().sum().backward()
 
     start = sum(len(inputs[r][0]) for r in range(rank))
@@ -45,6 +46,18 @@ def check(case: str) -> None:
         expected = whole.get_parameter(name).grad[share]
         torch.testing.assert_close(torch.zeros_like(expected) if weight.grad is None else weight.grad, expected)
     assert experts_NK.shape[1] == K
+
+
+class Watched(AllToAll):
+    def send(self, *slots) -> Sent:
+        self.sent = super().send(*slots)
+        return self.sent
+
+
+def still_on_their_way(experts: Experts) -> int:
+    """1 where nobody has waited for the slots yet."""
+    x_RD = experts.dispatcher.sent.x_RD
+    return int(isinstance(x_RD, AsyncCollectiveTensor) and not x_RD.completed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""One rank's step without its numbers: the tensors that a rank of any mesh would make, counted on a laptop.
+
+The model is built, sharded and stepped as in a run, by the same code, among processes that are pretended and with
+tensors that have shapes alone. What can't be known without numbers is how uneven the experts' loads are; here they are
+even.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # noqa: F401  collectives of tensors without numbers
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv3_lightning.model import losses
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.dispatch import AllToAll, Sent
+from dsv3_lightning.parallel.groups import build_meshes
+from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
+from dsv3_lightning.parallel.sharding import shard_model
+from dsv3_lightning.parallel.tensors import local
+from dsv3_lightning.training.config import OptimizerConfig
+from dsv3_lightning.training.optimizer import build_optimizer
+from dsv3_lightning.training.precision import precision_plugin
+
+
+@dataclass(frozen=True)
+class Dry:
+    """Bytes on the first rank: what it always has, and the most of a step. parameters: of the whole model."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+    parameters: int
+
+
+def dry_run(
+    model: ModelConfig, optimizer: OptimizerConfig, strategy: StrategyConfig, shape: MeshShape, samples: int,
+    sequence_length: int, precision: str, checkpointing: str,
+) -> Dry:  # fmt: skip
+    """Two steps of one micro-batch of `samples` samples on the first of `shape.ranks` ranks."""
+    plugin = precision_plugin(precision, torch.device("cpu"))
+    with pretended_processes(shape.ranks):
+        with torch.device("meta"):
+            module = Transformer(model, checkpointing)
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        plugin.convert_module(module)
+        shard_model(module, build_meshes(shape, "cpu"), strategy, "bf16" in str(plugin.precision))
+        for experts in (part for part in module.modules() if isinstance(part, Experts)):
+            if isinstance(experts.dispatcher, AllToAll):
+                experts.dispatcher = EvenLoads(experts.dispatcher.group)
+        as_on_a_gpu = patch.object(losses, "LOGITS_HELD_CPU", losses.LOGITS_HELD)
+        with as_on_a_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+            module.to_empty(device="cpu")
+            module.tie_weights()
+            weights = counter.now
+            adamw = build_optimizer(module, optimizer)
+            counter.peak = 0  # where a DTensor is made, one of the whole's shape is looked at
+            for _ in range(2):  # moments are made in the first, whose gradients stay: as between micro-batches
+                step(module, adamw, plugin, samples, sequence_length)
+            gradients = sum(local(p.grad).nbytes for p in module.parameters() if p.grad is not None)
+            return Dry(weights, gradients, counter.now - weights - gradients, counter.peak, parameters)
+
+
+def step(module: Transformer, adamw: torch.optim.Optimizer, plugin: Precision, samples: int, length: int) -> None:
+    depth = module.config.mtp_depth
+    tokens = torch.zeros(samples, length + 1 + depth, dtype=torch.int64)
+    targets = torch.zeros(samples, 1 + depth, length, dtype=torch.int64)
+    with plugin.forward_context():
+        result = module.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
+    (result.nll_K.sum() + sum(term.sum() for term in result.balance.values())).backward()
+    adamw.step()
+
+
+@contextmanager
+def pretended_processes(ranks: int) -> Iterator[None]:
+    """This process is the first of so many; what it sends goes nowhere."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class EvenLoads(AllToAll):
+    """Every rank's experts get equally many slots."""
+
+    def send(self, x_SD: Tensor, counts_E: Tensor) -> Sent:
+        ranks, slots = self.group.size(), len(x_SD)
+        each = [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
+        return Sent(all_to_all_single_autograd(x_SD, each, each, self.group), counts_E.view(ranks, -1), each, each)
+
+
+class Counter(TorchDispatchMode):
+    """now: bytes of all tensors made since that are still alive. peak: the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.fake = active_fake_mode()
+        self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
+
+    def __enter__(self) -> "Counter":
+        self.resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:  # FSDP's; no operation of torch
+            result = self.resize(storage, size)
+            if storage in self.known:
+                self.add(size - self.known[storage][0])
+                self.known[storage][0] = size
+            return result
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        torch.UntypedStorage.resize_ = self.resize  # type: ignore[method-assign]
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:  # its parts come by themselves
+            return NotImplemented
+        if func is torch.ops.aten.bincount.default:  # its result's length depends on numbers
+            return args[0].new_zeros((kwargs or {}).get("minlength", args[-1]))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return args[0].new_empty(grouped_shape(*args))
+        if func is torch.ops._c10d_functional.wait_tensor.default:  # which makes nothing
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and active_fake_mode() is self.fake:  # DTensor looks ahead in one of its own
+                self.meet(tensor)
+        return result
+
+    def meet(self, tensor: Tensor) -> None:
+        if tensor.is_meta or isinstance(tensor, nn.Parameter):
+            return
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = [storage.nbytes()]
+            self.known[storage] = size
+            weakref.finalize(storage, self.forget, size)
+            self.add(size[0])
+
+    def forget(self, size: list[int]) -> None:
+        self.now -= size[0]
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def grouped_shape(a: Tensor, b: Tensor, ends_E: Tensor, *more: Any) -> tuple[int, ...]:
+    """Of a grouped product, which torch knows without numbers for bf16 alone."""
+    return (len(a), b.shape[-1]) if b.dim() == 3 else (len(ends_E), len(a), b.shape[-1])
