@@ -1,16 +1,17 @@
 """Training speed on the `laptop` shape beside transformers' DeepseekV3, in one run.
 
-    python benchmarks/throughput.py [--rounds 8] [--batch-size 8] [--threads 2]
+    python benchmarks/throughput.py [--rounds 8] [--batch-size 16] [--threads 2]
 
-A step is forward, backward and a fused AdamW step on random tokens; MTP is off, so that both do the same
-work. Each side may take any precision (fp32, bf16 autocast) and transformers any `experts_implementation`;
-the fastest of each is chosen first. Then rounds of (ours, matrix products, theirs) alternate, so that a
-machine whose speed drifts is unfair to nobody. Printed are the medians: tokens/s, model FLOP/s as share of
+A step is forward, backward and a fused AdamW step on random tokens, other ones than the step before; MTP is off, so
+that both do the same work. Each side may take any precision (fp32, bf16 autocast) and transformers any
+`experts_implementation`; the fastest of each is chosen first. Then rounds of (ours, products, theirs) alternate,
+so that a machine whose speed drifts is unfair to nobody. Printed are the medians: tokens/s, model FLOP/s as share of
 the matrix products' measured rate in the precision used, and the ratio of the two.
 """
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,19 +27,20 @@ from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.precision import measure_gemm
 
 CPU = torch.device("cpu")
+BATCHES = 16  # as in training, no step's experts get the same numbers of tokens as those of the one before
 DTYPES = {"fp32": torch.float32, "bf16 autocast": torch.bfloat16}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = check(compose(["laptop"], ["model.num_nextn_predict_layers=0"]).tree)
     model, T = config.model, config.data.sequence_length
-    tokens = torch.randint(model.vocab_size, (arguments.batch_size, T + 1))
+    tokens = torch.randint(model.vocab_size, (BATCHES, arguments.batch_size, T + 1))
     flop = training_flop_per_token(model, T) * arguments.batch_size * T
 
     ours = fastest({f"ours, {name}": (our_step(model, tokens, dtype), dtype) for name, dtype in DTYPES.items()})
@@ -99,9 +101,11 @@ def our_step(config: ModelConfig, tokens: torch.Tensor, dtype: torch.dtype) -> C
     model = Transformer(config)
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    mask, targets = torch.ones_like(tokens, dtype=torch.bool), tokens[:, None, 1:]
+    batches = itertools.cycle(tokens)
 
     def step() -> None:
+        tokens = next(batches)
+        mask, targets = torch.ones_like(tokens, dtype=torch.bool), tokens[:, None, 1:]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             losses = model.losses(tokens, mask, targets)
             loss = losses.nll_K.sum() / targets.numel() + 1e-4 * losses.balance["sequence"].sum()
@@ -120,14 +124,16 @@ def their_step(
     }
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM._from_config(
-        DeepseekV3Config(**shape, num_key_value_heads=config.num_attention_heads),
+        DeepseekV3Config(**shape | {"num_key_value_heads": config.num_attention_heads}),
         attn_implementation="sdpa",
         experts_implementation=implementation,
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batches = itertools.cycle(tokens)
 
     def step() -> None:
+        tokens = next(batches)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(inputs, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

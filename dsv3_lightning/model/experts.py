@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from dsv3_lightning.model.config import ModelConfig
 
+# oneDNN makes a program for every new shape of a bf16 product, which takes longer than to run it. Numbers of tokens are
+# new in every step; of multiples there are few.
+ROWS_AT_ONCE = 16
+
 
 class Dispatcher(Protocol):
     """Brings sorted slots to where their experts are, and what these make of them back. Here by default.
@@ -50,6 +54,7 @@ class Experts(nn.Module):
 
         meanwhile: computed while the tokens travel to their experts, and added.
         """
+        x_ND = x_ND.to(computes_in(x_ND))  # half the bytes travel
         order = experts_NK.flatten().argsort(stable=True)  # slot n·K + k -> place among the sorted
         counts_E = torch.bincount(experts_NK.flatten(), minlength=self.num_experts)
         sent = self.dispatcher.send(Dispatch.apply(x_ND, order, experts_NK.shape[1]), counts_E)
@@ -61,8 +66,13 @@ class Experts(nn.Module):
 
     def sorted_forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """x_SD: S slots sorted by expert; expert e owns the slots up to ends_E[e]."""
+        rows_S = None
+        if x_SD.dtype == torch.bfloat16 and x_SD.device.type == "cpu":
+            rows_S, ends_E = padded_rows(ends_E, len(x_SD), ROWS_AT_ONCE)
+            x_SD = x_SD.new_zeros(int(ends_E[-1]), x_SD.shape[1]).index_copy(0, rows_S, x_SD)
         gate, up = grouped_linear(x_SD, own(self.gate_up_proj), ends_E).chunk(2, -1)
-        return grouped_linear(F.silu(gate) * up, own(self.down_proj), ends_E)
+        y_SD = grouped_linear(F.silu(gate) * up, own(self.down_proj), ends_E)
+        return y_SD if rows_S is None else y_SD.index_select(0, rows_S)
 
 
 def own(weight_EDF: Tensor) -> Tensor:
@@ -71,11 +81,28 @@ def own(weight_EDF: Tensor) -> Tensor:
 
 
 def grouped_linear(x_SD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """Row s of x times the matrix of its expert: [S, F]. Takes part in autocast, which knows no grouped product."""
-    if torch.is_autocast_enabled(x_SD.device.type):
-        dtype = torch.get_autocast_dtype(x_SD.device.type)
-        x_SD, weight_EDF = x_SD.to(dtype), weight_EDF.to(dtype)
-    return F.grouped_mm(x_SD, weight_EDF, offs=ends_E.int())
+    """Row s of x times the matrix of its expert: [S, F], in x's dtype: autocast knows no grouped product."""
+    return F.grouped_mm(x_SD, weight_EDF.to(x_SD.dtype), offs=ends_E.int())
+
+
+def computes_in(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x, under autocast or not."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def padded_rows(ends_E: Tensor, slots: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """Where each of the sorted slots goes when every expert's part is filled up to a multiple of rows: [S], and the
+    parts' new ends, [E].
+
+    >>> padded_rows(torch.tensor([1, 1, 4]), 4, 2)
+    (tensor([0, 2, 3, 4]), tensor([2, 2, 6]))
+    """
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    padded_E = (counts_E + multiple - 1) // multiple * multiple
+    new_ends_E = padded_E.cumsum(0)
+    shift_E = new_ends_E - padded_E - (ends_E - counts_E)
+    return torch.arange(slots) + shift_E.repeat_interleave(counts_E), new_ends_E
 
 
 class Dispatch(torch.autograd.Function):

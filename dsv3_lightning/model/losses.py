@@ -31,9 +31,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND) if need_x else None
         total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
         grad_weight = torch.zeros_like(weight_VD, dtype=total.dtype) if need_weight else None
+        # One set of buffers for all chunks: on a CPU fresh memory costs more than what is computed into it.
+        logits_CV = x_ND.new_empty(min(chunk, len(x_ND)), len(weight_VD))
+        log_p_CV = torch.empty_like(logits_CV, dtype=total.dtype)
+        part_VD = torch.empty_like(weight_VD) if need_weight else None
         for start in range(0, len(x_ND), chunk):
             x, targets = x_ND[start : start + chunk], targets_N[start : start + chunk]
-            log_p = (x @ weight_VD.T).to(total.dtype).log_softmax(-1)
+            logits = torch.mm(x, weight_VD.T, out=logits_CV[: len(x)])
+            log_p = torch.log_softmax(logits, -1, dtype=total.dtype, out=log_p_CV[: len(x)])
             valid = targets != IGNORE
             index = targets.masked_fill(~valid, 0)[:, None]
             total -= (log_p.gather(1, index).squeeze(1) * valid).sum()
@@ -41,11 +46,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = softmax - one-hot
                 grad = log_p.exp_()
                 grad.scatter_add_(1, index, grad.new_full((len(x), 1), -1.0))
-                grad = grad.mul_(valid[:, None]).to(x.dtype)
+                grad = logits.copy_(grad.mul_(valid[:, None]))
                 if grad_x is not None:
                     torch.mm(grad, weight_VD, out=grad_x[start : start + chunk])
                 if grad_weight is not None:
-                    grad_weight += grad.T @ x
+                    grad_weight += torch.mm(grad.T, x, out=part_VD)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return total
