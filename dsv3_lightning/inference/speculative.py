@@ -17,7 +17,6 @@ from torch import Tensor
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder, check_lengths
 from dsv3_lightning.inference.sampling import Sampling, draw
-from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.transformer import Transformer
 
 
@@ -82,10 +81,7 @@ class Speculation:
             tokens = [*self.tokens, *guesses][start + k : n + k]
             deepest = k == len(self.waiting_1ID)
             h_1ID = self.decoder.extend_mtp(k, self.waiting_1ID[k - 1], self.tensor(tokens), only_last=deepest)
-            module = self.decoder.model.mtp[k - 1]
-            assert isinstance(module, MTPModule)
-            with torch.inference_mode():
-                logits_1V = self.decoder.logits(module.norm(h_1ID[:, -1:]))[:, 0]
+            logits_1V = self.decoder.logits(h_1ID[:, -1:], k)[:, 0]
             if self.sampling.temperature == 0:
                 guesses.append(int(logits_1V.argmax()))
             else:

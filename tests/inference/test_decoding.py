@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference import layers
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.generate import generate
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.model.config import Yarn
+from dsv3_lightning.model.router import route
 from dsv3_lightning.planning.memory import cache_per_token
 from tests.hub.folders import LLAMA, V2_GROUPS, V2_LITE, biased
 from tests.model.small import clear_batch, small_config
@@ -123,13 +125,13 @@ def generate_all(model, prompts, count, end):
     return [generate(model, [prompt], count, 0.0, end, seed=0)[0] for prompt in prompts]
 
 
-def test_padding_is_not_routed():
+def test_padding_is_not_routed(monkeypatch):
     """Every token that goes through a router is one of the texts."""
     model = biased(MODELS["v3"])
     routed = []
-    model.layers[1].mlp.gate.register_forward_hook(lambda gate, args, out: routed.append(len(args[0])))
+    monkeypatch.setattr(layers, "route", lambda scores, *rest: routed.append(len(scores)) or route(scores, *rest))
     new = decode(model, [[1], [2] * 40, [3] * 9], 10, GREEDY, set(), seed=0)
-    assert sum(routed) == 50 + 3 * 9  # the last new token of each goes nowhere
+    assert sum(routed) == 2 * (50 + 3 * 9)  # by two layers; the last new token of each goes nowhere
     assert [len(ids) for ids in new] == [10, 10, 10]
 
 
