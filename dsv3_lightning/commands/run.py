@@ -21,7 +21,7 @@ from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
-from dsv3_lightning.parallel.lost import ERRORS, lost_contact, who_is_gone
+from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dsv3_lightning.training.dashboard import RunLogger
@@ -76,17 +76,16 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
 
 def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
     """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
-    reason = lost_contact(error)
-    if reason is None or isinstance(error, RunStopped):
+    if isinstance(error, RunStopped):
         return
-    time.sleep(0.5)  # for the kernel to tell what became of it
     started = getattr(trainer.strategy.launcher, "procs", [])
-    who = who_is_gone(started)
-    for process in started:
-        process.kill()
-    raise RunStopped(
-        f"rank {trainer.global_rank} stops: {who}, {reason}; the same command goes on from the newest checkpoint"
-    ) from error
+    time.sleep(0.5)  # until it is known what became of them
+    lost = what_was_lost(error, started)
+    if lost is not None:
+        for process in started:
+            process.kill()
+        who = f"rank {trainer.global_rank} stops"
+        raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
 
 
 def open_source(config: Config) -> tuple[HubFolder | None, list[str]]:

@@ -9,21 +9,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 # What may reach a run's main thread: a collective's failure, or that of a checkpoint written in the background.
 ERRORS = (RuntimeError, CheckpointException)
+CLOSED = ("gloo", "Connection closed by peer", "Connection reset by peer", "caused pair closure")
 
 
-def lost_contact(error: BaseException) -> str | None:
-    """What broke, if it is the connection to another rank; None for any other error."""
+def what_was_lost(error: BaseException, started: Sequence[subprocess.Popen]) -> str | None:
+    """What became of another rank, if the error came of that; None for any other error.
+
+    started: the processes that this one has started, ranks 1, 2, ...
+    """
     text = " ".join(str(error).split())
-    if "Timed out" in text or "timeout" in text.lower() and isinstance(error, dist.DistError):
-        return "it did not answer within strategy.timeout_minutes"
-    gloo = "gloo" in text or any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer"))
-    return "its connection is closed" if gloo or isinstance(error, dist.DistError) else None
-
-
-def who_is_gone(started: Sequence[subprocess.Popen]) -> str:
-    """Of the processes that this one started (ranks 1, 2, ...) the first that ended badly, and how; or another rank."""
+    late = any(sign in text.lower() for sign in ("timed out", "timeout"))
+    if not (isinstance(error, dist.DistError) or any(sign in text for sign in CLOSED)):
+        return None
     for rank, process in enumerate(started, start=1):
         if code := process.poll():
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return f"rank {rank} is gone ({how})"
-    return "another rank is gone"
+    return "another rank did not answer within strategy.timeout_minutes" if late else "another rank is gone"

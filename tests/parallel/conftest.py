@@ -19,20 +19,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240, **environment: str) -> list[str]:
-    """Runs `python -m COMMAND` as torchrun would, on so many ranks; their outputs. Fails if one does."""
+def start_ranks(ranks: int, folder: Path, command: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Starts `python -m COMMAND` as torchrun would, on so many ranks, which write rank<n>.log into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     common = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0",
         "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
     } | environment  # fmt: skip
-    logs = [open(folder / f"rank{rank}.log", "w+") for rank in range(ranks)]
-    processes = [
-        subprocess.Popen([sys.executable, "-m", *command], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
+    processes = []
+    for rank in range(ranks):
+        with open(folder / f"rank{rank}.log", "w") as log:
+            mine = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen([sys.executable, "-m", *command], env=mine, cwd=folder, stdout=log,
+                                              stderr=subprocess.STDOUT))  # fmt: skip
+    return processes
+
+
+def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240, **environment: str) -> list[str]:
+    """What so many ranks wrote. Fails if one does."""
+    processes = start_ranks(ranks, folder, command, **environment)
     end = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -45,9 +51,7 @@ def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240,
         for process in processes:
             process.kill()
             process.wait()
-    outputs = [Path(log.name).read_text() for log in logs]
-    for log in logs:
-        log.close()
+    outputs = [(folder / f"rank{rank}.log").read_text() for rank in range(ranks)]
     codes = [process.returncode for process in processes]
     assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(output[-6000:] for output in outputs)
     return outputs
@@ -62,7 +66,7 @@ def runs_on_ranks(ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], time
     return on_ranks(ranks, folder, ["tests.parallel.worker", str(folder / "runs.json")], timeout)
 
 
-SAMPLES = [f"callbacks.sample_text.{setting}" for setting in ("every_n_steps=10", "temperature=0", "max_new_tokens=8")]
+SAMPLES = [f"callbacks.sample_text.{setting}" for setting in ("every_n_steps=20", "temperature=0", "max_new_tokens=8")]
 
 
 @pytest.fixture(scope="module")

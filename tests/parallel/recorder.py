@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from dsv3_lightning.model.losses import IGNORE
+
 
 class Recorder(Callback):
     """Writes step=<n>.pt with all gradients before clipping, start.pt and end.pt with the state, into `folder`."""
@@ -34,6 +36,22 @@ class Recorder(Callback):
             mine = torch.stack(biases)
             for theirs in trainer.strategy.all_gather(mine).reshape(-1, *mine.shape):
                 assert torch.equal(theirs, mine), "the ranks' expert biases differ"
+
+
+class Valid(Callback):
+    """Lets the first targets of each sample count alone: `counts` of them, by the sample's place in the step."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        rows, heads, T = batch["targets"].shape
+        first = trainer.global_rank * rows
+        for row, count in enumerate(self.counts[first : first + rows]):
+            for head in range(heads):
+                batch["targets"][row, head] = batch["tokens"][row, 1 + head : 1 + head + T]
+            batch["targets"][row, :, count:] = IGNORE
+        batch["target_counts"][:] = sum(self.counts)
 
 
 def whole(tensor):
