@@ -34,18 +34,17 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     quiet_libraries()
     folder = RunFolder(config)
     first_rank = is_first_rank()
-    if first_rank and folder.finished() and config.run.resume == "auto":
+    if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)
-        print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
-        return 0
+        if folder.finished() and config.run.resume == "auto":
+            print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
+            return 0
     refuse_taken_port(config)
     source, notes = open_source(config)
     callbacks = build_callbacks(config)
     start = folder.resume_from()
     precision, reason = resolve_precision(config, folder)
     tree["trainer"]["precision"] = precision
-    if first_rank:
-        folder.claim(tree, sources)
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
     module = PretrainModule(
@@ -56,12 +55,14 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
     if first_rank:
+        prepared = prepare(config.data)
+        folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
         banner(config, folder, start, reason)
         for note in notes if start is None else []:
             print(note, flush=True)
         if start is None:
             logger.describe(tree)
-        for file in prepare(config.data).glob("tokenizer*.json"):  # so that the folder is all that generating needs
+        for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
             shutil.copyfile(file, folder.path / file.name)
     try:
         if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report

@@ -113,6 +113,13 @@ def test_a_finished_run_is_left_alone_and_another_one_of_its_name_refused(nano, 
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_mistake_found_before_the_first_step_leaves_the_name_free(nano, capsys):
+    mistakes = ("data.paths=[/no/such/place]", "trainer.gradient_clip_algorithm=middle", "data.tokenizer=/none.json")
+    assert [nano.run("corrected", mistake).code for mistake in mistakes] == [2, 2, 2]
+    assert capsys.readouterr().err.count("\n") == 3
+    assert nano.run("corrected", "trainer.max_steps=1").code == 0
+
+
 def test_a_file_in_the_folders_place_and_a_second_process_are_refused(nano, capsys):
     (nano.base / "runs").mkdir()
     (nano.base / "runs/taken").write_text("mine")
