@@ -12,6 +12,7 @@ from dsv3_lightning.callbacks.router_monitor import RouterMonitor
 from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.run_report import RunReport
 from dsv3_lightning.callbacks.sample_text import SampleText
+from dsv3_lightning.callbacks.skewed_start import SkewedStart
 from dsv3_lightning.callbacks.throughput import Throughput
 from dsv3_lightning.callbacks.weight_average import WeightAverage
 
@@ -25,6 +26,7 @@ __all__ = [
     "RouterProbe",
     "RunReport",
     "SampleText",
+    "SkewedStart",
     "Throughput",
     "WeightAverage",
 ]

@@ -8,22 +8,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def heat_map(values_LE: Tensor, title: str, center: float) -> "Figure":
-    """MoE layers × experts, colours even around `center`: blue below, red above."""
+def heat_map(values: Tensor, title: str, center: float, rows: str | list[str] = "MoE layer") -> "Figure":
+    """Rows × experts: blue below `center`, white there, red above.
+
+    center 0: even around it. center 1: of ratios, from 0 to the largest, at least 2. rows: what they are, or a name
+    for each.
+    """
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    layers, experts = values_LE.shape
-    figure = Figure(figsize=(9, 1.6 + 0.28 * min(layers, 40)), layout="constrained")
+    count = len(values)
+    figure = Figure(figsize=(9, 1.6 + 0.28 * min(count, 18)), layout="constrained")
     axes = figure.add_subplot()
-    spread = max(float((values_LE - center).abs().max()), 1e-6)
-    image = axes.imshow(
-        values_LE.double().numpy(), aspect="auto", cmap="RdBu_r", vmin=center - spread, vmax=center + spread,
-        interpolation="nearest",
-    )  # fmt: skip
-    axes.set(title=title, xlabel="expert", ylabel="MoE layer")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator("auto", integer=True))
+    numbers = values.double().numpy()
+    reach = max(float((values - center).abs().nan_to_num(0.0).max()), 1.0 if center else 1e-6)
+    norm = TwoSlopeNorm(center, 0.0 if center else -reach, center + reach)
+    image = axes.imshow(numbers, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
+    axes.set(title=title, xlabel="expert")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    if isinstance(rows, str):
+        axes.set_ylabel(rows)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    else:
+        axes.set_yticks(range(count), rows, fontsize="small")
     figure.colorbar(image)
     return figure
 

@@ -20,10 +20,11 @@ class RouterMonitor(Callback):
     """Reads outputs["expert_counts"] [L, E] int64, in training and in validation.
 
     Logs, as means over layers and over the steps since the last log, with one all-reduce for everything:
-    balance/max_vio of the whole global batch, balance/max_vio_micro of a single micro-batch; of the load of all those
-    steps together balance/load_max, load_p95, load_p50, load_p5, load_min, load_cv, load_entropy, dead_experts and
-    group_load_max (`load_statistics`); balance/bias_spread (largest minus smallest bias) and balance/bias_mean, whose
-    drift uncentered steps cause; balance/router_grad_norm, before clipping.
+    balance/max_vio of the whole global batch, balance/max_vio_micro of a single micro-batch, and balance/max_vio_worst
+    of the worst layer, which a mean over sixty would hide; of the load of all those steps together balance/load_max,
+    load_p95, load_p50, load_p5, load_min, load_cv, load_entropy, dead_experts and group_load_max (`load_statistics`);
+    balance/bias_spread (largest minus smallest bias) and balance/bias_mean, whose drift uncentered steps cause;
+    balance/router_grad_norm, before clipping.
     After a validation, from counts over the whole set: balance/max_vio_global.
     per_layer: also max_vio_layer_<l> and max_vio_global_layer_<l>, MoE layers numbered from 0, MTP modules last.
     Every `every_n_steps`: maps and histograms of relative load and of the expert bias.
@@ -71,6 +72,7 @@ class RouterMonitor(Callback):
         values = {
             "max_vio": vio_SL.mean(),
             "max_vio_micro": self.micro_vio,
+            "max_vio_worst": vio_SL.mean(0).amax(),
             "bias_spread": (bias_LE.amax(1) - bias_LE.amin(1)).mean(),
             "bias_mean": bias_LE.mean(),
             **{name: value_L.mean() for name, value_L in load_statistics(counts_LE, groups).items()},
@@ -123,9 +125,11 @@ class RouterMonitor(Callback):
         log_scalars(trainer, {"balance/max_vio_global": float(vio_L.mean()), **(values if self.per_layer else {})})
 
 
-def draw(trainer: Trainer, tag: str, values_LE: Tensor, title: str, center: float) -> None:
-    """A map of layers × experts and a histogram of its values, at this step."""
+def draw(
+    trainer: Trainer, tag: str, values: Tensor, title: str, center: float, rows: str | list[str] = "MoE layer"
+) -> None:
+    """A map of rows × experts and a histogram of its values, at this step."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_figure(tag, heat_map(values_LE, title, center), trainer.global_step)
-            logger.experiment.add_histogram(f"{tag}_values", values_LE.flatten(), trainer.global_step)
+            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), trainer.global_step)
+            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), trainer.global_step)

@@ -1,4 +1,4 @@
-"""How the choices are made, on validation text: margins, groups per token, experts that go together."""
+"""How the choices are made, on validation text: margins, groups per token, experts that go together, or by origin."""
 
 from typing import Any
 
@@ -11,32 +11,43 @@ from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.router_monitor import draw
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.training.logging import log_scalars
-from dsv3_lightning.training.router_metrics import ChoiceStatistics, relative_coactivation
+from dsv3_lightning.training.router_metrics import (
+    ChoiceStatistics,
+    relative_coactivation,
+    relative_load,
+    specialization,
+)
 
 
 class RouterProbe(Callback):
     """Looks at the routers' outputs while a validation runs; training isn't touched and pays nothing.
 
     Needs `pl_module.model` (a Transformer) and batches with `mask` [B, T + 1 + mtp_depth].
+    Where `trainer.datamodule.origins` names several, batches have `origins` of the same shape: numbers in that list.
     Logs, as means over the MoE layers: balance/margin, how far the last chosen expert is above the first left out;
     balance/groups_per_token, which the node limit bounds; balance/coactivation_max, how much oftener than by chance the
-    most attached pair of experts is chosen together. Draws router/coactivation of the layer that has that pair.
+    most attached pair of experts is chosen together; balance/specialization, how differently text of different origin
+    is routed. Draws router/coactivation of the layer that has that pair, and router/specialization, the relative load
+    by origin (V3 Figure 9), of the most specialized layer.
     """
 
     def __init__(self) -> None:
         self.statistics: ChoiceStatistics | None = None
         self.handles: list[RemovableHandle] = []
         self.masks_LN: list[Tensor] = []
+        self.origins_LN: list[Tensor | None] = []
+        self.specialization: list[float] | None = None  # by layer, for the report
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.statistics = ChoiceStatistics(pl_module.model.config).to(pl_module.device)
+        self.statistics = ChoiceStatistics(pl_module.model.config, len(origins_of(trainer))).to(pl_module.device)
         for layer, router in enumerate(routers_of(pl_module)):
             self.handles.append(router.register_forward_hook(self.hook(layer)))  # type: ignore[attr-defined]
 
     def hook(self, layer: int) -> Any:
         def look(router: Any, _inputs: Any, routing: Any) -> None:
             assert self.statistics is not None
-            self.statistics.update(layer, routing, router.expert_bias, self.masks_LN[layer])
+            mask_N, origins_N = self.masks_LN[layer], self.origins_LN[layer]
+            self.statistics.update(layer, routing, router.expert_bias, mask_N, origins_N)
 
         return look
 
@@ -48,6 +59,8 @@ class RouterProbe(Callback):
         starts = [0] * (model.config.num_moe_layers - model.config.mtp_depth)  # module k sees tokens k … k + T - 1
         starts += [k if isinstance(module, MTPModule) else 0 for k, module in enumerate(model.mtp, start=1)]
         self.masks_LN = [mask_BS[:, start : start + T].flatten() for start in starts]
+        origins_BS = batch["origins"] if len(origins_of(trainer)) > 1 else None
+        self.origins_LN = [origins_BS if origins_BS is None else origins_BS[:, s : s + T].flatten() for s in starts]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for handle in self.handles:
@@ -55,12 +68,30 @@ class RouterProbe(Callback):
         self.handles = []
         if self.statistics is None or trainer.sanity_checking:
             return
-        margin_L, groups_L, together_LEE = self.statistics.compute()
+        margin_L, groups_L, together_LEE, counts_LSE = self.statistics.compute()
         relative_LEE = relative_coactivation(together_LEE)
         values = torch.stack([margin_L.mean(), groups_L.mean(), relative_LEE.amax((1, 2)).mean()]).tolist()
         names = ("balance/margin", "balance/groups_per_token", "balance/coactivation_max")
         log_scalars(trainer, {name: value for name, value in zip(names, values, strict=True) if value == value})
         layer = int(relative_LEE.amax((1, 2)).argmax())
         title = f"experts chosen together in MoE layer {layer}, 1 = by chance"
-        draw(trainer, "router/coactivation", relative_LEE[layer].cpu(), title, 1.0)
+        draw(trainer, "router/coactivation", relative_LEE[layer].cpu(), title, 1.0, "expert")
+        if counts_LSE.shape[1] > 1:
+            self.compare_origins(trainer, counts_LSE)
         self.statistics = None
+
+    def compare_origins(self, trainer: Trainer, counts_LSE: Tensor) -> None:
+        values_L = specialization(counts_LSE)
+        self.specialization = values_L.tolist()
+        log_scalars(trainer, {"balance/specialization": float(values_L.mean())})
+        layer, tokens_S = int(values_L.argmax()), counts_LSE[0].sum(1)
+        seen = tokens_S.nonzero().flatten().tolist()
+        title = f"load by origin of the text in MoE layer {layer}, 1 = fair share"
+        names = [origins_of(trainer)[origin] for origin in seen]
+        draw(trainer, "router/specialization", relative_load(counts_LSE[layer, seen]).cpu(), title, 1.0, names)
+
+
+def origins_of(trainer: Trainer) -> list[str]:
+    """The names behind the numbers in a batch's `origins`; one where the data has none."""
+    names: list[str] = getattr(trainer.datamodule, "origins", ["all"])  # type: ignore[attr-defined]
+    return names

@@ -16,6 +16,7 @@ from dsv3_lightning.callbacks.checkpoint import checkpoint_folder, step_files
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.plots import curves, heat_map
 from dsv3_lightning.callbacks.router_monitor import RouterMonitor
+from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput, peak_memory
 from dsv3_lightning.planning.parameters import count_parameters
@@ -73,7 +74,7 @@ class RunReport(Callback):
     def facts(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """The content of report.json."""
         scalars = latest_scalars(trainer)
-        speed, router = find(trainer, Throughput), find(trainer, RouterMonitor)
+        speed, router, probe = (find(trainer, kind) for kind in (Throughput, RouterMonitor, RouterProbe))
         rates = speed.rates(speed.total, trainer.world_size) if speed and speed.total.seconds else {}
         config, data = pl_module.model.config, trainer.datamodule  # type: ignore[attr-defined]
         counts = count_parameters(config)
@@ -81,7 +82,7 @@ class RunReport(Callback):
         steps = pl_module.steps_done
         return {
             "steps": steps,
-            "tokens": steps * data.config.batch_size * data.config.sequence_length,
+            "tokens": data.tokens_before(steps),
             "wall_seconds": self.wall_seconds,
             "tokens_per_second": rates.get("tokens_per_second"),
             "model_flops_per_second": rates.get("model_flops_per_second"),
@@ -99,6 +100,7 @@ class RunReport(Callback):
             "mtp_loss": [scalars.get(f"val/mtp_{k}") for k in range(1, config.mtp_depth + 1)],
             "mtp_acceptance": [scalars.get(f"mtp/acceptance_{k}") for k in range(1, config.mtp_depth + 1)],
             "max_vio_global": router.max_vio_global if router else None,
+            "specialization": probe.specialization if probe else None,
             "max_vio_batch": sum(router.recent) / len(router.recent) if router and router.recent else None,
             "skipped_steps": pl_module.skipped_steps,
             "checkpoint": str(newest[0]) if newest else None,
@@ -151,6 +153,7 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
         ("MTP loss by depth", show(report["mtp_loss"])),
         ("share of the MTP modules' guesses that greedy decoding would keep, by depth", show(report["mtp_acceptance"])),
         ("MaxVio over the validation set, by MoE layer (0 is balance)", show(report["max_vio_global"], "{:.2f}")),
+        ("specialization by origin of the text, by MoE layer (0 is none)", show(report["specialization"], "{:.3f}")),
         ("MaxVio of a batch, mean of the last 50 steps", show(report["max_vio_batch"], "{:.2f}")),
         ("parameters, all and active", f"{report['parameters']:,} and {report['active_parameters']:,}"),
         ("steps and tokens", f"{report['steps']:,} and {report['tokens']:,}"),

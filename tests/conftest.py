@@ -92,13 +92,15 @@ class Nano:
 
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The overrides for a small corpus: ten modules of the standard library."""
-    corpus = tmp_path_factory.mktemp("corpus")
-    folder = Path(os.__file__).parent
-    for name in MODULES:
-        (corpus / f"{name}.py").write_bytes((folder / f"{name}.py").read_bytes())
-    cache = tmp_path_factory.mktemp("cache")
-    return [f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.validation_fraction=0.2"]
+    """The overrides for a small corpus of two origins: ten modules of the standard library."""
+    folder, cache = Path(os.__file__).parent, tmp_path_factory.mktemp("cache")
+    halves = []
+    for modules in (MODULES[:5], MODULES[5:]):
+        halves.append(tmp_path_factory.mktemp("corpus"))
+        for name in modules:
+            (halves[-1] / f"{name}.py").write_bytes((folder / f"{name}.py").read_bytes())
+    paths = ",".join(map(str, halves))
+    return [f"data.paths=[{paths}]", f"data.cache_dir={cache}", "data.validation_fraction=0.2"]
 
 
 @pytest.fixture

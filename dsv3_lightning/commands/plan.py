@@ -7,6 +7,8 @@ from typing import Any
 from dsv3_lightning.commands.plan_cluster import cluster_tables
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.memory import training_memory
@@ -46,16 +48,20 @@ def flop_table(config: Config) -> str:
     T, steps = config.data.sequence_length, config.trainer["max_steps"]
     per_token = training_flop_per_token(config.model, T)
     main_model = 3 * forward_flop_per_token(config.model, T, with_mtp=False)
-    tokens = config.data.batch_size * T * steps
+    tokens = tokens_of(config.data, steps)
     return table(
         [
             ("compute", ""),
             (f"training FLOP per token, {T} positions", si(per_token, "FLOP")),
             ("  of which the main model", si(main_model, "FLOP")),
-            (f"tokens in {steps:,} steps of {config.data.batch_size:,} samples", si(tokens, "")),
+            (f"tokens in {steps:,} steps of {batch(config.data)} samples", si(tokens, "")),
             ("FLOP of the run", si(per_token * tokens, "FLOP")),
         ]
     )
+
+
+def batch(data: DataConfig) -> str:
+    return f"{data.batch_ramp.start:,} to {data.batch_size:,}" if data.batch_ramp else f"{data.batch_size:,}"
 
 
 def memory_table(config: Config) -> str:

@@ -19,6 +19,7 @@ from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, b
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
+from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
@@ -184,7 +185,7 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     """What is about to happen, before the first step."""
     counts = count_parameters(config.model)
     max_steps = config.trainer["max_steps"]
-    tokens = max_steps * config.data.batch_size * config.data.sequence_length
+    tokens = tokens_of(config.data, max_steps)
     print(
         f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; "
         f"{max_steps:,} steps, {tokens:,} tokens"

@@ -125,7 +125,10 @@ def check_together(
         )
     if data.vocab_size > model.vocab_size:
         raise ConfigError(f"data.vocab_size={data.vocab_size}: model.vocab_size={model.vocab_size} has fewer")
-    check_batch(data.batch_size, trainer)
+    check_batch("data.batch_size", data.batch_size, trainer)
+    if data.batch_ramp is not None:
+        check_batch("data.batch_ramp.start", data.batch_ramp.start, trainer)
+        check_batch("data.batch_ramp.increment", data.batch_ramp.increment, trainer)
     check_mtp_weight(model.mtp_depth, loss.mtp_weight, callbacks.get("mtp_weight"))
     if not model.num_moe_layers:
         for key, on, off in (
@@ -145,7 +148,7 @@ def check_together(
         )
 
 
-def check_batch(batch_size: int, trainer: dict[str, Any]) -> None:
+def check_batch(key: str, batch_size: int, trainer: dict[str, Any]) -> None:
     """Every micro-batch of every rank holds equally many samples. Not known yet where devices is `auto`."""
     ranks = number_of_devices(trainer)
     if ranks is None:
@@ -154,7 +157,7 @@ def check_batch(batch_size: int, trainer: dict[str, Any]) -> None:
     if batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         raise ConfigError(
-            f"data.batch_size={batch_size}: does not divide into accumulate_grad_batches × devices × num_nodes = "
+            f"{key}={batch_size}: does not divide into accumulate_grad_batches × devices × num_nodes = "
             f"{parts} equal parts; use {f'{below} or ' if below else ''}{above}"
         )
 

@@ -3,6 +3,7 @@
 CALLBACKS = {
     "expert_bias": "dsv3_lightning.callbacks.ExpertBias",
     "balance_factor": "dsv3_lightning.callbacks.BalanceFactor",
+    "skewed_start": "dsv3_lightning.callbacks.SkewedStart",
     "mtp_weight": "dsv3_lightning.callbacks.MTPWeight",
     "router_monitor": "dsv3_lightning.callbacks.RouterMonitor",
     "router_probe": "dsv3_lightning.callbacks.RouterProbe",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.corpus import Source, Tally, read_documents
+from dsv3_lightning.data.corpus import Source, Tally, main_origins, read_documents
 from dsv3_lightning.data.files import readable, sync_folder
 from dsv3_lightning.data.progress import progress, say
 from dsv3_lightning.data.store import FORMAT, TokenWriter, token_dtype, write_manifest
@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text, its bytes in UTF-8, and a hash of them below HASHES: the same in every process and on every machine."""
+    """A text, its bytes in UTF-8, and a hash of them below HASHES: the same in every process and on every machine.
+
+    origin: number of where it is from, among those of the manifest.
+    """
 
     text: str
     utf8: bytes
     hash: int
+    origin: int
 
 
 def build(
@@ -70,6 +74,7 @@ def build(
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
         "empty_documents": tally.empty,
         "repaired_documents": tally.repaired,
+        "origins": origin_names(sources),
         **encoded,
         "inputs": inputs,
     }
@@ -81,9 +86,17 @@ def build(
 
 
 def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:
-    for text in read_documents(sources, config.text_key, tally):
-        utf8 = text.encode()
-        yield Document(text, utf8, int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little"))
+    names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
+    for source in sources:
+        for text in read_documents([source], config.text_key, tally):
+            utf8 = text.encode()
+            digest = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
+            yield Document(text, utf8, digest, numbers[names[source.origin]])
+
+
+def origin_names(sources: list[Source]) -> list[str]:
+    """The largest first, `others` last."""
+    return list(dict.fromkeys(main_origins(sources).values()))
 
 
 def survey(documents: Iterable[Document], advance: Callable[[int], None]) -> tuple[Sequence[int], int]:
@@ -133,7 +146,7 @@ def encode(
     for batch in batches(documents, BATCH):
         for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
             split = SPLITS[document.hash <= last_validation]
-            writers[split].add(ids)
+            writers[split].add(ids, document.origin)
             text_bytes[split] += len(document.utf8)
             if split == "validation":
                 gzip_bytes += len(gzip.compress(document.utf8))

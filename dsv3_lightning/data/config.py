@@ -6,17 +6,35 @@ from dsv3_lightning.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchRamp:
+    """A batch that grows from `start` samples by `increment` at a time to data.batch_size, over so many tokens.
+
+    Raises ConfigError.
+    """
+
+    start: int
+    increment: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "increment", "tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.batch_ramp.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Text to packed samples. Raises ConfigError.
 
-    paths: `.txt`, `.md`, `.py` files, folders of them, and `.jsonl[.gz|.zst]`; empty: the Python interpreter's own
-        standard-library sources.
+    paths: `.txt`, `.md`, `.py` files, folders of them, `.jsonl[.gz|.zst]`, and package:NAME for the sources of an
+        installed package; empty: the Python interpreter's own standard-library sources.
     text_key: the field of a jsonl line that holds the text.
     cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
     tokenizer: a `tokenizer.json` to use; null trains a byte-level BPE on the training documents.
     vocab_size: entries of the trained tokenizer, special tokens included.
     sequence_length: T, positions per sample; a sample holds T + 1 + mtp_depth tokens.
     batch_size: samples per optimizer step, over all ranks and micro-batches together.
+    batch_ramp: how the batch grows up to that; None: it has its size from the start.
     validation_fraction: share of the documents that is held out, by a hash of their text.
     mask_document_ends: don't train on predicting across a document's end into the next one.
     seed: order of the samples.
@@ -30,6 +48,7 @@ class DataConfig:
     vocab_size: int
     sequence_length: int
     batch_size: int
+    batch_ramp: BatchRamp | None
     validation_fraction: float
     mask_document_ends: bool
     seed: int
@@ -39,6 +58,13 @@ class DataConfig:
         for name in ("sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if (ramp := self.batch_ramp) is not None and (
+            ramp.start >= self.batch_size or (self.batch_size - ramp.start) % ramp.increment
+        ):
+            raise ConfigError(
+                f"data.batch_ramp: from start={ramp.start} by increment={ramp.increment} never reaches "
+                f"data.batch_size={self.batch_size}; their difference must be a multiple of the increment"
+            )
         if self.vocab_size < 300:
             raise ConfigError(f"data.vocab_size={self.vocab_size}: 256 bytes and the special tokens need at least 300")
         if not 0 <= self.validation_fraction < 1:

@@ -1,6 +1,7 @@
 """The documents of a corpus: text files, folders and jsonl, read as UTF-8 whatever the locale. Imports no torch."""
 
 import gzip
+import importlib.util
 import json
 import os
 import sysconfig
@@ -18,18 +19,25 @@ from dsv3_lightning.errors import ConfigError
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BOM = b"\xef\xbb\xbf"
-# Left out of the standard library: Debian packs the tests apart, so that corpora would differ, and other people's code.
-# Tables that a program wrote (character sets, the text of help()) are a sixth of the bytes and a third of the tokens.
+PACKAGE = "package:"
+# Left out of the standard library and of packages: Debian packs the tests apart, so that corpora would differ, and
+# other people's code. Tables that a program wrote (character sets, the text of help()) are a sixth of the library's
+# bytes and a third of its tokens.
 LEFT_OUT_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 )
 
 
 class Source(NamedTuple):
-    """One file. `name` tells it apart wherever the corpus lies: the path below the folder that was given."""
+    """One file. `name` tells it apart wherever the corpus lies: the path below the folder that was given.
+
+    origin: where its text is from, for measures by origin: the path that was given, or where that is a single folder
+    (or the standard library), the first folder below it.
+    """
 
     name: str
     path: Path
+    origin: str = ""
 
 
 @dataclass
@@ -42,14 +50,19 @@ class Tally:
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library.
+    """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library, and
+    package:NAME the Python files of an installed package.
 
     Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text.
     """
     if not paths:
-        return walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), LEFT_OUT_FOLDERS)
+        return by_folder(walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), LEFT_OUT_FOLDERS))
     sources: list[Source] = []
     for given in paths:
+        if given.startswith(PACKAGE):
+            found = walk(package_folder(given), (".py",), LEFT_OUT_FOLDERS)
+            sources += [source._replace(origin=given) for source in found]
+            continue
         path = native(given)
         if not path.exists():
             raise ConfigError(f"data.paths: {given} does not exist")
@@ -59,8 +72,41 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             found = [Source(readable(path.name), path)] if path.name.endswith(TEXT_SUFFIXES + LINE_SUFFIXES) else []
         if not found:
             raise ConfigError(f"data.paths: {given} is no text; read are {' '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}")
-        sources += found
-    return sources
+        sources += [source._replace(origin=readable(path.name)) for source in found]
+    single = len(paths) == 1 and (paths[0].startswith(PACKAGE) or native(paths[0]).is_dir())
+    return by_folder(sources) if single else sources
+
+
+def package_folder(given: str) -> Path:
+    """Where the installed package of `package:NAME` lies; it isn't imported. Raises ConfigError."""
+    name = given.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"data.paths: {given} is not installed, or no package with a folder of its own")
+    return Path(spec.submodule_search_locations[0])
+
+
+def by_folder(sources: list[Source]) -> list[Source]:
+    return [source._replace(origin=first_folder(source.name)) for source in sources]
+
+
+def first_folder(name: str) -> str:
+    """The first folder of a relative path.
+
+    >>> first_folder("json/decoder.py"), first_folder("ast.py")
+    ('json', '(top level)')
+    """
+    return name.split("/", 1)[0] if "/" in name else "(top level)"
+
+
+def main_origins(sources: Sequence[Source], limit: int = 16) -> dict[str, str]:
+    """Each origin's own name, or `others` for all but the `limit - 1` with the largest files, where there are more."""
+    sizes: dict[str, int] = {}
+    for source in sources:
+        sizes[source.origin] = sizes.get(source.origin, 0) + source.path.stat().st_size
+    largest = sorted(sizes, key=lambda origin: (-sizes[origin], origin))
+    kept = largest if len(largest) <= limit else largest[: limit - 1]
+    return {origin: origin if origin in kept else "others" for origin in largest}
 
 
 def walk(folder: Path, suffixes: tuple[str, ...], leave_out: frozenset[str] = frozenset()) -> list[Source]:

@@ -23,6 +23,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
     step_tokens, step_mask [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's micro-batches.
     target_bytes [b] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
+    origins [b, T + 1 + D] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         pad_id: int,
         mask_document_ends: bool,
         bytes_per_token: np.ndarray | None = None,
+        origins: np.ndarray | None = None,
     ) -> None:
         self.file, self.index, self.pad_id, self.bytes_per_token = file, index, pad_id, bytes_per_token
         self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
         self.barriers = barriers(index, mask_document_ends)
         self.target_counts = count_targets(index, self.barriers, sequence_length, mtp_depth)
+        self.origins = None if origins is None else origins[documents_of(index, file.offsets())]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,6 +62,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
+        if self.origins is not None:
+            batch["origins"] = np.zeros_like(tokens)
+            places, piece = self.places(draw.samples)
+            batch["origins"].reshape(-1)[places] = np.repeat(self.origins[piece], self.index.lengths[piece])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,12 +73,23 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         length = self.sequence_length + 1 + self.mtp_depth
         tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
         barriers = np.full((len(samples), length), length, dtype=np.int32)
-        row, piece = pieces_of(self.index, samples)
+        places, piece = self.places(samples)
         sizes = self.index.lengths[piece]
-        places = stretch(row * length + self.index.positions[piece], sizes)
         tokens.reshape(-1)[places] = self.file.tokens[stretch(self.index.starts[piece], sizes)]
         barriers.reshape(-1)[places] = np.repeat(self.barriers[piece], sizes)
         return tokens, barriers
+
+    def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the samples' tokens lie in [b · (T + 1 + D)], piece after piece, and the pieces' numbers."""
+        row, piece = pieces_of(self.index, samples)
+        begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
+        return stretch(begins, self.index.lengths[piece]), piece
+
+
+def documents_of(index: PackedIndex, offsets: np.ndarray) -> np.ndarray:
+    """The document of each piece, int64 [P]."""
+    documents: np.ndarray = np.searchsorted(offsets, index.starts, side="right") - 1
+    return documents
 
 
 def barriers(index: PackedIndex, mask_document_ends: bool) -> np.ndarray:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,6 +19,7 @@ from dsv3_lightning.data.dataset import PackedDataset
 from dsv3_lightning.data.packing import pack
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.data.progress import say
+from dsv3_lightning.data.ramp import batch_sizes
 from dsv3_lightning.data.sampling import Layout, TrainSampler, ValidationSampler
 from dsv3_lightning.data.store import TokenFile, read_manifest
 from dsv3_lightning.data.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ from dsv3_lightning.errors import ConfigError
 
 
 class TextDataModule(LightningDataModule):
-    """Batches as `PackedDataset` makes them; those of validation also have `target_bytes`. Raises ConfigError.
+    """Batches as `PackedDataset` makes them; validation's also have `target_bytes` and `origins`. Raises ConfigError.
 
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
@@ -76,6 +78,7 @@ class TextDataModule(LightningDataModule):
             first_step=step,
             first_sample=self._first_sample,
             whole_steps=self.whole_steps,
+            sizes=self.batch_sizes,
         )
         return Loader(dataset, sampler, self.config.num_workers)
 
@@ -88,8 +91,9 @@ class TextDataModule(LightningDataModule):
         return Loader(dataset, ValidationSampler(dataset.target_counts, self._layout()), self.config.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        steps = (self.trainer.global_step if self.trainer is not None else 0) - self._first_step
-        return {"next_sample": self._first_sample + steps * self.config.batch_size, "index": self._index_hash}
+        step = self.trainer.global_step if self.trainer is not None else 0
+        drawn = int(self.batch_sizes[self._first_step : step].sum())
+        return {"next_sample": self._first_sample + drawn, "index": self._index_hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" not in self._datasets:  # only validating: other data than in training is fine
@@ -125,12 +129,23 @@ class TextDataModule(LightningDataModule):
         return bpb
 
     @property
+    def origins(self) -> list[str]:
+        """Where documents are from: the numbers in a batch's `origins` are places in this list."""
+        names: list[str] = self.manifest["origins"]
+        return names
+
+    @property
     def train_tokens(self) -> int:
         return int(self.manifest["splits"]["train"]["tokens"])
 
+    @cached_property
+    def batch_sizes(self) -> np.ndarray:
+        """Samples of each optimizer step of the run, over all ranks and micro-batches: int64 [max_steps]."""
+        return np.array(batch_sizes(self.config, self.max_steps), dtype=np.int64)
+
     def tokens_before(self, step: int) -> int:
         """Positions of the run's first `step` optimizer steps, over all ranks."""
-        return step * self.config.batch_size * self.config.sequence_length
+        return int(self.batch_sizes[:step].sum()) * self.config.sequence_length
 
     @property
     def train_samples(self) -> int:
@@ -145,9 +160,9 @@ class TextDataModule(LightningDataModule):
     def _dataset(self, split: str) -> PackedDataset:
         file = TokenFile(self.prepared, split)
         length, depth = self.config.sequence_length, self.mtp_depth
-        bytes_per_token = self.tokenizer.bytes_per_token() if split == "validation" else None
         mask, pad_id = self.config.mask_document_ends, self.tokenizer.pad_id
-        return PackedDataset(file, pack(file.offsets(), length, depth), length, depth, pad_id, mask, bytes_per_token)
+        extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
+        return PackedDataset(file, pack(file.offsets(), length, depth), length, depth, pad_id, mask, *extra)
 
     def _layout(self) -> Layout:
         if self.trainer is None:

@@ -55,7 +55,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
     files = []
     for source in sources:
         try:
-            files.append([source.name, source.path.stat().st_size, digest(source.path)])
+            files.append([source.name, source.origin, source.path.stat().st_size, digest(source.path)])
         except OSError as error:
             raise unreadable(source.path, error) from error
     return {

@@ -56,6 +56,7 @@ class TrainSampler:
 
     Its length is that of the whole run, also when it begins later: Lightning adds what an earlier life has drawn.
     target_counts [S, 1 + D] int64, of each sample. whole_steps: whether draws have `step_samples`.
+    sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class TrainSampler:
         first_step: int = 0,
         first_sample: int = 0,
         whole_steps: bool = False,
+        sizes: np.ndarray | None = None,
     ) -> None:
         self.target_counts, self.layout, self.seed = target_counts, layout, seed
         self.whole_steps = whole_steps
+        self.sizes = np.full(max_steps, layout.batch_size) if sizes is None else sizes
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
 
     def __len__(self) -> int:
@@ -79,9 +82,10 @@ class TrainSampler:
     def __iter__(self) -> Iterator[Draw]:
         layout = self.layout
         order = Order(len(self.target_counts), self.seed)
-        for step in range(self.max_steps - self.first_step):
-            first = self.first_sample + step * layout.batch_size
-            samples = order[first : first + layout.batch_size]
+        first = self.first_sample
+        for size in self.sizes[self.first_step :].tolist():
+            samples = order[first : first + size]
+            first += size
             target_counts = self.target_counts[samples].sum(0)
             parts = samples.reshape(layout.accumulate, layout.ranks, -1)[:, layout.rank]
             for number, part in enumerate(parts):
@@ -89,7 +93,11 @@ class TrainSampler:
 
 
 class ValidationSampler:
-    """Every sample once, in order: rank r takes r, r + W, … All ranks draw equally often; -1 where none is left."""
+    """Every sample once, in an order that is always the same: rank r takes number r, r + W, … of it.
+
+    The order is mixed, so that the first few batches are a sample of all documents. All ranks draw equally often; -1
+    where none is left.
+    """
 
     def __init__(self, target_counts: np.ndarray, layout: Layout) -> None:
         self.target_counts, self.layout = target_counts, layout
@@ -99,10 +107,13 @@ class ValidationSampler:
 
     def __iter__(self) -> Iterator[Draw]:
         size, ranks = self.layout.micro_batch_size, self.layout.ranks
+        order = permutation(len(self.target_counts), seed=0, epoch=0)
         for first in range(0, len(self) * size * ranks, size * ranks):
-            samples = np.arange(first + self.layout.rank, first + size * ranks, ranks)
-            samples[samples >= len(self.target_counts)] = -1
-            yield Draw(samples, self.target_counts[first : first + size * ranks].sum(0))
+            together = order[first : first + size * ranks]
+            samples = np.full(size, -1, dtype=np.int64)
+            own = together[self.layout.rank :: ranks]
+            samples[: len(own)] = own
+            yield Draw(samples, self.target_counts[together].sum(0))
 
 
 class Order:

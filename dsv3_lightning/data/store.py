@@ -2,6 +2,7 @@
 
     SPLIT/00000.bin  the ids of all documents, each BOS ... EOS; uint16 where the tokenizer fits into it, else uint32
     SPLIT/00000.idx  where each document begins, and the end: uint64 [documents + 1]
+    SPLIT/00000.src  where each document is from, as a number among the manifest's `origins`: uint16 [documents]
     manifest.json    width, counts, and bytes and sha256 of every file; written last
 
 All little-endian. Where documents begin is stored and never guessed from EOS, which a document may miss or hold twice.
@@ -19,7 +20,7 @@ import numpy as np
 from dsv3_lightning.data.files import FileRecord, sync_folder, write_synced
 from dsv3_lightning.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -31,12 +32,12 @@ class TokenWriter:
         self.folder, self.split, self.vocab_size = folder, split, vocab_size
         self.bos_id, self.eos_id = bos_id, eos_id
         self.dtype = token_dtype(vocab_size)
-        self.offsets = array("Q", [0])
+        self.offsets, self.origins = array("Q", [0]), array("H")
         self.sha256 = hashlib.sha256()
         self.file = open(folder / split / "00000.bin", "wb")
 
-    def add(self, ids: np.ndarray) -> None:
-        """One document's ids [n], any integer type, without BOS and EOS."""
+    def add(self, ids: np.ndarray, origin: int = 0) -> None:
+        """One document's ids [n], any integer type, without BOS and EOS, and the number of where it is from."""
         document = np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]])
         if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap it around in silence
             wrong = document.max() if document.min() >= 0 else document.min()
@@ -45,6 +46,7 @@ class TokenWriter:
         self.file.write(content)
         self.sha256.update(content)
         self.offsets.append(self.offsets[-1] + len(document))
+        self.origins.append(origin)
 
     def close(self) -> dict[str, FileRecord]:
         """Everything is on the disk; the split's files by their path below the folder."""
@@ -53,9 +55,11 @@ class TokenWriter:
         size = self.file.tell()
         self.file.close()
         index = np.frombuffer(self.offsets, dtype=np.uint64).astype("<u8").tobytes()
+        origins = np.array(self.origins, dtype="<u2").tobytes()
         files: dict[str, FileRecord] = {
             f"{self.split}/00000.bin": {"bytes": size, "sha256": self.sha256.hexdigest()},
             f"{self.split}/00000.idx": write_synced(self.folder / self.split / "00000.idx", index),
+            f"{self.split}/00000.src": write_synced(self.folder / self.split / "00000.src", origins),
         }
         sync_folder(self.folder / self.split)
         return files
@@ -78,6 +82,10 @@ class TokenFile:
     def offsets(self) -> np.ndarray:
         """Where each document begins, and the end of the last: int64 [documents + 1]."""
         return np.fromfile(self.folder / self.split / "00000.idx", "<u8").astype(np.int64)
+
+    def origins(self) -> np.ndarray:
+        """Where each document is from, as numbers among the manifest's `origins`: int64 [documents]."""
+        return np.fromfile(self.folder / self.split / "00000.src", "<u2").astype(np.int64)
 
 
 def token_dtype(vocab_size: int) -> str:

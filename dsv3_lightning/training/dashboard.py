@@ -19,6 +19,7 @@ def layout(tree: dict[str, Any]) -> Layout:
         "MaxVio: a batch, a micro-batch, the validation set (0 is balance)": lines(
             "balance/max_vio$", "balance/max_vio_micro$", "balance/max_vio_global$"
         ),
+        "MaxVio of the worst layer": lines("balance/max_vio_worst$"),
         "busiest, typical and idlest expert (1 is a fair share)": lines(
             "balance/load_max", "balance/load_p95", "balance/load_p50", "balance/load_p5$", "balance/load_min"
         ),
@@ -32,6 +33,7 @@ def layout(tree: dict[str, Any]) -> Layout:
         "how clear choices are: the last chosen over the first left out": lines("balance/margin"),
         "groups: reached per token, the busiest's load": lines("balance/groups_per_token", "balance/group_load_max"),
         "most attached pair of experts (1 is chance)": lines("balance/coactivation_max"),
+        "how differently text of different origin is routed (0 is alike)": lines("balance/specialization"),
     }
     mtp = {
         "loss by depth": lines(r"loss/mtp_\d+", r"val/mtp_\d+"),

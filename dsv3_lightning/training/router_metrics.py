@@ -40,11 +40,12 @@ def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
 
 
 class ChoiceStatistics(Metric):
-    """Of each MoE layer's choices, over a whole set. update: the layer's number, Routing and mask_N of some tokens.
+    """Of each MoE layer's choices, over a whole set. update: the layer's number, Routing and mask_N of some tokens,
+    and origins_N int64, the number of where each token is from, below `origins`.
 
     compute: margin [L], how far the last chosen expert is above the first one left out (among the open groups; NaN
     where there is none); groups_per_token [L]; together_LEE int64, tokens that chose both experts i and j (on the
-    diagonal: i).
+    diagonal: i); counts_LSE int64, tokens per origin and expert.
     """
 
     full_state_update = False
@@ -52,8 +53,9 @@ class ChoiceStatistics(Metric):
     groups_L: Tensor
     tokens_L: Tensor
     together_LEE: Tensor
+    counts_LSE: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, origins: int = 1) -> None:
         super().__init__()
         self.config = config
         layers, experts = config.num_moe_layers, config.n_routed_experts
@@ -62,10 +64,13 @@ class ChoiceStatistics(Metric):
             ("groups_L", (layers,), torch.int64),
             ("tokens_L", (layers,), torch.int64),
             ("together_LEE", (layers, experts, experts), torch.int64),
+            ("counts_LSE", (layers, origins, experts), torch.int64),
         ):
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
-    def update(self, layer: int, routing: Routing, expert_bias_E: Tensor, mask_N: Tensor) -> None:
+    def update(
+        self, layer: int, routing: Routing, expert_bias_E: Tensor, mask_N: Tensor, origins_N: Tensor | None = None
+    ) -> None:
         config, K = self.config, self.config.num_experts_per_tok
         scores_NE, experts_NK = routing.scores_NE[mask_N], routing.experts_NK[mask_N]
         chosen_NE = torch.zeros_like(scores_NE).scatter_(1, experts_NK, 1.0)
@@ -77,10 +82,12 @@ class ChoiceStatistics(Metric):
         self.groups_L[layer] += chosen_NE.unflatten(1, (config.n_group, -1)).amax(2).sum().long()
         self.tokens_L[layer] += mask_N.sum()
         self.together_LEE[layer] += (chosen_NE.T @ chosen_NE).long()  # of one batch: exact in fp32
+        if origins_N is not None:
+            self.counts_LSE[layer].index_add_(0, origins_N[mask_N], chosen_NE.long())
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tokens_L = self.tokens_L.clamp(min=1)
-        return self.margins_L / tokens_L, self.groups_L / tokens_L, self.together_LEE
+        return self.margins_L / tokens_L, self.groups_L / tokens_L, self.together_LEE, self.counts_LSE
 
 
 def relative_coactivation(together_EE: Tensor) -> Tensor:
@@ -95,3 +102,20 @@ def relative_coactivation(together_EE: Tensor) -> Tensor:
     chance_EE = loads_E[..., :, None] * loads_E[..., None, :] / tokens.clamp(min=1)[..., None, None]
     eye = torch.eye(together_EE.shape[-1], dtype=torch.bool, device=together_EE.device)
     return (together_EE / chance_EE.clamp(min=1e-9)).masked_fill(eye, 1.0)
+
+
+def specialization(counts_SE: Tensor) -> Tensor:
+    """Share of choices that another origin's tokens would have made otherwise, [...] fp64, from counts [..., S, E].
+
+    Half of Σ_e |load of origin s on e - load of all on e|, as shares, averaged over origins by their tokens: 0 where
+    experts don't tell origins apart, towards 1 where each origin has experts of its own.
+
+    >>> specialization(torch.tensor([[[4, 0], [0, 4]], [[3, 1], [3, 1]]]))
+    tensor([0.5000, 0.0000], dtype=torch.float64)
+    """
+    counts_SE = counts_SE.double()
+    total = counts_SE.sum((-2, -1)).clamp(min=1)
+    of_each_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp(min=1)
+    of_all_E = counts_SE.sum(-2, keepdim=True) / total[..., None, None]
+    distance_S = (of_each_SE - of_all_E).abs().sum(-1) / 2
+    return (distance_S * counts_SE.sum(-1)).sum(-1) / total

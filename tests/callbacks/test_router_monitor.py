@@ -21,7 +21,7 @@ def test_the_keys_logged_are_the_keys_documented(nano):
     monitor = documented(
         RouterMonitor, "max_vio", "load_", "dead_", "group_load", "bias_spread", "bias_mean", "router_g"
     )
-    probe = documented(RouterProbe, "margin", "groups_per", "coactivation_")
+    probe = documented(RouterProbe, "margin", "groups_per", "coactivation_", "specialization")
     others = {"balance/bias_absmax", "balance/bias_speed", "balance/factor"}  # of callbacks of their own
     assert logged == (monitor - {"balance/load_statistics"}) | {tag for tag in probe if "margins" not in tag} | others
 
@@ -32,6 +32,7 @@ def test_the_numbers_agree_with_each_other(nano):
     layers = [scalars[f"balance/max_vio_layer_{layer}"] for layer in range(3)]
     for step in range(4):
         assert scalars["balance/max_vio"][step] == pytest.approx(sum(vio[step] for vio in layers) / 3, rel=1e-6)
+        assert scalars["balance/max_vio_worst"][step] == pytest.approx(max(vio[step] for vio in layers), rel=1e-6)
         # one step per log: the busiest expert's relative load is its violation + 1
         assert scalars["balance/load_max"][step] == pytest.approx(scalars["balance/max_vio"][step] + 1, rel=1e-6)
         assert scalars["balance/max_vio_micro"][step] == pytest.approx(scalars["balance/max_vio"][step], rel=1e-6)

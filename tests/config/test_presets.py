@@ -1,11 +1,16 @@
 """The shipped configs: each passes all checks, and says what its paper says."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dsv3_lightning.config.compose import compose, presets
 from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.planning.parameters import count_parameters
+from tests.conftest import ROOT
 
 
 def preset(name: str) -> Config:
@@ -13,7 +18,7 @@ def preset(name: str) -> Config:
 
 
 def tokens(config: Config) -> int:
-    return config.data.batch_size * config.data.sequence_length * config.trainer["max_steps"]
+    return tokens_of(config.data, config.trainer["max_steps"])
 
 
 @pytest.mark.parametrize("name", [name for name in presets() if name != "base"])
@@ -46,14 +51,17 @@ def test_v3_is_the_reports_recipe():  # §4.2
         0.1,
         2000,
     )
-    assert [phase.until * 14.8 for phase in optimizer.phases] == pytest.approx([10, 14.3, 14.633, 14.8], rel=2e-3)
+    ends = [tokens_of(config.data, round(phase.until * config.trainer["max_steps"])) for phase in optimizer.phases]
+    assert ends == pytest.approx([10e12, 14.3e12, 14.633e12, 14.8e12], rel=1e-4)
+    assert tokens_of(config.data, 19_414) == pytest.approx(469e9, rel=1e-3)
+    assert config.data.batch_ramp is not None and config.data.batch_ramp.start == 3072
     assert [phase.to * 2.2e-4 for phase in optimizer.phases] == pytest.approx(
         [2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6], rel=1e-3
     )
     assert config.trainer["gradient_clip_val"] == 1.0 and config.loss.balance_factor == 1e-4
-    by_sign = {"by": "share", "rule": "sign", "centered": False}
-    assert callbacks["expert_bias"] == {"speed": 1e-3, "schedule": [[0.0, 1.0], [0.966, 0.0]], **by_sign}
-    assert callbacks["mtp_weight"] == {"schedule": [[0.0, 0.3], [0.676, 0.1]], "by": "share"}
+    by_sign = {"by": "tokens", "rule": "sign", "centered": False}
+    assert callbacks["expert_bias"] == {"speed": 1e-3, "schedule": [[0, 1.0], [14.3e12, 0.0]], **by_sign}
+    assert callbacks["mtp_weight"] == {"schedule": [[0, 0.3], [10e12, 0.1]], "by": "tokens"}
     assert callbacks["balance_factor"] == {"schedule": [[0.0, 1.0]], "by": "share"}
     assert config.model.rope_scaling is None and config.model.initializer_range == 0.006
 
@@ -62,3 +70,13 @@ def test_v2_lite_has_v2s_router():
     model = preset("v2-lite").model
     assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("softmax", "greedy", False)
     assert preset("v2-lite").callbacks["expert_bias"] is None
+
+
+def yaml_blocks(page: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", yaml_blocks("balancing.md"))
+def test_what_the_page_on_balancing_shows_can_be_run(block: str, tmp_path: Path):
+    (tmp_path / "block.yaml").write_text(block)
+    check(compose(["nano", str(tmp_path / "block.yaml")]).tree)

@@ -58,7 +58,7 @@ def test_a_callback_of_another_file_can_be_switched_off_by_name():
 LOSSES = "sequence, batch, expert, device, communication, switch, z"
 PARTS = "does not divide into accumulate_grad_batches × devices × num_nodes ="
 NAMES = (
-    "expert_bias, balance_factor, mtp_weight, router_monitor, router_probe, weight_average, throughput, "
+    "expert_bias, balance_factor, skewed_start, mtp_weight, router_monitor, router_probe, weight_average, throughput, "
     "sample_text, checkpoint, progress, run_report"
 )
 
@@ -141,6 +141,10 @@ NAMES = (
         ),
         (["data.vocab_size=2000"], "data.vocab_size=2000: model.vocab_size=1024 has fewer"),
         (["trainer.devices=3"], f"data.batch_size=8: {PARTS} 3 equal parts; use 6 or 9"),
+        (
+            ["data.batch_ramp={start: 3, increment: 1, tokens: 9}", "trainer.devices=2"],
+            f"data.batch_ramp.start=3: {PARTS} 2 equal parts; use 2 or 4",
+        ),
         (["trainer.devices=[0,1,2]"], f"data.batch_size=8: {PARTS} 3 equal parts; use 6 or 9"),
         (
             ["trainer.accumulate_grad_batches=5", "trainer.num_nodes=2"],

@@ -29,6 +29,7 @@ def make_config() -> Callable[..., DataConfig]:
             vocab_size=400,
             sequence_length=96,
             batch_size=8,
+            batch_ramp=None,
             validation_fraction=0.2,
             mask_document_ends=False,
             seed=1,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from dsv3_lightning.data.corpus import Tally, find_sources, read_documents, split_lines
+from dsv3_lightning.data.corpus import Tally, find_sources, main_origins, read_documents, split_lines
 from dsv3_lightning.errors import ConfigError
 
 TEXTS = ["one\r\ntwo\r\n", "数据 🙂", '\ttabs \\ "quotes" \u2028 line separator', "x" * 3_000_000]
@@ -69,6 +69,30 @@ def test_folders_are_read_recursively_by_path(tmp_path: Path) -> None:
     assert read(tmp_path) == ["B.txt", "a.py", "b/a.md", "b/z.txt"]
     assert [source.name for source in find_sources([str(tmp_path)])] == ["B.txt", "a.py", "b/a.md", "b/z.txt"]
     assert read(tmp_path / "a.py", tmp_path / "B.txt") == ["a.py", "B.txt"]  # what was named keeps its order
+
+
+def test_an_origin_is_a_given_path_or_the_first_folder_of_a_single_one(tmp_path: Path) -> None:
+    for name, size in (("web/en/a.txt", 10), ("web/b.txt", 10), ("code/c.py", 30), ("d.md", 5), ("e.md", 6)):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("x" * size)
+    one = find_sources([str(tmp_path)])
+    assert [source.origin for source in one] == ["code", "(top level)", "(top level)", "web", "web"]
+    many = find_sources([str(tmp_path / "web"), str(tmp_path / "d.md")])
+    assert [source.origin for source in many] == ["web", "web", "d.md"]
+    assert list(main_origins(one)) == ["code", "web", "(top level)"]  # by size
+    assert main_origins(one, 2) == {"code": "code", "web": "others", "(top level)": "others"}
+    assert {"json", "asyncio", "(top level)"} <= {source.origin for source in find_sources([])}
+
+
+def test_an_installed_package_is_a_corpus_too() -> None:
+    one = find_sources(["package:json"])
+    assert [source.name for source in one] == ["__init__.py", "decoder.py", "encoder.py", "scanner.py", "tool.py"]
+    two = find_sources(["package:email", "package:json"])
+    assert [source.origin for source in two][:: len(two) - 1] == ["package:email", "package:json"]
+    assert {source.origin for source in find_sources(["package:email"])} == {"(top level)", "mime"}
+    for name in ("package:nope", "package:json.decoder", "package:", "package:ast"):
+        with pytest.raises(ConfigError, match=f"^data.paths: {name} is not installed, or no package"):
+            find_sources([name])
 
 
 def test_the_default_is_the_standard_library_without_tests() -> None:
@@ -139,7 +163,7 @@ print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["input
     settings = {
         "paths": [str(folder / "ü b.txt"), str(folder)], "text_key": "text", "cache_dir": str(tmp_path / "实验"),
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
-        "mask_document_ends": False, "seed": 0, "num_workers": 0,
+        "mask_document_ends": False, "seed": 0, "num_workers": 0, "batch_ramp": None,
     }  # fmt: skip
     found = []
     for changes in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):

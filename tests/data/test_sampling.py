@@ -105,9 +105,17 @@ def test_validation_draws_each_sample_once_and_equally_often(samples: int, ranks
     assert {len(of_rank) for of_rank in by_rank} == {-(-samples // 8)}
     for rank, of_rank in enumerate(by_rank):
         drawn = np.concatenate([draw.samples for draw in of_rank])
-        assert drawn[drawn >= 0].tolist() == list(range(rank, samples, ranks))
+        assert drawn[drawn >= 0].tolist() == permutation(samples, 0, 0)[rank::ranks].tolist()
         assert {len(draw.samples) for draw in of_rank} == {8 // ranks}
     for same_time in zip(*by_rank):
         together = np.concatenate([draw.samples for draw in same_time])
         for draw in same_time:
             assert draw.target_counts.tolist() == counts_of(samples)[together[together >= 0]].sum(0).tolist()
+
+
+def test_a_part_of_the_validation_is_of_all_documents() -> None:
+    draws = list(ValidationSampler(counts_of(1000), Layout(10)))
+    drawn = np.concatenate([draw.samples for draw in draws])
+    assert sorted(drawn) == list(range(1000))
+    first_tenth = np.bincount(drawn[:100] // 100, minlength=10)  # in order, all would lie in the first tenth
+    assert first_tenth.min() >= 3

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.model.experts import Experts, grouped_linear
+from dsv3_lightning.model.experts import Experts, Here, grouped_linear
 from dsv3_lightning.model.moe import MoE
 
-from .small import small_config
+from .small import routers, small_batch, small_config, small_model
 
 D, E, K, N = 32, 8, 3, 50
 
@@ -129,6 +129,39 @@ def test_counts_add_up_to_the_tokens_times_k(skewed):
     counts_E = moe(x_BTD, mask_BT)[1].counts_E
     assert counts_E.sum() == (17 + 4) * K
     assert counts_E[0] == 21 or not skewed
+
+
+class Counting(Here):
+    """Nothing travels, and the slots that go in and come out are counted."""
+
+    def __init__(self) -> None:
+        self.sent, self.collected = [], []
+
+    def send(self, x_SD, counts_E):
+        self.sent.append((len(x_SD), counts_E.tolist()))
+        return super().send(x_SD, counts_E)
+
+    def collect(self, sent, compute):
+        y_SD = super().collect(sent, compute)
+        self.collected.append(int(y_SD.detach().abs().amax(1).gt(0).sum()))  # what comes back is not nothing
+        return y_SD
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_layer_serves_every_token_when_all_want_one_expert(training):
+    config = small_config(num_experts_per_tok=1, n_group=1, topk_group=1, num_nextn_predict_layers=1)
+    model = small_model(config).train(training)
+    for router in routers(model):
+        router.expert_bias.zero_()[5] = 100.0
+    counters = [Counting() for _ in range(config.num_moe_layers)]
+    for module, counter in zip((m for m in model.modules() if isinstance(m, Experts)), counters, strict=True):
+        module.dispatcher = counter
+    batch = small_batch(config, B=3, T=40)
+    losses = model.losses(*batch)
+    all_on_one = [0] * 5 + [3 * 40] + [0] * 2
+    assert losses.counts_LE.tolist() == [all_on_one] * 3  # two layers and the MTP module's
+    for counter in counters:
+        assert counter.sent == [(3 * 40, all_on_one)] and counter.collected == [3 * 40]
 
 
 def test_what_a_token_gets_does_not_depend_on_its_company():

@@ -40,7 +40,8 @@ def shrunken(name: str) -> list[str]:
     if name in DENSE:
         heads = f"model.num_key_value_heads={DENSE[name]}"
         return [*SMALL, "model.kv_lora_rank=0", "model.moe_intermediate_size=0", "model.first_k_dense_replace=4", heads]
-    return [*SMALL, "model.q_lora_rank=16"] if name == "v3" else [*SMALL]
+    ramp = "data.batch_ramp={start: 2, increment: 2, tokens: 64}"
+    return [*SMALL, "model.q_lora_rank=16", ramp] if name == "v3" else [*SMALL]
 
 
 def two_steps(base, data_cache, name, *overrides) -> Run:

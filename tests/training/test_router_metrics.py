@@ -7,7 +7,12 @@ import torch
 
 from dsv3_lightning.model.router import Routing
 from dsv3_lightning.training.metrics import Acceptance
-from dsv3_lightning.training.router_metrics import ChoiceStatistics, load_statistics, relative_coactivation
+from dsv3_lightning.training.router_metrics import (
+    ChoiceStatistics,
+    load_statistics,
+    relative_coactivation,
+    specialization,
+)
 from tests.model.small import small_config
 
 
@@ -27,18 +32,20 @@ def test_load_statistics_by_hand():
 @pytest.mark.parametrize("kind", ["additive", "multiplicative"])
 def test_choice_statistics_count_each_token_that_is_no_padding_once(kind):
     config = small_config(num_nextn_predict_layers=1, expert_bias_kind=kind)  # 8 experts in 4 groups, 2 open, K = 3
-    generator, metric = torch.Generator().manual_seed(0), ChoiceStatistics(config)
+    generator, metric = torch.Generator().manual_seed(0), ChoiceStatistics(config, origins=3)
     bias = torch.randn(8, generator=generator) / 4
     margins, groups, tokens = [], [], 0
     together = [[0] * 8 for _ in range(8)]
+    by_origin = [[0] * 8 for _ in range(3)]
     from dsv3_lightning.model.router import route
 
     for _ in range(2):  # two batches of one set
         scores = torch.randn(30, 8, generator=generator).sigmoid()
         mask = torch.rand(30, generator=generator) < 0.7
         experts, gates = route(scores, bias, config)
-        metric.update(1, Routing(experts, gates, scores, scores.logit()), bias, mask)
-        for s, chosen, real in zip(scores, experts.tolist(), mask.tolist()):
+        origins = torch.randint(3, (30,), generator=generator)
+        metric.update(1, Routing(experts, gates, scores, scores.logit()), bias, mask, origins)
+        for s, chosen, real, origin in zip(scores, experts.tolist(), mask.tolist(), origins.tolist()):
             if not real:
                 continue
             tokens += 1
@@ -49,12 +56,13 @@ def test_choice_statistics_count_each_token_that_is_no_padding_once(kind):
             margins.append(ranked[2] - ranked[3])
             groups.append(len({i // 2 for i in chosen}))
             for i in chosen:
+                by_origin[origin][i] += 1
                 for j in chosen:
                     together[i][j] += 1
-    margin_L, groups_L, together_LEE = metric.compute()
+    margin_L, groups_L, together_LEE, counts_LSE = metric.compute()
     assert margin_L[1].item() == pytest.approx(sum(margins) / tokens, rel=1e-5)
     assert groups_L[1].item() == pytest.approx(sum(groups) / tokens)
-    assert together_LEE[1].tolist() == together
+    assert together_LEE[1].tolist() == together and counts_LSE[1].tolist() == by_origin
     assert together_LEE[0].sum() == together_LEE[2].sum() == 0 and together_LEE.shape == (3, 8, 8)
 
 
@@ -74,6 +82,15 @@ def test_coactivation_is_one_by_chance_and_shows_pairs():
     assert relative.tolist() == [[1, 2, 0, 0], [2, 1, 0, 0], [0, 0, 1, 2], [0, 0, 2, 1]]
     tokens = 140**2 / 260
     assert relative_coactivation(independent)[0, 1].item() == pytest.approx(30 * tokens / (60 * 50))
+
+
+def test_specialization_is_the_share_of_choices_that_the_origin_explains():
+    # 30 and 10 choices; of all, the experts have 0.5, 0.25, 0.25
+    counts = torch.tensor([[20, 5, 5], [0, 5, 5]])
+    first, second = (1 / 6 + 1 / 12 + 1 / 12) / 2, (1 / 2 + 1 / 4 + 1 / 4) / 2
+    assert specialization(counts).item() == pytest.approx(0.75 * first + 0.25 * second)
+    alike, own, unseen = [[8, 4], [2, 1]], [[9, 0], [0, 9]], [[0, 0], [0, 0]]
+    assert specialization(torch.tensor([alike, own, unseen])).tolist() == pytest.approx([0.0, 0.5, 0.0])
 
 
 def test_acceptance_is_of_chains_and_at_the_main_models_own_place():

@@ -1,0 +1,28 @@
+"""A batch that grows over a run's first tokens (V3 §4.2: 3,072 to 15,360 sequences over 469B). Plain Python."""
+
+from dsv3_lightning.data.config import DataConfig
+
+
+def batch_sizes(config: DataConfig, steps: int) -> list[int]:
+    """Samples of each of the run's first `steps` optimizer steps.
+
+    With batch_ramp {start, increment, tokens}: start + i · increment, where i rises evenly with the tokens of the steps
+    before, so that batch_size is reached after `tokens` of them. A function of the settings alone, whatever the ranks.
+    """
+    ramp, full = config.batch_ramp, config.batch_size
+    sizes = [full] * steps
+    if ramp is None:
+        return sizes
+    increments = (full - ramp.start) // ramp.increment
+    tokens = 0
+    for step in range(steps):
+        if tokens >= ramp.tokens:
+            break
+        sizes[step] = ramp.start + tokens * increments // ramp.tokens * ramp.increment
+        tokens += sizes[step] * config.sequence_length
+    return sizes
+
+
+def tokens_of(config: DataConfig, steps: int) -> int:
+    """Positions of the run's first `steps` optimizer steps, over all ranks."""
+    return sum(batch_sizes(config, steps)) * config.sequence_length
