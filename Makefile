@@ -3,11 +3,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup train test lint board bench clean
+.PHONY: help setup train test lint board bench reproduce clean
 .DEFAULT_GOAL := help
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED) ## make .venv and install everything into it, once
 
@@ -26,6 +26,9 @@ board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 
 bench: $(INSTALLED) ## measure training speed beside transformers' model of the same shape
 	$(PYTHON) benchmarks/throughput.py
+
+reproduce: $(INSTALLED) ## run the papers' experiments: an hour on two cores; QUICK=1: minutes, to see that it works
+	$(PYTHON) -m dsv3_lightning reproduce --jobs 2 $(if $(QUICK),--quick --dir runs/quick,--out docs/reproduction.md)
 
 clean: ## remove caches and builds; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

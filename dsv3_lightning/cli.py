@@ -253,6 +253,17 @@ def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="FILE", nargs="?", help="of consolidate: the file to write")
 
 
+def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    parser.add_argument("--dir", dest="folder", default="runs/reproduce", metavar="FOLDER", help="default %(default)s")
+    parser.add_argument("--out", metavar="FILE", help="the report; default: reproduction.md in that folder")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="30 steps a run: whether it works, not what it shows")
+    parser.add_argument(
+        "--report", dest="report_only", action="store_true", help="run nothing, report what is finished"
+    )
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -323,6 +334,9 @@ VERBS = {
     "compare": Verb(f"{COMMANDS}.compare:compare", "Compare runs: a table and plots.", compare_arguments),
     "checkpoint": Verb(
         f"{COMMANDS}.checkpoint:checkpoint", "Show or judge a checkpoint, or make one file of it.", checkpoint_arguments
+    ),
+    "reproduce": Verb(
+        f"{COMMANDS}.reproduce:reproduce", "See which of the papers' claims hold here.", reproduce_arguments
     ),
     "doctor": Verb(f"{COMMANDS}.doctor:run", "Tell what this machine and installation can do.", no_arguments),
 }

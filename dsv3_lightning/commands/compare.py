@@ -37,6 +37,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header
     "bits/byte": ("{:.3f}", lambda run: run.report["val_bpb"]),
     "MaxVio global": ("{:.2f}", lambda run: mean_or_none(run.report["max_vio_global"])),
     "MaxVio batch": ("{:.2f}", lambda run: run.report["max_vio_batch"]),
+    "specialization": ("{:.3f}", lambda run: mean_or_none(run.report["specialization"])),
     "MTP accepted": ("{:.3f}", lambda run: (run.report["mtp_acceptance"] or [None])[0]),
     "tokens/s": ("{:,.0f}", lambda run: run.report["tokens_per_second"]),
     "parameters": ("{:,.0f}", lambda run: run.report["parameters"]),
@@ -94,10 +95,12 @@ def values_of(runs: list[Finished], value: Callable[[Finished], float | None]) -
     return [number for run in runs if (number := value(run)) is not None]
 
 
-def comparison(groups: dict[str, list[Finished]]) -> list[list[str]]:
-    """Header and rows. A value that all seeds share has no spread."""
+def comparison(groups: dict[str, list[Finished]], leave_out: tuple[str, ...] = ()) -> list[list[str]]:
+    """Header and rows, without empty columns. A value that all seeds share has no spread."""
     kept = {
-        name: column for name, column in COLUMNS.items() if any(values_of(runs, column[1]) for runs in groups.values())
+        name: column
+        for name, column in COLUMNS.items()
+        if name not in leave_out and any(values_of(runs, column[1]) for runs in groups.values())
     }
     rows = [["variant", "seeds", *kept]]
     for label, runs in groups.items():
@@ -120,19 +123,27 @@ def spread(values: list[float], form: str = "{:.3f}") -> str:
     return f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
-def markdown_table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]], left: int = 1) -> str:
+    """left: columns of words, which come first; the others are numbers, to the right."""
     header, *body = rows
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def curves_by_group(groups: dict[str, list[Finished]]) -> Any:
-    """Validation loss, MaxVio of batches, MaxVio over the validation set and MTP acceptance; seeds as a band."""
+    """What the runs have of validation loss, MaxVio and MTP acceptance over their steps; seeds as a band."""
     from matplotlib.figure import Figure
 
     histories = {label: [scalar_history(run.folder) for run in runs] for label, runs in groups.items()}
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for axes, (tag, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+    shown = {
+        tag: title for tag, title in PANELS.items() if any(tag in run for runs in histories.values() for run in runs)
+    }
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    places = figure.subplots(rows, 2, squeeze=False).flatten().tolist()
+    for axes in places[len(shown) :]:
+        axes.remove()
+    for axes, (tag, title) in zip(places, shown.items(), strict=False):
         for label, runs in histories.items():
             curves = [dict(zip(*run[tag], strict=True)) for run in runs if tag in run]
             steps = sorted(set.intersection(*map(set, curves))) if curves else []

@@ -73,6 +73,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "needle": "-h --help run --lengths --depths --texts --out",
         "plan": f"{config} --gpus --gpu --efficiency --dry-run",
         "sweep": "-h --help words --jobs --task --slurm",
+        "reproduce": "-h --help overrides --dir --out --jobs --quick --report",
         "compare": "-h --help runs --markdown --plot",
         "checkpoint": "-h --help action path output",
         "doctor": "-h --help",

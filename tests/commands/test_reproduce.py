@@ -1,0 +1,99 @@
+"""From finished runs to verdicts: what is claimed exists, what is decided follows from the seeds."""
+
+import json
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.commands import reproduce as command
+from dsv3_lightning.commands.claims import CLAIMS, EXPERIMENTS, MISSING, NOT, REPRODUCED, UNDECIDED, verdict
+from dsv3_lightning.commands.compare import COLUMNS
+from dsv3_lightning.config.compose import compose, to_yaml
+from dsv3_lightning.config.experiment import Experiment
+from tests.conftest import ROOT
+
+REPORT = json.loads("""{"steps": 240, "tokens": 983040, "val_loss": 4.5, "val_bpb": 1.8, "max_vio_global": [0.1, 0.3],
+  "max_vio_batch": 0.5, "specialization": [0.2], "mtp_acceptance": [], "tokens_per_second": 77777.0, "parameters": 10,
+  "active_parameters": 3, "device": "1 x cpu", "versions": {"torch": "2.13.0"}}""")
+
+
+def finish(tmp_path, experiment: str, changes: dict[str, dict[int, dict]]) -> None:
+    """A folder for each run that `changes` names, by variant and seed, as if it had run."""
+    for task in Experiment(experiment, [f"run.dir={tmp_path}"]).tasks():
+        variant, _, seed = task.name.rpartition("-seed")
+        if int(seed) in changes.get(variant, {}):
+            folder = tmp_path / experiment / task.name
+            folder.mkdir()
+            (folder / "config.yaml").write_text(to_yaml(compose(task.files, task.overrides).tree))
+            (folder / "report.json").write_text(json.dumps(REPORT | changes[variant][int(seed)]))
+            with SummaryWriter(str(folder)) as writer:
+                for step in (120, 240):
+                    writer.add_scalar("val/loss", REPORT["val_loss"] + 1 / step, step)
+
+
+def row(text: str, claim: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {claim}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_verdicts_by_students_t():
+    # mean and standard deviation are 1: t = sqrt(3) with three seeds, below 2.920; more than sqrt(12) with twelve
+    assert verdict([0.0, 1.0, 2.0]) == UNDECIDED and verdict([0.0, 1.0, 2.0] * 4) == REPRODUCED
+    assert verdict([0.7, 1.0, 1.3]) == REPRODUCED and verdict([-0.7, -1.0, -1.3]) == NOT
+    assert verdict([1.0, 1.0]) == UNDECIDED and verdict([]) == MISSING
+
+
+def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
+    # The seeds differ by 0.5, the variants in every seed by 0.01: unpaired, nothing would be decided.
+    losses = {1: 4.0, 2: 4.5, 3: 5.0}
+    finish(tmp_path, "balance", {
+        "none": {seed: {"max_vio_global": [3.0, 5.0 + seed / 10]} for seed in losses},
+        "loss_free": {seed: {"val_loss": loss, "max_vio_global": [0.05, 0.09]} for seed, loss in losses.items()},
+        "sequence": {seed: {"val_loss": loss + 0.01 + seed / 1000} for seed, loss in losses.items()},
+        "batch": {1: {}},
+    })  # fmt: skip
+    out = tmp_path / "docs/report.md"
+    assert main(["reproduce", "--dir", str(tmp_path), "--report", "--out", str(out), "optimizer.lr=1e-3"]) == 0
+    assert capsys.readouterr().out == f"report: {out}\n"
+    text = out.read_text()
+    assert row(text, "The bias alone balances")[3:] == ["0.07 against 0.10", f"**{REPRODUCED}**"]
+    assert row(text, "It is at least 4 times lower")[3:] == ["0.07 against 4.10 ± 0.05", f"**{REPRODUCED}**"]
+    assert row(text, "The bias costs less loss")[3:] == ["4.500 ± 0.500 against 4.512 ± 0.501", f"**{REPRODUCED}**"]
+    assert row(text, "A batch-wise loss costs less")[4] == f"**{UNDECIDED}**"  # one seed
+    assert row(text, "Predicting one more token")[3:] == ["-", f"**{MISSING}**"]
+    assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens a run." in text
+    assert "Does loss-free balancing balance" in text and "## mtp" not in text
+    assert "77,777" not in text  # speeds of runs beside each other say nothing
+    assert (tmp_path / "docs/report/balance.png").stat().st_size > 5_000 and "(report/balance.png)" in text
+
+
+def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
+    calls = []
+    finish(tmp_path, "moe", {"fine_grained": {1: {}}})
+
+    def sweep(words, jobs, task, slurm):
+        calls.append((words, jobs))
+        return int(words[0] == "moe")
+
+    monkeypatch.setattr(command, "sweep", sweep)
+    assert main(["reproduce", "--quick", "--jobs", "2", "--dir", str(tmp_path), "data.batch_size=8"]) == 1
+    assert [words[0] for words, _ in calls] == list(EXPERIMENTS) and {jobs for _, jobs in calls} == {2}
+    assert calls[0][0][1:] == [*command.QUICK, "data.batch_size=8", f"run.dir={tmp_path}"]
+    assert (tmp_path / "reproduction.md").is_file()  # of what there is
+
+
+def test_nothing_to_report_is_said(tmp_path, capsys):
+    assert main(["reproduce", "--report", "--dir", str(tmp_path)]) == 2
+    assert "holds no finished run of balance, bias_speed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
+def test_what_a_claim_compares_exists(tmp_path, claim):
+    plan = Experiment(claim.experiment, [f"run.dir={tmp_path}"]).plan
+    assert claim.column in COLUMNS and claim.experiment in EXPERIMENTS and len(plan.seeds) >= 3
+    assert {side for side in (claim.low, claim.high) if isinstance(side, str)} <= plan.variants.keys()
+
+
+def test_every_shipped_experiment_is_run():
+    assert {path.stem for path in (ROOT / "configs/experiments").glob("*.yaml")} == set(EXPERIMENTS)
