@@ -67,7 +67,7 @@ class Experts(nn.Module):
     def sorted_forward(self, x_SD: Tensor, ends_E: Tensor) -> Tensor:
         """x_SD: S slots sorted by expert; expert e owns the slots up to ends_E[e]."""
         rows_S = None
-        if x_SD.dtype == torch.bfloat16 and x_SD.device.type == "cpu":
+        if ROWS_AT_ONCE > 1 and x_SD.dtype == torch.bfloat16 and x_SD.device.type == "cpu":
             rows_S, ends_E = padded_rows(ends_E, len(x_SD), ROWS_AT_ONCE)
             x_SD = x_SD.new_zeros(int(ends_E[-1]), x_SD.shape[1]).index_copy(0, rows_S, x_SD)
         gate, up = grouped_linear(x_SD, own(self.gate_up_proj), ends_E).chunk(2, -1)

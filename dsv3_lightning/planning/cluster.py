@@ -16,6 +16,8 @@ from dsv3_lightning.planning.hardware import GPU
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import attention_weights, count_parameters, moe_parts, swiglu
 
+LOGITS_HELD = 2**27  # at a time, as model/losses.py has it for GPUs
+
 
 class Mesh(Protocol):
     """Sizes by axis, as `parallel.mesh.MeshShape` has them."""
@@ -119,8 +121,8 @@ def last_block(model: ModelConfig, ep: int) -> int:
 
 
 def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -> RankMemory:
-    """Two moments compete for the most: the loss, which makes a gradient of the output matrix per head in fp32, and the
-    backward pass of the last block, when that matrix's gradient is on its way to be added up.
+    """Three moments compete for the most: the loss, with its logits and a gradient of the output matrix per head in
+    fp32; that gradient's scaling; and the backward pass of the last block, when it is on its way to be added up.
     """
     whole, computed = training_memory(model, work.tokens, work.precision, work.policy), bytes_computed(work)
     per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size
@@ -130,10 +132,13 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     else:
         dense, routed = parameter_split(model)
         ahead = computed * (dense + routed / shape.ep)
+    logits = min(work.tokens, LOGITS_HELD // model.vocab_size) * model.vocab_size
     moments = [
+        (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + (computed + 4) * logits,
+         work.tokens * per_token.kept),
         (ahead + computed * head + (2 + model.mtp_depth) * 4 * head, work.tokens * per_token.kept),
         (ahead + 2 * block + 4 * head, work.tokens * (per_token.kept + per_token.made_again)),
-    ]
+    ]  # fmt: skip
     gathered, held = max(moments, key=sum)
     return RankMemory(
         weights=whole.weights / shape.dp_shard,

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3_lightning.model import losses
+from dsv3_lightning.model import experts, losses
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer
@@ -61,11 +61,10 @@ def dry_run(
         parameters = sum(parameter.numel() for parameter in module.parameters())
         plugin.convert_module(module)
         shard_model(module, build_meshes(shape, "cpu"), strategy, "bf16" in str(plugin.precision))
-        for experts in (part for part in module.modules() if isinstance(part, Experts)):
-            if isinstance(experts.dispatcher, AllToAll):
-                experts.dispatcher = EvenLoads(experts.dispatcher.group)
-        as_on_a_gpu = patch.object(losses, "LOGITS_HELD_CPU", losses.LOGITS_HELD)
-        with as_on_a_gpu, FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+        for layer in (part for part in module.modules() if isinstance(part, Experts)):
+            if isinstance(layer.dispatcher, AllToAll):
+                layer.dispatcher = EvenLoads(layer.dispatcher.group)
+        with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
             module.to_empty(device="cpu")
             module.tie_weights()
             weights = counter.now
@@ -95,6 +94,13 @@ def pretended_processes(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Without what the model does for the sake of CPUs."""
+    with patch.object(losses, "LOGITS_HELD_CPU", losses.LOGITS_HELD), patch.object(experts, "ROWS_AT_ONCE", 1):
+        yield
 
 
 class EvenLoads(AllToAll):

@@ -8,8 +8,17 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model import losses
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
-from dsv3_lightning.planning.cluster import Work, parameter_split, rank_memory, split_step, step_time, traffic
+from dsv3_lightning.planning.cluster import (
+    LOGITS_HELD,
+    Work,
+    parameter_split,
+    rank_memory,
+    split_step,
+    step_time,
+    traffic,
+)
 from dsv3_lightning.planning.hardware import GPU, GPUS
 from tests.conftest import ROOT
 
@@ -91,6 +100,10 @@ def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest
     assert main(["plan", "v3", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_loss_holds_as_many_logits_as_are_planned():
+    assert LOGITS_HELD == losses.LOGITS_HELD
 
 
 def test_a_step_divides_into_equal_parts():

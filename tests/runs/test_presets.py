@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose, presets
 from dsv3_lightning.config.schema import check
+from dsv3_lightning.model import experts
 from dsv3_lightning.model.losses import IGNORE
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.parameters import count_parameters
@@ -89,6 +90,7 @@ def test_a_large_presets_own_shapes_fit_each_other(name, monkeypatch):
         return values.new_zeros(minlength)
 
     monkeypatch.setattr(torch, "bincount", bincount)
+    monkeypatch.setattr(experts, "ROWS_AT_ONCE", 1)  # fills up experts' parts, by numbers too
     config = check(compose([name]).tree)
     depth, T = config.model.mtp_depth, 64
     with FakeTensorMode():
