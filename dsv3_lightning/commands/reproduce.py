@@ -14,7 +14,7 @@ from dsv3_lightning.commands.compare import (
     markdown_table,
 )
 from dsv3_lightning.commands.sweep import sweep
-from dsv3_lightning.config.experiment import find_experiment
+from dsv3_lightning.config.experiment import Experiment, find_experiment
 from dsv3_lightning.errors import ConfigError
 
 QUICK = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=8")
@@ -60,7 +60,10 @@ def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, qui
 
 def finished_runs(folder: Path, name: str) -> Groups:
     """Those of an experiment, by variant, in the order of its file."""
-    return grouped(find_runs([str(folder / name)])) if list(folder.glob(f"{name}/*/report.json")) else {}
+    if not list(folder.glob(f"{name}/*/report.json")):
+        return {}
+    groups = grouped(find_runs([str(folder / name)]))
+    return {variant: groups[variant] for variant in Experiment(name, []).plan.variants if variant in groups}
 
 
 def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) -> str:
@@ -87,10 +90,13 @@ def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) 
 def section(name: str, groups: Groups, settings: str, pictures: str) -> list[str]:
     facts = next(iter(groups.values()))[0].report
     steps, each = facts["steps"], facts["tokens"] // facts["steps"]
+    plan, finished = Experiment(name, []).plan, sum(len(runs) for runs in groups.values())
+    planned = len(plan.variants) * len(plan.seeds)
+    missing = f" {finished} of {planned} runs are finished." if finished < planned else ""
     return [
         f"## {name}\n",
         f"{question(name)}\n",
-        f"`dsv3 sweep {name} --jobs 2{settings}`: {steps:,} steps of {each:,} tokens a run.\n",
+        f"`dsv3 sweep {name} --jobs 2{settings}`: {steps:,} steps of {each:,} tokens a run.{missing}\n",
         markdown_table(comparison(groups, leave_out=("tokens/s",))),
         f"![curves of {name}; bands are the range over seeds]({pictures}/{name}.png)\n",
     ]
