@@ -85,11 +85,11 @@ def test_a_step_takes_what_its_flop_take_where_nothing_travels():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus", "2048"], "data.batch_size=15360: does not divide into micro-batches of 1 samples on 2048 ranks; "
-                             "use 14336 or 16384"),
+        (["--gpus", "2048"], "data.batch_size=15360: does not divide into micro-batches of 5 samples on 2048 ranks; "
+                             "use 10240 or 20480"),
         (["--gpus", "8", "--gpu", "h9"], "--gpu h9: not known; must be a100, h100, h200, h800, b200"),
         (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
-          "trainer.accumulate_grad_batches=1920"],
+          "trainer.accumulate_grad_batches=384"],
          "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
         (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp and fsdp2_ep can be planned for --gpus"),
         (["--gpus", "0"], "argument --gpus: invalid positive value: '0'"),
