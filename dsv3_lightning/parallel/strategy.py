@@ -34,10 +34,10 @@ class MeshStrategy(ModelParallelStrategy):
         self.saver: Saver | None = None
 
     def setup_environment(self) -> None:
-        start_again(self._get_process_group_backend(), timedelta(minutes=self.config.timeout_minutes))
-        self._setup_distributed()
         if self.config.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("strategy.cpu_offload=true: this run is on the CPU; offloading is for GPUs")
+        start_again(self._get_process_group_backend(), timedelta(minutes=self.config.timeout_minutes))
+        self._setup_distributed()
         model: Any = self.lightning_module.model.config  # type: ignore[union-attr]
         shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
         self.meshes = build_meshes(shape, self.root_device.type)

@@ -46,6 +46,11 @@ def test_a_rank_that_hangs_is_given_up(nano, tmp_path):
     assert "Traceback" not in output, output
 
 
+def test_offloading_to_the_cpu_is_refused_on_one(nano, capsys):
+    assert nano.run("offloaded", "strategy={kind: fsdp2, cpu_offload: true}", "trainer.accelerator=cpu").code == 2
+    assert "strategy.cpu_offload=true: this run is on the CPU; offloading is for GPUs" in capsys.readouterr().err
+
+
 def test_data_that_cannot_be_prepared_ends_all_ranks_with_one_line(nano, tmp_path):
     """The others would wait for the first rank as long as a collective may take."""
     (tmp_path / "bad.jsonl").write_text('{"other": "no text"}\n')

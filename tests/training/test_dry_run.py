@@ -5,13 +5,17 @@ import re
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.commands.plan_cluster import work_of
 from dsv3_lightning.config.checks import mesh_strategy
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.parallel.mesh import mesh_shape
+from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.groups import build_meshes
+from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
+from dsv3_lightning.parallel.sharding import shard_model
 from dsv3_lightning.planning.cluster import rank_memory
 from dsv3_lightning.training import dry_run as dry
 from tests.conftest import ROOT
@@ -84,6 +88,16 @@ def test_no_parameter_is_left_unsharded(monkeypatch):
     for strategy in ("{kind: hsdp, dp_shard: 2}", "{kind: fsdp2_ep, expert_parallel: 2}"):
         nano(4, strategy)
         assert len(seen) > 20 and set(seen.values()) == {torch.distributed.tensor.DTensor}, seen
+
+
+def test_all_that_is_sharded_is_offloaded_where_that_is_asked_for():
+    model = check(compose(["nano"]).tree).model
+    strategy = StrategyConfig(kind="fsdp2_ep", cpu_offload=True)
+    with dry.pretended_processes(2), torch.device("meta"):
+        module = Transformer(model)
+        shard_model(module, build_meshes(MeshShape(1, 2, 2), "cpu"), strategy, bf16=True)
+    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in module.modules() if isinstance(unit, FSDPModule)]
+    assert len(groups) > 5 and all(isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups)
 
 
 def test_a_dry_run_of_no_mesh_is_refused(capsys):
