@@ -1,9 +1,11 @@
-"""Decoding speed of a run's model, greedy, one text: plain, with MTP guesses, and transformers with the same weights.
+"""Decoding speed of a run's model, one text: plain, with MTP guesses, and transformers with the same weights.
 
-python benchmarks/decoding.py runs/laptop [--tokens 200] [--pairs 5] [--threads 1]
+python benchmarks/decoding.py runs/laptop [--tokens 100] [--pairs 5] [--threads 1] [--temperature 0]
 
-All ways take turns, pair by pair, on the same prompts, so that a busy machine slows each of them; what is shown is the
-median of the ratios within pairs, and the median speed of each.
+Time is what the one thread has of its core, so that waiting for others on the machine doesn't count; with more
+threads it is the clock's. All ways take turns, pair by pair, on the same prompts; what is shown is the median of the
+ratios within pairs, and the median speed of each. Then what a guess and the verifying pass of two tokens cost, in passes
+of one token: guesses save time if more tokens come out of a round than passes go in.
 """
 
 import argparse
@@ -18,8 +20,10 @@ import torch
 from dsv3_lightning.commands.export import export
 from dsv3_lightning.commands.models import load
 from dsv3_lightning.inference.decode import decode
+from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.speculative import speculate
+from dsv3_lightning.model.transformer import Transformer
 
 PROMPTS = ("def ", "import os\n", "class Node:\n")
 
@@ -27,10 +31,13 @@ PROMPTS = ("def ", "import os\n", "class Node:\n")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--temperature", type=float, default=0.0)
     arguments = parser.parse_args()
+    sampling = Sampling(arguments.temperature)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
     torch.set_num_threads(arguments.threads)
     from transformers import AutoModelForCausalLM
 
@@ -42,19 +49,21 @@ def main() -> None:
         kept = drafted = 0
 
         def plain(prompt: list[int]) -> list[int]:
-            return decode(model, [prompt], arguments.tokens, Sampling(), set(), 0)[0]
+            return decode(model, [prompt], arguments.tokens, sampling, set(), 0)[0]
 
         def guessing(prompt: list[int]) -> list[int]:
             nonlocal kept, drafted
-            text, counts = speculate(model, prompt, arguments.tokens, Sampling(), set(), 0, 1)
+            text, counts = speculate(model, prompt, arguments.tokens, sampling, set(), 0, 1)
             kept, drafted = kept + counts.kept[0], drafted + counts.drafted[0]
             return text
 
         def transformers(prompt: list[int]) -> list[int]:
             ids = torch.tensor([prompt])
-            greedy = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
+            how = {"max_new_tokens": arguments.tokens, "eos_token_id": [], "pad_token_id": 0, "do_sample": False}
+            if arguments.temperature:
+                how |= {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
             with torch.no_grad():
-                return theirs.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, len(prompt) :].tolist()
+                return theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
 
         ways: dict[str, Callable[[list[int]], list[int]]] = {"plain": plain}
         if model.config.mtp_depth:
@@ -62,20 +71,49 @@ def main() -> None:
         ways["transformers"] = transformers
         for prompt in prompts:  # warm-up, and they agree
             texts = {name: way(prompt) for name, way in ways.items()}
-            assert len({tuple(text) for text in texts.values()}) == 1, "the texts differ"
+            assert arguments.temperature or len({tuple(text) for text in texts.values()}) == 1, "the texts differ"
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(arguments.pairs):
             for prompt in prompts:
                 for name, way in ways.items():
-                    start = time.perf_counter()
+                    start = clock()
                     tokens = len(way(prompt))
-                    speeds[name].append(tokens / (time.perf_counter() - start))
+                    speeds[name].append(tokens / (clock() - start))
     print("| way | token/s, median | beside plain, median of pairs |\n| --- | --- | --- |")
     for name, values in speeds.items():
         ratio = statistics.median(value / base for value, base in zip(values, speeds["plain"]))
         print(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} |")
     if drafted:
-        print(f"\nguesses kept: {kept / drafted:.1%} of {drafted}")
+        guess, two = costs(model, prompts[0], clock)
+        print(f"\nguesses kept: {kept / drafted:.1%} of {drafted}; a round gives {1 + kept / drafted:.2f} tokens")
+        print(f"and costs {two:.2f} passes for two tokens at once and {guess:.2f} for the guess")
+
+
+@torch.inference_mode()
+def costs(model: Transformer, prompt: list[int], clock: Callable[[], float]) -> tuple[float, float]:
+    """Of a guess, and of a pass of two tokens with their logits, over that of a pass of one; medians of 100."""
+    decoder = Decoder(model, 1, len(prompt) + 4, 1)
+    h_1TD, last = decoder.extend(torch.tensor([prompt])), torch.tensor([prompt[-1:]])
+    decoder.extend_mtp(1, h_1TD, torch.tensor([[*prompt[1:], prompt[-1]]]), only_last=True)
+
+    def verify(tokens: int) -> None:
+        new = torch.randint(model.config.vocab_size, (1, tokens))  # other experts each time, as in a text
+        decoder.logits(decoder.extend(new)).argmax(-1).tolist()
+        decoder.lengths[0] -= tokens
+
+    def guess() -> None:
+        h_11D = decoder.extend_mtp(1, h_1TD[:, -1:], last, only_last=True)
+        decoder.logits(h_11D, 1).argmax(-1).tolist()
+        decoder.mtp_lengths[0][0] -= 1
+
+    times: list[list[float]] = [[], [], []]
+    for _ in range(100):
+        for taken, work in zip(times, (lambda: verify(1), guess, lambda: verify(2))):
+            start = clock()
+            work()
+            taken.append(clock() - start)
+    one, of_guess, two = map(statistics.median, times)
+    return of_guess / one, two / one
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ def stored_config(folder: Path) -> Config:
     if not file.is_file():
         raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
     try:
-        return check(yaml.safe_load(file.read_text(encoding="utf-8")))
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ConfigError("holds no settings")
+        return check(tree)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: {error}") from error
 

@@ -25,7 +25,7 @@ def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: st
             break
     found = find_needles(load_model(path, config.model), Tokenizer.from_file(folder), filler, lengths, places, texts)
     print("nats per token that the needle saves (share that greedy decoding gets right)")
-    print("length " + "".join(f"  at {place:4.0%}     " for place in places))
+    print("length " + "".join(f"      at {place:4.0%} " for place in places))
     for row, length in enumerate(lengths):
         cells = zip(found.saved[row].tolist(), found.right[row].tolist())
         print(f"{length:6} " + "".join(f"  {saved:5.2f} ({right:4.0%})" for saved, right in cells))
@@ -34,8 +34,14 @@ def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: st
     content = {"lengths": lengths, "depths": places, "texts": texts}
     content |= {name: value.tolist() for name, value in found._asdict().items()}
     write_whole(target / "needle.json", json.dumps(content) + "\n")
-    picture = heat_map(found.saved, "nats per token that the needle saves", 0.0)
+    picture = heat_map(found.saved, "nats per token that the needle saves (share right)", 0.0)
     axes = picture.axes[0]
+    strongest = max(1.0, float(found.saved.abs().max()))  # so that noise stays pale
+    axes.images[0].set_clim(-strongest, strongest)
+    for row in range(len(lengths)):
+        for column in range(len(places)):
+            cell = f"{found.saved[row, column]:.2f} ({found.right[row, column]:.0%})"
+            axes.text(column, row, cell, ha="center", va="center", size=8)
     axes.set(xlabel="depth of the needle", ylabel="tokens")
     axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
     axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])

@@ -84,7 +84,8 @@ def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dt
         tensors = {}
         for stored, shape, kept in planned:
             tensor = to_disk(stored, read(stored.name, stored.expert), config.qk_rope_head_dim, permute)
-            assert tuple(tensor.shape) == shape, stored.key
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(f"{stored.key}: would be {list(tensor.shape)}, the settings make it {list(shape)}")
             tensors[stored.key] = cast(tensor, kept, stored.key)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         with open(folder / name, "rb") as file:
