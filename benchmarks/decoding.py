@@ -4,8 +4,8 @@ python benchmarks/decoding.py runs/laptop [--tokens 100] [--pairs 5] [--threads 
 
 Time is what the one thread has of its core, so that waiting for others on the machine doesn't count; with more
 threads it is the clock's. All ways take turns, pair by pair, on the same prompts; what is shown is the median of the
-ratios within pairs, and the median speed of each. Then what a guess and the verifying pass of two tokens cost, in passes
-of one token: guesses save time if more tokens come out of a round than passes go in.
+ratios within pairs, and the median speed of each. Then what a guess and the verifying pass of two tokens cost, in
+passes of one token: guesses save time if more tokens come out of a round than passes go in.
 """
 
 import argparse
