@@ -45,6 +45,8 @@ CLAIMS = (
           f"{V3} figure 9", "maps of the load by domain", "balance", SPECIAL, "sequence", "loss_free"),
     Claim("u = 0.0001 balances worse than 0.001: too slow at the start",
           f"{LF} §4.3", "a curve", "bias_speed", VIO, "u_0.001", "u_0.0001"),
+    Claim("A u that is too large never settles: here 0.1, beside 0.01",
+          f"{LF} §4.3", "a curve; there 0.01, beside 0.001", "bias_speed", VIO, "u_0.01", "u_0.1"),
     Claim("u = 0.001 has a lower loss than 0.01, which fluctuates late",
           f"{LF} §4.3", "perplexity about 9.50 against 9.51", "bias_speed", LOSS, "u_0.001", "u_0.01"),
     Claim("The sign rule has a lower loss than steps proportional to the violation",
