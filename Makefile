@@ -14,8 +14,8 @@ setup: $(INSTALLED) ## make .venv and install everything into it, once
 train: $(INSTALLED) ## train configs/laptop.yaml: minutes on two cores, no download, no account
 	$(PYTHON) -m dsv3_lightning run configs/laptop.yaml
 
-test: $(INSTALLED) ## run the whole test suite
-	$(PYTHON) -m pytest
+test: $(INSTALLED) ## run the whole test suite, two files at a time
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED) ## check style and types
 	$(VENV)/bin/ruff check .

@@ -30,6 +30,22 @@ MODULES = (
 QUIET = ["trainer.precision=32", "trainer.log_every_n_steps=1", "callbacks.throughput.peak_flops=1e11"]
 
 
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def launch_environment():
+    """A run in this process leaves these behind; a run in another would take them for its launcher's, and wait."""
+    forget_launch()  # of a fixture's run
+    yield
+    forget_launch()
+
+
+def forget_launch() -> None:
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+
+
 @dataclass
 class Run:
     """A run's folder, and how its command ended."""
@@ -105,5 +121,5 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def nano(tmp_path: Path, data_cache: list[str]) -> Nano:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return Nano(tmp_path, [*data_cache, *QUIET, "callbacks.sample_text=null", "trainer.max_steps=20"])
