@@ -80,10 +80,14 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
     """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
     if isinstance(error, RunStopped):
         return
-    started = getattr(trainer.strategy.launcher, "procs", [])
+    watched = getattr(trainer.strategy.launcher, "procs", [])
+    started = watched.copy()
+    watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
     time.sleep(0.5)  # until it is known what became of them
     lost = what_was_lost(error, started)
-    if lost is not None:
+    if lost is None:
+        watched.extend(started)
+    else:
         for process in started:
             process.kill()
         who = f"rank {trainer.global_rank} stops"
