@@ -1,6 +1,7 @@
 """`dsv3 chat`: a conversation on the terminal, until the end of the input."""
 
 import sys
+from typing import Any
 
 from dsv3_lightning.commands.models import load
 from dsv3_lightning.inference.chat import Chat
@@ -11,17 +12,14 @@ def chat(
     checkpoint: str,
     system: str,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
     stop: list[str],
     seed: int,
+    **sampling: Any,
 ) -> int:
-    """Each line is a turn; Ctrl-D ends."""
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    """Each line is a turn; Ctrl-D ends. sampling: the fields of Sampling."""
+    how = Sampling(**sampling)
     model, tokenizer = load(checkpoint)
-    talk = Chat(model, tokenizer, sampling, seed, system)
+    talk = Chat(model, tokenizer, how, seed, system)
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         print(prompt, end="", flush=True)

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from typing import Any
 
 from dsv3_lightning.commands.models import load
 from dsv3_lightning.data.tokenizer import Tokenizer
@@ -17,15 +18,15 @@ def generate(
     prompt: list[str],
     draft: int,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
     stop: list[str],
     seed: int,
+    **sampling: Any,
 ) -> int:
-    """Prints each prompt and, as it comes, its continuation; several are written together, or with guesses in turn."""
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    """Prints each prompt and, as it comes, its continuation; several are written together, or with guesses in turn.
+
+    sampling: the fields of Sampling.
+    """
+    how = Sampling(**sampling)
     model, tokenizer = load(checkpoint)
     prompts = [[tokenizer.bos_id, *encode(tokenizer, text)] for text in prompt]
     check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
@@ -33,14 +34,14 @@ def generate(
         check_depth(model, draft)
     texts, ends = Texts(tokenizer, prompt, tuple(stop)), {tokenizer.eos_id}
     if not draft:
-        decode(model, prompts, max_new_tokens, sampling, ends, seed, texts.push)
+        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push)
         for _ in prompts:
             texts.finish()
         return 0
     counts = Drafts([0] * draft, [0] * draft)
     for number, ids in enumerate(prompts):
         show = functools.partial(texts.push, number)
-        counts += speculate(model, ids, max_new_tokens, sampling, ends, seed, draft, show)[1]
+        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show)[1]
         texts.finish()
     print(told(counts), file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_lightning.model.autocast import computes_in
 from dsv3_lightning.model.config import ModelConfig
 
 # oneDNN makes a program for every new shape of a bf16 product, which takes longer than to run it. Numbers of tokens are
@@ -83,12 +84,6 @@ def own(weight_EDF: Tensor) -> Tensor:
 def grouped_linear(x_SD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """Row s of x times the matrix of its expert: [S, F], in x's dtype: autocast knows no grouped product."""
     return F.grouped_mm(x_SD, weight_EDF.to(x_SD.dtype), offs=ends_E.int())
-
-
-def computes_in(x: Tensor) -> torch.dtype:
-    """The dtype of a product with x, under autocast or not."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def padded_rows(ends_E: Tensor, slots: int, multiple: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dsv3_lightning.model.autocast import computes_in
+
 IGNORE = -100  # a target that doesn't count
 LOGITS_HELD = 2**27  # logits at a time: 512 MiB in fp32
 LOGITS_HELD_CPU = 2**20  # 4 MiB, so that they stay in the cache
@@ -16,10 +18,8 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     """
     held = LOGITS_HELD_CPU if x_ND.device.type == "cpu" else LOGITS_HELD
     chunk = max(1, held // weight_VD.shape[0])
-    if torch.is_autocast_enabled(x_ND.device.type):
-        dtype = torch.get_autocast_dtype(x_ND.device.type)
-        x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
-    return LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, chunk)
+    dtype = computes_in(x_ND)
+    return LinearCrossEntropy.apply(x_ND.to(dtype), weight_VD.to(dtype), targets_N, chunk)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

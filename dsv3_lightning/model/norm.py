@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_lightning.model.autocast import computes_in
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dim. Under autocast the result already has the dtype of the matrix products."""
@@ -16,5 +18,4 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         out = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        device = x.device.type
-        return out.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        return out.to(computes_in(x))

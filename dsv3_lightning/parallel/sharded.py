@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from dsv3_lightning.data.files import sync_folder
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import like, local
 
@@ -64,11 +65,7 @@ def commit(written: Future[Any], beside: Path, path: Path) -> None:
     written.result()
     if dist.get_rank() == 0:
         os.replace(beside, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path.parent)
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from dsv3_lightning.data.files import sync_folder
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel import sharded
 
@@ -34,15 +35,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
