@@ -83,7 +83,7 @@ class TrainSampler:
         layout = self.layout
         order = Order(len(self.target_counts), self.seed)
         first = self.first_sample
-        for size in self.sizes[self.first_step :].tolist():
+        for size in map(int, self.sizes[self.first_step :]):
             samples = order[first : first + size]
             first += size
             target_counts = self.target_counts[samples].sum(0)
