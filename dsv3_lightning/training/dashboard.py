@@ -28,8 +28,9 @@ def layout(tree: dict[str, Any]) -> Layout:
         "what the bias does: spread, mean, largest": lines(
             "balance/bias_spread", "balance/bias_mean", "balance/bias_absmax"
         ),
-        "how fast the bias moves, how strong the losses are": lines("balance/bias_speed", "balance/factor"),
+        "how fast the bias moves": lines("balance/bias_speed"),
         "balance losses": lines("loss/balance"),
+        "how strong they are: factors": lines("balance/factor"),
         "how clear choices are: the last chosen over the first left out": lines("balance/margin"),
         "groups: reached per token, the busiest's load": lines("balance/groups_per_token", "balance/group_load_max"),
         "most attached pair of experts (1 is chance)": lines("balance/coactivation_max"),
