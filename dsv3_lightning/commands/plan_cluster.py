@@ -5,6 +5,7 @@ import math
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.planning.cluster import RankMemory, StepTime, Work, rank_memory, split_step, step_time
@@ -102,9 +103,9 @@ def traffic_table(time: StepTime, shape: MeshShape) -> str:
 
 def time_table(config: Config, time: StepTime, gpus: int, gpu: GPU, efficiency: float) -> str:
     step_tokens = config.data.batch_size * config.data.sequence_length
-    total = step_tokens * config.trainer["max_steps"]
+    total = tokens_of(config.data, config.trainer["max_steps"])
     speed = step_tokens / time.seconds
-    hours = gpus * time.seconds / 3600
+    hours = gpus * total / speed / 3600  # the smaller steps of a batch that grows, at the speed of the full ones
     rows = [
         ("time", ""),
         (f"computing, at {efficiency:.0%} of the peak (assumed)", f"{time.compute:.2f} s"),
@@ -112,9 +113,9 @@ def time_table(config: Config, time: StepTime, gpus: int, gpu: GPU, efficiency: 
         (f"MFU, of {si(gpu.peak, 'FLOP/s')}", f"{time.flop / time.seconds / gpu.peak:.1%}"),
         ("tokens per second and GPU", f"{speed / gpus:,.0f}"),
         ("tokens per day", si(speed * 86400, "")),
-        ("GPU hours per trillion tokens", f"{hours / step_tokens * 1e12:,.0f}"),
-        (f"GPU hours of the run, {si(total, '')} tokens", f"{hours * config.trainer['max_steps']:,.0f}"),
-        ("days of the run", f"{time.seconds * config.trainer['max_steps'] / 86400:,.1f}"),
+        ("GPU hours per trillion tokens", f"{hours / total * 1e12:,.0f}"),
+        (f"GPU hours of the run, {si(total, '')} tokens", f"{hours:,.0f}"),
+        ("days of the run", f"{hours / gpus / 24:,.1f}"),
     ]
     if config.model.hidden_size == 7168 and config.model.n_routed_experts == 256:
         with_mtp = training_flop_per_token(config.model, config.data.sequence_length)

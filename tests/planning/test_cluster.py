@@ -48,6 +48,20 @@ def test_v3_on_2048_gpus_shows_its_estimate_beside_the_published_hours(capsys: p
     assert "180,000" in shown and "386.5 TFLOP/s" in shown  # 250.45 GFLOP/token · 1e12 / (180e3 · 3600 s), §1 table 1
 
 
+def test_a_batch_that_grows_makes_the_run_shorter(capsys: pytest.CaptureFixture[str]):
+    def hours(*overrides: str) -> tuple[int, ...]:
+        words = ["plan", str(ROOT / "configs/cluster/v2-lite-8.yaml"), "--gpus", "8", "--gpu", "h100"]
+        assert main([*words, "data.batch_size=6144", "trainer.max_steps=1000", *overrides]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU hours")]
+        return tuple(int(row.split()[-1].replace(",", "")) for row in rows)
+
+    tokens = 6144 * compose([str(ROOT / "configs/cluster/v2-lite-8.yaml")]).tree["data"]["sequence_length"] * 1000
+    (each, even), (same, grown) = hours(), hours(f"data.batch_ramp={{start: 1536, increment: 1536, tokens: {tokens}}}")
+    assert each == same and even > 100
+    # of `tokens` a third comes in steps of 1,536: 1,333 of them, so the run ends in that third
+    assert grown == pytest.approx(even / 4, rel=0.01)
+
+
 def test_shares_are_the_whole_over_the_ranks():
     memory = rank_memory(V3, MeshShape(8, 256, 64), FSDP, WORK)
     total = 671_026_404_352 + 11_610_068_224 - 256  # FACTS: main model and MTP module, without its bias
