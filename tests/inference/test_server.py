@@ -212,3 +212,17 @@ def test_limits_of_waiting_and_of_time(model, tokenizer):
         assert served.idle()
     finally:
         served.close()
+
+
+@pytest.mark.parametrize("sizes, name", [((0, 1, 1.0), "slots"), ((1, -1, 1.0), "max_waiting"), ((1, 1, 0), "timeout")])
+def test_impossible_sizes_are_one_line(sizes, name):
+    with pytest.raises(ConfigError, match=name):
+        check_engine(*sizes)
+
+
+def test_an_error_while_decoding_reaches_the_client_and_the_next_one_is_served(served, monkeypatch):
+    extend = served.engine.decoder.extend
+    monkeypatch.setattr(served.engine.decoder, "extend", lambda *_: 1 / 0)
+    assert_refused(served, "/v1/completions", {"model": "small", "prompt": "a"}, 500, "decoding failed")
+    monkeypatch.setattr(served.engine.decoder, "extend", extend)
+    assert served.client.completions.create(model="small", prompt="a", max_tokens=3).usage.completion_tokens <= 3
