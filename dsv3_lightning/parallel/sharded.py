@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dsv3_lightning.data.files import sync_folder
@@ -29,11 +30,13 @@ SHARDS, REST = "shards", "rest.pt"
 
 
 class Saver:
-    """Training waits for one copy to the host's memory; files are written by a thread of every rank."""
+    """Training waits for one copy to the host's memory, kept for the next; a thread of each rank writes files."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo")  # the thread's own: it must not mix with training's collectives
         self.thread = ThreadPoolExecutor(1)
+        cuda = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(cuda, False, use_async_staging=False, use_non_blocking_copy=cuda))
         self.pending: Future[None] | None = None
 
     def save(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -50,7 +53,9 @@ class Saver:
                 file.flush()
                 os.fsync(file.fileno())
         dist.barrier(self.group)
-        written: Any = dcp.async_save(tensors, checkpoint_id=beside / SHARDS, process_group=self.group)
+        written: Any = dcp.async_save(
+            tensors, checkpoint_id=beside / SHARDS, process_group=self.group, async_stager=self.stager
+        )
         self.pending = self.thread.submit(commit, written, beside, path)
 
     def finish(self) -> None:

@@ -1,0 +1,71 @@
+"""How long training stands still for a checkpoint of shards, beside one copy of the same tensors and the whole write.
+
+python benchmarks/saving.py [--ranks 2] [--megabytes 500] [--tensors 200] [--pairs 5]
+
+Every rank holds as many bytes, in tensors of equal size, as weights and AdamW's two moments would be. Copies and saves
+take turns; shown are medians over the pairs, on the slowest rank.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from dsv3_lightning.parallel.sharded import Saver
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=500, help="of each rank")
+    parser.add_argument("--tensors", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(measure, (arguments, Path(folder)), arguments.ranks)
+
+
+def measure(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks, store = arguments.ranks, f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks,))
+    rows = arguments.megabytes * 1_000_000 // 4 // 1024 // arguments.tensors
+    parts = [torch.randn(rows, 1024) for _ in range(arguments.tensors)]
+    state = {f"{index}": DTensor.from_local(part, mesh, [Shard(0)]) for index, part in enumerate(parts)}
+    saver, times = Saver(), []
+    copies: list[torch.Tensor] = []
+    for pair in range(arguments.pairs + 1):
+        save = partial(saver.save, {"state_dict": state, "optimizer_states": []}, folder / f"{pair}.ckpt")
+        copy = partial(copies.extend, (part.clone() for part in parts))
+        times.append([timed(work) for work in (copy, save, saver.finish)])
+        copies.clear()
+    copy, stall, write = (statistics.median(column) for column in zip(*times[1:]))
+    if rank == 0:
+        size = ranks * arguments.tensors * rows * 4096
+        print(f"{size / 1e9:.2f} GB on {ranks} ranks, {arguments.pairs} pairs")
+        print(f"a copy in memory {copy:.3f} s, training stands still {stall:.3f} s, written {write:.3f} s later")
+    dist.destroy_process_group()
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds, of the slowest rank."""
+    dist.barrier()
+    start = time.perf_counter()
+    work()
+    seconds = torch.tensor(time.perf_counter() - start)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+if __name__ == "__main__":
+    main()
