@@ -102,15 +102,30 @@ class Checkpoint(CheckpointBase):
                 remove(path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.keep_best:
+        if trainer.sanity_checking or not self.keep_best:
             return
+        late = trainer.state.fn == "validate"  # of a run that was stopped between its last step and its report
+        step = trainer.max_steps if late else trainer.global_step
         folder, loss = checkpoint_folder(trainer), latest_scalars(trainer)["val/loss"]
-        best = best_files(folder)
-        if len(best) < self.keep_best or loss < best[-1][0]:
-            trainer.save_checkpoint(
-                folder / f"best-step={trainer.global_step}-loss={loss:.4f}.ckpt", weights_only=False
-            )
-            self.tidy(trainer)
+        best, path = best_files(folder), folder / f"best-step={step}-loss={loss:.4f}.ckpt"
+        if len(best) >= self.keep_best and loss >= best[-1][0]:
+            return
+        if not late:
+            trainer.save_checkpoint(path, weights_only=False)
+        elif trainer.is_global_zero and not path.exists():
+            link(Path(str(trainer.ckpt_path)), path)
+        self.tidy(trainer)
+
+
+def link(path: Path, name: Path) -> None:
+    """A second name for a checkpoint, that stays when the first is removed."""
+    if path.is_dir():
+        beside = name.with_name(name.name + ".new")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(path, beside, copy_function=os.link)
+        os.replace(beside, name)
+    else:
+        os.link(path, name)
 
 
 def remove(path: Path) -> None:

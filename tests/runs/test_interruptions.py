@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from dsv3_lightning.callbacks.checkpoint import best_files
 from tests.runs.compare import assert_same_curves, assert_same_weights
 
 EVERY = ("callbacks.checkpoint.every_n_steps=5", "trainer.val_check_interval=10", "trainer.limit_val_batches=2")
@@ -137,7 +138,12 @@ def test_killed_between_the_last_step_and_the_report_it_only_writes_the_report(n
     run = nano.run("late", *EVERY)
     expected = run.report()
     (run.folder / "report.json").unlink()
+    best = [path.name for _, path in best_files(run.folder / "checkpoints") if "best-step=20-" in path.name]
+    for name in best:
+        (run.folder / "checkpoints" / name).unlink()
     assert nano.run("late", *EVERY).code == 0
     assert run.report()["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
     assert run.report()["max_vio_global"] == expected["max_vio_global"]
     assert run.report()["steps"] == 20
+    (name,) = best  # the last step is the best one here, and is so again
+    assert (run.folder / "checkpoints" / name).read_bytes() == (run.folder / "checkpoints/step=20.ckpt").read_bytes()
