@@ -149,7 +149,7 @@ def measure(way: str, ranks: int, pretended: bool, arguments: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=2, help="per process and step, of 512 tokens")
+    parser.add_argument("--samples", type=int, default=2, help="per process and step, of 128 tokens")
     parser.add_argument("--rank", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
