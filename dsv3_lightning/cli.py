@@ -6,14 +6,17 @@ a run by the same command line.
 
 import argparse
 import importlib
+import math
 import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from dsv3_lightning import __version__
 from dsv3_lightning.errors import ConfigError, RunStopped
+
+T = TypeVar("T", int, float)
 
 
 class Verb(NamedTuple):
@@ -265,39 +268,33 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    return number(int, text, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError
-    return value
+    return number(float, text, lambda value: 0 < value <= 1, "above 0, and at most 1")
 
 
 def seed(text: str) -> int:
-    return below(2**63, text)
+    return number(int, text, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
 def port(text: str) -> int:
-    return below(2**16, text)
-
-
-def below(limit: int, text: str) -> int:
-    value = int(text)
-    if not 0 <= value < limit:
-        raise ValueError
-    return value
+    return number(int, text, lambda value: 0 <= value < 2**16, "a whole number from 0 to 65535")
 
 
 def above_zero(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise ValueError
-    return value
+    return number(float, text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def number(kind: Callable[[str], T], text: str, fits: Callable[[T], bool], valid: str) -> T:
+    """Raises ArgumentTypeError with what is valid."""
+    try:
+        if fits(value := kind(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be {valid}")
 
 
 def no_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dsv3_lightning.commands.run_folder import RunFolder
+from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.experiment import Experiment, Task
+from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.errors import ConfigError
 
 
@@ -44,9 +47,14 @@ def sweep(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
 
 
 def run_task(task: Task, folder: Path, threads: int) -> int:
-    """Runs one task to its end, if it isn't there already. Returns the exit status."""
+    """Runs one task to its end, if it isn't there already, with these settings. Returns the exit status."""
     report = folder / task.name / "report.json"
     if report.is_file():
+        try:
+            refuse_other_settings(task)
+        except ConfigError as error:
+            print(f"{task.name}: failed: {error}", flush=True)
+            return 2
         print(f"{task.name}: finished before, {outcome(report)}", flush=True)
         return 0
     start, log = time.monotonic(), folder / f"{task.name}.log"
@@ -64,6 +72,13 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
     else:
         print(f"{task.name}: {outcome(report)}, {seconds:.0f} s", flush=True)
     return code
+
+
+def refuse_other_settings(task: Task) -> None:
+    """Raises ConfigError where the task's folder holds a run that was made with others."""
+    config = check(compose(task.files, task.overrides).tree)
+    run = RunFolder(config)
+    run.refuse_other(run.stored_tree() or {}, to_tree(config))
 
 
 def outcome(report: Path) -> str:

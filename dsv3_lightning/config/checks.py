@@ -5,6 +5,7 @@ Everything here is plain arithmetic on plain values; types of the other Trainer 
 """
 
 import difflib
+import math
 from typing import Any, Literal
 
 from dsv3_lightning.config.registry import CALLBACKS
@@ -77,9 +78,19 @@ def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> None:
         slip = difflib.get_close_matches(name, CALLBACKS) if block is None else "class_path" not in block
         if name not in CALLBACKS and slip:
             raise ConfigError(f"callbacks.{name}: no such callback, nor a class_path{nearest(name, CALLBACKS)}")
+        check_finite(block, f"callbacks.{name}")
         for key, value in (block or {}).items():
             if str(key).endswith("every_n_steps"):
                 check_count(f"callbacks.{name}.{key}", convert(value, int, f"callbacks.{name}.{key}"))
+
+
+def check_finite(value: Any, key: str) -> None:
+    """Raises ConfigError for a nan or inf anywhere below, which comparisons with limits let pass."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: must be a finite number")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        check_finite(part, f"{key}.{name}")
 
 
 def mesh_strategy(strategy: str | dict[str, Any]) -> StrategyConfig | None:

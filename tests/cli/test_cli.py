@@ -90,7 +90,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         (["generate", "x"], "the following arguments are required: --prompt (see dsv3 generate --help)"),
         (
             ["generate", "x", "--prompt", "p", "--seed", "a"],
-            "argument --seed: invalid seed value: 'a' (see dsv3 generate --help)",
+            "argument --seed: 'a' must be a whole number from 0 to 2^63 - 1 (see dsv3 generate --help)",
         ),
     ],
 )

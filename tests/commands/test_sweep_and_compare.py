@@ -44,6 +44,9 @@ def test_a_failed_variant_stops_no_other_and_what_is_finished_is_skipped(tmp_pat
 
     assert main(["sweep", *words, "--task", "1"]) == 0
     assert "plain-seed2: finished before, loss" in capsys.readouterr().out
+    assert main(["sweep", *words, "optimizer.lr=0.5", "--task", "1"]) == 1  # its name is taken by another experiment
+    out, err = capsys.readouterr()
+    assert "plain-seed2: failed" in out and "optimizer.lr: " in out and "0.5 here" in out and "plain-seed2" in err
     assert (folder / "plain-seed2/report.json").read_text() == reports["plain-seed2"]
 
     markdown, plot = tmp_path / "table.md", tmp_path / "curves.png"

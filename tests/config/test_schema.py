@@ -95,6 +95,11 @@ NAMES = (
         (["compute=none"], 'compute="none": must be a section'),
         (["strategy=3"], "strategy=3: must be text or a section"),
         (["callbacks.checkpoint=3"], "callbacks.checkpoint=3: must be a section or null"),
+        (["callbacks.expert_bias.speed=.nan"], "callbacks.expert_bias.speed=nan: must be a finite number"),
+        (
+            ["callbacks.mtp_weight.schedule=[[0,.inf]]"],
+            "callbacks.mtp_weight.schedule.0.1=inf: must be a finite number",
+        ),
         # values
         (["optimizer.lr=-1e-4"], "optimizer.lr=-0.0001: must be above 0"),
         (["run.name=a/b"], "run.name='a/b': must be a folder's name, without / or \\ or spaces around it"),

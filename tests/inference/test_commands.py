@@ -83,7 +83,7 @@ def test_several_prompts_are_shown_one_after_the_other(folder, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--seed", "-1"], "argument --seed: invalid seed value: '-1'"),
+        (["--seed", "-1"], "argument --seed: '-1' must be a whole number from 0 to 2^63 - 1"),
         (["--prompt", "\udcff"], "the text is no Unicode: its character 0 is a half one"),
         (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["--top-p", "2"], "top_p=2.0: must be between 0 and 1"),

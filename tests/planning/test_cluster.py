@@ -106,8 +106,8 @@ def test_a_step_takes_what_its_flop_take_where_nothing_travels():
           "trainer.accumulate_grad_batches=384"],
          "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
         (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp and fsdp2_ep can be planned for --gpus"),
-        (["--gpus", "0"], "argument --gpus: invalid positive value: '0'"),
-        (["--gpus", "8", "--efficiency", "1.5"], "argument --efficiency: invalid share value: '1.5'"),
+        (["--gpus", "0"], "argument --gpus: '0' must be a whole number of at least 1"),
+        (["--gpus", "8", "--efficiency", "1.5"], "argument --efficiency: '1.5' must be above 0, and at most 1"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest.CaptureFixture[str]):
