@@ -84,14 +84,18 @@ class MeshStrategy(ModelParallelStrategy):
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
             state["state"][index] = {k: self.to_save(like(weight, v)) for k, v in values.items()}
-        pairs = zip(weights, state.pop("masters"), strict=True)
-        masters = [self.to_save(like(weight, master)) for weight, master in pairs]
+        masters = state.pop("masters")
         if any(weight.dtype != torch.float32 for weight in weights):
-            state["masters"] = masters
+            pairs = zip(weights, masters, strict=True)
+            state["masters"] = [self.to_save(like(weight, master)) for weight, master in pairs]
         return self.on_first_rank(state)
 
     def to_save(self, tensor: Tensor) -> Tensor:
-        return whole(tensor) if self.saver is None else tensor.detach()
+        """Its part; or, for a single file, the whole of it on the first rank and nothing on the others."""
+        if self.saver is not None:
+            return tensor.detach()
+        gathered = whole(tensor)
+        return gathered if self.is_global_zero else gathered.new_empty(0)
 
     def on_first_rank(self, state: dict[str, Any]) -> dict[str, Any]:
         return state if self.is_global_zero or self.saver is not None else {}
