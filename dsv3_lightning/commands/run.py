@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.commands.run_folder import RunFolder
@@ -22,6 +24,7 @@ from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.parallel.groups import start_again
 from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -48,6 +51,8 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
+    if isinstance(trainer.strategy, DDPStrategy):  # ours does it by itself
+        start_again(trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout)
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,

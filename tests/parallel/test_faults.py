@@ -36,14 +36,18 @@ def runs(shared_nano):
               f"folder: {shared_nano.base / 'killed'}, kills: {KILLS}}}}}",)  # fmt: skip
     found = {}
     for name, overrides in (("alone", COMMON), ("killed", (*COMMON, *killer))):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                   "--max-restarts=3", "-m", "dsv3_lightning", *shared_nano.arguments(name, overrides)]  # fmt: skip
-        done = subprocess.run(
-            command, cwd=shared_nano.base, capture_output=True, text=True, timeout=300, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        found[name] = Run(shared_nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)
+        found[name] = under_torchrun(shared_nano, name, overrides)
     return found
+
+
+def under_torchrun(nano, name, overrides) -> Run:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--max-restarts=3", "-m", "dsv3_lightning", *nano.arguments(name, overrides)]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=nano.base, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return Run(nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)
 
 
 def test_killed_three_times_it_ends_with_the_weights_of_the_undisturbed_run(runs, shared_nano):
@@ -69,8 +73,18 @@ def test_it_went_on_each_time_from_the_newest_checkpoint_that_was_whole(runs):
 
 def test_old_checkpoints_go_and_nothing_half_written_stays(runs):
     names = sorted(path.name.split("-loss")[0] for path in (runs["killed"].folder / "checkpoints").iterdir())
-    assert names == ["best-step=10", "last.ckpt", "step=10.ckpt", "step=15.ckpt"]  # step 15's validation was cut short
+    assert names == ["best-step=15", "last.ckpt", "step=10.ckpt", "step=15.ckpt"]  # by a validation that was cut short
     assert (runs["killed"].folder / "checkpoints/last.ckpt").resolve().name == "step=15.ckpt"
+
+
+def test_ranks_of_lightnings_own_ddp_start_again_too(shared_nano):
+    folder = shared_nano.base / "killed_ddp"
+    killer = ("callbacks.killer={class_path: tests.parallel.killer.Killer, init_args: {"
+              f"folder: {folder}, kills: [[8, step, 1]]}}}}")  # fmt: skip
+    run = under_torchrun(shared_nano, "ddp", (*COMMON, "strategy=ddp", killer))
+    assert run.code == 0, run.output[-6000:]
+    assert len(list(folder.iterdir())) == 1 and "continuing after step 5" in run.output
+    assert run.report()["steps"] == 15
 
 
 def test_shards_of_bf16_weights_go_on_in_one_process(runs, shared_nano):
