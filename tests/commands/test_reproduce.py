@@ -63,7 +63,7 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert row(text, "A batch-wise loss costs less")[4] == f"**{UNDECIDED}**"  # one seed
     assert row(text, "Predicting one more token")[3:] == ["-", f"**{MISSING}**"]
     assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens a run." in text
-    assert "10 of 15 runs are finished." in text and text.index("| none | 3") < text.index("| loss_free | 3")
+    assert "10 of 18 runs are finished." in text and text.index("| none | 3") < text.index("| loss_free | 3")
     assert "Does loss-free balancing balance" in text and "## mtp" not in text
     assert "77,777" not in text  # speeds of runs beside each other say nothing
     assert (tmp_path / "docs/report/balance.png").stat().st_size > 5_000 and "(report/balance.png)" in text
