@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.commands.run_folder import RunFolder
@@ -51,7 +51,7 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
-    if isinstance(trainer.strategy, DDPStrategy):  # ours does it by itself
+    if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
         start_again(trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout)
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,

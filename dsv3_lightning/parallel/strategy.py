@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
-from dsv3_lightning.parallel.groups import build_meshes, start_again
+from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharded import Saver, read_parts
 from dsv3_lightning.parallel.sharding import shard_model
@@ -36,7 +36,6 @@ class MeshStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         if self.config.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("strategy.cpu_offload=true: this run is on the CPU; offloading is for GPUs")
-        start_again(self._get_process_group_backend(), timedelta(minutes=self.config.timeout_minutes))
         self._setup_distributed()
         model: Any = self.lightning_module.model.config  # type: ignore[union-attr]
         shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
