@@ -27,8 +27,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharding import shard_model
@@ -97,12 +97,10 @@ def build(way: str, ranks: int, pretended: bool) -> tuple[nn.Module, Any]:
         model = Model(transformer)
         return (model if pretended or ranks == 1 else DistributedDataParallel(model)), config  # it checks results
     strategy = StrategyConfig(kind="fsdp2" if way == "fsdp2" else "fsdp2_ep")
-    shard_model(transformer, build_meshes(mesh_shape(strategy, ranks, ranks, config.model), "cpu"), strategy, False)
+    dispatcher = EvenLoads if pretended else AllGather if way == "all-gather" else AllToAll
+    meshes = build_meshes(mesh_shape(strategy, ranks, ranks, config.model), "cpu")
+    shard_model(transformer, meshes, strategy, False, dispatcher)
     transformer.to_empty(device="cpu").init_weights(1, place)
-    kind = EvenLoads if pretended else AllGather if way == "all-gather" else None
-    for experts in (module for module in transformer.modules() if isinstance(module, Experts)):
-        if kind is not None and hasattr(experts.dispatcher, "group"):
-            experts.dispatcher = kind(experts.dispatcher.group)
     return Model(transformer), config
 
 

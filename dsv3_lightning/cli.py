@@ -142,12 +142,17 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
-    options = "[--gpus N [--gpu KIND] [--efficiency X] [--dry-run]] [--print-config]"
+    options = "[--gpus N [--gpu KIND] [--inside X] [--between X] [--efficiency X] [--dry-run]] [--print-config]"
     parser.usage = f"{parser.prog} FILE... [key=value ...] {options}"
     parser.add_argument("--gpus", type=positive, metavar="N", help="plan one rank of N, and the whole run's time")
     parser.add_argument(
         "--gpu", default="h100", metavar="KIND", help="a100, h100, h200, h800, b200; default %(default)s"
     )
+    for name, where in (("inside", "within a node"), ("between", "between nodes")):
+        parser.add_argument(
+            f"--{name}", type=above_zero, metavar="GB/s",
+            help=f"into a GPU {where}, in each direction; default: the data sheet's",
+        )  # fmt: skip
     parser.add_argument(
         "--efficiency", type=share, default=0.45, metavar="X",
         help="share of the peak that computing alone is assumed to reach; default %(default)s",

@@ -1,6 +1,7 @@
 """`dsv3 plan`: parameters by part, FLOP and memory of a config, by arithmetic alone; only --dry-run imports torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
+from dsv3_lightning.planning.hardware import gpu_named
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import Count, add, count_parameters
 
 
 def run(
-    config: Config, tree: dict[str, Any], files: list[Path], gpus: int | None, gpu: str, efficiency: float,
-    dry_run: bool,
+    config: Config, tree: dict[str, Any], files: list[Path], gpus: int | None, gpu: str, inside: float | None,
+    between: float | None, efficiency: float, dry_run: bool,
 ) -> int:  # fmt: skip
     if dry_run and gpus is None:
         raise ConfigError("--dry-run: of one rank of how many? add --gpus N")
     tables = [parameter_table(config), flop_table(config)]
-    tables += [memory_table(config)] if gpus is None else cluster_tables(config, gpus, gpu, efficiency, dry_run)
+    if gpus is None:
+        tables.append(memory_table(config))
+    else:
+        wires = {name: value * 1e9 for name, value in (("inside", inside), ("between", between)) if value}
+        tables += cluster_tables(config, gpus, replace(gpu_named(gpu), **wires), gpu, efficiency, dry_run)
     print("\n\n".join(tables))
     return 0
 

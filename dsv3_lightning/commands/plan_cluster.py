@@ -1,6 +1,7 @@
 """The part of `dsv3 plan` that `--gpus` adds: one rank's memory, the wires, and what the run takes."""
 
 import math
+from dataclasses import replace
 
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
@@ -8,19 +9,18 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
-from dsv3_lightning.planning.cluster import RankMemory, StepTime, Work, rank_memory, split_step, step_time
+from dsv3_lightning.planning.cluster import RECOMPUTED, RankMemory, StepTime, Work, rank_memory, split_step, step_time
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
-from dsv3_lightning.planning.hardware import GPU, gpu_named
+from dsv3_lightning.planning.hardware import GPU
 
 PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
 
 
-def cluster_tables(config: Config, gpus: int, gpu_name: str, efficiency: float, dry: bool) -> list[str]:
+def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficiency: float, dry: bool) -> list[str]:
     """Raises ConfigError for a mesh or a batch that doesn't divide, with the nearest that do.
 
     dry: also counts what one rank makes in a step, without making it.
     """
-    gpu = gpu_named(gpu_name)
     strategy, chosen = strategy_of(config)
     shape = mesh_shape(strategy, gpus, math.gcd(gpus, gpu.per_node), config.model)
     work = work_of(config, gpus)
@@ -28,9 +28,12 @@ def cluster_tables(config: Config, gpus: int, gpu_name: str, efficiency: float, 
     time = step_time(config.model, shape, strategy, work, gpu, efficiency)
     head = f"{gpus:,} {gpu_name.upper()}, {strategy.kind}{chosen}: {shape}"
     tables = [head, memory_table(memory, gpu, work)]
+    tables.append(policy_table(config, shape, strategy, work, gpu, efficiency))
+    if dry and strategy.cpu_offload:
+        raise ConfigError("--dry-run: strategy.cpu_offload=true can't be counted without a GPU; leave one of them out")
     if dry:
         tables.append(dry_table(config, strategy, shape, work, memory))
-    return [*tables, traffic_table(time, shape), time_table(config, time, gpus, gpu, efficiency)]
+    return [*tables, traffic_table(time, shape, strategy), time_table(config, time, gpus, gpu, efficiency)]
 
 
 def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
@@ -55,19 +58,38 @@ def work_of(config: Config, gpus: int) -> Work:
 
 
 def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
-    verdict = "fits" if memory.total < gpu.memory else "DOES NOT FIT"
+    exact = "exact, on the host" if memory.offloaded else "exact"
     return table(
         [
             (f"memory per rank, {work.precision}", "", ""),
-            ("weights, its part", si(memory.weights, "B"), "exact"),
-            ("gradients, its part", si(memory.gradients, "B"), "exact"),
-            ("AdamW, its part", si(memory.optimizer, "B"), "exact"),
+            ("weights, its part", si(memory.weights, "B"), exact),
+            ("gradients, its part", si(memory.gradients, "B"), exact),
+            ("AdamW, its part", si(memory.optimizer, "B"), exact),
             ("gathered for a moment", si(memory.gathered, "B"), "estimate"),
             (f"activations of {work.tokens:,} tokens, checkpointing {work.policy}", si(memory.activations, "B"),
              "estimate"),
-            ("sum", si(memory.total, "B"), f"{verdict} in {si(gpu.memory, 'B')}"),
+            *([("sum on the host", si(memory.kept, "B"), "")] if memory.offloaded else []),
+            ("sum", si(memory.total, "B"), f"{verdict(memory, gpu)} in {si(gpu.memory, 'B')}"),
         ]
     )  # fmt: skip
+
+
+def verdict(memory: RankMemory, gpu: GPU) -> str:
+    return "fits" if memory.total < gpu.memory else "DOES NOT FIT"
+
+
+def policy_table(
+    config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, gpu: GPU, efficiency: float
+) -> str:
+    """What each policy of compute.activation_checkpointing would hold, and make again."""
+    rows = [("by checkpointing policy", "activations", "sum", "", "computing")]
+    for policy in RECOMPUTED:
+        other = replace(work, policy=policy)
+        memory = rank_memory(config.model, shape, strategy, other)
+        seconds = step_time(config.model, shape, strategy, other, gpu, efficiency).compute
+        rows.append((policy, si(memory.activations, "B"), si(memory.total, "B"), verdict(memory, gpu),
+                     f"{seconds:.2f} s"))  # fmt: skip
+    return table(rows)
 
 
 def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: Work, memory: RankMemory) -> str:
@@ -87,7 +109,7 @@ def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: 
     return table([head, *((name, si(was, "B"), f"{plan / was - 1:+.1%}") for name, was, plan in rows)])
 
 
-def traffic_table(time: StepTime, shape: MeshShape) -> str:
+def traffic_table(time: StepTime, shape: MeshShape, strategy: StrategyConfig) -> str:
     traffic = time.traffic
     return table(
         [
@@ -95,6 +117,8 @@ def traffic_table(time: StepTime, shape: MeshShape) -> str:
             ("parameters gathered, gradients scattered", si(traffic.parameters, "B"), ""),
             (f"gradients between {shape.dp_replicate} replicas", si(traffic.replicas, "B"), ""),
             ("  both, while it computes", "", f"{traffic.parameter_seconds:.2f}"),
+            *([("parameters from the host, gradients to it, while it computes", si(traffic.host, "B"),
+                f"{traffic.host_seconds:.2f}")] if strategy.cpu_offload else []),
             (f"tokens to {shape.ep} ranks of experts and back", si(traffic.tokens, "B"),
              f"{traffic.token_seconds:.2f}"),
         ]

@@ -23,6 +23,7 @@ from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.experts import Dispatcher
 from dsv3_lightning.parallel.strategy import MeshStrategy
 
 OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolve()  # a top-level folder in a checkout
@@ -46,7 +47,8 @@ def build_strategy(config: Config) -> str | Strategy:
     """One of our strategies over a mesh, Lightning's own name of one, or what a class_path block describes."""
     mesh = mesh_strategy(config.strategy)
     if mesh is not None:
-        return MeshStrategy(**asdict(mesh))
+        dispatcher = import_class(mesh.dispatcher, Dispatcher, "strategy.dispatcher")
+        return MeshStrategy(**asdict(mesh) | {"dispatcher": dispatcher})
     if isinstance(config.strategy, dict):
         return build(Strategy, config.strategy, "strategy")
     names = ["auto", *StrategyRegistry.available_strategies()]
@@ -63,7 +65,7 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
         if block is not None and "class_path" in block:
             built[name] = build(Callback, block, path)
         elif block is not None:
-            cls = import_class(registry[name], Callback, path)
+            cls = import_class(registry[name], Callback, f"{path}.class_path")
             built[name] = instantiate(*parse(cls, block, path), path)
     return built
 
@@ -75,13 +77,13 @@ def build(base: type, block: dict[str, Any], path: str) -> Any:
     for key in block:
         if key not in ("class_path", "init_args"):
             raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
-    cls, path = import_class(block["class_path"], base, path), f"{path}.init_args"
+    cls, path = import_class(block["class_path"], base, f"{path}.class_path"), f"{path}.init_args"
     return instantiate(*parse(cls, block.get("init_args") or {}, path), path)
 
 
 def import_class(class_path: Any, base: type, path: str) -> type:
-    """A subclass of `base` from anywhere, modules of the current folder included."""
-    where, (module, _, name) = f"{path}.class_path={show(class_path)}", str(class_path).rpartition(".")
+    """A subclass of `base` (or class with its methods) from anywhere, modules of the current folder included."""
+    where, (module, _, name) = f"{path}={show(class_path)}", str(class_path).rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the scripts `dsv3` and `lightning` start without it, `python -m` with it
     if not module:
@@ -92,7 +94,7 @@ def import_class(class_path: Any, base: type, path: str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{where}: is not a subclass of Lightning's {base.__name__}")
+        raise ConfigError(f"{where}: is not a {base.__name__} ({base.__module__})")
     if OUR_CALLBACKS in Path(source).resolve().parents and not module.startswith("dsv3_lightning."):
         raise ConfigError(f"{where}: write dsv3_lightning.{class_path}, or the class exists twice")
     return found

@@ -1,7 +1,7 @@
 """The routed experts: tokens sorted by expert, one grouped matrix product per projection. No token is ever dropped."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from dsv3_lightning.model.config import ModelConfig
 ROWS_AT_ONCE = 16
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Brings sorted slots to where their experts are, and what these make of them back. Here by default.
 

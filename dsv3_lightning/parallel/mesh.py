@@ -32,6 +32,8 @@ class StrategyConfig:
     prefetch: blocks whose parameters are gathered ahead of the one that computes.
     sharded_checkpoints: each rank writes its parts, in the background, so that none ever has the whole and training
         waits for a copy alone; otherwise the first rank writes one file. Either goes on on any mesh.
+    dispatcher: the class that takes tokens to the ranks of their experts and back, with the methods of
+        `model.experts.Dispatcher`; called with the process group of these ranks.
     timeout_minutes: how long a collective waits for a rank before all give up.
     """
 
@@ -43,6 +45,7 @@ class StrategyConfig:
     cpu_offload: bool = False
     prefetch: int = 1
     sharded_checkpoints: bool = False
+    dispatcher: str = "dsv3_lightning.parallel.dispatch.AllToAll"
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:

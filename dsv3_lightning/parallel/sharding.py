@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from dsv3_lightning.model.block import Block
-from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.model.experts import Dispatcher, Experts
 from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.router import Router
@@ -30,7 +31,10 @@ from dsv3_lightning.parallel.groups import Meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig
 
 
-def shard_model(model: Transformer, meshes: Meshes, config: StrategyConfig, bf16: bool) -> None:
+def shard_model(
+    model: Transformer, meshes: Meshes, config: StrategyConfig, bf16: bool,
+    dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll,
+) -> None:  # fmt: skip
     """Makes every parameter a DTensor, in place; the model may be on the meta device.
 
     bf16: matrices are gathered, and their gradients made, in bf16; gradients are always added up in fp32.
@@ -47,7 +51,7 @@ def shard_model(model: Transformer, meshes: Meshes, config: StrategyConfig, bf16
                     ignored_params=skipped, **{"mesh": meshes.dense} | arguments)  # fmt: skip
 
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        spread_experts(experts, meshes)
+        spread_experts(experts, meshes, dispatcher)
 
     # The root first, with the small parameters alone: later units then leave these to it.
     tied = model.config.tie_word_embeddings
@@ -85,7 +89,7 @@ def small_parameters(model: nn.Module) -> set[nn.Parameter]:
     return routers | {p for p in model.parameters() if p.dim() == 1}
 
 
-def spread_experts(experts: Experts, meshes: Meshes) -> None:
+def spread_experts(experts: Experts, meshes: Meshes, dispatcher: Callable[[dist.ProcessGroup], Dispatcher]) -> None:
     """Gives each rank of an ep group its experts and a way to the others' ones; the weights are still on meta."""
     if meshes.ep is None:
         return
@@ -95,7 +99,7 @@ def spread_experts(experts: Experts, meshes: Meshes) -> None:
             own_EDF, meshes.ep, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
         )
         setattr(experts, name, nn.Parameter(spread))
-    experts.dispatcher = AllToAll(meshes.ep.get_group())
+    experts.dispatcher = dispatcher(meshes.ep.get_group())
 
 
 def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.experts import Dispatcher
 from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharded import Saver, read_parts
@@ -21,14 +24,15 @@ from dsv3_lightning.parallel.tensors import like, local, part, place, whole
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """Spreads `pl_module.model`, a Transformer, over all processes; its arguments are those of StrategyConfig.
+    """Spreads `pl_module.model`, a Transformer, over all processes; its arguments are those of StrategyConfig, and the
+    dispatcher its class.
 
     Every rank is a data-parallel rank. The LightningModule's `configure_model` calls `shard` while its model is still
     on the meta device, and puts each weight into its parts with what that returns: no process ever holds the whole.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self.config = StrategyConfig(**settings)
+    def __init__(self, dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll, **settings: Any) -> None:
+        self.config, self.dispatcher = StrategyConfig(**settings), dispatcher
         timeout = timedelta(minutes=self.config.timeout_minutes)
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout)
         self.saver: Saver | None = None
@@ -55,7 +59,8 @@ class MeshStrategy(ModelParallelStrategy):
     def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
         """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
         self.precision_plugin.convert_module(self.lightning_module)  # type: ignore[arg-type]
-        shard_model(model, self.meshes, self.config, "bf16" in str(self.precision_plugin.precision))
+        bf16 = "bf16" in str(self.precision_plugin.precision)
+        shard_model(model, self.meshes, self.config, bf16, self.dispatcher)
         return place
 
     def model_to_device(self) -> None:
@@ -106,7 +111,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Each rank reads its parts: of a file, which it reads whole, or of shards, which may be another mesh's."""
+        """Each rank reads its parts: of a file, or of shards, which may be another mesh's."""
         module = self.lightning_module
         assert module is not None
         own = module.state_dict()
@@ -114,7 +119,8 @@ class MeshStrategy(ModelParallelStrategy):
         if path.is_dir():
             checkpoint = read_parts(path, own, [weights_of(optimizer) for optimizer in self.optimizers])
         else:
-            checkpoint = self.checkpoint_io.load_checkpoint(path)
+            files: Any = self.checkpoint_io
+            checkpoint = files.load_checkpoint(path, mmap=True)
         if own.keys() != checkpoint["state_dict"].keys():
             different = ", ".join(sorted(own.keys() ^ checkpoint["state_dict"].keys())[:4])
             raise ConfigError(f"{checkpoint_path}: its weights are those of another model ({different})")

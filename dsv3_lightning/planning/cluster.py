@@ -16,6 +16,7 @@ from dsv3_lightning.planning.hardware import GPU
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import attention_weights, count_parameters, moe_parts, swiglu
 
+RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}  # of a step's FLOP; `selective` keeps the products
 LOGITS_HELD = 2**27  # at a time, as model/losses.py has it for GPUs
 
 
@@ -41,6 +42,8 @@ class Policy(Protocol):
     def reshard_after_forward(self) -> bool: ...
     @property
     def prefetch(self) -> int: ...
+    @property
+    def cpu_offload(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,51 @@ class Work:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. gathered: parameters that are whole for a moment, and gradients of the output matrix."""
+    """Bytes of one rank. gathered: parameters that are whole for a moment, and gradients of the output matrix.
+
+    offloaded: weights, gradients and optimizer state are in the host's memory.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     gathered: float
     activations: float
+    offloaded: bool
+
+    @property
+    def kept(self) -> float:
+        """Between steps, wherever it is."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+        """On the GPU."""
+        return (0.0 if self.offloaded else self.kept) + self.gathered + self.activations
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank receives per step, and their seconds: of parameters and gradients, and of tokens."""
+    """Bytes that one rank receives per step, and their seconds: of parameters and gradients, and of tokens.
+
+    host: parameters that come from the host's memory and gradients that go there, where they are offloaded.
+    """
 
     parameters: float
     replicas: float
     tokens: float
+    host: float
     parameter_seconds: float
     token_seconds: float
+    host_seconds: float
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds per step. tokens_seconds is not overlapped, parameters' traffic is, with computing."""
+    """Seconds per step. Tokens' traffic is not overlapped; parameters' is, with computing.
+
+    Offloaded, AdamW runs on the host; its time is not in here.
+    """
 
     compute: float
     traffic: Traffic
@@ -90,7 +111,8 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.traffic.parameter_seconds) + self.traffic.token_seconds
+        wires = self.traffic
+        return max(self.compute, wires.parameter_seconds, wires.host_seconds) + wires.token_seconds
 
 
 def split_step(batch_size: int, samples: int, ranks: int) -> int:
@@ -146,6 +168,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
         optimizer=whole.optimizer / shape.dp_shard,
         gathered=gathered,
         activations=held,
+        offloaded=strategy.cpu_offload,
     )
 
 
@@ -171,7 +194,12 @@ def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: 
     seconds = dense_bytes / speed(n, gpu) + expert_bytes / speed(n if m > 1 else 1, gpu)
     seconds += replicas / (gpu.between if shape.ranks > gpu.per_node else gpu.inside)
     token_seconds = slots_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
-    return Traffic(dense_bytes + expert_bytes, replicas, slots_bytes * away, seconds, token_seconds)
+    stored = 2 if work.precision == "bf16" else 4
+    host = work.micro_batches * ((2 if strategy.reshard_after_forward else 1) * stored + 4) * (dense + routed) / n
+    host = host if strategy.cpu_offload else 0.0
+    return Traffic(
+        dense_bytes + expert_bytes, replicas, slots_bytes * away, host, seconds, token_seconds, host / gpu.host
+    )
 
 
 def speed(ranks: int, gpu: GPU) -> float:
@@ -181,6 +209,7 @@ def speed(ranks: int, gpu: GPU) -> float:
 
 def step_time(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: GPU, efficiency: float) -> StepTime:
     flop = training_flop_per_token(model, work.sequence_length) * work.tokens * work.micro_batches
-    recomputed = 4 / 3 if work.policy == "full" else 1.0
     peak = gpu.peak / 2 if work.precision == "32" else gpu.peak  # tf32
-    return StepTime(recomputed * flop / (peak * efficiency), traffic(model, shape, strategy, work, gpu), flop)
+    return StepTime(
+        RECOMPUTED[work.policy] * flop / (peak * efficiency), traffic(model, shape, strategy, work, gpu), flop
+    )

@@ -9,18 +9,19 @@ from dsv3_lightning.errors import ConfigError
 class GPU:
     """peak: dense bf16 FLOP/s. memory: bytes. inside, between: bytes/s per GPU and direction, within and between nodes.
 
-    A node has `per_node` GPUs.
+    host: bytes/s per GPU and direction to the host's memory (PCIe 5, and 4 for the A100). A node has `per_node` GPUs.
     """
 
     peak: float
     memory: float
     inside: float
     between: float
+    host: float = 64e9
     per_node: int = 8
 
 
 GPUS = {
-    "a100": GPU(312e12, 80e9, 300e9, 25e9),
+    "a100": GPU(312e12, 80e9, 300e9, 25e9, host=32e9),
     "h100": GPU(989e12, 80e9, 450e9, 50e9),
     "h200": GPU(989e12, 141e9, 450e9, 50e9),
     "h800": GPU(989e12, 80e9, 160e9, 50e9),  # bandwidths as V3 §3.2.2 has them

@@ -32,9 +32,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         sync_folder(path.parent)
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True, mmap: bool = False
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), mmap)
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_lightning.model import experts, losses
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll, Sent
 from dsv3_lightning.parallel.groups import build_meshes
@@ -60,10 +59,7 @@ def dry_run(
             module = Transformer(model, checkpointing)
         parameters = sum(parameter.numel() for parameter in module.parameters())
         plugin.convert_module(module)
-        shard_model(module, build_meshes(shape, "cpu"), strategy, "bf16" in str(plugin.precision))
-        for layer in (part for part in module.modules() if isinstance(part, Experts)):
-            if isinstance(layer.dispatcher, AllToAll):
-                layer.dispatcher = EvenLoads(layer.dispatcher.group)
+        shard_model(module, build_meshes(shape, "cpu"), strategy, "bf16" in str(plugin.precision), EvenLoads)
         with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
             module.to_empty(device="cpu")
             module.tie_weights()

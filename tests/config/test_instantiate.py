@@ -138,7 +138,7 @@ ARGUMENTS = "speed, n, pairs, until"
         ),
         (
             "{class_path: json.JSONDecoder}",
-            'callbacks.mine.class_path="json.JSONDecoder": is not a subclass of Lightning\'s Callback',
+            'callbacks.mine.class_path="json.JSONDecoder": is not a Callback (lightning.pytorch.callbacks.callback)',
         ),
     ],
 )
@@ -187,6 +187,18 @@ def test_a_strategy_is_lightnings_name_or_a_class():
         with pytest.raises(ConfigError) as caught:
             build_strategy(config(strategy=strategy))
         assert str(caught.value) == expected
+
+
+def test_a_dispatcher_of_ones_own_takes_tokens_to_their_experts():
+    block = {"kind": "fsdp2_ep", "dispatcher": "benchmarks.scaling.AllGather"}
+    assert build_strategy(config(strategy=block)).dispatcher.__name__ == "AllGather"
+    for name, expected in (
+        ("json.JSONDecoder", "is not a Dispatcher (dsv3_lightning.model.experts)"),
+        ("deep_ep.Exchange", "No module named 'deep_ep'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build_strategy(config(strategy=block | {"dispatcher": name}))
+        assert str(caught.value) == f'strategy.dispatcher="{name}": {expected}'
 
 
 def test_every_preset_names_objects_that_exist():

@@ -8,14 +8,15 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.model.router import Router
 from dsv3_lightning.parallel.dispatch import AllToAll, Sent
 from tests.parallel.small import EXPERTS, K, config, tokens_and_choices
 
 
 def spread(experts: Experts, rank: int, ranks: int) -> Experts:
     """The rank's part of the experts, with a way to the others."""
-    own = Experts(config())
-    share = EXPERTS // ranks
+    own = Experts(config(n_routed_experts=experts.num_experts))
+    share = experts.num_experts // ranks
     for name, weight in experts.named_parameters():
         setattr(own, name, torch.nn.Parameter(weight.detach()[rank * share : (rank + 1) * share].clone()))
     own.dispatcher = Watched(dist.group.WORLD)
@@ -48,6 +49,28 @@ def check(case: str) -> None:
     assert experts_NK.shape[1] == K
 
 
+def check_node_limit(allowed: int) -> None:
+    """Where a rank has one group's experts, a token arrives at as many ranks as groups are allowed, and no more."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    router = Router(config(n_routed_experts=32, num_experts_per_tok=8, n_group=ranks, topk_group=allowed))
+    torch.nn.init.normal_(router.weight)
+    router.expert_bias.normal_()
+    whole = Experts(config(n_routed_experts=32))
+    for weight in whole.parameters():
+        torch.nn.init.normal_(weight)
+    part = spread(whole, rank, ranks)
+    generator = torch.Generator().manual_seed(rank)
+    reached = []
+    for _ in range(40):  # of every rank a token at a time
+        x_1D = torch.randn(1, 16, generator=generator)
+        part(x_1D, *router(x_1D)[:2])
+        arrived = [torch.zeros(ranks, dtype=torch.int64) for _ in range(ranks)]
+        dist.all_gather(arrived, torch.tensor(part.dispatcher.sent.received))
+        reached += (torch.stack(arrived) > 0).sum(0).tolist()
+    assert max(reached) == allowed, reached
+
+
 class Watched(AllToAll):
     def send(self, *slots) -> Sent:
         self.sent = super().send(*slots)
@@ -65,4 +88,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for case in ("uneven", "one expert", "no tokens on rank 0", "no tokens for rank 0"):
         check(case)
+    if dist.get_world_size() == 4:
+        for allowed in (1, 2, 4):
+            check_node_limit(allowed)
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from tests.conftest import ROOT
 from tests.parallel.conftest import free_port, start_ranks
@@ -16,17 +17,29 @@ from tests.runs.test_interruptions import wait_for
 LONG = ("trainer.devices=2", "trainer.max_steps=5000", "data.sequence_length=16")
 
 
-def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano):
-    process = nano.start("dying", *LONG, "strategy=fsdp2_ep")
-    wait_for(process, "step 3/")
-    parent = psutil.Process(process.pid)
-    family = [parent, *parent.children(recursive=True)]
-    family[-1].kill()
-    output, _ = process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert not alive and process.returncode == 1
-    assert "dsv3: rank 0 stops: rank 1 is gone (killed by SIGKILL); the same command goes on from" in output, output
-    assert "Traceback" not in output, output
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
+    """In a step, in a save and in a validation (pytorch/pytorch#17113); the same command goes on, and ends at last."""
+    victim = ranks - 1
+    settings = (
+        f"trainer.devices={ranks}", "strategy={kind: fsdp2_ep, sharded_checkpoints: true}", "trainer.max_steps=8",
+        "trainer.val_check_interval=6", "data.sequence_length=16", "callbacks.checkpoint.every_n_steps=4",
+        f"callbacks.killer={{class_path: tests.parallel.killer.Killer, init_args: {{folder: {nano.base / 'kills'}, "
+        f"kills: [[3, step, {victim}], [4, save, {victim}], [6, validation, {victim}]]}}}}",
+    )  # fmt: skip
+    for moment in ("3-step", "4-save", "6-validation"):
+        process = nano.start("dying", *settings)
+        family = []
+        while process.poll() is None and not (nano.base / f"kills/{moment}-{victim}").exists():
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            time.sleep(0.05)
+        output, _ = process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert len(family) >= ranks and not alive and process.returncode == 1, output
+        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command goes on from"
+        assert named in output and "Traceback" not in output, output
+    run = nano.command("dying", *settings)
+    assert run.code == 0 and "continuing after step 4" in run.output and run.report()["steps"] == 8, run.output
 
 
 def test_a_rank_that_hangs_is_given_up(nano, tmp_path):

@@ -70,6 +70,39 @@ def test_shares_are_the_whole_over_the_ranks():
     assert memory.optimizer == pytest.approx(12 * total / 256, rel=1e-5)  # two moments and master weights
 
 
+def test_what_is_offloaded_is_on_the_host_and_travels():
+    """V3 on 2,048 ranks: 16 bytes per parameter leave the GPU; each pass fetches bf16, and fp32 gradients go back."""
+    shape, offloading = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep", cpu_offload=True)
+    here, there = (rank_memory(V3, shape, strategy, WORK) for strategy in (FSDP, offloading))
+    own = sum(parameter_split(V3)) / 2048
+    assert there.kept == pytest.approx(16 * own, rel=1e-5)
+    assert here.total - there.total == pytest.approx(16 * own, rel=1e-5) and there.gathered == here.gathered
+    gpu = GPU(peak=1e12, memory=1e9, inside=1e9, between=1e9, host=100.0)
+    time = step_time(V3, shape, offloading, WORK, gpu, efficiency=0.5)
+    assert time.traffic.host == pytest.approx(2 * (2 * 2 + 4) * own)  # two micro-batches
+    assert time.seconds == pytest.approx(time.traffic.host / 100 + time.traffic.token_seconds)  # slower than all else
+    assert step_time(V3, shape, FSDP, WORK, gpu, efficiency=0.5).traffic.host == 0
+
+
+def test_the_plan_shows_the_host_every_policy_and_takes_bandwidths(capsys: pytest.CaptureFixture[str]):
+    def shown(*words: str) -> str:
+        assert main(["plan", str(ROOT / "configs/cluster/v2-lite-8.yaml"), "--gpus", "8", *words]) == 0
+        return capsys.readouterr().out
+
+    def seconds(text: str) -> float:
+        return float(next(line for line in text.splitlines() if line.startswith("tokens to 8 ranks")).split()[-1])
+
+    plain, wired = shown(), shown("--inside", "45")  # a tenth of the data sheet's 450
+    assert seconds(wired) == pytest.approx(10 * seconds(plain), rel=0.05)
+    policies = [line.split() for line in plain.splitlines() if line.split(" ")[0] in ("none", "selective", "full")]
+    assert [row[0] for row in policies] == ["none", "selective", "full"]
+    held, computing = ([float(row[column]) for row in policies] for column in (1, -2))
+    assert held[0] > held[1] > held[2] and computing[2] == pytest.approx(computing[0] * 4 / 3, rel=0.01)
+    offloaded = shown("strategy.cpu_offload=true")
+    assert "exact, on the host" in offloaded and "sum on the host" in offloaded
+    assert "parameters from the host" in offloaded and "parameters from the host" not in plain
+
+
 def test_bytes_on_the_wires_are_those_of_rings_and_of_all_to_alls():
     """Two nodes of two GPUs; experts over all four: 3/4 of the slots travel, 2/4 between nodes."""
     gpu = GPU(peak=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2)
