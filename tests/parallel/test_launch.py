@@ -19,15 +19,17 @@ LONG = ("trainer.devices=2", "trainer.max_steps=5000", "data.sequence_length=16"
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
-    """In a step, in a save and in a validation (pytorch/pytorch#17113); the same command goes on, and ends at last."""
+    """In a save, in a validation and in a step (pytorch/pytorch#17113); the same command goes on."""
     victim = ranks - 1
     settings = (
-        f"trainer.devices={ranks}", "strategy={kind: fsdp2_ep, sharded_checkpoints: true}", "trainer.max_steps=8",
+        f"trainer.devices={ranks}", "strategy={kind: fsdp2_ep, sharded_checkpoints: true}", "trainer.max_steps=9",
         "trainer.val_check_interval=6", "data.sequence_length=16", "callbacks.checkpoint.every_n_steps=4",
         f"callbacks.killer={{class_path: tests.parallel.killer.Killer, init_args: {{folder: {nano.base / 'kills'}, "
-        f"kills: [[3, step, {victim}], [4, save, {victim}], [6, validation, {victim}]]}}}}",
+        f"kills: [[4, save, {victim}], [6, validation, {victim}], [7, step, {victim}]]}}}}",
     )  # fmt: skip
-    for moment in ("3-step", "4-save", "6-validation"):
+    for moment, begun in (
+        ("4-save", "starting anew"), ("6-validation", "starting anew"), ("7-step", "continuing after step 4"),
+    ):  # fmt: skip
         process = nano.start("dying", *settings)
         family = []
         while process.poll() is None and not (nano.base / f"kills/{moment}-{victim}").exists():
@@ -37,9 +39,7 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
         _, alive = psutil.wait_procs(family, timeout=5)
         assert len(family) >= ranks and not alive and process.returncode == 1, output
         named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command goes on from"
-        assert named in output and "Traceback" not in output, output
-    run = nano.command("dying", *settings)
-    assert run.code == 0 and "continuing after step 4" in run.output and run.report()["steps"] == 8, run.output
+        assert named in output and begun in output and "Traceback" not in output, output
 
 
 def test_a_rank_that_hangs_is_given_up(nano, tmp_path):
