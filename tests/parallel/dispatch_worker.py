@@ -3,6 +3,8 @@
 python -m tests.parallel.dispatch_worker, under a launcher's environment.
 """
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -91,4 +93,5 @@ if __name__ == "__main__":
     if dist.get_world_size() == 4:
         for allowed in (1, 2, 4):
             check_node_limit(allowed)
+    gc.collect()  # the group ends when nothing has it any more; its threads must not outlive the interpreter
     dist.destroy_process_group()
