@@ -1,6 +1,7 @@
 """Three passes over a corpus that need not fit into memory: survey, learn the tokenizer, encode. Imports no torch."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -11,7 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.conversation import Message, conversation
 from dsv3_lightning.data.corpus import Source, Tally, main_origins, read_documents
 from dsv3_lightning.data.files import readable, sync_folder
 from dsv3_lightning.data.progress import progress, say
@@ -28,15 +32,28 @@ log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text, its bytes in UTF-8, and a hash of them below HASHES: the same in every process and on every machine.
+    """A text or a conversation, and its hash below HASHES: the same in every process and on every machine.
 
+    texts: the text, or what each message says. size: their bytes in UTF-8. answers: the bytes that are learned.
     origin: number of where it is from, among those of the manifest.
     """
 
-    text: str
-    utf8: bytes
+    roles: list[str] | None
+    texts: list[str]
+    size: int
+    answers: bytes
     hash: int
     origin: int
+
+    @classmethod
+    def of(cls, found: str | list[Message], origin: int) -> "Document":
+        if isinstance(found, str):
+            utf8 = found.encode()
+            return cls(None, [found], len(utf8), utf8, hash_of(utf8), origin)
+        roles, texts = [message.role for message in found], [message.text for message in found]
+        answers = "".join(message.text for message in found if message.role == "assistant").encode()
+        size = sum(len(text.encode()) for text in texts)
+        return cls(roles, texts, size, answers, hash_of(json.dumps(found).encode()), origin)
 
 
 def build(
@@ -65,7 +82,7 @@ def build(
         with progress("learning the tokenizer", text_bytes) as advance:
             documents = read_hashed(sources, config)
             texts = training_texts(documents, last_validation, TRAINING_BYTES / text_bytes, advance)
-            tokenizer = Tokenizer.train(texts, config.vocab_size)
+            tokenizer = Tokenizer.train(texts, config.vocab_size).ending_with(config.end_token)
     with progress("encoding", text_bytes) as advance:
         encoded = encode(read_hashed(sources, config), last_validation, tokenizer, partial, advance)
     manifest = {
@@ -88,10 +105,12 @@ def build(
 def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:
     names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
     for source in sources:
-        for text in read_documents([source], config.text_key, tally):
-            utf8 = text.encode()
-            digest = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
-            yield Document(text, utf8, digest, numbers[names[source.origin]])
+        for found in read_documents([source], config.text_key, tally):
+            yield Document.of(found, numbers[names[source.origin]])
+
+
+def hash_of(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def origin_names(sources: list[Source]) -> list[str]:
@@ -104,8 +123,8 @@ def survey(documents: Iterable[Document], advance: Callable[[int], None]) -> tup
     hashes, text_bytes = array("Q"), 0
     for document in documents:
         hashes.append(document.hash)
-        text_bytes += len(document.utf8)
-        advance(len(document.utf8))
+        text_bytes += document.size
+        advance(document.size)
     return hashes, text_bytes
 
 
@@ -124,10 +143,10 @@ def training_texts(
 ) -> Iterator[str]:
     """The training split's texts, or about `share` of them, chosen by another hash than the split."""
     for document in documents:
-        advance(len(document.utf8))
+        advance(document.size)
         chosen = document.hash * 0x9E3779B97F4A7C15 % HASHES < share * HASHES
         if document.hash > last_validation and chosen:
-            yield document.text
+            yield from document.texts
 
 
 def encode(
@@ -137,22 +156,31 @@ def encode(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Writes both splits. What the manifest says of them, and what gzip -9 makes of the validation text."""
+    """Writes both splits. What the manifest says of them, and what gzip -9 makes of the validation text.
+
+    Of conversations gzip gets what the assistant says: the text that bits per byte are measured on.
+    """
     writers = {
         split: TokenWriter(folder, split, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) for split in SPLITS
     }
-    text_bytes = dict.fromkeys(SPLITS, 0)
+    text_bytes, answer_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     gzip, gzip_bytes = zlib.compressobj(9, zlib.DEFLATED, 31), 0  # 31: with gzip's header and trailer
     for batch in batches(documents, BATCH):
-        for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
+        words = iter(tokenizer.encode_batch([text for document in batch for text in document.texts]))
+        for document in batch:
             split = SPLITS[document.hash <= last_validation]
-            writers[split].add(ids, document.origin)
-            text_bytes[split] += len(document.utf8)
+            if document.roles is None:
+                writers[split].add(next(words), document.origin)
+            else:
+                written = conversation(tokenizer, [(role, next(words).tolist()) for role in document.roles])
+                writers[split].add_whole(np.array(written.ids), written.answers, document.origin)
+            text_bytes[split] += document.size
+            answer_bytes[split] += len(document.answers)
             if split == "validation":
-                gzip_bytes += len(gzip.compress(document.utf8))
-        advance(sum(len(document.utf8) for document in batch))
+                gzip_bytes += len(gzip.compress(document.answers))
+        advance(sum(document.size for document in batch))
     gzip_bytes += len(gzip.flush())
-    held_out = text_bytes["validation"]
+    held_out = answer_bytes["validation"]
     return {
         "gzip_bytes": gzip_bytes if held_out else None,
         "gzip_bpb": 8 * gzip_bytes / held_out if held_out else None,
@@ -161,6 +189,7 @@ def encode(
                 "documents": len(writer.offsets) - 1,
                 "tokens": writer.offsets[-1],
                 "text_bytes": text_bytes[split],
+                **({"answer_bytes": answer_bytes[split]} if answer_bytes != text_bytes else {}),
             }
             for split, writer in writers.items()
         },
@@ -174,7 +203,7 @@ def batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]
     held = 0
     for document in documents:
         batch.append(document)
-        held += len(document.utf8)
+        held += document.size
         if held >= size:
             yield batch
             batch, held = [], 0

@@ -28,9 +28,10 @@ class DataConfig:
 
     paths: `.txt`, `.md`, `.py` files, folders of them, `.jsonl[.gz|.zst]`, and package:NAME for the sources of an
         installed package; empty: the Python interpreter's own standard-library sources.
-    text_key: the field of a jsonl line that holds the text.
+    text_key: the field of a jsonl line that holds the text, or a conversation as a list of {role, content} messages.
     cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
     tokenizer: a `tokenizer.json` to use; null trains a byte-level BPE on the training documents.
+    end_token: the control token that ends a document and what the assistant says; None: the tokenizer's own.
     vocab_size: entries of the trained tokenizer, special tokens included.
     sequence_length: T, positions per sample; a sample holds T + 1 + mtp_depth tokens.
     batch_size: samples per optimizer step, over all ranks and micro-batches together.
@@ -45,6 +46,7 @@ class DataConfig:
     text_key: str
     cache_dir: str
     tokenizer: str | None
+    end_token: str | None
     vocab_size: int
     sequence_length: int
     batch_size: int

@@ -1,4 +1,7 @@
-"""The documents of a corpus: text files, folders and jsonl, read as UTF-8 whatever the locale. Imports no torch."""
+"""The documents of a corpus: text files, folders and jsonl, read as UTF-8 whatever the locale. Imports no torch.
+
+A document is a text, or a conversation: a jsonl line whose field `text_key` holds a list of messages.
+"""
 
 import gzip
 import importlib.util
@@ -13,6 +16,7 @@ from typing import NamedTuple
 
 import zstandard
 
+from dsv3_lightning.data.conversation import Message, parse
 from dsv3_lightning.data.files import blocks, native, readable
 from dsv3_lightning.errors import ConfigError
 
@@ -121,8 +125,10 @@ def walk(folder: Path, suffixes: tuple[str, ...], leave_out: frozenset[str] = fr
     return sorted(found)
 
 
-def read_documents(sources: Sequence[Source], text_key: str, tally: Tally | None = None) -> Iterator[str]:
-    """The texts, one file or jsonl line each, never empty. Line ends stay as they are; a byte order mark is removed.
+def read_documents(
+    sources: Sequence[Source], text_key: str, tally: Tally | None = None
+) -> Iterator[str | list[Message]]:
+    """The documents, a file or jsonl line each, never empty. Line ends stay as they are; a byte order mark is removed.
 
     Raises ConfigError with the file (and line) for what can't be read.
     """
@@ -143,7 +149,7 @@ def read_text(path: Path, tally: Tally) -> Iterator[str]:
     yield decode(path.read_bytes().removeprefix(BOM), tally)
 
 
-def read_lines(path: Path, text_key: str, tally: Tally) -> Iterator[str]:
+def read_lines(path: Path, text_key: str, tally: Tally) -> Iterator[str | list[Message]]:
     for number, line in enumerate(lines_of(path), 1):
         line = line.removeprefix(BOM) if number == 1 else line
         if not line.strip():
@@ -154,11 +160,24 @@ def read_lines(path: Path, text_key: str, tally: Tally) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: no JSON: {error}") from error
         text = record.get(text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            yield whole(text, tally)
+        elif isinstance(text, list):
+            try:
+                yield [Message(role, whole(said, tally)) for role, said in parse(text, text_key)]
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        else:
             found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ConfigError(f"{where}: no text under data.text_key={text_key}; the line has {found or 'no keys'}")
-        # JSON can spell half of a surrogate pair (\ud83d), which UTF-8 has no bytes for.
-        yield text if text.isascii() else decode(text.encode("utf-8", "surrogatepass"), tally)
+            raise ConfigError(
+                f"{where}: no text under data.text_key={text_key}, nor a list of messages; "
+                f"the line has {found or 'no keys'}"
+            )
+
+
+def whole(text: str, tally: Tally) -> str:
+    """JSON can spell half of a surrogate pair (\\ud83d), which UTF-8 has no bytes for."""
+    return text if text.isascii() else decode(text.encode("utf-8", "surrogatepass"), tally)
 
 
 def decode(data: bytes, tally: Tally) -> str:

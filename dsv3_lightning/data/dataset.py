@@ -19,6 +19,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     tokens [b, T + 1 + D] int64, padded with `pad_id`; mask [b, T + 1 + D] bool, False for padding.
     targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `count_targets`).
+        Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
     target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
     step_tokens, step_mask [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's micro-batches.
@@ -34,31 +35,32 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         mtp_depth: int,
         pad_id: int,
         mask_document_ends: bool,
+        answers: np.ndarray | None = None,
         bytes_per_token: np.ndarray | None = None,
         origins: np.ndarray | None = None,
     ) -> None:
-        self.file, self.index, self.pad_id, self.bytes_per_token = file, index, pad_id, bytes_per_token
+        self.file, self.index, self.pad_id = file, index, pad_id
+        self.answers, self.bytes_per_token = answers, bytes_per_token
         self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
         self.barriers = barriers(index, mask_document_ends)
-        self.target_counts = count_targets(index, self.barriers, sequence_length, mtp_depth)
+        self.target_counts = count_targets(index, self.barriers, sequence_length, mtp_depth, answers)
         self.origins = None if origins is None else origins[documents_of(index, file.offsets())]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        tokens, barriers = self.gather(draw.samples)
+        tokens, mask, barriers = self.gather(draw.samples)
         targets = targets_of(tokens, barriers, self.sequence_length)
         batch: dict[str, Any] = {
             "tokens": tokens,
-            "mask": barriers < tokens.shape[1],
+            "mask": mask,
             "targets": targets,
             "target_counts": draw.target_counts,
             "sample_ids": draw.samples,
         }
         if draw.step_samples is not None:
-            step_tokens, step_barriers = self.gather(draw.step_samples)
-            batch |= {"step_tokens": step_tokens, "step_mask": step_barriers < tokens.shape[1]}
+            batch["step_tokens"], batch["step_mask"], _ = self.gather(draw.step_samples)
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
@@ -68,16 +70,23 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             batch["origins"].reshape(-1)[places] = np.repeat(self.origins[piece], self.index.lengths[piece])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int64 and barriers int32 of the samples, each [b, T + 1 + D]; nothing may predict padding."""
+    def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens int64, mask and barriers int32 of the samples, each [b, T + 1 + D].
+
+        Nothing may predict padding, nor what is outside of the answers: no place is behind their barrier.
+        """
         length = self.sequence_length + 1 + self.mtp_depth
         tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
         barriers = np.full((len(samples), length), length, dtype=np.int32)
         places, piece = self.places(samples)
         sizes = self.index.lengths[piece]
-        tokens.reshape(-1)[places] = self.file.tokens[stretch(self.index.starts[piece], sizes)]
+        found = stretch(self.index.starts[piece], sizes)
+        tokens.reshape(-1)[places] = self.file.tokens[found]
         barriers.reshape(-1)[places] = np.repeat(self.barriers[piece], sizes)
-        return tokens, barriers
+        mask = barriers < length
+        if self.answers is not None:
+            barriers.reshape(-1)[places[np.searchsorted(self.answers, found, "right") % 2 == 0]] = length
+        return tokens, mask, barriers
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the samples' tokens lie in [b · (T + 1 + D)], piece after piece, and the pieces' numbers."""
@@ -108,20 +117,38 @@ def targets_of(tokens_BL: np.ndarray, barriers_BL: np.ndarray, sequence_length: 
     return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
 
 
-def count_targets(index: PackedIndex, barriers: np.ndarray, sequence_length: int, mtp_depth: int) -> np.ndarray:
+def count_targets(
+    index: PackedIndex, barriers: np.ndarray, sequence_length: int, mtp_depth: int, answers: np.ndarray | None = None
+) -> np.ndarray:
     """Valid targets of each sample and head, int64 [S, 1 + D], without reading a token.
 
     Head k predicts place j from place j - 1 - k. In a piece over places [a, e) with barrier c that is possible for
-    max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last place that it predicts at all.
+    max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last place that it predicts at all. Of those places
+    the ones that `answers` hold count, or all.
     """
     begins, ends = index.positions[:, None], (index.positions + index.lengths)[:, None]
     head = np.arange(1 + mtp_depth)
     first = np.maximum(begins, barriers[:, None] + 1 + head)
     last = np.minimum(ends, sequence_length + 1 + head)
-    totals = np.cumsum(np.maximum(last - first, 0), axis=0, dtype=np.int64)
+    valid = np.maximum(last - first, 0)
+    if answers is not None:
+        places = index.starts[:, None] - begins + first  # in the file
+        valid = inside(answers, places + valid) - inside(answers, places)
+    totals = np.cumsum(valid, axis=0, dtype=np.int64)
     totals = np.concatenate([np.zeros((1, 1 + mtp_depth), dtype=np.int64), totals])
     counts: np.ndarray = np.diff(totals[index.samples], axis=0)
     return counts
+
+
+def inside(stretches: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many of 0 .. place - 1 the stretches hold, int64 like `places`. stretches [2n]: begin, end, begin, end, …
+
+    >>> inside(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
+    [0, 1, 2, 2, 3, 3]
+    """
+    passed = np.searchsorted(stretches, places, "right")  # an odd number of bounds: the place is within a stretch
+    whole = running_sum(stretches[1::2] - stretches[::2])[passed // 2]
+    return np.where(passed % 2, whole + places - stretches[np.maximum(passed - 1, 0)], whole)
 
 
 def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

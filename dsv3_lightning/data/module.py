@@ -124,7 +124,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def gzip_bpb(self) -> float | None:
-        """Bits per byte of gzip -9 over the validation text; None without any."""
+        """Bits per byte of gzip -9 over the validation text, of conversations what the assistant says; None without."""
         bpb: float | None = self.manifest["gzip_bpb"]
         return bpb
 
@@ -154,15 +154,17 @@ class TextDataModule(LightningDataModule):
 
     @property
     def validation_bytes(self) -> int:
-        """Bytes of text in the validation split; its batches' `target_bytes` add up to it."""
-        return int(self.manifest["splits"]["validation"]["text_bytes"])
+        """Bytes of text in the validation split that are learned; its batches' `target_bytes` add up to it."""
+        split = self.manifest["splits"]["validation"]
+        return int(split.get("answer_bytes", split["text_bytes"]))
 
     def _dataset(self, split: str) -> PackedDataset:
         file = TokenFile(self.prepared, split)
         length, depth = self.config.sequence_length, self.mtp_depth
         mask, pad_id = self.config.mask_document_ends, self.tokenizer.pad_id
         extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
-        return PackedDataset(file, pack(file.offsets(), length, depth), length, depth, pad_id, mask, *extra)
+        index = pack(file.offsets(), length, depth)
+        return PackedDataset(file, index, length, depth, pad_id, mask, file.answers(), *extra)
 
     def _layout(self) -> Layout:
         if self.trainer is None:

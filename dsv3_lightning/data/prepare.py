@@ -19,7 +19,7 @@ from dsv3_lightning.data.corpus import Source, find_sources, unreadable
 from dsv3_lightning.data.files import digest, native, readable
 from dsv3_lightning.data.progress import say
 from dsv3_lightning.data.store import FORMAT, is_complete
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
 from dsv3_lightning.errors import ConfigError
 
 
@@ -28,7 +28,11 @@ def prepare(config: DataConfig) -> Path:
 
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
-    tokenizer = Tokenizer.from_file(config.tokenizer) if config.tokenizer is not None else None
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(config.tokenizer).ending_with(config.end_token)
+    elif config.end_token is not None:
+        check_end(config.end_token, SPECIAL_TOKENS)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"data.vocab_size={config.vocab_size}: the ids of data.tokenizer={config.tokenizer} go up to "
@@ -58,12 +62,13 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
             files.append([source.name, source.origin, source.path.stat().st_size, digest(source.path)])
         except OSError as error:
             raise unreadable(source.path, error) from error
+    trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
     return {
         "format": FORMAT,
         "files": files,
         "text_key": config.text_key,
         "validation_fraction": config.validation_fraction,
-        "tokenizer": [*tokenizer.names, tokenizer.sha256] if tokenizer else config.vocab_size,
+        "tokenizer": [*tokenizer.names, tokenizer.sha256] if tokenizer else trained,
     }
 
 

@@ -3,6 +3,8 @@
     SPLIT/00000.bin  the ids of all documents, each BOS ... EOS; uint16 where the tokenizer fits into it, else uint32
     SPLIT/00000.idx  where each document begins, and the end: uint64 [documents + 1]
     SPLIT/00000.src  where each document is from, as a number among the manifest's `origins`: uint16 [documents]
+    SPLIT/00000.ans  only with conversations: where each stretch of tokens that are learned begins and ends, in turns:
+                     uint64 [2 · stretches], rising
     manifest.json    width, counts, and bytes and sha256 of every file; written last
 
 All little-endian. Where documents begin is stored and never guessed from EOS, which a document may miss or hold twice.
@@ -32,19 +34,29 @@ class TokenWriter:
         self.folder, self.split, self.vocab_size = folder, split, vocab_size
         self.bos_id, self.eos_id = bos_id, eos_id
         self.dtype = token_dtype(vocab_size)
-        self.offsets, self.origins = array("Q", [0]), array("H")
+        self.offsets, self.origins, self.answers = array("Q", [0]), array("H"), array("Q")
         self.sha256 = hashlib.sha256()
         self.file = open(folder / split / "00000.bin", "wb")
 
     def add(self, ids: np.ndarray, origin: int = 0) -> None:
         """One document's ids [n], any integer type, without BOS and EOS, and the number of where it is from."""
         document = np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]])
+        self.add_whole(document, [(0, len(document))], origin)
+
+    def add_whole(self, document: np.ndarray, answers: list[tuple[int, int]], origin: int) -> None:
+        """A document with its begin and end. answers: where what is learned of it begins and ends."""
         if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap it around in silence
             wrong = document.max() if document.min() >= 0 else document.min()
             raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
         content = document.astype(self.dtype).tobytes()
         self.file.write(content)
         self.sha256.update(content)
+        for begin, end in answers:
+            if self.answers and self.answers[-1] == self.offsets[-1] + begin:
+                self.answers.pop()  # goes on where the last one ended, as texts do: theirs is one stretch
+            else:
+                self.answers.append(self.offsets[-1] + begin)
+            self.answers.append(self.offsets[-1] + end)
         self.offsets.append(self.offsets[-1] + len(document))
         self.origins.append(origin)
 
@@ -61,6 +73,9 @@ class TokenWriter:
             f"{self.split}/00000.idx": write_synced(self.folder / self.split / "00000.idx", index),
             f"{self.split}/00000.src": write_synced(self.folder / self.split / "00000.src", origins),
         }
+        if list(self.answers) not in ([], [0, self.offsets[-1]]):
+            answers = np.frombuffer(self.answers, dtype=np.uint64).astype("<u8").tobytes()
+            files[f"{self.split}/00000.ans"] = write_synced(self.folder / self.split / "00000.ans", answers)
         sync_folder(self.folder / self.split)
         return files
 
@@ -86,6 +101,11 @@ class TokenFile:
     def origins(self) -> np.ndarray:
         """Where each document is from, as numbers among the manifest's `origins`: int64 [documents]."""
         return np.fromfile(self.folder / self.split / "00000.src", "<u2").astype(np.int64)
+
+    def answers(self) -> np.ndarray | None:
+        """Where stretches of tokens that are learned begin and end: int64 [2 · stretches]; None: all are."""
+        path = self.folder / self.split / "00000.ans"
+        return np.fromfile(path, "<u8").astype(np.int64) if path.exists() else None
 
 
 def token_dtype(vocab_size: int) -> str:

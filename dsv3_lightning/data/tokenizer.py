@@ -20,7 +20,8 @@ from dsv3_lightning.errors import ConfigError
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
-SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM, "<｜User｜>", "<｜Assistant｜>", "<|EOT|>")  # ids 0, 1, 2, … when trained here
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM, USER, ASSISTANT, "<|EOT|>")  # ids 0, 1, 2, … when trained here
 
 # The three splits of V3's tokenizer.json, one after the other: digits by three, runs of Chinese and kana, and the rest:
 # a mark with letters, words with their space, punctuation with its newlines, newlines, other spaces.
@@ -63,8 +64,8 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder. Its begin, end and padding tokens are those with V3's names,
-        else the ones that tokenizer_config.json beside it names; without a begin or padding token the end serves.
+        """Reads a tokenizer.json, or the one in a folder. Its end token is the one that tokenizer_config.json beside it
+        names, else V3's; begin and padding are those with V3's names, else that file's, else the end serves.
 
         Raises ConfigError.
         """
@@ -94,6 +95,13 @@ class Tokenizer:
         pieces = (piece for text in texts for piece in cut(text))
         backend.train_from_iterator((part for piece in pieces for part in without_endless_words(piece)), trainer)
         return cls(backend.to_str())
+
+    def ending_with(self, end: str | None) -> "Tokenizer":
+        """The same with another end token, or itself for None (`data.end_token`). Raises ConfigError."""
+        if end is None:
+            return self
+        check_end(end, [token.content for token in self.backend.get_added_tokens_decoder().values()])
+        return Tokenizer(self.serialized, self.names[0], end, self.names[2])
 
     def save(self, folder: Path) -> dict[str, FileRecord]:
         """Writes what `AutoTokenizer.from_pretrained(folder)` reads; the files by name."""
@@ -171,14 +179,21 @@ def parse(serialized: str) -> dict[str, Any]:
 def find_names(serialized: str, config_file: Path) -> tuple[str, str, str]:
     """Names of the begin, end and padding tokens. Raises ConfigError if there is no end token."""
     added = {token["content"] for token in parse(serialized).get("added_tokens") or []}
-    if {BOS, EOS} <= added:
-        return BOS, EOS, PAD if PAD in added else EOS
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
     tokens: list[Any] = [config.get(f"{role}_token") for role in ("bos", "eos", "pad")]
     bos, eos, pad = (token["content"] if isinstance(token, dict) else token for token in tokens)
-    if eos not in added:
+    end = next((name for name in (eos, EOS) if name in added), None)
+    if end is None:
         raise ConfigError(f"no end token: neither {EOS} nor an eos_token in a tokenizer_config.json beside it")
-    return bos if bos in added else eos, eos, pad if pad in added else eos
+    begin, padding = (next(name for name in names if name in added) for names in ((BOS, bos, end), (PAD, pad, end)))
+    return begin, end, padding
+
+
+def check_end(end: str, known: Sequence[str]) -> None:
+    """Text can't hold a control token, so nothing but an end ever looks like one. Raises ConfigError."""
+    if end not in known:
+        shown = " ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+        raise ConfigError(f"data.end_token={end}: the tokenizer has no such control token; it has {shown}")
 
 
 def without_endless_words(text: str, block: int = 1000) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Busy, Engine, Finish, Job
-from dsv3_lightning.inference.chat import conversation
+from dsv3_lightning.inference.chat import chat_prompt
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import encode
 
@@ -183,7 +183,7 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Any:
         check_model(body.model)
-        prompt = conversation(tokenizer, [(message.role, message.text()) for message in body.messages])
+        prompt = chat_prompt(tokenizer, [(message.role, message.text()) for message in body.messages])
         room = max(engine.limit - len(prompt), 1)
         answers = Answers(engine, body, [prompt], default_tokens=room)
         frame = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": name}

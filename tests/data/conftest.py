@@ -26,6 +26,7 @@ def make_config() -> Callable[..., DataConfig]:
             text_key="text",
             cache_dir=str(folder / "cache"),
             tokenizer=None,
+            end_token=None,
             vocab_size=400,
             sequence_length=96,
             batch_size=8,

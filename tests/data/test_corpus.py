@@ -111,10 +111,10 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
         (
             "x.jsonl",
             b'\n{"body": "a", "id": 1}',
-            "x.jsonl, line 2: no text under data.text_key=text; the line has body, id",
+            "x.jsonl, line 2: no text under data.text_key=text, nor a list of messages; the line has body, id",
         ),
         ("x.jsonl", b'{"text": 5}', "line 1: no text under data.text_key=text"),
-        ("x.jsonl", b"[1]", "line 1: no text under data.text_key=text; the line has a list"),
+        ("x.jsonl", b"[1]", "line 1: no text under data.text_key=text, nor a list of messages; the line has a list"),
         ("x.jsonl.gz", gzip.compress(jsonl(NOISE))[:9999], "x.jsonl.gz: Compressed file ended"),
         ("x.jsonl.gz", b"plain", "x.jsonl.gz: Not a gzipped file"),
         ("x.jsonl.zst", zstandard.ZstdCompressor().compress(jsonl(NOISE))[:9999], "x.jsonl.zst: compressed file ended"),
@@ -163,7 +163,7 @@ print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["input
     settings = {
         "paths": [str(folder / "ü b.txt"), str(folder)], "text_key": "text", "cache_dir": str(tmp_path / "实验"),
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
-        "mask_document_ends": False, "seed": 0, "num_workers": 0, "batch_ramp": None,
+        "mask_document_ends": False, "end_token": None, "seed": 0, "num_workers": 0, "batch_ramp": None,
     }  # fmt: skip
     found = []
     for changes in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):

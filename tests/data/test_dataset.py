@@ -1,5 +1,7 @@
 """A batch against its definition, token by token."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,22 +21,27 @@ class Tokens:
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
 
 
-def dataset_of(lengths: list[int], length: int, depth: int, mask_ends: bool, sizes: bool = False) -> PackedDataset:
+def dataset_of(
+    lengths: list[int], length: int, depth: int, mask_ends: bool, sizes: bool = False, answers: Any = None
+) -> PackedDataset:
     file = Tokens(lengths)
     per_token = np.arange(10 + sum(lengths)) % 7 if sizes else None
-    return PackedDataset(file, pack(file.offsets, length, depth), length, depth, PAD, mask_ends, per_token)  # type: ignore[arg-type]
+    return PackedDataset(file, pack(file.offsets, length, depth), length, depth, PAD, mask_ends, answers, per_token)  # type: ignore[arg-type]
 
 
 def draw(*samples: int) -> Draw:
     return Draw(np.array(samples), np.array([11, 12]))
 
 
+@pytest.mark.parametrize("talk", [False, True])
 @pytest.mark.parametrize("mask_ends", [False, True])
 @pytest.mark.parametrize(("length", "depth"), [(8, 0), (8, 1), (8, 3), (5, 4), (1, 0), (64, 2)])
-def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends: bool) -> None:
+def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends: bool, talk: bool) -> None:
     rng = np.random.default_rng(length * 10 + depth)
     lengths = [int(size) for size in [*rng.integers(1, 12, 30), *rng.integers(1, 60, 10), depth or 1, depth + 1]]
-    dataset = dataset_of(lengths, length, depth, mask_ends, sizes=True)
+    bounds = np.sort(rng.permutation(sum(lengths) - 1)[:60]) + 1 if talk else np.array([0, sum(lengths)])
+    learned = {place for begin, end in bounds.reshape(-1, 2) for place in range(begin, end)}
+    dataset = dataset_of(lengths, length, depth, mask_ends, sizes=True, answers=bounds if talk else None)
     ends = np.cumsum(lengths)
     chosen = rng.permutation(len(dataset))
     batch = dataset[Draw(chosen, np.zeros(1 + depth, dtype=np.int64))]
@@ -55,6 +62,7 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
             for i in range(length):
                 j = i + 1 + k
                 valid = j < filled and i >= begins[j] and not (mask_ends and document[i] != document[j])
+                valid = valid and tokens[j] - 10 in learned
                 assert batch["targets"][row, k, i] == (tokens[j] if valid else -100), (sample, k, i)
                 sizes += tokens[j] % 7 if valid and k == 0 else 0
         assert batch["target_bytes"][row] == sizes

@@ -12,7 +12,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import reader, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_json, write_tokenizer
-from dsv3_lightning.inference.chat import Chat, conversation
+from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
 from tests.hub.folders import biased
@@ -113,12 +113,12 @@ def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatc
     assert main(["chat", folder, *options]) == 0
     shown = capsys.readouterr().out
     talk, expected = [("system", "be brief")], ""
-    ids = conversation(tokenizer, [*talk, ("user", "hello")])
+    ids = chat_prompt(tokenizer, [*talk, ("user", "hello")])
     for following in ("x = 日本", None):
         (new,) = decode(model, [ids], 12, Sampling(), {tokenizer.eos_id}, 0)
         expected += tokenizer.decode(new) + "\n"
         if following is not None:
-            ids = [*ids, *new, tokenizer.eos_id, *conversation(tokenizer, [("user", following)])[1:]]
+            ids = [*ids, *new, tokenizer.eos_id, *chat_prompt(tokenizer, [("user", following)])[1:]]
     assert shown == expected
 
 
@@ -129,9 +129,12 @@ def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
         "".join(chat.reply("a " * 400, 20))
 
 
-def test_the_format_of_a_conversation(tokenizer):
-    ids = conversation(tokenizer, [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r")])
+def test_the_format_of_a_prompt(tokenizer):
+    ids = chat_prompt(tokenizer, [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r")])
     text = tokenizer.decode(ids)
     assert text == "<｜begin▁of▁sentence｜>s<｜User｜>q<｜Assistant｜>a<｜end▁of▁sentence｜><｜User｜>r<｜Assistant｜>"
     with pytest.raises(ConfigError, match="role=tool: must be system, user or assistant"):
-        conversation(tokenizer, [("tool", "x")])
+        chat_prompt(tokenizer, [("tool", "x")])
+    for messages in ([("user", "q"), ("system", "s")], [("system", "s"), ("system", "t")]):
+        with pytest.raises(ConfigError, match="role=system: must be the first message, and the only one of that role"):
+            chat_prompt(tokenizer, messages)

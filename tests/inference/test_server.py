@@ -14,7 +14,7 @@ import torch
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Engine, check_engine
-from dsv3_lightning.inference.chat import conversation
+from dsv3_lightning.inference.chat import chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
 from tests.hub.folders import biased
@@ -112,7 +112,7 @@ def test_streams_join_to_the_answer_in_whole_characters(served):
 
 def test_chat(served, model, tokenizer):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    prompt = conversation(tokenizer, [("system", "be brief"), ("user", "hello")])
+    prompt = chat_prompt(tokenizer, [("system", "be brief"), ("user", "hello")])
     options = {"model": "small", "messages": messages, "max_completion_tokens": 15, "temperature": 0}
     answer = served.client.chat.completions.create(**options)
     assert answer.choices[0].message.content == expected(model, tokenizer, prompt, 15)

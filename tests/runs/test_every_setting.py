@@ -73,6 +73,7 @@ LEAVES = {
     "data.text_key": ("content", "elsewhere: tests/data/test_corpus.py"),
     "data.cache_dir": ("/dev/null/cache", REFUSED),
     "data.tokenizer": ("/nope.json", REFUSED),
+    "data.end_token": ("'<|EOT|>'", "elsewhere: tests/data/test_conversation.py, tests/hub/test_instruct.py"),
     "data.vocab_size": (600, NUMBERS),
     "data.sequence_length": (16, NUMBERS),
     "data.batch_size": (4, NUMBERS),
