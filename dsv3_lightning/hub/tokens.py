@@ -1,11 +1,12 @@
-"""Tokenizer files and generation_config.json: one begin, end and padding token in all of them."""
+"""Tokenizer files with the chat's format, and generation_config.json: begin, end and padding are the same in all."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from dsv3_lightning.data.conversation import CHAT_TEMPLATE
 from dsv3_lightning.data.files import write_synced
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.tokenizer import ASSISTANT, USER, Tokenizer
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -13,7 +14,10 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """What AutoTokenizer reads. It puts the begin token in front, as every document in training has it."""
+    """What AutoTokenizer reads. It puts the begin token in front, as every document in training has it.
+
+    Where the tokenizer has the marks of a chat, `apply_chat_template` writes one as we do.
+    """
     tokenizer.save(folder)
     description = json.loads(tokenizer.serialized)
     bos = tokenizer.names[0]
@@ -26,7 +30,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     }
     write_json(folder / "tokenizer.json", description)
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    write_json(folder / "tokenizer_config.json", config | {"model_max_length": max_length})
+    config |= {"model_max_length": max_length}
+    if None not in [tokenizer.backend.token_to_id(mark) for mark in (USER, ASSISTANT)]:
+        config["chat_template"] = CHAT_TEMPLATE
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
