@@ -73,7 +73,9 @@ class WeightAverage(Callback):
         try:
             for batch in batches(trainer):
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                    losses = pl_module.model.losses(batch["tokens"], batch["mask"], batch["targets"])
+                    losses = pl_module.model.losses(
+                        batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
+                    )
                 loss.update(losses.nll_K, batch["targets"])
         finally:
             put(pl_module.model, trained)

@@ -57,7 +57,8 @@ def count_load(config: Config, path: Path) -> Tensor:
     model = load_model(path, config.model)
     counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
     for batch, _ in zip(validation_batches(config), range(BATCHES)):
-        counts_LE += model.losses(batch["tokens"], batch["mask"], None).counts_LE
+        documents_BS = batch.get("documents")
+        counts_LE += model.losses(batch["tokens"], batch["mask"], None, documents_BS=documents_BS).counts_LE
     if not counts_LE.any():
         raise ConfigError("data.validation_fraction: the run has no validation text to count on; give --loads FILE.npy")
     return counts_LE

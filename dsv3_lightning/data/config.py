@@ -38,6 +38,7 @@ class DataConfig:
     batch_ramp: how the batch grows up to that; None: it has its size from the start.
     validation_fraction: share of the documents that is held out, by a hash of their text.
     mask_document_ends: don't train on predicting across a document's end into the next one.
+    isolate_documents: tokens attend to those of their own document alone.
     seed: order of the samples.
     num_workers: loader processes per rank.
     """
@@ -53,6 +54,7 @@ class DataConfig:
     batch_ramp: BatchRamp | None
     validation_fraction: float
     mask_document_ends: bool
+    isolate_documents: bool
     seed: int
     num_workers: int
 
@@ -71,5 +73,9 @@ class DataConfig:
             raise ConfigError(f"data.vocab_size={self.vocab_size}: 256 bytes and the special tokens need at least 300")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction={self.validation_fraction}: must be in [0, 1)")
+        if self.isolate_documents and not self.mask_document_ends:
+            raise ConfigError(
+                "data.isolate_documents=true: needs data.mask_document_ends=true, as none can foresee another"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers}: must be at least 0")

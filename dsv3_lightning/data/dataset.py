@@ -22,7 +22,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
     target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
-    step_tokens, step_mask [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's micro-batches.
+    documents [b, T + 1 + D] int64, where asked for (`isolate`): a number for each token's document; -1 for padding.
+    step_tokens, step_mask (step_documents) [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's
+        micro-batches.
     target_bytes [b] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
     origins [b, T + 1 + D] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
     """
@@ -35,12 +37,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         mtp_depth: int,
         pad_id: int,
         mask_document_ends: bool,
+        isolate: bool = False,
         answers: np.ndarray | None = None,
         bytes_per_token: np.ndarray | None = None,
         origins: np.ndarray | None = None,
     ) -> None:
         self.file, self.index, self.pad_id = file, index, pad_id
-        self.answers, self.bytes_per_token = answers, bytes_per_token
+        self.isolate, self.answers, self.bytes_per_token = isolate, answers, bytes_per_token
         self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
         self.barriers = barriers(index, mask_document_ends)
         self.target_counts = count_targets(index, self.barriers, sequence_length, mtp_depth, answers)
@@ -61,13 +64,16 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         }
         if draw.step_samples is not None:
             batch["step_tokens"], batch["step_mask"], _ = self.gather(draw.step_samples)
+        if self.isolate:
+            numbers = np.arange(len(self.index.starts))  # of pieces: no sample holds two of one document
+            batch["documents"] = self.spread(draw.samples, numbers, -1)
+            if draw.step_samples is not None:
+                batch["step_documents"] = self.spread(draw.step_samples, numbers, -1)
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
         if self.origins is not None:
-            batch["origins"] = np.zeros_like(tokens)
-            places, piece = self.places(draw.samples)
-            batch["origins"].reshape(-1)[places] = np.repeat(self.origins[piece], self.index.lengths[piece])
+            batch["origins"] = self.spread(draw.samples, self.origins, 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -87,6 +93,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if self.answers is not None:
             barriers.reshape(-1)[places[np.searchsorted(self.answers, found, "right") % 2 == 0]] = length
         return tokens, mask, barriers
+
+    def spread(self, samples: np.ndarray, of_pieces: np.ndarray, padding: int) -> np.ndarray:
+        """What is known of pieces [P], at each of their tokens: int64 [b, T + 1 + D]."""
+        spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
+        places, piece = self.places(samples)
+        spread.reshape(-1)[places] = np.repeat(of_pieces[piece], self.index.lengths[piece])
+        return spread
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the samples' tokens lie in [b · (T + 1 + D)], piece after piece, and the pieces' numbers."""

@@ -161,10 +161,10 @@ class TextDataModule(LightningDataModule):
     def _dataset(self, split: str) -> PackedDataset:
         file = TokenFile(self.prepared, split)
         length, depth = self.config.sequence_length, self.mtp_depth
-        mask, pad_id = self.config.mask_document_ends, self.tokenizer.pad_id
+        mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
         extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
         index = pack(file.offsets(), length, depth)
-        return PackedDataset(file, index, length, depth, pad_id, mask, file.answers(), *extra)
+        return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.answers(), *extra)
 
     def _layout(self) -> Layout:
         if self.trainer is None:

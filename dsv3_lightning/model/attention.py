@@ -16,7 +16,7 @@ LATENT_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """x [B, T, D] -> [B, T, D], causal. Parameters are named as in the released checkpoint."""
+    """x [B, T, D] -> [B, T, D], causal, within `seen_B1TT`. Parameters are named as in the released checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, at: Rotation) -> Tensor:
+    def forward(self, x_BTD: Tensor, at: Rotation, seen_B1TT: Tensor | None = None) -> Tensor:
         q_BHTC, k_BHTC, v_BHTC = self.queries(x_BTD, at), *self.keys_values(x_BTD, at)
-        out_BHTC = causal_attention(q_BHTC, k_BHTC, v_BHTC, self.scale)
+        out_BHTC = causal_attention(q_BHTC, k_BHTC, v_BHTC, self.scale, seen_B1TT)
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))  # eq. 11
 
     def queries(self, x_BTD: Tensor, at: Rotation) -> Tensor:
@@ -63,7 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """x [B, T, D] -> [B, T, D], causal; `num_key_value_heads` keys and values, each shared by H / that many queries.
+    """x [B, T, D] -> [B, T, D], as above; `num_key_value_heads` keys and values, each shared by H / that many queries.
 
     As many as H is multi-head attention, 1 is multi-query attention. The first `qk_nope_head_dim` channels of queries
     and keys don't rotate; the older family has none of those. Parameters are named as in its released checkpoints.
@@ -82,9 +82,9 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * config.v_head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, at: Rotation) -> Tensor:
+    def forward(self, x_BTD: Tensor, at: Rotation, seen_B1TT: Tensor | None = None) -> Tensor:
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in self.keys_values(x_BTD, at))
-        out_BHTC = causal_attention(self.queries(x_BTD, at), k, v, self.scale)
+        out_BHTC = causal_attention(self.queries(x_BTD, at), k, v, self.scale, seen_B1TT)
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
 
     def queries(self, x_BTD: Tensor, at: Rotation) -> Tensor:
@@ -104,12 +104,26 @@ class GroupedQueryAttention(nn.Module):
 ATTENTION = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}
 
 
-def causal_attention(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T · scale) v over positions up to one's own (eq. 10); v may be narrower or wider than q and k.
+def own_document(documents_BT: Tensor) -> Tensor:
+    """Which positions each may attend to, bool [B, 1, T, T]: those of its own document up to itself.
+
+    documents_BT: the number of each token's document. Distances, all that rotary positions say, stay what they were.
+    """
+    T = documents_BT.shape[1]
+    earlier_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
+    return (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]) & earlier_TT
+
+
+def causal_attention(
+    q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float, seen_B1TT: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T · scale) v over positions up to one's own (eq. 10), or over those in `seen_B1TT` (`own_document`).
+
+    v may be narrower or wider than q and k.
 
     All are padded to one width: with unequal ones scaled_dot_product_attention leaves its fast path on CPU.
     """
     width = max(q_BHTC.shape[-1], v_BHTC.shape[-1])
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BHTC, k_BHTC, v_BHTC))
-    out_BHTC = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    out_BHTC = F.scaled_dot_product_attention(q, k, v, seen_B1TT, is_causal=seen_B1TT is None, scale=scale)
     return out_BHTC[..., : v_BHTC.shape[-1]]

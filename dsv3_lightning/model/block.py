@@ -10,7 +10,7 @@ from dsv3_lightning.model.rope import Rotation
 
 
 class Block(nn.Module):
-    """x [B, T, D] -> ([B, T, D], RouterStats, or None from a dense layer)."""
+    """x [B, T, D] -> ([B, T, D], RouterStats, or None from a dense layer). seen_B1TT: see `causal_attention`."""
 
     def __init__(self, config: ModelConfig, dense: bool, balance: tuple[str, ...] = ("sequence",)) -> None:
         super().__init__()
@@ -19,8 +19,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config, balance)
 
-    def forward(self, x_BTD: Tensor, at: Rotation, mask_BT: Tensor) -> tuple[Tensor, RouterStats | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), at)
+    def forward(
+        self, x_BTD: Tensor, at: Rotation, mask_BT: Tensor, seen_B1TT: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), at, seen_B1TT)
         u_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             out_BTD, stats = self.mlp(u_BTD, mask_BT)

@@ -28,11 +28,11 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, h_BTD: Tensor, embedding_BTD: Tensor, at: Rotation, mask_BT: Tensor
+        self, h_BTD: Tensor, embedding_BTD: Tensor, at: Rotation, mask_BT: Tensor, seen_B1TT: Tensor | None = None
     ) -> tuple[Tensor, RouterStats]:
         """h_{k-1} and the embeddings of the tokens k places on -> h_k [B, T, D], before `norm` and the head."""
         joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), -1)
-        return self.block(self.eh_proj(joined), at, mask_BT)  # eq. 21, 22
+        return self.block(self.eh_proj(joined), at, mask_BT, seen_B1TT)  # eq. 21, 22
 
 
 class ParallelHead(nn.Module):
@@ -43,9 +43,11 @@ class ParallelHead(nn.Module):
         self.block = Block(config, dense=False, balance=balance)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, h_BTD: Tensor, at: Rotation, mask_BT: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self, h_BTD: Tensor, at: Rotation, mask_BT: Tensor, seen_B1TT: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats]:
         """The main model's output after its final norm -> [B, T, D], before `norm` and the head."""
-        return self.block(h_BTD, at, mask_BT)
+        return self.block(h_BTD, at, mask_BT, seen_B1TT)
 
 
 MTP_KINDS = {"sequential": MTPModule, "parallel": ParallelHead}

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from dsv3_lightning.model.attention import own_document
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.losses import linear_cross_entropy
@@ -101,35 +102,49 @@ class Transformer(nn.Module):
             return self.lm_head(h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), positions_B])
         return self.lm_head(h_BTD)
 
-    def trunk(self, tokens_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, list[RouterStats]]:
+    def trunk(
+        self, tokens_BT: Tensor, mask_BT: Tensor, seen_B1TT: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """The main model up to its final norm: [B, T, D], and the stats of its MoE layers."""
         at = rotation(self.config, torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
         h_BTD = self.embed_tokens(tokens_BT)
         stats = []
         for block in self.layers:
-            h_BTD, layer_stats = self.recompute(block, h_BTD, at, mask_BT)
+            h_BTD, layer_stats = self.recompute(block, h_BTD, at, mask_BT, seen_B1TT)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(h_BTD), stats
 
-    def losses(self, tokens_BS: Tensor, mask_BS: Tensor, targets_BKT: Tensor | None, guess: bool = False) -> Losses:
+    def losses(
+        self,
+        tokens_BS: Tensor,
+        mask_BS: Tensor,
+        targets_BKT: Tensor | None,
+        guess: bool = False,
+        documents_BS: Tensor | None = None,
+    ) -> Losses:
         """The losses of S = T + 1 + mtp_depth tokens per sample.
 
         mask_BS: bool, False on padding. targets_BKT: int64, [:, k, i] is token i + 1 + k or IGNORE; k = 0 is the main
         head; None: only the routing is wanted. guess: whether the heads' greedy choices are, too.
+        documents_BS: int64, the number of each token's document, where those of a sample don't see each other.
         Module k starts from h_{k-1}, where h_0 is the main model's output after its final norm, as the inference
         engines of the released weights do (eq. 21-25); a parallel head from h_0.
         """
         T = tokens_BS.shape[1] - 1 - self.config.mtp_depth if targets_BKT is None else targets_BKT.shape[-1]
-        h_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T])
+        # Module k's place i also knows token i + k. Where that is another document's already, no place of its own
+        # document comes after it, so only what it predicts itself, which is no target, can tell.
+        seen_B1TT = None if documents_BS is None else own_document(documents_BS[:, :T])
+        h_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T], seen_B1TT)
         heads = [h_BTD]  # what the output head gets
         at = rotation(self.config, torch.arange(T, device=tokens_BS.device))
         for k, module in enumerate(self.mtp, start=1):
             if isinstance(module, ParallelHead):
-                h_BTD, layer_stats = self.recompute(module, heads[0], at, mask_BS[:, :T])
+                h_BTD, layer_stats = self.recompute(module, heads[0], at, mask_BS[:, :T], seen_B1TT)
             else:
                 embedding_BTD = self.embed_tokens(tokens_BS[:, k : k + T])
-                h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, at, mask_BS[:, k : k + T])
+                mask_BT = mask_BS[:, k : k + T]
+                h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, at, mask_BT, seen_B1TT)
             stats.append(layer_stats)
             heads.append(cast(MTPModule, module).norm(h_BTD))
         nll_K = torch.zeros(0, device=h_BTD.device)

@@ -62,9 +62,15 @@ class BalanceTerm:
 
 
 @torch.no_grad()
-def count_step(model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, micro_batch_size: int) -> Tensor:
+def count_step(
+    model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, documents_BS: Tensor | None, micro_batch_size: int
+) -> Tensor:
     """Tokens per expert [L, E] of a step's micro-batches on this rank, by the forward passes that are to come."""
-    parts = zip(tokens_BS.split(micro_batch_size), mask_BS.split(micro_batch_size), strict=True)
-    counts_LE = torch.stack([model.losses(tokens, mask, None).counts_LE for tokens, mask in parts]).sum(0)
+    counts = []
+    for first in range(0, len(tokens_BS), micro_batch_size):
+        part = slice(first, first + micro_batch_size)
+        documents = None if documents_BS is None else documents_BS[part]
+        counts.append(model.losses(tokens_BS[part], mask_BS[part], None, documents_BS=documents).counts_LE)
+    counts_LE = torch.stack(counts).sum(0)
     torch.clear_autocast_cache()  # it holds weights that were cast without a gradient
     return counts_LE

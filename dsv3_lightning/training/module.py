@@ -29,6 +29,7 @@ class PretrainModule(pl.LightningModule):
     [1 + mtp_depth], the valid targets of the whole optimizer step over all ranks and micro-batches: with it every mean
     is over the global count, however the batch is spread.
     Where `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
+    With `data.isolate_documents` there are `documents` (and `step_documents`) beside.
     init_from: a folder whose weights are the initial ones, in place of random ones.
     `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
     `expert_counts`, int64 [L, E], and `tokens`, the micro-batch's positions.
@@ -90,12 +91,15 @@ class PretrainModule(pl.LightningModule):
         if self.trainer.accumulate_grad_batches > 1:
             if "step_tokens" not in batch:
                 return self.balance.step_counts_LE
-            counts_LE = count_step(self.model, batch["step_tokens"], batch["step_mask"], len(batch["tokens"]))
+            step = batch["step_tokens"], batch["step_mask"], batch.get("step_documents")
+            counts_LE = count_step(self.model, *step, len(batch["tokens"]))
         self.balance.step_counts_LE = self.trainer.strategy.reduce(counts_LE.clone(), reduce_op="sum")
         return self.balance.step_counts_LE
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
-        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"])
+        losses = self.model.losses(
+            batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
+        )
         # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         mean_K = losses.nll_K / batch["target_counts"].clamp(min=1) * parts
@@ -174,7 +178,8 @@ class PretrainModule(pl.LightningModule):
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], guess=len(self.model.mtp) > 0)
+        guess, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
+        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], guess, documents_BS)
         if losses.guesses_BKT is not None:
             self.val_acceptance.update(losses.guesses_BKT, batch["targets"])
         self.val_loss.update(losses.nll_K, batch["targets"])

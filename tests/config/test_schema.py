@@ -106,6 +106,10 @@ NAMES = (
         (["run.name=''"], "run.name='': must be a folder's name, without / or \\ or spaces around it"),
         (["run.seed=-1"], "run.seed=-1: must be between 0 and 2^32 - 1"),
         (
+            ["data.isolate_documents=true"],
+            "data.isolate_documents=true: needs data.mask_document_ends=true, as none can foresee another",
+        ),
+        (
             ["model.num_experts_per_tok=9"],
             "model.num_experts_per_tok=9: the topk_group=2 allowed groups hold 8 experts",
         ),

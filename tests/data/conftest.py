@@ -33,6 +33,7 @@ def make_config() -> Callable[..., DataConfig]:
             batch_ramp=None,
             validation_fraction=0.2,
             mask_document_ends=False,
+            isolate_documents=False,
             seed=1,
             num_workers=0,
         )

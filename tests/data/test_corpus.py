@@ -163,7 +163,8 @@ print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["input
     settings = {
         "paths": [str(folder / "ü b.txt"), str(folder)], "text_key": "text", "cache_dir": str(tmp_path / "实验"),
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
-        "mask_document_ends": False, "end_token": None, "seed": 0, "num_workers": 0, "batch_ramp": None,
+        "mask_document_ends": False, "end_token": None,
+        "isolate_documents": False, "seed": 0, "num_workers": 0, "batch_ramp": None,
     }  # fmt: skip
     found = []
     for changes in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):

@@ -22,11 +22,19 @@ class Tokens:
 
 
 def dataset_of(
-    lengths: list[int], length: int, depth: int, mask_ends: bool, sizes: bool = False, answers: Any = None
+    lengths: list[int],
+    length: int,
+    depth: int,
+    mask_ends: bool,
+    sizes: bool = False,
+    answers: Any = None,
+    isolate: bool = False,
 ) -> PackedDataset:
     file = Tokens(lengths)
     per_token = np.arange(10 + sum(lengths)) % 7 if sizes else None
-    return PackedDataset(file, pack(file.offsets, length, depth), length, depth, PAD, mask_ends, answers, per_token)  # type: ignore[arg-type]
+    return PackedDataset(
+        file, pack(file.offsets, length, depth), length, depth, PAD, mask_ends, isolate, answers, per_token
+    )  # type: ignore[arg-type]
 
 
 def draw(*samples: int) -> Draw:
@@ -41,7 +49,9 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
     lengths = [int(size) for size in [*rng.integers(1, 12, 30), *rng.integers(1, 60, 10), depth or 1, depth + 1]]
     bounds = np.sort(rng.permutation(sum(lengths) - 1)[:60]) + 1 if talk else np.array([0, sum(lengths)])
     learned = {place for begin, end in bounds.reshape(-1, 2) for place in range(begin, end)}
-    dataset = dataset_of(lengths, length, depth, mask_ends, sizes=True, answers=bounds if talk else None)
+    dataset = dataset_of(
+        lengths, length, depth, mask_ends, sizes=True, answers=bounds if talk else None, isolate=mask_ends
+    )
     ends = np.cumsum(lengths)
     chosen = rng.permutation(len(dataset))
     batch = dataset[Draw(chosen, np.zeros(1 + depth, dtype=np.int64))]
@@ -55,6 +65,12 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
             document += [int(np.searchsorted(ends, start, "right"))] * size
             begins += [len(tokens) - int(size) if start not in {0, *ends} else 0] * size
         filled = len(tokens)
+        if mask_ends:
+            places = range(length + 1 + depth)
+            own = [[i < filled and j < filled and document[i] == document[j] for j in places] for i in places]
+            padding = [[i >= filled and j >= filled for j in places] for i in places]
+            same = batch["documents"][row, :, None] == batch["documents"][row]
+            assert torch.equal(same, torch.tensor(own) | torch.tensor(padding))
         assert batch["tokens"][row].tolist() == tokens + [PAD] * (length + 1 + depth - filled)
         assert batch["mask"][row].tolist() == [place < filled for place in range(length + 1 + depth)]
         sizes = 0

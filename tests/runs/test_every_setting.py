@@ -80,6 +80,7 @@ LEAVES = {
     "data.batch_ramp": ("{start: 4, increment: 2, tokens: 1000}", NUMBERS),
     "data.validation_fraction": (0.5, NUMBERS),
     "data.mask_document_ends": (True, "elsewhere: tests/data/test_dataset.py"),
+    "data.isolate_documents": (True, "elsewhere: tests/model/test_isolated_documents.py"),
     "data.seed": (2, NUMBERS),
     "data.num_workers": (2, "elsewhere: tests/data/test_data_module.py"),
     "optimizer.lr": (1e-4, NUMBERS),

@@ -1,0 +1,110 @@
+"""Documents packed into one sample, isolated: each as if it were alone, for both attentions and every head."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_lightning.model.config import Yarn
+from dsv3_lightning.model.losses import IGNORE
+from dsv3_lightning.training.balance import count_step
+from tests.hub.folders import LLAMA
+
+from .small import small_config, small_model
+
+LENGTHS = (7, 12, 3, 9)
+DEEP = {"num_nextn_predict_layers": 2}
+MODELS = {
+    "mla": small_config(**DEEP),
+    "parallel heads": small_config(**DEEP, mtp_kind="parallel"),
+    "yarn": small_config(**DEEP, rope_scaling=Yarn(factor=4, original_max_position_embeddings=64)),
+    "gqa": small_config(**LLAMA),
+}
+
+
+class Packed(NamedTuple):
+    """Documents one after the other and padding behind, as the data packs them: each [1, …]."""
+
+    tokens: Tensor
+    mask: Tensor
+    targets: Tensor
+    documents: Tensor
+
+
+def pack(parts: list[Tensor], depth: int, padding: int = 5) -> Packed:
+    """No document predicts into another one."""
+    T = sum(map(len, parts)) + padding
+    tokens_S = torch.full((T + 1 + depth,), 3)
+    document_S, targets_KT = torch.full_like(tokens_S, -1), torch.full((1 + depth, T), IGNORE)
+    begin = 0
+    for number, part in enumerate(parts):
+        end = begin + len(part)
+        tokens_S[begin:end], document_S[begin:end] = part, number
+        for k in range(1 + depth):
+            targets_KT[k, begin : max(begin, end - 1 - k)] = part[1 + k :]
+        begin = end
+    return Packed(*(x[None] for x in (tokens_S, document_S >= 0, targets_KT, document_S)))
+
+
+def documents(vocab: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (length,), generator=generator) for length in LENGTHS]
+
+
+def losses(model: torch.nn.Module, packed: Packed, isolated: bool = True):
+    tokens, mask, targets, numbers = packed
+    return model.losses(tokens, mask, targets, documents_BS=numbers if isolated else None)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_those_of_each_document_alone(name: str) -> None:
+    model, depth = small_model(MODELS[name]), MODELS[name].mtp_depth
+    parts = documents(61)
+    together = losses(model, pack(parts, depth)).nll_K
+    (together * torch.tensor([1.0, 0.3, 0.2])[: 1 + depth]).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    alone = torch.stack([losses(model, pack([part], depth, padding=0)).nll_K for part in parts])
+    torch.testing.assert_close(together, alone.sum(0), rtol=1e-5, atol=1e-5)
+    (alone.sum(0) * torch.tensor([1.0, 0.3, 0.2])[: 1 + depth]).sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
+    seen = losses(model, pack(parts, depth), isolated=False).nll_K
+    assert ((seen - together).abs() > 0.1).all()  # it isn't the same without
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+@torch.no_grad()
+def test_no_token_of_another_document_matters(name: str) -> None:
+    """Main head: every place's output. MTP modules: every place that has a target."""
+    model, depth = small_model(MODELS[name]), MODELS[name].mtp_depth
+    parts = documents(61)
+    others = [part if number == 1 else other for number, (part, other) in enumerate(zip(parts, documents(61, 1)))]
+    first, second = pack(parts, depth), pack(others, depth)
+    begin, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
+    own = torch.full_like(first.targets, IGNORE)
+    own[..., begin:end] = first.targets[..., begin:end]
+    found = [losses(model, packed._replace(targets=own)).nll_K for packed in (first, second)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(*(losses(model, p._replace(targets=own), isolated=False).nll_K for p in (first, second)))
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_keeps_every_bit(how: str) -> None:
+    found = []
+    for checkpointing in ("none", how):
+        model = small_model(MODELS["mla"], activation_checkpointing=checkpointing)
+        nll_K = losses(model, pack(documents(61), 2)).nll_K
+        nll_K.sum().backward()
+        found.append([nll_K, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_the_step_is_counted_as_it_will_be_routed() -> None:
+    model = small_model(MODELS["mla"])
+    packed = pack(documents(61), 2)
+    counted = count_step(model, packed.tokens, packed.mask, packed.documents, 1)
+    assert torch.equal(counted, losses(model, packed).counts_LE)
+    assert not torch.equal(counted, count_step(model, packed.tokens, packed.mask, None, 1))
