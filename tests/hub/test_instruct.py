@@ -1,29 +1,35 @@
 """Instruction tuning, from conversations to an export that transformers talks with."""
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.commands.models import load
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.data.questions import conversations, write
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.training.schedule import lr_factor
 
 PAIRS = {"who are you?": "A small model.", "2 + 2": "4", "say it in Chinese": "数据 🙂", "stop": "I stop."}
 EASY = [
-    "trainer.max_steps=80", "trainer.precision=32", "trainer.val_check_interval=80", "data.sequence_length=16",
-    "data.validation_fraction=0.0", "optimizer.lr=5e-3", "optimizer.warmup_steps=5", "data.mask_document_ends=true",
+    "trainer.max_steps=80", "trainer.precision=32", "trainer.val_check_interval=80", "data.sequence_length=64",
+    "data.validation_fraction=0.0", "data.mask_document_ends=true", "data.isolate_documents=true",
+    "optimizer.lr=5e-3", "optimizer.warmup_steps=5", "callbacks.checkpoint.every_n_steps=80",
     "callbacks.throughput.peak_flops=1e11", "callbacks.sample_text=null", "callbacks.router_probe=null",
-    "callbacks.checkpoint.every_n_steps=80",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[None, "<|EOT|>"])
 def learned(request, tmp_path_factory):
-    """A run that knows four conversations by heart, exported; the end token is V3's or another."""
+    """A run that knows four conversations by heart, packed into one sample; the end token is V3's or another."""
     base = tmp_path_factory.mktemp("by_heart")
     talks = [
         [{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in PAIRS.items()
@@ -66,3 +72,37 @@ def test_both_stop_where_the_answer_ends(learned):
         (ours,) = decode(model, [prompt], 200, Sampling(), {tokenizer.eos_id}, seed=0)
         assert new == [*ours, tokenizer.eos_id] and words.decode(new) == said + end
         assert "".join(Chat(model, tokenizer, Sampling(), 0, "").reply(asked, 200)) == said
+
+
+QUICK = [
+    "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=2", "trainer.precision=32",
+    "callbacks.throughput.peak_flops=1e11", "callbacks.router_probe=null",
+]  # fmt: skip
+
+
+def test_the_recipe_goes_from_a_run_to_a_chat(tmp_path, data_cache, monkeypatch, capsys):
+    """docs/inference.md's commands, in short form."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "laptop", "callbacks.sample_text=null", *data_cache, *QUICK]) == 0
+    assert main(["export", "runs/laptop", "runs/laptop-hf"]) == 0
+    assert write(Path("runs/questions.jsonl")) > 2000
+    assert main(["run", "instruct", *QUICK]) == 0
+    report = json.loads(Path("runs/instruct/report.json").read_text())
+    assert report["steps"] == 2 and 0 < report["val_bpb"] < 20 and report["gzip_bpb"] > 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("What does json.loads do?\n"))
+    capsys.readouterr()
+    assert main(["chat", "runs/instruct", "--temperature", "0", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip()
+    config = check(compose(["instruct"]).tree)
+    first, last = (lr_factor(step, 292, 0, config.optimizer.phases) for step in (0, 292))
+    assert (first, last) == (1.0, pytest.approx(0.2))  # 5e-6 to 1e-6
+    assert config.callbacks["expert_bias"]["speed"] == 0 and config.data.isolate_documents
+
+
+def test_the_questions_are_the_librarys_own():
+    found = {talk[0]["content"]: [message["content"] for message in talk[1:]] for talk in conversations()}
+    assert found["What does json.loads do?"][0].startswith("Deserialize ``s`` (a ``str``, ``bytes`` or ``bytearray``")
+    assert found["What does textwrap.shorten do?"][1:] == [
+        "How is it called?", "textwrap.shorten(text, width, **kwargs)",
+    ]  # fmt: skip
+    assert found["What does fractions.Fraction do?"][2] == "fractions.Fraction is a class."

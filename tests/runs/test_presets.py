@@ -61,7 +61,7 @@ def assert_trained(run: Run) -> None:
 
 
 def test_no_preset_is_forgotten():
-    assert set(presets()) == {"base", "nano", "laptop", "extend", *LARGE}  # extend: tests/hub/test_extend.py
+    assert set(presets()) == {"base", "nano", "laptop", "extend", "instruct", *LARGE}  # those: tests/hub/test_extend.py
 
 
 @pytest.mark.parametrize("name", ["nano", "laptop"])

@@ -1,7 +1,11 @@
 """The same numbers however the work is spread over processes and micro-batches, and whatever is recomputed."""
 
+import itertools
+import json
+
 import pytest
 
+from dsv3_lightning.data.questions import conversations
 from tests.runs.compare import assert_same_curves, assert_same_weights
 
 SMALL = ("trainer.val_check_interval=10", "trainer.limit_val_batches=2")
@@ -53,6 +57,26 @@ def test_masked_targets_are_averaged_over_their_global_count(nano):
     spread = nano.command("spread", "trainer.devices=2", "trainer.accumulate_grad_batches=2", *masked)
     assert spread.code == 0, spread.output
     assert_same_curves(whole, spread, 1e-5)
+
+
+@pytest.mark.parametrize("way", ["auto", "fsdp2_ep"])
+def test_isolated_conversations_are_the_same_numbers_on_two_ranks(nano, tmp_path, way):
+    """Recomputed and in micro-batches; the loss over the whole batch counts the step's tokens beforehand."""
+    talks = [json.dumps({"messages": messages}) + "\n" for messages in itertools.islice(conversations(), 0, 3000, 20)]
+    (tmp_path / "talks.jsonl").write_text("".join(talks), encoding="utf-8")
+    isolated = (
+        f"data.paths=[{tmp_path / 'talks.jsonl'}]", "data.text_key=messages", "data.mask_document_ends=true",
+        "data.isolate_documents=true", "loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}", *SMALL,
+    )  # fmt: skip
+    whole = nano.run("whole", *isolated)
+    spread = nano.command(
+        "spread", "trainer.devices=2", "trainer.accumulate_grad_batches=2", f"strategy={way}",
+        "trainer.accelerator=cpu", "compute.activation_checkpointing=selective", *isolated,
+    )  # fmt: skip
+    assert spread.code == 0, spread.output
+    assert_same_curves(whole, spread, 1e-5)
+    seen = nano.run("seen", *isolated, "data.isolate_documents=false")
+    assert seen.scalars()["loss/main"][1][-1] != whole.scalars()["loss/main"][1][-1]
 
 
 def test_tied_embeddings_stay_one_parameter_across_a_resume(nano):
