@@ -15,8 +15,13 @@ def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
     rows = [("", "documents", "text", "tokens", "bytes per token")]
     rows += [(name, *counts(split)) for name, split in manifest["splits"].items()]
     print(table(rows))
+    whose = "the validation text"
+    if "answer_bytes" in manifest["splits"]["train"]:
+        train, validation = (si(split["answer_bytes"], "B") for split in manifest["splits"].values())
+        print(f"learned of conversations is what the assistant says: of all text {train} and {validation}")
+        whose = "what the assistant says there"
     if manifest["gzip_bpb"]:
-        print(f"gzip -9 takes {manifest['gzip_bpb']:.3f} bits per byte of the validation text")
+        print(f"gzip -9 takes {manifest['gzip_bpb']:.3f} bits per byte of {whose}")
     print(folder)
     return 0
 
