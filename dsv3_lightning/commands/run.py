@@ -37,6 +37,13 @@ def run(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     """Trains to the last step, or says that this is done. Returns the exit status."""
     quiet_libraries()
     folder = RunFolder(config)
+    try:
+        return train(config, tree, sources, folder)
+    finally:  # an exception inside of Lightning keeps this frame, and the lock with it, until garbage is collected
+        folder.lock.release(force=True)
+
+
+def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: RunFolder) -> int:
     first_rank = is_first_rank()
     if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)

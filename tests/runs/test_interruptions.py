@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged ends as if nothing had happened."""
 
+import gc
 import os
 import signal
 import time
@@ -100,6 +101,15 @@ def test_a_named_checkpoint_that_is_missing_or_unsafe_is_one_line(nano, capsys, 
     assert nano.run("x", f"run.resume={evil}").code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"dsv3: error: {evil}: not a readable checkpoint") and error.count("\n") == 1
+
+
+def test_a_run_that_ends_lets_go_of_its_folder_at_once(nano, capsys):
+    gc.disable()  # it would end the frames that hold the lock, sooner or later
+    try:
+        assert nano.run("again", "trainer.max_steps=1").code == nano.run("again", "trainer.max_steps=1").code == 0
+    finally:
+        gc.enable()
+    assert "this run is finished" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_left_alone_and_another_one_of_its_name_refused(nano, capsys):
