@@ -12,7 +12,7 @@ class BalanceFactor(Callback):
     """Sets `pl_module.balance.scale`, a factor on every α, before each micro-batch.
 
     schedule: points [from, factor] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
-    Logs balance/factor. No state: it follows from the step.
+    Logs balance/factor, where there is a balance loss. No state: it follows from the step.
     """
 
     def __init__(self, schedule: list[list[Any]], by: str = "share") -> None:
@@ -23,5 +23,5 @@ class BalanceFactor(Callback):
         pl_module.balance.scale = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+        if pl_module.balance.factors and stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
             log_scalars(trainer, {"balance/factor": float(pl_module.balance.scale)})

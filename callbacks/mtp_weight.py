@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
 from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
@@ -12,7 +12,8 @@ class MTPWeight(Callback):
     """Sets `pl_module.mtp_weight` before each micro-batch, from the share of the run that lies behind.
 
     schedule: points [from, λ] or [at, λ, linear or cosine]; by: share (of the run), steps or tokens.
-    Logs mtp/weight. No state: it follows from the step.
+    Needs `pl_module.model` (a Transformer). Logs mtp/weight, where it has MTP modules. No state: it follows from the
+    step.
     """
 
     def __init__(self, schedule: list[list[Any]], by: str = "share") -> None:
@@ -23,8 +24,7 @@ class MTPWeight(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.weight = pl_module.mtp_weight = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        depth = pl_module.model.config.mtp_depth
+        if depth and stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
             log_scalars(trainer, {"mtp/weight": self.weight})

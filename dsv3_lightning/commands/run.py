@@ -22,6 +22,7 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.data.ramp import tokens_of
+from dsv3_lightning.data.store import read_manifest
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.parallel.groups import start_again
@@ -74,7 +75,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         for note in notes if start is None else []:
             print(note, flush=True)
         if start is None:
-            logger.describe(tree)
+            logger.describe(tree, len(read_manifest(prepared)["origins"]))
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
             shutil.copyfile(file, folder.path / file.name)
     try:

@@ -8,69 +8,88 @@ from torch.utils.tensorboard.summary import hparams
 Layout = dict[str, dict[str, list[Any]]]
 
 
-def layout(tree: dict[str, Any]) -> Layout:
+def layout(tree: dict[str, Any], origins: int) -> Layout:
     """{question: {chart: [kind, tags]}} for a run's settings: as many charts for 60 layers as for three.
 
-    A tag is a regular expression that must match from the tag's beginning. Layers have charts of their own where the
-    run logs their curves.
+    origins: of how many the validation text is. A chart is there where something that the run has logs its curves:
+    callbacks go by their names in base.yaml. A tag is a regular expression that must match from the tag's beginning.
+    Layers have charts of their own where the run logs their curves.
     """
-    depth = tree["model"]["num_nextn_predict_layers"]
-    balance: dict[str, list[Any]] = {
-        "MaxVio: a batch, a micro-batch, the validation set (0 is balance)": lines(
-            "balance/max_vio$", "balance/max_vio_micro$", "balance/max_vio_global$"
-        ),
-        "MaxVio of the worst layer": lines("balance/max_vio_worst$"),
-        "busiest, typical and idlest expert (1 is a fair share)": lines(
-            "balance/load_max", "balance/load_p95", "balance/load_p50", "balance/load_p5$", "balance/load_min"
-        ),
-        "share of experts without a token": lines("balance/dead_experts"),
-        "unevenness: variation, entropy (0 and 1 are balance)": lines("balance/load_cv", "balance/load_entropy"),
-        "what the bias does: spread, mean, largest": lines(
-            "balance/bias_spread", "balance/bias_mean", "balance/bias_absmax"
-        ),
-        "how fast the bias moves": lines("balance/bias_speed"),
-        "balance losses": lines("loss/balance"),
-        "how strong they are: factors": lines("balance/factor"),
-        "how clear choices are: the last chosen over the first left out": lines("balance/margin"),
-        "groups: reached per token, the busiest's load": lines("balance/groups_per_token", "balance/group_load_max"),
-        "most attached pair of experts (1 is chance)": lines("balance/coactivation_max"),
-        "how differently text of different origin is routed (0 is alike)": lines("balance/specialization"),
-    }
-    mtp = {
-        "loss by depth": lines(r"loss/mtp_\d+", r"val/mtp_\d+"),
-        "share of guesses that decoding would keep": lines(r"mtp/acceptance_\d+"),
-        "weight of the MTP loss": lines("mtp/weight"),
-    }
-    monitor = tree["callbacks"].get("router_monitor") or {}
-    layers = {
-        "MaxVio of a batch": lines(r"balance/max_vio_layer_\d+"),
-        "MaxVio over the validation set": lines(r"balance/max_vio_global_layer_\d+"),
-    }
+    model = tree["model"]
+    on = {name: block for name, block in tree["callbacks"].items() if block is not None}
+    monitor, probe, bias = "router_monitor" in on, "router_probe" in on, "expert_bias" in on
+    fast, per_layer = "throughput" in on, monitor and on["router_monitor"].get("per_layer", False)
+    mtp, balanced = model["num_nextn_predict_layers"] > 0, tree["loss"]["balance"] not in ("none", ["none"])
+    left_out = model["n_routed_experts"] // model["n_group"] * model["topk_group"] > model["num_experts_per_tok"]
     questions = {
         "is it learning": {
-            "loss: training, validation": lines("loss/main", "val/loss"),
-            "bits per byte of validation text": lines("val/bpb"),
-            "learning rate": lines("optimizer/lr"),
+            "loss: training, validation": ["loss/main", "val/loss"],
+            "bits per byte of validation text": ["val/bpb"],
+            "learning rate": ["optimizer/lr"],
         },
-        "is it balanced": balance if monitor else {},
-        "which layer is it": layers if monitor.get("per_layer") else {},
-        "is MTP helping": mtp if depth else {},
+        "is it balanced": {
+            "MaxVio: a batch, a micro-batch, the validation set (0 is balance)": where(
+                monitor, "balance/max_vio$", "balance/max_vio_micro$", "balance/max_vio_global$"
+            ),
+            "MaxVio of the worst layer": where(monitor, "balance/max_vio_worst$"),
+            "busiest, typical and idlest expert (1 is a fair share)": where(
+                monitor,
+                *("balance/load_max", "balance/load_p95", "balance/load_p50", "balance/load_p5$", "balance/load_min"),
+            ),
+            "share of experts without a token": where(monitor, "balance/dead_experts"),
+            "unevenness: variation, entropy (0 and 1 are balance)": where(
+                monitor, "balance/load_cv", "balance/load_entropy"
+            ),
+            "what the bias does: spread, mean, largest": [
+                *where(monitor, "balance/bias_spread", "balance/bias_mean"),
+                *where(bias, "balance/bias_absmax"),
+            ],
+            "how fast the bias moves": where(bias, "balance/bias_speed"),
+            "balance losses": where(balanced, "loss/balance"),
+            "how strong they are: factors": where(balanced and "balance_factor" in on, "balance/factor"),
+            "how clear choices are: the last chosen over the first left out": where(
+                probe and left_out, "balance/margin"
+            ),
+            "groups: reached per token, the busiest's load": [
+                *where(probe, "balance/groups_per_token"),
+                *where(monitor, "balance/group_load_max"),
+            ],
+            "most attached pair of experts (1 is chance)": where(probe, "balance/coactivation_max"),
+            "how differently text of different origin is routed (0 is alike)": where(
+                probe and origins > 1, "balance/specialization"
+            ),
+        },
+        "which layer is it": {
+            "MaxVio of a batch": where(per_layer, r"balance/max_vio_layer_\d+"),
+            "MaxVio over the validation set": where(per_layer, r"balance/max_vio_global_layer_\d+"),
+        },
+        "is MTP helping": {
+            "loss by depth": where(mtp, r"loss/mtp_\d+", r"val/mtp_\d+"),
+            "share of guesses that decoding would keep": where(mtp, r"mtp/acceptance_\d+"),
+            "weight of the MTP loss": where(mtp and "mtp_weight" in on, "mtp/weight"),
+        },
         "is it fast": {
-            "tokens per second": lines("throughput/tokens_per_second"),
-            "share of the device's peak": lines("throughput/mfu"),
-            "waiting for data": lines("throughput/data_wait_share"),
-            "memory": lines("throughput/memory_bytes"),
+            "tokens per second": where(fast, "throughput/tokens_per_second"),
+            "FLOP per second that the model needs for them": where(fast, "throughput/model_flops_per_second"),
+            "share of the device's peak": where(fast, "throughput/mfu"),
+            "waiting for data": where(fast, "throughput/data_wait_share"),
+            "memory": where(fast, "throughput/memory_bytes"),
         },
         "is it healthy": {
-            "gradient norm: all, the routers'": lines("optimizer/grad_norm", "balance/router_grad_norm"),
-            "skipped steps": lines("optimizer/skipped_steps"),
+            "gradient norm: all, the routers'": ["optimizer/grad_norm", *where(monitor, "balance/router_grad_norm")],
+            "skipped steps": ["optimizer/skipped_steps"],
         },
     }
-    return {question: charts for question, charts in questions.items() if charts}
+    drawn = {
+        question: {chart: ["Multiline", tags] for chart, tags in charts.items() if tags}
+        for question, charts in questions.items()
+    }
+    return {question: charts for question, charts in drawn.items() if charts}
 
 
-def lines(*tags: str) -> list[Any]:
-    return ["Multiline", list(tags)]
+def where(logged: bool, *tags: str) -> list[str]:
+    """The tags, or none where nothing logs them."""
+    return list(tags) if logged else []
 
 
 class RunLogger(TensorBoardLogger):
@@ -83,9 +102,9 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         self.experiment.flush()  # the base class would also write a hparams.yaml; config.yaml holds everything
 
-    def describe(self, tree: dict[str, Any]) -> None:
+    def describe(self, tree: dict[str, Any], origins: int) -> None:
         """Writes the layout and the HParams row: once per run, in its first life."""
-        self.experiment.add_custom_scalars(layout(tree))
+        self.experiment.add_custom_scalars(layout(tree, origins))
         for summary in hparams(flatten(tree), {"val/loss": 0.0, "val/bpb": 0.0}):
             self.experiment.file_writer.add_summary(summary)
 
