@@ -17,6 +17,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.memory import cache_per_token
 
 SEED = re.compile(r"-seed\d+$")
+SPEED = "throughput/tokens_per_second"
 
 
 @dataclass(frozen=True)
@@ -130,37 +131,45 @@ def markdown_table(rows: list[list[str]], left: int = 1) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def curves_by_group(groups: dict[str, list[Finished]]) -> Any:
-    """What the runs have of validation loss, MaxVio and MTP acceptance over their steps; seeds as a band."""
+def curves_by_group(groups: dict[str, list[Finished]], leave_out: tuple[str, ...] = ()) -> Any:
+    """What the runs have of PANELS over their steps, without the tags to leave out.
+
+    A variant's mean over its seeds is a line, from the lowest to the highest of them goes a band; its color is the same
+    in all panels.
+    """
     from matplotlib.figure import Figure
 
     histories = {label: [scalar_history(run.folder) for run in runs] for label, runs in groups.items()}
-    shown = {
-        tag: title for tag, title in PANELS.items() if any(tag in run for runs in histories.values() for run in runs)
-    }
+    logged = {tag for runs in histories.values() for run in runs for tag in run}
+    shown = {tag: title for tag, title in PANELS.items() if tag in logged and tag not in leave_out}
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(12, 4 * rows), layout="constrained")
     places = figure.subplots(rows, 2, squeeze=False).flatten().tolist()
     for axes in places[len(shown) :]:
         axes.remove()
+    lines: dict[str, Any] = {}  # a variant's in the last panel that has it, for the legend
     for axes, (tag, title) in zip(places, shown.items(), strict=False):
-        for label, runs in histories.items():
+        for number, (label, runs) in enumerate(histories.items()):
             curves = [dict(zip(*run[tag], strict=True)) for run in runs if tag in run]
             steps = sorted(set.intersection(*map(set, curves))) if curves else []
             if steps:
                 at = [[curve[step] for curve in curves] for step in steps]
-                (line,) = axes.plot(steps, [statistics.fmean(values) for values in at], label=label)
-                axes.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=line.get_color(), alpha=0.2)
+                means = [statistics.fmean(values) for values in at]
+                (lines[label],) = axes.plot(steps, means, label=label, color=f"C{number}")
+                axes.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=f"C{number}", alpha=0.2)
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
+    in_order = [lines[label] for label in histories if label in lines]
+    note = "means over seeds; bands from the lowest to the highest"
+    figure.legend(handles=in_order, loc="outside lower center", ncols=min(len(in_order), 6), title=note)
     return figure
 
 
 PANELS = {
     "val/loss": "validation loss",
+    "val/bpb": "bits per byte of validation text",
     "balance/max_vio": "MaxVio of a batch (0 is balance)",
     "balance/max_vio_global": "MaxVio over the validation set",
     "mtp/acceptance_1": "share of MTP's first guesses that are kept",
+    SPEED: "tokens per second",
 }

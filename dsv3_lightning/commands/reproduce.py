@@ -6,6 +6,7 @@ from pathlib import Path
 from dsv3_lightning.callbacks.run_report import write_whole
 from dsv3_lightning.commands.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
 from dsv3_lightning.commands.compare import (
+    SPEED,
     Finished,
     comparison,
     curves_by_group,
@@ -51,8 +52,8 @@ def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, qui
     path = Path(out) if out else Path(folder) / "reproduction.md"
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    for name, groups in experiments.items():
-        curves_by_group(groups).savefig(pictures / f"{name}.png", dpi=70)
+    for name, groups in experiments.items():  # speeds of runs beside each other say nothing
+        curves_by_group(groups, leave_out=(SPEED,)).savefig(pictures / f"{name}.png", dpi=70)
     write_whole(path, report(experiments, words, pictures.name))
     print(f"report: {path}")
     return code

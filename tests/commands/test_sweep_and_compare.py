@@ -1,11 +1,13 @@
 """An experiment from its file to its table: what runs, what is skipped, what survives, and what is told."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.commands.compare import markdown_table, spread
+from dsv3_lightning.commands.compare import PANELS, curves_by_group, find_runs, grouped, markdown_table, spread
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.experiment import Experiment
 from dsv3_lightning.config.schema import check
@@ -54,6 +56,34 @@ def test_a_failed_variant_stops_no_other_and_what_is_finished_is_skipped(tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["plain", "2"] and spread(list(losses.values())) in lines[1]
     assert markdown.read_text().startswith("| variant | seeds | val loss |") and plot.stat().st_size > 10_000
+
+    figure = curves_by_group(grouped(find_runs([str(folder)])))
+    assert [axes.get_title() for axes in figure.axes] == list(PANELS.values())  # nano has something of each
+    assert all(len(axes.lines) == len(axes.collections) == 1 for axes in figure.axes)  # a mean and a band
+    ends = sorted(json.loads(text)["val_bpb"] for text in reports.values())
+    band = figure.axes[list(PANELS).index("val/bpb")].collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == pytest.approx(ends, rel=1e-6)
+
+
+def test_a_variant_has_one_colour_and_what_nobody_measured_no_panel(tmp_path):
+    runs = {"plain": [["val/loss"]], "guessing": [["val/loss", "mtp/acceptance_1"]] * 2}
+    groups = {}
+    for label, seeds in runs.items():
+        for seed, tags in enumerate(seeds, start=1):
+            folder = tmp_path / f"{label}-seed{seed}"
+            with SummaryWriter(str(folder)) as writer:
+                for tag in tags:
+                    writer.add_scalar(tag, seed, 10)
+                    writer.add_scalar(tag, seed, 20)
+            groups.setdefault(label, []).append(SimpleNamespace(folder=folder))
+    figure = curves_by_group(groups)
+    loss, kept = figure.axes
+    assert [line.get_label() for line in loss.lines] == ["plain", "guessing"]
+    assert kept.lines[0].get_label() == "guessing" and kept.lines[0].get_color() == loss.lines[1].get_color()
+    assert kept.lines[0].get_ydata().tolist() == [1.5, 1.5]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["plain", "guessing"]
+    (alone,) = curves_by_group(groups, leave_out=("val/loss",)).axes
+    assert alone.get_title() == kept.get_title()
 
 
 def test_a_slurm_array_has_a_task_per_run_and_runs_nothing(tmp_path, words, capsys):
