@@ -14,7 +14,7 @@ from dsv3_lightning.commands.compare import (
     grouped,
     markdown_table,
 )
-from dsv3_lightning.commands.sweep import sweep
+from dsv3_lightning.commands.sweep import refuse_other_settings, sweep
 from dsv3_lightning.config.experiment import Experiment, find_experiment
 from dsv3_lightning.errors import ConfigError
 
@@ -41,7 +41,8 @@ Groups = dict[str, list[Finished]]
 def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, quick: bool, report_only: bool) -> int:
     """Runs what isn't finished below `folder`, and writes the report of what is. Returns 0 if no run failed.
 
-    quick: a few steps only, to see that everything works. Raises ConfigError where there is nothing to report.
+    quick: a few steps only, to see that everything works. Raises ConfigError where there is nothing to report, or a
+    run was made with other settings than the command that the report would print.
     """
     code, words = 0, [*(QUICK if quick else ()), *overrides]
     for name in () if report_only else EXPERIMENTS:
@@ -49,6 +50,10 @@ def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, qui
     experiments = {name: groups for name in EXPERIMENTS if (groups := finished_runs(Path(folder), name))}
     if not experiments:
         raise ConfigError(f"{folder}: holds no finished run of {', '.join(EXPERIMENTS)}")
+    for name in experiments:
+        for task in Experiment(name, [*words, f"run.dir={folder}"]).tasks():
+            if (Path(folder) / name / task.name / "report.json").is_file():
+                refuse_other_settings(task)
     path = Path(out) if out else Path(folder) / "reproduction.md"
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)

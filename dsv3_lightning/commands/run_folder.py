@@ -55,13 +55,8 @@ class RunFolder:
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
-        differing = differences(stored, tree)
-        if differing:
-            shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differing.items())[:4])
-            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-            raise ConfigError(
-                f"{self.path}: a run with other settings is there ({shown}{more}); choose another run.name"
-            )
+        if differing := shown_differences(stored, tree):
+            raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
         if self.config.run.resume is False and (step_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
@@ -82,6 +77,13 @@ class RunFolder:
                 raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
             return Path(wanted), step_of(Path(wanted))
         return newest_good(step_files(self.path / "checkpoints")) if wanted == "auto" else None
+
+
+def shown_differences(stored: dict[str, Any], tree: dict[str, Any]) -> str:
+    """The first few, in words; empty where there is none."""
+    differing = differences(stored, tree)
+    shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differing.items())[:4])
+    return f"{shown} and {len(differing) - 4} more" if len(differing) > 4 else shown
 
 
 def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

@@ -8,10 +8,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsv3_lightning.commands.run_folder import RunFolder
-from dsv3_lightning.config.compose import compose
+from dsv3_lightning.commands.run_folder import RunFolder, shown_differences
 from dsv3_lightning.config.experiment import Experiment, Task
-from dsv3_lightning.config.schema import check, to_tree
+from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
 
 
@@ -76,9 +75,11 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
 
 def refuse_other_settings(task: Task) -> None:
     """Raises ConfigError where the task's folder holds a run that was made with others."""
-    config = check(compose(task.files, task.overrides).tree)
-    run = RunFolder(config)
-    run.refuse_other(run.stored_tree() or {}, to_tree(config))
+    run = RunFolder(task.config)
+    if differing := shown_differences(run.stored_tree() or {}, to_tree(task.config)):
+        raise ConfigError(
+            f"{run.path}: was made with other settings ({differing}); give those, or take another folder for these"
+        )
 
 
 def outcome(report: Path) -> str:

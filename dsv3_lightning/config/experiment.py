@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
-from dsv3_lightning.config.schema import check
+from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.typed import build
 from dsv3_lightning.config.wording import nearest
 from dsv3_lightning.errors import ConfigError
@@ -37,11 +37,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """One run: its name `VARIANT-seedN`, the files it is composed of and the overrides after them."""
+    """One run: its name `VARIANT-seedN`, the files it is composed of, the overrides after them, what comes of both."""
 
     name: str
     files: list[str]
     overrides: list[str]
+    config: Config
 
 
 class Experiment:
@@ -69,21 +70,22 @@ class Experiment:
             if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):  # YAML reads off as false
                 raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
             merged = OmegaConf.merge(self.plan.common, changes or {})
-            file = self.folder / "variants" / f"{variant}.yaml"
-            text = OmegaConf.to_yaml(merged)
+            file, text = self.folder / "variants" / f"{variant}.yaml", OmegaConf.to_yaml(merged)
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:  # a finished one may be read-only
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
             for seed in self.plan.seeds:
                 name = f"{variant}-seed{seed}"
                 own = [f"run.dir={self.folder}", f"run.name={name}", f"run.seed={seed}"]
                 own.append(f"data.cache_dir={self.folder.parent / 'data'}")  # one for all experiments
-                tasks.append(Task(name, [*self.files, str(file)], [*own, *self.overrides_after()]))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-        for task in tasks:
-            try:
-                check(compose(task.files, task.overrides).tree)
-            except ConfigError as error:
-                raise ConfigError(f"{self.path}: {task.name}: {error}") from None
+                tasks.append(self.checked(name, [*self.files, str(file)], [*own, *self.overrides_after()]))
         return tasks
+
+    def checked(self, name: str, files: list[str], overrides: list[str]) -> Task:
+        try:
+            return Task(name, files, overrides, check(compose(files, overrides).tree))
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {name}: {error}") from None
 
     def overrides_after(self) -> list[str]:
         """What the command line gave, but for the folder of all runs, which the experiment's lies in."""

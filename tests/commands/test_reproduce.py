@@ -9,8 +9,9 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.commands import reproduce as command
 from dsv3_lightning.commands.claims import CLAIMS, EXPERIMENTS, MISSING, NOT, REPRODUCED, UNDECIDED, verdict
 from dsv3_lightning.commands.compare import COLUMNS
-from dsv3_lightning.config.compose import compose, to_yaml
+from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.experiment import Experiment
+from dsv3_lightning.config.schema import to_tree
 from tests.conftest import ROOT
 
 REPORT = json.loads("""{"steps": 240, "tokens": 983040, "val_loss": 4.5, "val_bpb": 1.8, "max_vio_global": [0.1, 0.3],
@@ -18,14 +19,14 @@ REPORT = json.loads("""{"steps": 240, "tokens": 983040, "val_loss": 4.5, "val_bp
   "active_parameters": 3, "device": "1 x cpu", "versions": {"torch": "2.13.0"}}""")
 
 
-def finish(tmp_path, experiment: str, changes: dict[str, dict[int, dict]]) -> None:
-    """A folder for each run that `changes` names, by variant and seed, as if it had run."""
-    for task in Experiment(experiment, [f"run.dir={tmp_path}"]).tasks():
+def finish(tmp_path, experiment: str, changes: dict[str, dict[int, dict]], *overrides: str) -> None:
+    """A folder for each run that `changes` names, by variant and seed, as if it had run with these overrides."""
+    for task in Experiment(experiment, [*overrides, f"run.dir={tmp_path}"]).tasks():
         variant, _, seed = task.name.rpartition("-seed")
         if int(seed) in changes.get(variant, {}):
             folder = tmp_path / experiment / task.name
             folder.mkdir()
-            (folder / "config.yaml").write_text(to_yaml(compose(task.files, task.overrides).tree))
+            (folder / "config.yaml").write_text(to_yaml(to_tree(task.config)))
             (folder / "report.json").write_text(json.dumps(REPORT | changes[variant][int(seed)]))
             with SummaryWriter(str(folder)) as writer:
                 for step in (120, 240):
@@ -52,7 +53,7 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
         "loss_free": {seed: {"val_loss": loss, "max_vio_global": [0.05, 0.09]} for seed, loss in losses.items()},
         "sequence": {seed: {"val_loss": loss + 0.01 + seed / 1000} for seed, loss in losses.items()},
         "batch": {1: {}},
-    })  # fmt: skip
+    }, "optimizer.lr=1e-3")  # fmt: skip
     out = tmp_path / "docs/report.md"
     assert main(["reproduce", "--dir", str(tmp_path), "--report", "--out", str(out), "optimizer.lr=1e-3"]) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
@@ -71,7 +72,7 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
 
 def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
     calls = []
-    finish(tmp_path, "moe", {"fine_grained": {1: {}}})
+    finish(tmp_path, "moe", {"fine_grained": {1: {}}}, *command.QUICK, "data.batch_size=8")
 
     def sweep(words, jobs, task, slurm):
         calls.append((words, jobs))
@@ -82,6 +83,29 @@ def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
     assert [words[0] for words, _ in calls] == list(EXPERIMENTS) and {jobs for _, jobs in calls} == {2}
     assert calls[0][0][1:] == [*command.QUICK, "data.batch_size=8", f"run.dir={tmp_path}"]
     assert (tmp_path / "reproduction.md").is_file()  # of what there is
+
+
+@pytest.mark.parametrize(
+    ("made_with", "words", "told"),
+    [
+        ([], ["optimizer.lr=1e-3"], "optimizer.lr: 0.003 there, 0.001 here"),
+        (["optimizer.lr=1e-3"], [], "optimizer.lr: 0.001 there, 0.003 here"),
+        ([], ["--quick"], "trainer.max_steps: 160 there, 30 here"),
+    ],
+)
+def test_a_command_that_did_not_make_the_runs_is_not_printed_as_theirs(tmp_path, capsys, made_with, words, told):
+    finish(tmp_path, "moe", {"gshard_like": {2: {}}}, *made_with)
+    assert main(["reproduce", "--report", "--dir", str(tmp_path), *words]) == 2
+    err = capsys.readouterr().err
+    assert "moe/gshard_like-seed2: was made with other settings" in err and told in err and err.count("\n") == 1
+    assert not (tmp_path / "reproduction.md").exists()
+
+
+def test_a_report_writes_nothing_beside_the_runs(tmp_path):
+    finish(tmp_path, "moe", {"gshard_like": {2: {}}})
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert main(["reproduce", "--report", "--dir", str(tmp_path), "--out", str(tmp_path / "out/report.md")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} | {tmp_path: 0} == before | {tmp_path: 0}
 
 
 def test_nothing_to_report_is_said(tmp_path, capsys):

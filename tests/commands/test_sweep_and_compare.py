@@ -8,9 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.commands.compare import PANELS, curves_by_group, find_runs, grouped, markdown_table, spread
-from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.experiment import Experiment
-from dsv3_lightning.config.schema import check
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.planning.memory import cache_per_token
 from dsv3_lightning.planning.parameters import count_parameters
@@ -143,7 +141,7 @@ def shapes(tmp_path, name):
     models = {}
     for task in experiment.tasks():
         if task.name.endswith("-seed1"):
-            models[task.name.removesuffix("-seed1")] = check(compose(task.files, task.overrides).tree).model
+            models[task.name.removesuffix("-seed1")] = task.config.model
     return models
 
 
