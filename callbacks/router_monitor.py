@@ -28,6 +28,7 @@ class RouterMonitor(Callback):
     After a validation, from counts over the whole set: balance/max_vio_global.
     per_layer: also max_vio_layer_<l> and max_vio_global_layer_<l>, MoE layers numbered from 0, MTP modules last.
     Every `every_n_steps`: maps and histograms of relative load and of the expert bias.
+    Saves the steps since the last log, summed over ranks, and the MaxVio of the last 50 steps.
     """
 
     def __init__(self, every_n_steps: int, per_layer: bool = False) -> None:
@@ -42,6 +43,25 @@ class RouterMonitor(Callback):
         self.recent: list[float] = []  # batch-wise MaxVio of the last 50 steps, for the report
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
+        self.strategy: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.strategy = trainer.strategy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank must ask: their windows are added up."""
+        return {"window": self.summed_window() if self.window else None, "recent": self.recent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The first rank takes the sums, whatever the number of ranks was; to the others' nothing has happened yet."""
+        self.recent = state_dict["recent"]
+        if state_dict["window"] is None:
+            return
+        counts_SLE, micro_vio, micro_batches = state_dict["window"]
+        if self.strategy.is_global_zero:
+            self.window, self.micro_vio, self.micro_batches = list(counts_SLE), micro_vio, micro_batches
+        else:
+            self.window = list(torch.zeros_like(counts_SLE))
 
     def due(self, trainer: Trainer, step: int) -> bool:
         return step % self.every_n_steps == 0 or is_log_step(trainer, step)
@@ -65,13 +85,14 @@ class RouterMonitor(Callback):
         self.step_counts = 0
         if not self.due(trainer, trainer.global_step):
             return
-        counts_SLE = self.reduced_window(trainer)
+        counts_SLE, micro_vio, micro_batches = self.summed_window()
+        self.window.clear()
         vio_SL, counts_LE = max_vio(counts_SLE), counts_SLE.sum(0)
         bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
         groups = getattr(getattr(getattr(pl_module, "model", None), "config", None), "n_group", 1)
         values = {
             "max_vio": vio_SL.mean(),
-            "max_vio_micro": self.micro_vio,
+            "max_vio_micro": micro_vio / micro_batches,
             "max_vio_worst": vio_SL.mean(0).amax(),
             "bias_spread": (bias_LE.amax(1) - bias_LE.amin(1)).mean(),
             "bias_mean": bias_LE.mean(),
@@ -89,15 +110,16 @@ class RouterMonitor(Callback):
             draw(trainer, "router/load", relative_load(counts_LE).cpu(), "load, 1 = fair share", 1.0)
             draw(trainer, "router/bias", bias_LE.cpu(), "expert bias", 0.0)
 
-    def reduced_window(self, trainer: Trainer) -> Tensor:
-        """Counts of the steps since the last log over all ranks, [S, L, E] int64; makes `micro_vio` the ranks' mean."""
-        counts_SLE = torch.stack(self.window)
-        self.window.clear()
-        mean_vio = torch.as_tensor(self.micro_vio / self.micro_batches).to(counts_SLE.device).double()
-        packed = torch.cat([counts_SLE.flatten().double(), mean_vio.view(1)])  # counts are exact up to 2^53
-        packed = trainer.strategy.reduce(packed, reduce_op="sum")
-        self.micro_vio = packed[-1] / trainer.world_size
-        return packed[:-1].long().view_as(counts_SLE)
+    def summed_window(self) -> tuple[Tensor, float, int]:
+        """Over all ranks: counts of the steps since the last log [S, L, E] int64, MaxVio of their micro-batches, number
+        of these."""
+        device = self.window[-1].device  # those before may be loaded ones
+        counts_SLE = torch.stack([counts_LE.to(device) for counts_LE in self.window])
+        micro = torch.tensor([0.0, self.micro_batches], dtype=torch.float64, device=device)
+        micro[0] += self.micro_vio
+        packed = torch.cat([counts_SLE.flatten().double(), micro])  # counts are exact up to 2^53
+        packed = self.strategy.reduce(packed, reduce_op="sum")
+        return packed[:-2].long().view_as(counts_SLE), float(packed[-2]), int(packed[-1])
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.val_max_vio = None

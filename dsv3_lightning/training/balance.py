@@ -30,10 +30,15 @@ class BalanceTerm:
     def needs_counts(self) -> bool:
         return any(name in BATCH_WISE for name in self.factors)
 
+    @property
+    def names(self) -> list[str]:
+        """What is logged: the term as it is added to the loss, and each loss without α per layer."""
+        return ["loss/balance", *(f"loss/balance_{name}" for name in self.factors)] if self.factors else []
+
     def clear(self) -> None:
         """Forgets what was added up for the log."""
-        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.factors, 0.0)
-        self.count, self.weighted = 0, torch.zeros(())
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)
+        self.steps = 0.0
 
     def weigh(self, losses: Losses, counts_LE: Tensor | None, parts: int) -> Tensor | float:
         """Σ α · Σ_layers loss. counts_LE: the step's; parts: micro-batches · ranks, over which is averaged later."""
@@ -46,19 +51,20 @@ class BalanceTerm:
                 assert counts_LE is not None, "the caller counts where `needs_counts` says so"
                 term = batch_loss(term, counts_LE, self.experts_per_token) * parts
             total = total + self.scale * factor * term.sum()
-            self.sums[name] = self.sums[name] + term.detach().mean()
-        self.weighted = self.weighted + torch.as_tensor(total).detach()
-        self.count += 1
+            self.sums[f"loss/balance_{name}"] += term.detach().mean() / parts
+        if self.factors:
+            self.sums["loss/balance"] += torch.as_tensor(total).detach() / parts
+        self.steps += 1 / parts  # so that each step weighs the same, also after a resume with other parts
         return total
 
-    def means(self) -> dict[str, Tensor]:
-        """For the log, of this rank: the term as it is added to the loss, and each loss without α per layer."""
-        if not self.factors:
-            return {}
-        values = {"loss/balance": self.weighted} | {
-            f"loss/balance_{name}": torch.as_tensor(value) for name, value in self.sums.items()
-        }
-        return {name: value / self.count for name, value in values.items()}
+    def packed(self) -> Tensor:
+        """The sums of `names` since `clear`, and of how many steps they are: this rank's part of both, fp64."""
+        return torch.stack([torch.as_tensor(value).double().cpu() for value in (*self.sums.values(), self.steps)])
+
+    def unpack(self, packed: list[float]) -> None:
+        """Goes on from these."""
+        *sums, self.steps = packed
+        self.sums = dict(zip(self.names, sums, strict=True))
 
 
 @torch.no_grad()

@@ -159,12 +159,10 @@ class PretrainModule(pl.LightningModule):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
         values = {}
-        if self.balance.count:  # none where every step since the last log was skipped
+        if self.balance.steps:  # none where every step since the last log was skipped
             values = dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
-            if means := self.balance.means():
-                stacked = torch.stack(list(means.values())).to(self.device)
-                reduced = self.trainer.strategy.reduce(stacked, reduce_op="mean")
-                values |= dict(zip(means, reduced.tolist(), strict=True))
+            *sums, steps = self.summed(self.balance.packed())
+            values |= {name: total / steps for name, total in zip(self.balance.names, sums, strict=True)}
         self.train_loss.reset()
         self.balance.clear()
         values["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -209,9 +207,21 @@ class PretrainModule(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def summed(self, values: Tensor) -> list[Any]:
+        """Over all ranks, which must ask together."""
+        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        return reduced.tolist()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
+        sums = torch.stack([self.train_loss.nll_K, self.train_loss.count_K.double()])
+        checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
         self.loaded_step = checkpoint["global_step"]
+        if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
+            nll_K, count_K = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
+            self.train_loss.nll_K += nll_K
+            self.train_loss.count_K += count_K.long()
+            self.balance.unpack(checkpoint["since_log"]["balance"])

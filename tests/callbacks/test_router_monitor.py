@@ -1,8 +1,11 @@
 """What the monitors log is what their docstrings say, is right, and costs no gradient."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from dsv3_lightning.callbacks import RouterMonitor, RouterProbe
 
@@ -51,3 +54,34 @@ def test_micro_batches_have_their_own_larger_violation(nano):
     run = nano.run("run", *SHORT, "trainer.accumulate_grad_batches=4")
     scalars = run.scalars()
     assert scalars["balance/max_vio_micro"][1][0] > scalars["balance/max_vio"][1][0]
+
+
+def test_a_window_is_saved_as_its_sum_over_ranks_and_loaded_by_the_first(monkeypatch):
+    """Two ranks that count alike save in mid-window; the step after that is logged by as many."""
+    logged = {}
+    monkeypatch.setattr("dsv3_lightning.callbacks.router_monitor.log_scalars", lambda _, values: logged.update(values))
+
+    def rank(number, step=1):
+        strategy = SimpleNamespace(reduce=lambda value, reduce_op: value + others, is_global_zero=number == 0)
+        return SimpleNamespace(
+            strategy=strategy, global_step=step, accumulate_grad_batches=1, log_every_n_steps=2, loggers=[]
+        )
+
+    module = nn.Module()
+    module.register_buffer("expert_bias", torch.zeros(2))
+    saving = RouterMonitor(every_n_steps=100)
+    saving.setup(rank(0), module, "fit")
+    saving.on_train_batch_end(rank(0), module, {"expert_counts": torch.tensor([[3, 1]])}, None, 0)
+    others = torch.tensor([3.0, 1.0, 0.5, 1.0])  # the other rank's counts, violation and micro-batches
+    state = saving.state_dict()
+    assert torch.equal(saving.window[0], torch.tensor([[3, 1]]))  # goes on with its own
+    first, second = RouterMonitor(every_n_steps=100), RouterMonitor(every_n_steps=100)
+    for number, monitor in enumerate((first, second)):
+        monitor.setup(rank(number), module, "fit")
+        monitor.load_state_dict(state)
+    assert first.window[0].tolist() == [[6, 2]] and second.window[0].tolist() == [[0, 0]]
+    assert (first.micro_vio, first.micro_batches, second.micro_vio, second.micro_batches) == (1.0, 2, 0.0, 0)
+    others = torch.tensor([0.0, 0.0, 2.0, 2.0, 0.0, 1.0])
+    first.on_train_batch_end(rank(0, 2), module, {"expert_counts": torch.tensor([[2, 2]])}, None, 1)
+    assert logged["balance/max_vio"] == 0.25 and logged["balance/max_vio_micro"] == 0.25
+    assert logged["balance/load_max"] == pytest.approx(10 / 8) and first.recent == [0.5, 0.0]

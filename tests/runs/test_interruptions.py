@@ -55,6 +55,19 @@ def assert_same_curves_without_validation(expected, actual):
         assert actual.scalars()[tag] == expected.scalars()[tag], tag
 
 
+def test_a_checkpoint_between_two_logs_holds_what_the_next_one_averages(nano):
+    """Logs after steps 5 and 10, a checkpoint after step 3: without its part, the first would tell of steps 4 and 5."""
+    words = ("trainer.max_steps=10", "trainer.log_every_n_steps=5", "callbacks.checkpoint={every_n_steps: 3, keep: 9}")
+    words += ("trainer.accumulate_grad_batches=2", "loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}")
+    words += ("trainer.val_check_interval=10", "trainer.limit_val_batches=1", "callbacks.router_monitor.per_layer=true")
+    whole = nano.run("whole", *words)
+    rest = nano.run("rest", *words, f"run.resume={whole.folder / 'checkpoints/step=3.ckpt'}")
+    assert rest.scalars()["loss/main"][0] == [5, 10]
+    assert_same_curves(whole, rest, 0.0)
+    assert rest.scalars()["balance/max_vio_micro"] == whole.scalars()["balance/max_vio_micro"]
+    assert rest.report()["max_vio_batch"] == whole.report()["max_vio_batch"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_goes_on_later(nano, whole, number):
     process = nano.start("stopped", "trainer.max_steps=40", *EVERY)
