@@ -3,7 +3,8 @@
 First each layer's experts get replicas, one after the other to the expert with the most load per replica. Then replicas
 are packed onto GPUs, equally many on each: the heaviest first, each onto the least loaded GPU with room. Where nodes
 divide the router's groups, whole groups are packed onto nodes before, and the rest happens within nodes, so that a
-token that is limited to few groups visits few nodes. This is the policy of the published load balancer (EPLB).
+token that is limited to few groups visits few nodes. This is the policy of the published load balancer (EPLB); what it
+leaves uneven is then swapped between the heaviest GPU and the others, as long as that helps.
 """
 
 from typing import NamedTuple
@@ -27,7 +28,11 @@ class Placement(NamedTuple):
 
 
 def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Placement:
-    """weight [L, E]: tokens per expert, or any load. num_replicas: R, of all GPUs together. Raises ConfigError."""
+    """weight [L, E]: tokens per expert, or any load. num_replicas: R, of all GPUs together. Raises ConfigError.
+
+    Where num_nodes divides num_groups, a group's experts stay on one node; one group and one node ask for the most even
+    plan, wherever that puts them.
+    """
     load_LE = weight.detach().double().cpu()
     check(load_LE, num_replicas, num_groups, num_nodes, num_gpus)
     hierarchical = num_groups % num_nodes == 0
@@ -37,17 +42,27 @@ def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_no
 
 
 def place_layer(load: list[float], replicas: int, groups: int, nodes: int, gpus: int) -> list[int]:
-    """The expert at each of R places, GPU by GPU, node by node."""
+    """The expert at each of R places, GPU by GPU, node by node.
+
+    Nodes that are more even may be harder to divide among GPUs: of both ways the one whose busiest GPU has less to do.
+    """
     size = len(load) // groups
     group_loads = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
-    places: list[int] = []
-    for node_groups in pack(group_loads, nodes):
-        experts = [g * size + i for g in node_groups for i in range(size)]
-        counts = replicate([load[e] for e in experts], replicas // nodes)
-        physical = [expert for expert, count in zip(experts, counts) for _ in range(count)]
-        shares = [load[expert] / count for expert, count in zip(experts, counts) for _ in range(count)]
-        places += [physical[i] for gpu in pack(shares, gpus // nodes) for i in gpu]
-    return places
+    greedy = pack(group_loads, nodes)
+    plans = []
+    for groups_of_nodes in (greedy, even_out(greedy, group_loads)):
+        places: list[int] = []
+        busiest = 0.0
+        for node_groups in groups_of_nodes:
+            experts = [g * size + i for g in node_groups for i in range(size)]
+            counts = replicate([load[e] for e in experts], replicas // nodes)
+            physical = [expert for expert, count in zip(experts, counts) for _ in range(count)]
+            shares = [load[expert] / count for expert, count in zip(experts, counts) for _ in range(count)]
+            for gpu in even_out(pack(shares, gpus // nodes), shares):
+                places += [physical[i] for i in gpu]
+                busiest = max(busiest, sum(shares[i] for i in gpu))
+        plans.append((busiest, places))
+    return min(plans, key=lambda plan: plan[0])[1]
 
 
 def replicate(load: list[float], replicas: int) -> list[int]:
@@ -70,6 +85,29 @@ def pack(weights: list[float], packs: int) -> list[list[int]]:
         content[lightest].append(item)
         total[lightest] += weights[item]
     return content
+
+
+def even_out(packs: list[list[int]], weights: list[float]) -> list[list[int]]:
+    """Swaps an item of the heaviest pack for a lighter one of another, while that makes the heavier of the two lighter.
+
+    >>> even_out([[0, 2, 4], [1, 3, 5]], [7.0, 7.0, 5.0, 5.0, 5.0, 1.0])
+    [[3, 2, 4], [1, 0, 5]]
+    """
+    packs = [list(items) for items in packs]
+    while True:
+        total = [sum(weights[i] for i in items) for items in packs]
+        heaviest = max(range(len(packs)), key=total.__getitem__)
+        swaps = [
+            (max(total[heaviest] - less, total[p] + less), at, p, there)
+            for at, item in enumerate(packs[heaviest])
+            for p, items in enumerate(packs)
+            for there, other in enumerate(items)
+            if (less := weights[item] - weights[other]) > 0 and total[p] + less < total[heaviest]
+        ]
+        heavier, at, p, there = min(swaps, default=(total[heaviest], 0, 0, 0))
+        if heavier >= total[heaviest] * (1 - 1e-9):  # nothing is left, or rounding alone
+            return packs
+        packs[heaviest][at], packs[p][there] = packs[p][there], packs[heaviest][at]
 
 
 def tables(physical_LR: Tensor, num_experts: int) -> Placement:

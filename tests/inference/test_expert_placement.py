@@ -1,4 +1,13 @@
-"""Plans are valid for any load, and as balanced as the published policy's, written here a second time, by its text."""
+"""Plans are valid for any load, and more even than the published policies', written here a second time, by their text.
+
+The published load balancer has two policies. The hierarchical one, for num_groups % num_nodes == 0, keeps a group's
+experts on one node, so that a token that is limited to few groups visits few nodes; the global one spreads experts over
+all GPUs, and is taken where groups don't divide. Where nothing has to be kept together (one node, or groups that don't
+divide) ours must be as even as the better of them. Where groups are kept on nodes, the global policy is often more even
+because it breaks that promise: a node with popular groups has more to do than another, whatever happens within it. No
+plan can both keep groups together and match it, so ours is held against the hierarchical policy, and against the
+global one when it is asked for: with one group and one node.
+"""
 
 import pytest
 import torch
@@ -35,7 +44,7 @@ def cases(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(cases())
-def test_a_plan_is_always_valid_and_as_good_as_the_published_policy(case):
+def test_a_plan_is_always_valid_and_as_even_as_the_best_published_one(case):
     load, R, groups, nodes, gpus = case
     plan = rebalance_experts(load, R, groups, nodes, gpus)
     layers, E = load.shape
@@ -54,8 +63,33 @@ def test_a_plan_is_always_valid_and_as_good_as_the_published_policy(case):
             homes = [{node for node in range(nodes) if group in of_node[node]} for group in range(groups)]
             assert all(len(home) == 1 for home in homes)
     ours = overload(gpu_loads(load, plan, gpus))
+    spread_out = overload(gpu_loads(load, rebalance_experts(load, R, 1, 1, gpus), gpus))
     for layer in range(layers):
-        assert ours[layer] <= 1.01 * published(load[layer], R, groups, nodes, gpus) + 1e-9
+        with_groups, without = published(load[layer], R, groups, nodes, gpus), published(load[layer], R, 1, 1, gpus)
+        assert ours[layer] <= (min(with_groups, without) if nodes == 1 else with_groups) + 1e-9
+        assert spread_out[layer] <= without + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_most"),  # replicas, groups, nodes, GPUs of 64 experts; the share of the published excess that is left
+    [((80, 8, 2, 16), 0.33), ((75, 8, 3, 15), 0.33), ((72, 1, 1, 8), 0.2)],
+)
+def test_swaps_take_most_of_what_greedy_packing_leaves_uneven(sizes, at_most):
+    g = torch.Generator().manual_seed(0)
+    load = torch.randn(30, 64, generator=g, dtype=torch.float64).mul(0.6).exp()
+    ours = overload(gpu_loads(load, rebalance_experts(load, *sizes), sizes[-1])) - 1
+    theirs = torch.tensor([published(load_E, *sizes) for load_E in load]) - 1
+    assert (ours <= theirs + 1e-9).all() and ours.sum() < at_most * theirs.sum()
+
+
+def test_keeping_groups_on_nodes_costs_balance():
+    """V3's 256 experts in 8 groups, on 4 nodes of 8 GPUs one place more than needed: docs/inference.md has these."""
+    g = torch.Generator().manual_seed(0)
+    load = torch.randn(20, 256, generator=g, dtype=torch.float64).mul(0.6).exp()
+    theirs = [sum(published(load_E, 288, *sizes) for load_E in load) / 20 for sizes in ((8, 4, 32), (1, 1, 32))]
+    ours = [overload(gpu_loads(load, rebalance_experts(load, 288, *s), 32)) for s in ((8, 4, 32), (1, 1, 32))]
+    assert [round(value, 3) for value in theirs] == [1.043, 1.007]
+    assert [round(float(value_L.mean()), 3) for value_L in ours] == [1.036, 1.0]
 
 
 def published(load, R, groups, nodes, gpus) -> float:
@@ -94,6 +128,13 @@ def test_by_hand():
     loads = gpu_loads(torch.tensor([[90, 60, 40, 20, 10, 20]]), plan, 2)
     assert sorted(loads[0].tolist()) == [115.0, 125.0]
     assert plan.logical_to_physical[0, 0].tolist() == sorted(plan.logical_to_physical[0, 0].tolist())
+
+
+def test_a_swap_evens_out_what_heaviest_first_leaves():
+    """7, 5, 5 | 7, 5, 1: the third 5 goes to the first of two packs of 12. A 7 for a 5, and both have 15."""
+    load = torch.tensor([[7.0, 7.0, 5.0, 5.0, 5.0, 1.0]])
+    assert published(load[0], 6, 1, 1, 2) == 17 / 15
+    assert gpu_loads(load, rebalance_experts(load, 6, 1, 1, 2), 2).tolist() == [[15.0, 15.0]]
 
 
 def test_a_skewed_load_gets_much_better():
