@@ -1,0 +1,44 @@
+"""Every shipped experiment trains: a variant of each that turns the most, two steps at nano's sizes."""
+
+import math
+
+import pytest
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.config.experiment import Experiment
+from tests.conftest import QUIET, ROOT, Run
+
+VARIANTS = {
+    "attention": "gqa_2",
+    "balance": "batch",
+    "bias_speed": "multiplicative_0.01",
+    "moe": "gshard_like",
+    "mtp": "parallel_2",
+    "routing": "softmax_2_of_4_groups",
+}
+# Sizes alone: attention, router, losses and callbacks stay the variant's own.
+SMALL = (
+    "model.vocab_size=512",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.intermediate_size=48",
+    "model.moe_intermediate_size=16",
+    "data.sequence_length=32",
+    "data.batch_size=4",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=1",
+)
+
+
+def test_no_experiment_is_forgotten():
+    assert VARIANTS.keys() == {path.stem for path in (ROOT / "configs/experiments").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS.items())
+def test_an_experiment_trains(tmp_path, data_cache, name, variant):
+    tasks = Experiment(name, [f"run.dir={tmp_path}", *data_cache, *QUIET, *SMALL]).tasks()
+    (task,) = [task for task in tasks if task.name == f"{variant}-seed1"]
+    run = Run(tmp_path / name / task.name, main(["run", *task.files, *task.overrides]))
+    assert run.code == 0 and run.report()["steps"] == 2
+    assert math.isfinite(run.report()["val_loss"]) and len(run.report()["mtp_loss"]) == task.config.model.mtp_depth
