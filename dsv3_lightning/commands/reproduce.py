@@ -27,7 +27,8 @@ METHOD = (
     "Each claim is an inequality, printed as the smaller side against the larger: means over seeds ± their standard "
     "deviation. Runs with one seed see the same data in the same order, so the verdict is about their differences: "
     f"Student's t, 5 % on either side; within that, or with fewer than {SEEDS} seeds, it is undecided. One of twenty "
-    "such verdicts is luck."
+    "such verdicts is luck. 'No number' marks what a paper chose or says without printing one: the verdict is about "
+    "our inequality alone."
 )
 COLUMNS_MEAN = (
     "MaxVio global is (max - mean) / mean of the tokens per expert over the validation batches, for each MoE layer, "
