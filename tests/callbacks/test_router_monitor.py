@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from dsv3_lightning.callbacks import RouterMonitor, RouterProbe
@@ -85,3 +87,28 @@ def test_a_window_is_saved_as_its_sum_over_ranks_and_loaded_by_the_first(monkeyp
     first.on_train_batch_end(rank(0, 2), module, {"expert_counts": torch.tensor([[2, 2]])}, None, 1)
     assert logged["balance/max_vio"] == 0.25 and logged["balance/max_vio_micro"] == 0.25
     assert logged["balance/load_max"] == pytest.approx(10 / 8) and first.recent == [0.5, 0.0]
+
+
+def test_the_reports_58_layers_of_256_experts_need_no_more_curves_than_three_of_four(tmp_path):
+    tags = {}
+    for layers, experts in ((3, 4), (58, 256)):
+        folder, module = tmp_path / str(layers), nn.Module()
+        module.layers = nn.ModuleList(nn.Module() for _ in range(layers))
+        for layer in module.layers:
+            layer.register_buffer("expert_bias", torch.randn(experts))
+        trainer = SimpleNamespace(
+            strategy=SimpleNamespace(reduce=lambda value, reduce_op: value), is_global_zero=True, global_step=1,
+            accumulate_grad_batches=1, log_every_n_steps=1, lightning_module=module,
+            loggers=[TensorBoardLogger(tmp_path, name="", version=str(layers))],
+        )  # fmt: skip
+        monitor = RouterMonitor(every_n_steps=1)
+        monitor.setup(trainer, module, "fit")
+        counts_LE = torch.randint(0, 99, (layers, experts))
+        monitor.on_train_batch_end(trainer, module, {"expert_counts": counts_LE}, None, 0)
+        trainer.loggers[0].experiment.close()
+        events = EventAccumulator(str(folder)).Reload()
+        tags[layers] = {kind: events.Tags()[kind] for kind in ("scalars", "images", "histograms")}
+        (image,) = events.Images("router/load")
+    assert tags[3] == tags[58] and len(tags[58]["scalars"]) < 20
+    assert tags[58]["images"] == ["router/load", "router/bias"] and len(tags[58]["histograms"]) == 2
+    assert 600 <= image.height <= image.width <= 1200  # of the larger: a screen's worth

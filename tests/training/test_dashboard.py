@@ -68,3 +68,12 @@ def test_any_model_has_a_layout(preset):
     sizes = {question: len(charts) for question, charts in layout(tree, 2).items()}
     learning, health = {"is it learning": 3, "is it fast": 5}, {"is it healthy": 2}
     assert sizes == learning | ({"is it balanced": 13, "is MTP helping": 3} if preset == "v3" else {}) | health
+
+
+def test_58_layers_have_the_charts_of_three():
+    trees = [to_tree(check(compose(["v3"], words).tree)) for words in ([], ["model.num_hidden_layers=6"])]
+    assert trees[0]["model"]["num_hidden_layers"] - trees[0]["model"]["first_k_dense_replace"] == 58
+    assert layout(trees[0], 2) == layout(trees[1], 2)
+    for tree in trees:
+        tree["callbacks"]["router_monitor"]["per_layer"] = True
+    assert layout(trees[0], 2) == layout(trees[1], 2)
