@@ -124,6 +124,46 @@ def test_memory_stays_at_one_file(tmp_path, monkeypatch):
     assert 0.9 * size < peak <= size + 2 * largest < 1.2 * size, "tensors pile up"
 
 
+def test_671b_leave_file_by_file(tmp_path, monkeypatch):
+    """The report's model, in tensors that have shapes and no numbers, into files that take none: every key is in the
+    index, and what would be in memory at any time is a file, and the matrix that comes next."""
+    config = check(compose(["v3"], []).tree).model
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    alive = peak = 0
+    written: dict[str, int] = {}
+
+    def freed(size: int) -> None:
+        nonlocal alive
+        alive -= size
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal alive, peak
+        alive += tensor.nbytes
+        peak = max(peak, alive)
+        weakref.finalize(tensor.untyped_storage(), freed, tensor.nbytes)
+        return tensor
+
+    def read(name: str, expert: int | None) -> torch.Tensor:
+        return noted(torch.empty(shapes[name] if expert is None else shapes[name][1:], device="meta"))
+
+    def sink(tensors, path, metadata):
+        written[path.name] = sum(tensor.nbytes for tensor in tensors.values())
+        path.touch()
+
+    monkeypatch.setattr(export, "cast", lambda tensor, dtype, _: noted(tensor.to(dtype, copy=True)))
+    monkeypatch.setattr(export, "save_file", sink)
+    size, largest = 5 * 10**9, 4 * 129_280 * 7168
+    total = write_weights(config, read, tmp_path, torch.bfloat16, size)
+    assert size < peak <= size + largest + largest // 2, "tensors pile up"  # the embedding, in fp32 and as it leaves
+    assert sum(written.values()) == total and max(written.values()) <= size and len(written) > 270
+    index = json.loads((tmp_path / export.INDEX).read_text())
+    # embedding, norm, head; 61 layers of 9; 3 of them dense; 58 routers and the MTP module's, which has six of its own
+    router = 2 + 3 * 256 + 3
+    assert len(index["weight_map"]) == 3 + 61 * 9 + 3 * 3 + 58 * router + (9 + router + 6) == 46_183
+    assert set(index["weight_map"].values()) == set(written) == {path.name for path in tmp_path.glob("*.safetensors")}
+
+
 def test_fp8_blocks_are_numbers_times_their_scale(tmp_path):
     """Against a loop over blocks; sizes that 128 does not divide, and uneven scales, so that a shifted block shows."""
     model = biased(small_config(hidden_size=160, intermediate_size=200, moe_intermediate_size=136))
