@@ -49,8 +49,9 @@ def measured(ranks: int, steps: list[int], folder: str) -> dict[int, list[int]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"rank \d+ step (\d+): (\d+) bytes", done.stdout)
-    return {step: [int(used) for at, used in found if int(at) == step] for step in steps}
+    found = {(int(rank), int(step)): int(used)
+             for rank, step, used in re.findall(r"rank (\d+) step (\d+): (\d+) bytes", done.stdout)}  # fmt: skip
+    return {step: [found[rank, step] for rank in range(ranks)] for step in steps}
 
 
 def main() -> None:

@@ -27,8 +27,10 @@ def run(
     if gpus is None:
         tables.append(memory_table(config))
     else:
-        wires = {name: value * 1e9 for name, value in (("inside", inside), ("between", between)) if value}
-        tables += cluster_tables(config, gpus, replace(gpu_named(gpu), **wires), gpu, efficiency, dry_run)
+        kind = gpu_named(gpu)
+        kind = replace(kind, inside=inside * 1e9 if inside else kind.inside)
+        kind = replace(kind, between=between * 1e9 if between else kind.between)
+        tables += cluster_tables(config, gpus, kind, gpu, efficiency, dry_run)
     print("\n\n".join(tables))
     return 0
 

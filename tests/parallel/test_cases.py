@@ -35,6 +35,9 @@ EP = "strategy={kind: fsdp2_ep, sharded_checkpoints: true}"
 EP2 = "strategy={kind: fsdp2_ep, expert_parallel: 2}"
 
 
+pytestmark = pytest.mark.timeout(900)  # many runs, made before the first test
+
+
 @pytest.fixture(scope="module")
 def few(shared_nano):
     """Two documents: one of them, of a single sample, is for validation."""
@@ -77,11 +80,9 @@ def runs(shared_nano, few):
             f"depth2_{n}": (*FOUR, EP2, "model.num_nextn_predict_layers=2", recorded(f"depth2_{n}")),
             **{f"few_{kind}_{n}": (*FEW, few, "trainer.max_steps=2", f"strategy={kind}") for kind in ("ddp", "fsdp2")},
             f"few_ep_{n}": (*FEW, few, "trainer.max_steps=2", EP2),
-            **{f"none_{kind}_{n}": ("trainer.max_steps=2", "data.validation_fraction=0", f"strategy={kind}")
-               for kind in ("ddp", "fsdp2")},
             f"none_ep_{n}": ("trainer.max_steps=2", "data.validation_fraction=0", EP2),
             f"once_{n}": (EP, *FOUR_PARTS, POISON.format(rank=n - 1, step=7, onwards="false")),
-            f"long_{n}": (EP, "trainer.max_steps=120", "data.batch_size=4", "data.sequence_length=16",
+            f"long_{n}": (EP, "trainer.max_steps=60", "data.batch_size=4", "data.sequence_length=16",
                           "trainer.log_every_n_steps=5", "trainer.val_check_interval=20",
                           "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory_every: 30}}"),
             f"endless_{n}": (EP, "callbacks.checkpoint.every_n_steps=2", "optimizer.max_skipped_steps=3",
@@ -155,8 +156,8 @@ def test_ranks_without_validation_samples_wait_for_none(runs, kind, n):
 
 @pytest.mark.parametrize("n", RANKS)
 def test_without_validation_samples_it_says_so(runs, shared_nano, n):
-    assert [runs[f"none_{kind}_{n}"].report()["val_loss"] for kind in ("ddp", "fsdp2", "ep")] == [None] * 3
-    assert (shared_nano.base / f"output_{n}").read_text().count("validation is off") == 3
+    assert runs[f"none_ep_{n}"].report()["val_loss"] is None
+    assert (shared_nano.base / f"output_{n}").read_text().count("validation is off") == 1
 
 
 @pytest.mark.parametrize("n", RANKS)
@@ -191,4 +192,4 @@ def test_memory_does_not_grow(runs, n):
     """Lightning-AI/pytorch-lightning#4556: logged tensors keep their graphs. `benchmarks/soak.py` takes 2,000 steps."""
     for rank in range(n):
         used = {entry["step"]: entry["rss"] for entry in diary(runs[f"long_{n}"], rank) if "rss" in entry}
-        assert max(used[60], used[120]) < 1.02 * used[30], used
+        assert used[60] < 1.02 * used[30], used

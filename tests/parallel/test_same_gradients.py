@@ -46,6 +46,7 @@ WAYS = {
         "ep4": ("strategy={kind: fsdp2_ep}", "compute.activation_checkpointing=full"),
     },
 }
+pytestmark = pytest.mark.timeout(900)  # many runs, made before the first test
 NAMES = [name for ways in WAYS.values() for name in ways]
 
 GO_ON = {  # on so many ranks, with that strategy, from that run's checkpoint of that step
