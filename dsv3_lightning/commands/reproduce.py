@@ -80,11 +80,13 @@ def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) 
         ours, verdict = judge(claim, experiments.get(claim.experiment, {}))
         rows.append([claim.text, claim.source, claim.published, ours if verdict != MISSING else "-", f"**{verdict}**"])
     settings = "".join(f" {override}" for override in overrides)
+    quick = set(QUICK) <= set(overrides)
     some = next(run for groups in experiments.values() for runs in groups.values() for run in runs)
     parts = [
         "# What of the papers shows at this scale\n",
-        f"Made by `dsv3 reproduce --jobs 2{settings}`, or `make reproduce`, on {some.report['device']} "
-        f"({platform.system()}), torch {some.report['versions']['torch']}. {SCALE}\n",
+        f"Made by `dsv3 reproduce --jobs 2{settings}`{'' if settings else ', or `make reproduce`,'} on "
+        f"{some.report['device']} ({platform.system()}), torch {some.report['versions']['torch']}. {SCALE}\n",
+        *(["**A few steps a run show that everything works. Their verdicts mean nothing.**\n"] if quick else []),
         f"{METHOD}\n",
         markdown_table(rows, left=len(rows[0])),
         f"{COLUMNS_MEAN}\n",

@@ -66,6 +66,7 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens a run." in text
     assert "10 of 18 runs are finished." in text and text.index("| none | 3") < text.index("| loss_free | 3")
     assert "Does loss-free balancing balance" in text and "## mtp" not in text
+    assert "Their verdicts mean nothing" not in text
     assert "77,777" not in text  # speeds of runs beside each other say nothing
     assert (tmp_path / "docs/report/balance.png").stat().st_size > 5_000 and "(report/balance.png)" in text
 
@@ -82,7 +83,8 @@ def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
     assert main(["reproduce", "--quick", "--jobs", "2", "--dir", str(tmp_path), "data.batch_size=8"]) == 1
     assert [words[0] for words, _ in calls] == list(EXPERIMENTS) and {jobs for _, jobs in calls} == {2}
     assert calls[0][0][1:] == [*command.QUICK, "data.batch_size=8", f"run.dir={tmp_path}"]
-    assert (tmp_path / "reproduction.md").is_file()  # of what there is
+    text = (tmp_path / "reproduction.md").read_text()  # of what there is
+    assert "Their verdicts mean nothing" in text and "`make reproduce`" not in text
 
 
 @pytest.mark.parametrize(
