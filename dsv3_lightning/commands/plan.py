@@ -28,8 +28,9 @@ def run(
         tables.append(memory_table(config))
     else:
         kind = gpu_named(gpu)
-        kind = replace(kind, inside=inside * 1e9 if inside else kind.inside)
-        kind = replace(kind, between=between * 1e9 if between else kind.between)
+        kind = replace(
+            kind, inside=inside * 1e9 if inside else kind.inside, between=between * 1e9 if between else kind.between
+        )
         tables += cluster_tables(config, gpus, kind, gpu, efficiency, dry_run)
     print("\n\n".join(tables))
     return 0

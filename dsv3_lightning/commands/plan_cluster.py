@@ -22,6 +22,8 @@ def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficienc
     dry: also counts what one rank makes in a step, without making it.
     """
     strategy, chosen = strategy_of(config)
+    if dry and strategy.cpu_offload:
+        raise ConfigError("--dry-run: strategy.cpu_offload=true can't be counted without a GPU; leave one of them out")
     shape = mesh_shape(strategy, gpus, math.gcd(gpus, gpu.per_node), config.model)
     work = work_of(config, gpus)
     memory = rank_memory(config.model, shape, strategy, work)
@@ -29,11 +31,9 @@ def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficienc
     head = f"{gpus:,} {gpu_name.upper()}, {strategy.kind}{chosen}: {shape}"
     tables = [head, memory_table(memory, gpu, work)]
     tables.append(policy_table(config, shape, strategy, work, gpu, efficiency))
-    if dry and strategy.cpu_offload:
-        raise ConfigError("--dry-run: strategy.cpu_offload=true can't be counted without a GPU; leave one of them out")
     if dry:
         tables.append(dry_table(config, strategy, shape, work, memory))
-    return [*tables, traffic_table(time, shape, strategy), time_table(config, time, gpus, gpu, efficiency)]
+    return [*tables, traffic_table(time, shape), time_table(config, time, gpus, gpu, efficiency)]
 
 
 def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
@@ -109,7 +109,7 @@ def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: 
     return table([head, *((name, si(was, "B"), f"{plan / was - 1:+.1%}") for name, was, plan in rows)])
 
 
-def traffic_table(time: StepTime, shape: MeshShape, strategy: StrategyConfig) -> str:
+def traffic_table(time: StepTime, shape: MeshShape) -> str:
     traffic = time.traffic
     return table(
         [
@@ -118,7 +118,7 @@ def traffic_table(time: StepTime, shape: MeshShape, strategy: StrategyConfig) ->
             (f"gradients between {shape.dp_replicate} replicas", si(traffic.replicas, "B"), ""),
             ("  both, while it computes", "", f"{traffic.parameter_seconds:.2f}"),
             *([("parameters from the host, gradients to it, while it computes", si(traffic.host, "B"),
-                f"{traffic.host_seconds:.2f}")] if strategy.cpu_offload else []),
+                f"{traffic.host_seconds:.2f}")] if traffic.host else []),
             (f"tokens to {shape.ep} ranks of experts and back", si(traffic.tokens, "B"),
              f"{traffic.token_seconds:.2f}"),
         ]

@@ -194,9 +194,10 @@ def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: 
     seconds = dense_bytes / speed(n, gpu) + expert_bytes / speed(n if m > 1 else 1, gpu)
     seconds += replicas / (gpu.between if shape.ranks > gpu.per_node else gpu.inside)
     token_seconds = slots_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
-    stored = 2 if work.precision == "bf16" else 4
-    host = work.micro_batches * ((2 if strategy.reshard_after_forward else 1) * stored + 4) * (dense + routed) / n
-    host = host if strategy.cpu_offload else 0.0
+    host = 0.0
+    if strategy.cpu_offload:
+        stored, passes = 2 if work.precision == "bf16" else 4, 2 if strategy.reshard_after_forward else 1
+        host = work.micro_batches * (passes * stored + 4) * (dense + routed) / n
     return Traffic(
         dense_bytes + expert_bytes, replicas, slots_bytes * away, host, seconds, token_seconds, host / gpu.host
     )
