@@ -55,6 +55,12 @@ def test_imports_go_down():
                 assert not f"{name}.".startswith(f"{banned}."), f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_benchmarks_run_as_scripts():
+    for path in sources(ROOT / "benchmarks"):
+        names = {name.split(".")[0] for name in imports(path)}
+        assert not names & {"tests", "benchmarks"}, f"{path.name}: python benchmarks/{path.name} finds no such module"
+
+
 def test_every_folder_has_a_floor():
     assert {folder for folder, _ in package_files()} - {"__init__"} <= set(FLOORS)
 

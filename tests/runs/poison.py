@@ -1,15 +1,13 @@
 """Callbacks that runs of the tests name by class_path."""
 
-import contextlib
-import ctypes
-import gc
 import json
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from benchmarks.soak import memory_in_use
 
 
 class Poison(Callback):
@@ -60,11 +58,3 @@ class Exit(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         raise SystemExit("poisoned on purpose")
-
-
-def memory_in_use() -> int:
-    """Resident bytes without what only waits to be freed or used again: garbage, and glibc's free lists."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return psutil.Process().memory_info().rss
