@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 from dsv3_lightning.data.build import build
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.corpus import Source, find_sources, unreadable
-from dsv3_lightning.data.files import digest, native, readable
+from dsv3_lightning.data.digests import Digests
+from dsv3_lightning.data.files import native, readable
 from dsv3_lightning.data.progress import say
 from dsv3_lightning.data.store import FORMAT, is_complete
 from dsv3_lightning.data.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
@@ -57,11 +58,13 @@ def prepare(config: DataConfig) -> Path:
 def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that decides the files' content and nothing else: no change of batch, order or length prepares anew."""
     files = []
+    digests = Digests(native(config.cache_dir) / "digests.json")
     for source in sources:
         try:
-            files.append([source.name, source.origin, source.path.stat().st_size, digest(source.path)])
+            files.append([source.name, source.origin, source.path.stat().st_size, digests.of(source.path)])
         except OSError as error:
             raise unreadable(source.path, error) from error
+    digests.save()
     trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
     return {
         "format": FORMAT,

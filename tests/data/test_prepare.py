@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_lightning.data import build
+from dsv3_lightning.data import build, digests
 from dsv3_lightning.data import prepare as prepare_module
 from dsv3_lightning.data.build import HASHES, validation_threshold
 from dsv3_lightning.data.config import DataConfig
@@ -121,6 +121,32 @@ def test_what_has_changed_is_built_again(small: DataConfig) -> None:
     assert len(folders) == 8 and all((folder / "manifest.json").exists() for folder in folders)
 
 
+def test_a_large_file_is_read_again_only_when_it_has_changed(
+    small: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = digests.digest
+    monkeypatch.setattr(digests, "digest", lambda path: (read.append(path.name), digest(path))[1])
+    monkeypatch.setattr(digests, "LARGE", 100)
+    large, folder = Path(small.paths[0]) / "19.txt", prepare(small)
+    assert prepare(small) == folder and read.count("19.txt") == 2  # written a moment ago
+    monkeypatch.setattr(digests, "SETTLED", -1.0)
+    read.clear()
+    assert prepare(small) == prepare(small) == prepare(small) == folder
+    assert (read.count("19.txt"), read.count("00.txt")) == (1, 3)
+    before = large.stat()
+    large.write_text(large.read_text().upper())
+    os.utime(large, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and rsync do
+    other = prepare(small)
+    assert other != folder and prepare(small) == other and read.count("19.txt") == 2
+    remembered = Path(small.cache_dir) / "digests.json"
+    remembered.write_text(remembered.read_text()[:-9])
+    assert prepare(small) == other and read.count("19.txt") == 3
+    remembered.unlink()
+    remembered.mkdir()  # nothing can be kept
+    assert prepare(small) == other
+
+
 @pytest.mark.parametrize("name", ["train/00000.bin", "validation/00000.idx", "manifest.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_cache_is_rebuilt(small: DataConfig, name: str, damage: str) -> None:
@@ -156,7 +182,7 @@ def test_a_failure_leaves_nothing_that_looks_finished(
 
 CHILD = """
 import json, os, sys, time
-from dsv3_lightning.data import build
+from dsv3_lightning.data import build, digests
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.prepare import prepare
 if sys.argv[2] == "stop":                     # everything is written but the manifest
