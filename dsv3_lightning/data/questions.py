@@ -62,5 +62,7 @@ def write(path: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m dsv3_lightning.data.questions FILE.jsonl")
     target = native(sys.argv[1])
     print(f"{target}: {write(target)} conversations")
