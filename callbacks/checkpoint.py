@@ -1,5 +1,6 @@
 """Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
 
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
+from dsv3_lightning.data.files import put_in_place, remove
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.training.logging import latest_scalars, stepped
@@ -78,21 +80,25 @@ class Checkpoint(CheckpointBase):
         for logger in trainer.loggers:
             logger.save()  # a resumed run must find every curve up to the step that it resumes from
         trainer.save_checkpoint(folder / f"step={trainer.global_step}.ckpt", weights_only=False)
-        self.tidy(trainer)
+        self.tidy(trainer, trainer.global_step)
 
     def settle(self, trainer: Trainer) -> None:
         """Waits for what is written in the background, so that nothing is left to do."""
         if isinstance(trainer.strategy, MeshStrategy):
             trainer.strategy.finish_saving()
-        self.tidy(trainer)
+        self.tidy(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.settle(trainer)
 
-    def tidy(self, trainer: Trainer) -> None:
-        """Points last.ckpt to the newest that is wholly there, and removes what is too old or not among the best."""
+    def tidy(self, trainer: Trainer, step: int) -> None:
+        """Points last.ckpt to the newest that is wholly there, and removes what is too old or not among the best.
+
+        Those of later steps are damaged, or the run was told to go on from an earlier one: they don't count, and stay
+        until this run has come as far.
+        """
         folder = checkpoint_folder(trainer)
-        newest = step_files(folder)
+        newest = step_files(folder, step)
         if trainer.is_global_zero and newest:
             link = folder / "last.ckpt.new"
             link.unlink(missing_ok=True)
@@ -106,44 +112,36 @@ class Checkpoint(CheckpointBase):
             return
         late = trainer.state.fn == "validate"  # of a run that was stopped between its last step and its report
         step = trainer.max_steps if late else trainer.global_step
-        folder, loss = checkpoint_folder(trainer), latest_scalars(trainer)["val/loss"]
-        best, path = best_files(folder), folder / f"best-step={step}-loss={loss:.4f}.ckpt"
-        if len(best) >= self.keep_best and loss >= best[-1][0]:
+        folder, loss = checkpoint_folder(trainer), f"{latest_scalars(trainer)['val/loss']:.4f}"
+        best, path = best_files(folder), folder / f"best-step={step}-loss={loss}.ckpt"
+        if len(best) >= self.keep_best and float(loss) >= best[-1][0]:  # as it is written there
             return
         if not late:
             trainer.save_checkpoint(path, weights_only=False)
         elif trainer.is_global_zero and not path.exists():
             link(Path(str(trainer.ckpt_path)), path)
-        self.tidy(trainer)
+        self.tidy(trainer, step)
 
 
 def link(path: Path, name: Path) -> None:
     """A second name for a checkpoint, that stays when the first is removed."""
     if path.is_dir():
         beside = name.with_name(name.name + ".new")
-        shutil.rmtree(beside, ignore_errors=True)
+        remove(beside)
         shutil.copytree(path, beside, copy_function=os.link)
-        os.replace(beside, name)
+        put_in_place(beside, name)
     else:
         os.link(path, name)
-
-
-def remove(path: Path) -> None:
-    """A checkpoint of one file, or of many."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"
 
 
-def step_files(folder: Path) -> list[Path]:
-    """The checkpoints by step, newest first."""
+def step_files(folder: Path, until: float = math.inf) -> list[Path]:
+    """The checkpoints by step, newest first. until: the last step that counts."""
     found = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := STEP_FILE.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for step, path in sorted(found, reverse=True) if step <= until]
 
 
 def best_files(folder: Path) -> list[tuple[float, Path]]:

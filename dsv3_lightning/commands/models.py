@@ -52,7 +52,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run folder or checkpoint")
     folder = path / "checkpoints"
-    found = newest_good([*(best for _, best in best_files(folder)), *step_files(folder)], mmap=True)
+    found = newest_good([*(best for _, best in best_files(folder)), *step_files(folder)], thorough=False)
     if found is None:
         raise ConfigError(f"{folder}: holds no checkpoint")
     return found[0], path

@@ -48,9 +48,10 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     first_rank = is_first_rank()
     if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)
-        if folder.finished() and config.run.resume == "auto":
+    if folder.finished() and config.run.resume == "auto":  # seen by each rank: none waits for another that is done
+        if first_rank:
             print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
-            return 0
+        return 0
     refuse_taken_port(config)
     source, notes = open_source(config)
     callbacks = build_callbacks(config)

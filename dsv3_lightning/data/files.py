@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
@@ -48,6 +49,26 @@ def write_synced(path: Path, content: bytes) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """What was written beside gets its name, through to the disk. Where a folder has that name, or shall get it, no
+    rename replaces the old one: it goes out of the way first."""
+    old = path.with_name(path.name + ".old")
+    if path.exists() and (path.is_dir() or beside.is_dir()):
+        remove(old)
+        os.replace(path, old)
+    os.replace(beside, path)
+    sync_folder(path.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ all. Tensors are named by what they are (`model/<name>`, `optimizer/<number>/<pa
 """
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dsv3_lightning.data.files import sync_folder
+from dsv3_lightning.data.files import put_in_place, remove
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import like, local
 
@@ -45,8 +44,7 @@ class Saver:
         tensors, rest = split(checkpoint)
         beside = path.with_name(path.name + ".new")
         if dist.get_rank() == 0:
-            if beside.exists():  # of a run that was killed
-                shutil.rmtree(beside)
+            remove(beside)  # of a run that was killed
             beside.mkdir(parents=True)
             with open(beside / REST, "wb") as file:
                 torch.save(rest, file)
@@ -69,8 +67,7 @@ def commit(written: Future[Any], beside: Path, path: Path) -> None:
     """The first rank renames the folder when every rank has written its part."""
     written.result()
     if dist.get_rank() == 0:
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        put_in_place(beside, path)
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,11 +4,12 @@ import os
 import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dsv3_lightning.data.files import sync_folder
+from dsv3_lightning.data.files import put_in_place
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel import sharded
 
@@ -28,8 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        put_in_place(beside, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True, mmap: bool = False
@@ -71,20 +71,24 @@ def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def step_of(path: Path, mmap: bool = False) -> int:
-    """The step of a checkpoint that a run can go on from; of a sharded one the tensors aren't read. ConfigError."""
-    checkpoint = complete(sharded.read_rest(path), path) if path.is_dir() else read_checkpoint(path, mmap)
+def step_of(path: Path, thorough: bool = True) -> int:
+    """The step of a checkpoint that a run can go on from, without its tensors in memory. Raises ConfigError.
+
+    thorough: every byte of a file is read and compared with its checksum.
+    """
+    if path.is_dir():
+        return complete(sharded.read_rest(path), path)["global_step"]
+    checkpoint = read_checkpoint(path, mmap=True)
+    if thorough and (damaged := ZipFile(path).testzip()) is not None:
+        raise ConfigError(f"{path}: not a readable checkpoint ({damaged} differs from its checksum)")
     return checkpoint["global_step"]
 
 
-def newest_good(paths: list[Path], mmap: bool = False) -> tuple[Path, int] | None:
-    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't.
-
-    mmap: judges a file by its contents' list, without reading its tensors.
-    """
+def newest_good(paths: list[Path], thorough: bool = True) -> tuple[Path, int] | None:
+    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't."""
     for path in paths:
         try:
-            return path, step_of(path, mmap)
+            return path, step_of(path, thorough)
         except ConfigError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     return None

@@ -1,6 +1,7 @@
 """Ranks that are killed under torchrun: the others end too, all start again by themselves, and nothing is lost."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,6 +76,24 @@ def test_old_checkpoints_go_and_nothing_half_written_stays(runs):
     names = sorted(path.name.split("-loss")[0] for path in (runs["killed"].folder / "checkpoints").iterdir())
     assert names == ["best-step=15", "last.ckpt", "step=10.ckpt", "step=15.ckpt"]  # by a validation that was cut short
     assert (runs["killed"].folder / "checkpoints/last.ckpt").resolve().name == "step=15.ckpt"
+
+
+def test_going_on_from_an_earlier_checkpoint_writes_the_later_ones_anew(runs, shared_nano):
+    """Folders of shards are there already under the names that are saved next; no rename replaces a folder."""
+    copy = shared_nano.base / "elsewhere/alone"
+    shutil.copytree(runs["alone"].folder, copy, symlinks=True)
+    resume = f"run.resume={copy / 'checkpoints/step=10.ckpt'}"
+    again = under_torchrun(shared_nano, "alone", (*COMMON, f"run.dir={copy.parent}", resume))
+    assert again.code == 0 and "continuing after step 10" in again.output, again.output[-6000:]
+    one, other = (read_checkpoint(folder / "checkpoints/step=15.ckpt") for folder in (runs["alone"].folder, copy))
+    assert_same(one["state_dict"], other["state_dict"])
+    assert not list((copy / "checkpoints").glob("*.old")) and not list((copy / "checkpoints").glob("*.new"))
+
+
+def test_a_finished_run_is_left_alone_by_every_rank(runs, shared_nano):
+    """If the first rank alone sees it, the others wait for it until the time is out."""
+    repeated = under_torchrun(shared_nano, "alone", (*COMMON, "strategy={kind: fsdp2_ep, timeout_minutes: 0.5}"))
+    assert repeated.code == 0 and repeated.output.count("this run is finished, nothing to do") == 1, repeated.output
 
 
 def test_ranks_of_lightnings_own_ddp_start_again_too(shared_nano):
