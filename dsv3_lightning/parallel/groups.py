@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from dsv3_lightning.parallel.mesh import MeshShape
 
@@ -36,8 +37,19 @@ def start_again(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def build_meshes(shape: MeshShape, device_type: str) -> Meshes:
-    """Needs a default process group of `shape.ranks`. The ranks of an ep group are neighbours."""
+def build_meshes(shape: MeshShape, device_type: str, timeout: timedelta | None = None) -> Meshes:
+    """Needs a default process group of `shape.ranks`. The ranks of an ep group are neighbours.
+
+    timeout: of every group's collectives; torch gives the groups of a mesh its own, not the default group's.
+    """
+    meshes = lay_out(shape, device_type)
+    if timeout is not None:
+        for group in {group for mesh in meshes if mesh is not None for group in mesh.get_all_groups()}:
+            _set_pg_timeout(timeout, group)
+    return meshes
+
+
+def lay_out(shape: MeshShape, device_type: str) -> Meshes:
     assert dist.get_world_size() == shape.ranks
     replicas = ("dp_replicate",) if shape.dp_replicate > 1 else ()
     mesh = init_device_mesh(

@@ -43,7 +43,7 @@ class MeshStrategy(ModelParallelStrategy):
         self._setup_distributed()
         model: Any = self.lightning_module.model.config  # type: ignore[union-attr]
         shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
-        self.meshes = build_meshes(shape, self.root_device.type)
+        self.meshes = build_meshes(shape, self.root_device.type, self._timeout)
         self._device_mesh = self.meshes.dense
         self.saver = Saver() if self.config.sharded_checkpoints else None
         rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)

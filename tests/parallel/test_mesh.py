@@ -1,8 +1,13 @@
 """Which meshes fit: arithmetic alone."""
 
+from datetime import timedelta
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
 from tests.parallel.small import config
 
@@ -73,3 +78,14 @@ def test_experts_that_do_not_divide_are_refused_with_what_would(ep, model, messa
         strategy = StrategyConfig(kind="fsdp2_ep", expert_parallel=ep)
         mesh_shape(strategy, 24, 8, config(**{"moe_intermediate_size": 32} | model))
     assert f"strategy.expert_parallel={ep}: " in str(error.value) and message in str(error.value)
+
+
+def test_groups_of_the_mesh_wait_as_long_as_they_are_told():
+    """torch gives them half an hour, or ten minutes under NCCL, whatever the default group has."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=5))
+    try:
+        groups = build_meshes(MeshShape(1, 1), "cpu", timedelta(seconds=77)).dense.get_all_groups()
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert timeouts and set(timeouts) == {timedelta(seconds=77)}
+    finally:
+        dist.destroy_process_group()
