@@ -13,6 +13,7 @@ from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.export import Read, reader
 from dsv3_lightning.hub.folder import HubFolder
+from dsv3_lightning.inference.layers import lay_by_columns
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer, fill
 from dsv3_lightning.parallel.reader import ShardReader
@@ -22,13 +23,13 @@ PREFIX = "model."  # of the model in a run's module
 
 
 def load(word: str) -> tuple[Transformer, Tokenizer]:
-    """A run's model, or that of a Hugging Face folder, fp32 on CPU, with its tokenizer."""
+    """A run's model, or that of a Hugging Face folder, fp32 on CPU, laid out for decoding, with its tokenizer."""
     given = native(word)
     if (given / "config.json").is_file():
-        return load_hub_folder(given), Tokenizer.from_file(given)
+        return lay_by_columns(load_hub_folder(given)), Tokenizer.from_file(given)
     path, folder = find_checkpoint(given)
     config = stored_config(folder)
-    return load_model(path, config.model), Tokenizer.from_file(folder)
+    return lay_by_columns(load_model(path, config.model)), Tokenizer.from_file(folder)
 
 
 def stored_config(folder: Path) -> Config:

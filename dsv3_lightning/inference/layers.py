@@ -19,8 +19,21 @@ from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import rotate
 from dsv3_lightning.model.router import route
+from dsv3_lightning.model.transformer import Transformer
 
 FEW = 32  # slots, tokens times experts per token, up to which a product for each is the fastest
+
+
+def lay_by_columns(model: Transformer) -> Transformer:
+    """The same weights, in memory column after column: on CPU a product of few rows then reads them faster.
+
+    Where more than one product reads a matrix, or the embedding is the head, they stay as they are.
+    """
+    for name, module in model.named_modules():
+        embedded = module is model.lm_head and model.config.tie_word_embeddings
+        if isinstance(module, nn.Linear) and not name.endswith("kv_b_proj") and not embedded:
+            module.weight.data = module.weight.data.t().contiguous().t()
+    return model
 
 
 class Norm:
