@@ -8,22 +8,27 @@ from torch import Tensor
 
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from dsv3_lightning.parallel.reader import PREFIX, ShardReader
+from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO, complete, read_checkpoint
+
+PIECE = 2**20  # numbers
 
 
 def checkpoint(action: str, path: str, output: str | None) -> int:
     """action: `inspect`, `verify`, or `consolidate` into the file `output`. Raises ConfigError on a bad checkpoint."""
     if (output is None) == (action == "consolidate"):
         raise ConfigError("checkpoint consolidate PATH FILE takes two names, inspect and verify take one")
-    state = read_checkpoint(Path(path), mmap=Path(path).is_file())
-    if action == "inspect":
-        print(inspected(Path(path), state))
-    elif action == "verify":
-        print(f"{path}: {verified(Path(path), state)}")
-    else:
-        assert output is not None
+    if output is not None:
+        state = read_checkpoint(Path(path), mmap=True)
         consolidate(state, Path(output))
         print(f"{output}: {si(Path(output).stat().st_size, 'B')} in one file, step {state['global_step']:,}")
+        return 0
+    shards = ShardReader(Path(path)) if Path(path).is_dir() else None
+    state = complete(shards.outline(), Path(path)) if shards else read_checkpoint(Path(path), mmap=True)
+    if action == "inspect":
+        print(inspected(Path(path), state))
+    else:
+        print(f"{path}: {verified(Path(path), state, shards)}")
     return 0
 
 
@@ -52,26 +57,45 @@ def described(tensors: Any) -> str:
     return f"{len(tensors):,} tensors, {sum(t.numel() for t in tensors):,} numbers, {kinds}"
 
 
-def verified(path: Path, state: dict[str, Any]) -> str:
-    """Reads every number: all finite, moments for all, biases fp32. Raises ConfigError with the first that is not."""
+def verified(path: Path, state: dict[str, Any], shards: ShardReader | None) -> str:
+    """Reads every number: all finite, moments for all, biases fp32. Raises ConfigError with the first that is not.
+
+    state: of shards the outline; their numbers are read by the part that a rank wrote, one at a time.
+    """
+    named = named_tensors(path, state)
+    for name, value in named.items():
+        if name.endswith("expert_bias") and value.dtype != torch.float32:
+            raise ConfigError(f"{path}: {name} is {value.dtype}, must be fp32")
+        if not value.is_meta:
+            check_finite(path, name, value)
+    if shards:
+        for index in shards.parts():
+            check_finite(path, index.fqn.removeprefix(PREFIX), shards.read_part(index))
+    return f"sound, {len(named):,} tensors read, all finite; step {state['global_step']:,}"
+
+
+def named_tensors(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Named as in shards, but the model's by their own names. Raises ConfigError for a parameter without moments."""
     named: dict[str, Tensor] = dict(state["state_dict"])
-    for optimizer in state["optimizer_states"]:
+    for number, optimizer in enumerate(state["optimizer_states"]):
         indices = [index for group in optimizer["param_groups"] for index in group["params"]]
         for index in indices:
             values = optimizer["state"].get(index, {})
             if not {"exp_avg", "exp_avg_sq", "step"} <= values.keys():
                 raise ConfigError(f"{path}: parameter {index} of the optimizer has no moments")
-            named |= {f"optimizer/{index}/{what}": value for what, value in values.items()}
-        named |= {f"optimizer/{index}/master": value for index, value in enumerate(optimizer.get("masters", ()))}
+            named |= {f"optimizer/{number}/{index}/{what}": value for what, value in values.items()}
+        masters = enumerate(optimizer.get("masters", ()))
+        named |= {f"optimizer/{number}/{index}/master": value for index, value in masters}
     for owner, entries in state.get("callbacks", {}).items():
         for what, kept in entries.items():
-            named |= {f"{owner}/{what}/{name}": value for name, value in tensors_of(kept)}
-    for name, value in named.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ConfigError(f"{path}: {name} holds numbers that are not finite")
-        if name.endswith("expert_bias") and value.dtype != torch.float32:
-            raise ConfigError(f"{path}: {name} is {value.dtype}, must be fp32")
-    return f"sound, {len(named):,} tensors read, all finite; step {state['global_step']:,}"
+            named |= {f"callback/{owner}/{what}/{name}": value for name, value in tensors_of(kept)}
+    return named
+
+
+def check_finite(path: Path, name: str, value: Tensor) -> None:
+    """By the piece, as isfinite takes several times the memory of what it looks at."""
+    if not all(bool(torch.isfinite(piece).all()) for piece in value.reshape(-1).split(PIECE)):
+        raise ConfigError(f"{path}: {name} holds numbers that are not finite")
 
 
 def tensors_of(kept: Any) -> list[tuple[str, Tensor]]:

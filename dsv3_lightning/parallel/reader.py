@@ -1,14 +1,16 @@
-"""The model's tensors in a folder of shards, one at a time or one expert of them, in a process alone."""
+"""A folder of shards in a process alone: what is in it, and its tensors one at a time, by part or by expert."""
 
+import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.sharded import SHARDS, read_metadata, read_rest
+from dsv3_lightning.parallel.sharded import SHARDS, join, read_metadata, read_rest
 
 PREFIX = "model/"  # see `sharded`
 
@@ -20,12 +22,27 @@ class ShardReader:
     """
 
     def __init__(self, path: Path) -> None:
-        read_rest(path)  # looks at all files
+        self.rest = read_rest(path)  # looks at all files
         self.path, self.metadata = path, read_metadata(path)
         self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
 
     def names(self) -> list[str]:
         return [key.removeprefix(PREFIX) for key in self.metadata.state_dict_metadata if key.startswith(PREFIX)]
+
+    def outline(self) -> dict[str, Any]:
+        """The checkpoint as one file would hold it; what is in the shards has shapes and dtypes, but no numbers."""
+        entries = self.metadata.state_dict_metadata.items()
+        tensors = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for key, entry in entries
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        return join(tensors, copy.deepcopy(self.rest))  # which it fills
+
+    def parts(self) -> list[MetadataIndex]:
+        """All that ranks wrote, each a tensor or a part of it, in the order of the files."""
+        places = self.metadata.storage_data
+        return sorted(places, key=lambda index: (places[index].relative_path, places[index].offset))
 
     def read(self, name: str, place: int | None = None) -> Tensor:
         """The tensor, or what stands at `place` of its first dim."""
@@ -51,8 +68,11 @@ class ShardReader:
         return whole
 
     def read_part(self, index: MetadataIndex) -> Tensor:
-        """What one rank wrote of a tensor."""
+        """What one rank wrote of a tensor. Raises ConfigError where it is damaged."""
         place = self.metadata.storage_data[index]
         with open(self.path / SHARDS / place.relative_path, "rb") as file:
             file.seek(place.offset)
-            return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            try:
+                return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises half a dozen kinds
+                raise ConfigError(f"{self.path}: {index.fqn} in {SHARDS}/{place.relative_path} is damaged") from error

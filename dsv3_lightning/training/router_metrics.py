@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.router import Routing, biased_choice
+from dsv3_lightning.training.metrics import Sums
 
 
 def relative_load(counts_E: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
     }
 
 
-class ChoiceStatistics(Metric):
+class ChoiceStatistics(Sums):
     """Of each MoE layer's choices, over a whole set. update: the layer's number, Routing and mask_N of some tokens,
     and origins_N int64, the number of where each token is from, below `origins`.
 
@@ -48,7 +48,6 @@ class ChoiceStatistics(Metric):
     diagonal: i); counts_LSE int64, tokens per origin and expert.
     """
 
-    full_state_update = False
     margins_L: Tensor
     groups_L: Tensor
     tokens_L: Tensor
@@ -59,14 +58,11 @@ class ChoiceStatistics(Metric):
         super().__init__()
         self.config = config
         layers, experts = config.num_moe_layers, config.n_routed_experts
-        for name, shape, dtype in (
-            ("margins_L", (layers,), torch.float64),
-            ("groups_L", (layers,), torch.int64),
-            ("tokens_L", (layers,), torch.int64),
-            ("together_LEE", (layers, experts, experts), torch.int64),
-            ("counts_LSE", (layers, origins, experts), torch.int64),
-        ):
-            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+        self.add_sum("margins_L", layers, dtype=torch.float64)
+        self.add_sum("groups_L", layers, dtype=torch.int64)
+        self.add_sum("tokens_L", layers, dtype=torch.int64)
+        self.add_sum("together_LEE", layers, experts, experts, dtype=torch.int64)
+        self.add_sum("counts_LSE", layers, origins, experts, dtype=torch.int64)
 
     def update(
         self, layer: int, routing: Routing, expert_bias_E: Tensor, mask_N: Tensor, origins_N: Tensor | None = None
