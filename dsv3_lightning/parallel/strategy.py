@@ -58,9 +58,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
         """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
-        self.precision_plugin.convert_module(self.lightning_module)  # type: ignore[arg-type]
-        bf16 = "bf16" in str(self.precision_plugin.precision)
-        shard_model(model, self.meshes, self.config, bf16, self.dispatcher)
+        shard_model(model, self.meshes, self.config, str(self.precision_plugin.precision), self.dispatcher)
         return place
 
     def model_to_device(self) -> None:
@@ -88,10 +86,7 @@ class MeshStrategy(ModelParallelStrategy):
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
             state["state"][index] = {k: self.to_save(like(weight, v)) for k, v in values.items()}
-        masters = state.pop("masters")
-        if any(weight.dtype != torch.float32 for weight in weights):
-            pairs = zip(weights, masters, strict=True)
-            state["masters"] = [self.to_save(like(weight, master)) for weight, master in pairs]
+        del state["masters"]  # they are the weights
         return self.on_first_rank(state)
 
     def to_save(self, tensor: Tensor) -> Tensor:
@@ -131,12 +126,9 @@ class MeshStrategy(ModelParallelStrategy):
             weights = weights_of(optimizer)
             for index, weight in enumerate(weights):
                 state["state"][index] = {k: part(v, weight) for k, v in state["state"][index].items()}
-            masters = state.get("masters")
-            state["masters"] = (
-                [local(weight.detach()) for weight in weights]
-                if masters is None
-                else [part(master, weight) for master, weight in zip(masters, weights, strict=True)]
-            )
+            with torch.no_grad():
+                for weight, master in zip(weights, state.pop("masters", [])):  # of one process, whose weights are bf16
+                    local(weight).copy_(part(master, weight))
             optimizer.load_state_dict(state)
         return checkpoint
 
