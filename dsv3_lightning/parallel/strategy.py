@@ -34,7 +34,9 @@ class MeshStrategy(ModelParallelStrategy):
     def __init__(self, dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll, **settings: Any) -> None:
         self.config, self.dispatcher = StrategyConfig(**settings), dispatcher
         timeout = timedelta(minutes=self.config.timeout_minutes)
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout)
+        # What is offloaded is gathered for a checkpoint between hosts, without a detour over the GPUs.
+        backend = "cpu:gloo,cuda:nccl" if self.config.cpu_offload else None
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout, process_group_backend=backend)
         self.saver: Saver | None = None
 
     def setup_environment(self) -> None:
@@ -62,8 +64,10 @@ class MeshStrategy(ModelParallelStrategy):
         return place
 
     def model_to_device(self) -> None:
-        """Weights were made where they belong; what is left are metrics and buffers."""
-        if not self.config.cpu_offload:
+        """Weights were made where they belong; what is left are metrics and, where it is offloaded, buffers."""
+        if self.config.cpu_offload:
+            move_all_but_parameters(self.lightning_module, self.root_device)
+        else:
             super().model_to_device()
 
     def finish_saving(self) -> None:
@@ -131,6 +135,17 @@ class MeshStrategy(ModelParallelStrategy):
                     local(weight).copy_(part(master, weight))
             optimizer.load_state_dict(state)
         return checkpoint
+
+
+def move_all_but_parameters(module: Any, device: torch.device) -> None:
+    """Of a LightningModule whose parameters are all in its `model`. It then says that it is on the device."""
+    for child in module.children():
+        if child is not module.model:
+            child.to(device)  # metrics
+    for layer in module.model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.to(device))
+    module._device = device  # as Lightning's `to` does, which would move parameters too
 
 
 def weights_of(optimizer: Any) -> list[Tensor]:
