@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -52,6 +53,9 @@ def fill(parameter: Tensor, expert: int | None, draw: Callable[[], Tensor]) -> N
 
 class OutputHead(nn.Linear):
     """h [B, T, D] -> logits [B, T, V]; `loss` never makes them all."""
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return F.linear(h_BTD, self.weight.to(h_BTD.dtype))  # sharded and tied to the embedding it is wider in bf16
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Summed cross-entropy of the targets that aren't IGNORE, fp32."""

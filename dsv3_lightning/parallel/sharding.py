@@ -5,6 +5,7 @@ norms and routers, which stay fp32 and are gathered once per pass.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -32,17 +33,17 @@ from dsv3_lightning.parallel.mesh import StrategyConfig
 
 
 def shard_model(
-    model: Transformer, meshes: Meshes, config: StrategyConfig, bf16: bool,
+    model: Transformer, meshes: Meshes, config: StrategyConfig, precision: str,
     dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll,
 ) -> None:  # fmt: skip
     """Makes every parameter a DTensor, in place; the model may be on the meta device.
 
-    bf16: matrices are gathered, and their gradients made, in bf16; gradients are always added up in fp32.
+    Parts, their gradients and the sums of these are fp32. precision: by Lightning's names; under `bf16-mixed` and
+    `bf16-true` matrices are gathered, and a micro-batch's gradients made, in bf16.
     """
-    matrices = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    matrices = exact if precision == "32-true" else replace(exact, param_dtype=torch.bfloat16)
+    embedding = matrices if precision == "bf16-true" else exact  # mixed: the residual stream begins in fp32
     offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments) -> None:
@@ -72,9 +73,11 @@ def shard_model(
         if isinstance(module, MTPModule):
             unit(module.eh_proj, matrices, config.reshard_after_forward)
     if not tied:
-        unit(model.embed_tokens, exact, config.reshard_after_forward)  # the residual stream begins in fp32
+        unit(model.embed_tokens, embedding, config.reshard_after_forward)
         unit(model.lm_head, matrices, False)  # the backward pass begins with it
         register_fsdp_forward_method(model.lm_head, "loss")
+    elif embedding is not exact:  # it is gathered in fp32, with the norms
+        model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.bfloat16())
     register_fsdp_forward_method(model, "losses")
     prefetch(blocks(model), config.prefetch)
 

@@ -34,7 +34,9 @@ class MeshStrategy(ModelParallelStrategy):
     def __init__(self, dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll, **settings: Any) -> None:
         self.config, self.dispatcher = StrategyConfig(**settings), dispatcher
         timeout = timedelta(minutes=self.config.timeout_minutes)
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout)
+        # What is offloaded is gathered for a checkpoint between hosts, without a detour over the GPUs.
+        backend = "cpu:gloo,cuda:nccl" if self.config.cpu_offload else None
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout, process_group_backend=backend)
         self.saver: Saver | None = None
 
     def setup_environment(self) -> None:
@@ -58,14 +60,14 @@ class MeshStrategy(ModelParallelStrategy):
 
     def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
         """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
-        self.precision_plugin.convert_module(self.lightning_module)  # type: ignore[arg-type]
-        bf16 = "bf16" in str(self.precision_plugin.precision)
-        shard_model(model, self.meshes, self.config, bf16, self.dispatcher)
+        shard_model(model, self.meshes, self.config, str(self.precision_plugin.precision), self.dispatcher)
         return place
 
     def model_to_device(self) -> None:
-        """Weights were made where they belong; what is left are metrics and buffers."""
-        if not self.config.cpu_offload:
+        """Weights were made where they belong; what is left are metrics and, where it is offloaded, buffers."""
+        if self.config.cpu_offload:
+            move_all_but_parameters(self.lightning_module, self.root_device)
+        else:
             super().model_to_device()
 
     def finish_saving(self) -> None:
@@ -88,10 +90,7 @@ class MeshStrategy(ModelParallelStrategy):
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
             state["state"][index] = {k: self.to_save(like(weight, v)) for k, v in values.items()}
-        masters = state.pop("masters")
-        if any(weight.dtype != torch.float32 for weight in weights):
-            pairs = zip(weights, masters, strict=True)
-            state["masters"] = [self.to_save(like(weight, master)) for weight, master in pairs]
+        del state["masters"]  # they are the weights
         return self.on_first_rank(state)
 
     def to_save(self, tensor: Tensor) -> Tensor:
@@ -131,14 +130,22 @@ class MeshStrategy(ModelParallelStrategy):
             weights = weights_of(optimizer)
             for index, weight in enumerate(weights):
                 state["state"][index] = {k: part(v, weight) for k, v in state["state"][index].items()}
-            masters = state.get("masters")
-            state["masters"] = (
-                [local(weight.detach()) for weight in weights]
-                if masters is None
-                else [part(master, weight) for master, weight in zip(masters, weights, strict=True)]
-            )
+            with torch.no_grad():
+                for weight, master in zip(weights, state.pop("masters", [])):  # of one process, whose weights are bf16
+                    local(weight).copy_(part(master, weight))
             optimizer.load_state_dict(state)
         return checkpoint
+
+
+def move_all_but_parameters(module: Any, device: torch.device) -> None:
+    """Of a LightningModule whose parameters are all in its `model`. It then says that it is on the device."""
+    for child in module.children():
+        if child is not module.model:
+            child.to(device)  # metrics
+    for layer in module.model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.to(device))
+    module._device = device  # as Lightning's `to` does, which would move parameters too
 
 
 def weights_of(optimizer: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -26,11 +27,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(weight: Tensor, own: Tensor) -> Tensor:
-    """A tensor of which this rank has a part as of the weight; scalars are their own whole."""
+    """A tensor of which this rank has a part as of the weight; scalars are their own whole.
+
+    The part stays where it is: `DTensor.from_local` would take an offloaded one to the mesh's GPU.
+    """
     if not isinstance(weight, DTensor) or own.dim() == 0:
         return own
-    mesh, placements = weight.device_mesh, weight.placements
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+    meta = TensorMeta(weight.shape, weight.stride(), own.dtype)
+    spec = DTensorSpec(weight.device_mesh, weight.placements, tensor_meta=meta)
+    return DTensor(own.detach(), spec, requires_grad=False)
 
 
 def part(value: Tensor, weight: Tensor) -> Tensor:

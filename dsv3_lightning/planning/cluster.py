@@ -146,7 +146,8 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     """Three moments compete for the most: the loss, with its logits and a gradient of the output matrix per head in
     fp32; that gradient's scaling; and the backward pass of the last block, when it is on its way to be added up.
     """
-    whole, computed = training_memory(model, work.tokens, work.precision, work.policy), bytes_computed(work)
+    whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True)
+    computed = bytes_computed(work)
     per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size
     block = computed * last_block(model, shape.ep)
     if strategy.reshard_after_forward:
@@ -196,8 +197,8 @@ def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: 
     token_seconds = slots_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
     host = 0.0
     if strategy.cpu_offload:
-        stored, passes = 2 if work.precision == "bf16" else 4, 2 if strategy.reshard_after_forward else 1
-        host = work.micro_batches * (passes * stored + 4) * (dense + routed) / n
+        passes = 2 if strategy.reshard_after_forward else 1
+        host = work.micro_batches * 4 * (passes + 1) * (dense + routed) / n
     return Traffic(
         dense_bytes + expert_bytes, replicas, slots_bytes * away, host, seconds, token_seconds, host / gpu.host
     )

@@ -25,18 +25,19 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def training_memory(model: ModelConfig, tokens: int, precision: str, policy: str) -> Memory:
+def training_memory(model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False) -> Memory:
     """For a micro-batch of `tokens` tokens on one rank.
 
-    precision: `32` and `bf16-mixed` keep fp32 weights and gradients; `bf16` keeps both in two bytes and adds fp32
-    master weights to AdamW's two fp32 moments. (Norms and routers stay fp32 there, a share of 1e-4 that is ignored.)
+    Weights and gradients are fp32, as AdamW's two moments are. Under precision `bf16` unsharded weights have two bytes
+    and an fp32 copy in AdamW; sharded ones are fp32, and gathered in bf16. (Norms and routers always are fp32, a share
+    of 1e-4 that is ignored.)
     """
     parameters = count_parameters(model)
-    stored, moments = (2, 12) if precision == "bf16" else (4, 8)
+    stored, moments = (2, 12) if precision == "bf16" and not sharded else (4, 8)
     per_token = activations(model, precision, policy)
     return Memory(
         weights=stored * parameters.total + 4 * parameters.bias_entries,
-        gradients=stored * parameters.total,
+        gradients=4 * parameters.total,
         optimizer=moments * parameters.total,
         activations=tokens * (per_token.kept + per_token.made_again),
     )

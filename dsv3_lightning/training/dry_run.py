@@ -58,8 +58,7 @@ def dry_run(
         with torch.device("meta"):
             module = Transformer(model, checkpointing)
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        plugin.convert_module(module)
-        shard_model(module, build_meshes(shape, "cpu"), strategy, "bf16" in str(plugin.precision), EvenLoads)
+        shard_model(module, build_meshes(shape, "cpu"), strategy, str(plugin.precision), EvenLoads)
         with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
             module.to_empty(device="cpu")
             module.tie_weights()

@@ -26,13 +26,15 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW on this rank's parts of the parameters; of low-precision ones on fp32 copies, rounded back after a step.
 
     Without copies updates below 1/256 of a bf16 weight would round away (V3 §3.3.2 keeps fp32 master weights too).
-    They are saved in the state: the rounded weights alone could not continue a run exactly. AdamW works element by
-    element, so that parts need not know of the whole, and parameters on several meshes are one group.
+    A copy begins as the weight's `master`, what it was before it was rounded, where it has one. They are saved in the
+    state: the rounded weights alone could not continue a run exactly. AdamW works element by element, so that parts
+    need not know of the whole, and parameters on several meshes are one group.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
         self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
-        self.masters: list[Tensor] = [nn.Parameter(local(p.detach()).float()) for p in self.weights]
+        exact = [getattr(p, "master", local(p.detach())) for p in self.weights]
+        self.masters: list[Tensor] = [nn.Parameter(p.to(w.device, torch.float32)) for p, w in zip(exact, self.weights)]
         master_of = dict(zip(self.weights, self.masters, strict=True))
         super().__init__([{**group, "params": [master_of[p] for p in group["params"]]} for group in groups], **kwargs)
 
@@ -62,7 +64,8 @@ class MasterAdamW(torch.optim.AdamW):
         return {**super().state_dict(), "masters": [master.detach() for master in self.masters]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        masters = state_dict["masters"]
+        """Without masters, as of a run with sharded weights, those stay that were made of the fp32 weights."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
-        with torch.no_grad():
-            torch._foreach_copy_(self.masters, masters)
+        if "masters" in state_dict:
+            with torch.no_grad():
+                torch._foreach_copy_(self.masters, state_dict["masters"])

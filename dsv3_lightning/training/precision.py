@@ -1,10 +1,17 @@
 """Precision by name, and `auto`: CPUs differ by a factor of hundreds in bf16, so it is measured, not guessed."""
 
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 PRECISIONS = ("auto", "32", "bf16-mixed", "bf16")
 
@@ -27,8 +34,10 @@ def precision_plugin(name: str, device: torch.device) -> Precision:
 
 
 class BF16Weights(Precision):
-    """Matrices in bf16; router, norms, expert bias and metrics stay fp32, and MasterAdamW keeps fp32 copies.
+    """Matrices in bf16; router, norms, expert bias and metrics stay fp32, and MasterAdamW has fp32 copies.
 
+    Gradients are made in bf16, and added up over micro-batches and ranks in fp32 (V3 §3.3.2). Sharded weights stay
+    fp32: FSDP2 gathers them in bf16, so that a rank's parts are their own master copies.
     Lightning's bf16-true would cast the expert bias too, and lose updates of 0.001 at a bias of 0.5.
     """
 
@@ -38,9 +47,40 @@ class BF16Weights(Precision):
         for child in module.modules():
             if not hasattr(child, "expert_bias"):
                 for parameter in child.parameters(recurse=False):
-                    if parameter.dim() >= 2:
-                        parameter.data = parameter.data.bfloat16()
+                    if parameter.dim() >= 2 and not isinstance(parameter, DTensor):
+                        round_weight(parameter)
         return module
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Steppable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """DDP would add up the ranks' gradients in bf16. So it adds up none, and they are when the last is there."""
+        strategy = model.trainer.strategy
+
+        def last_micro_batch() -> Any:
+            with strategy.block_backward_sync():  # type: ignore[attr-defined]
+                result = closure()
+            average(model.parameters())
+            return result
+
+        distributed = isinstance(strategy, DDPStrategy)
+        return super().optimizer_step(optimizer, model, last_micro_batch if distributed else closure, **kwargs)
+
+
+def round_weight(parameter: nn.Parameter) -> None:
+    """To bf16. Its gradient will be fp32, and `master` is what it was: the optimizer's copy, which begins unrounded."""
+    if parameter.dtype != torch.bfloat16:  # as it is already where a run's module is set up again to be validated
+        parameter.master = parameter.data  # type: ignore[attr-defined]
+        parameter.data = parameter.data.bfloat16()
+        parameter.grad_dtype = torch.float32
+
+
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients over all ranks."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_div_(gradients, dist.get_world_size())
+    for under_way in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        under_way.wait()
 
 
 def measure_gemm(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:

@@ -9,7 +9,10 @@ from dsv3_lightning.model.losses import IGNORE
 
 
 class Recorder(Callback):
-    """Writes step=<n>.pt with all gradients before clipping, start.pt and end.pt with the state, into `folder`."""
+    """Writes step=<n>.pt with all gradients before clipping, start.pt and end.pt with the state, into `folder`.
+
+    masters.pt: fp32 copies of weights at the start, by their number, where the optimizer has them.
+    """
 
     def __init__(self, folder: str, gradients: bool = True) -> None:
         self.folder, self.gradients = Path(folder), gradients
@@ -22,6 +25,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.write(trainer, "start", pl_module.model.state_dict())
+        self.write(trainer, "masters", dict(enumerate(getattr(trainer.optimizers[0], "masters", []))))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.gradients:
@@ -52,6 +56,16 @@ class Valid(Callback):
                 batch["targets"][row, head] = batch["tokens"][row, 1 + head : 1 + head + T]
             batch["targets"][row, :, count:] = IGNORE
         batch["target_counts"][:] = sum(self.counts)
+
+
+class Even(Callback):
+    """Weighs each step's samples alike, as if all `count` targets were valid."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch["target_counts"].fill_(self.count)
 
 
 def whole(tensor):

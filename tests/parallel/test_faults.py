@@ -12,13 +12,14 @@ import torch
 from dsv3_lightning.cli import main
 from dsv3_lightning.training.checkpoint_io import read_checkpoint
 from tests.conftest import ROOT, Run
+from tests.parallel.conftest import runs_on_ranks
 from tests.runs.compare import assert_same_curves
 
 COMMON = (
     "trainer.max_steps=15",
     "trainer.val_check_interval=5",
     "trainer.limit_val_batches=1",
-    "trainer.precision=bf16",  # so that there are master weights in the checkpoint
+    "trainer.precision=bf16",
     "data.sequence_length=16",
     "model.num_hidden_layers=2",
     "callbacks.checkpoint={every_n_steps: 5, keep: 2, keep_best: 1}",
@@ -106,12 +107,50 @@ def test_ranks_of_lightnings_own_ddp_start_again_too(shared_nano):
     assert run.report()["steps"] == 15
 
 
-def test_shards_of_bf16_weights_go_on_in_one_process(runs, shared_nano):
-    start = runs["alone"].folder / "checkpoints/step=10.ckpt"
-    resumed = shared_nano.run("alone_on_one", *COMMON[:-2], "strategy=auto", f"run.resume={start}")
-    assert resumed.code == 0
-    # The sums of bf16 products are rounded at other places.
-    assert_same_curves(loss_alone(runs["alone"]), loss_alone(resumed), 2e-3, after=10)
+@pytest.fixture(scope="module")
+def there_and_back(runs, shared_nano):
+    """From the shards on one process, whose weights are bf16, and from its checkpoint on two again."""
+    found, start = {}, runs["alone"].folder / "checkpoints/step=10.ckpt"
+    for name, overrides in (("one", ("strategy=auto",)), ("two", COMMON[-2:])):
+        recorder = ("callbacks.recorder={class_path: tests.parallel.recorder.Recorder, init_args: {gradients: false, "
+                    f"folder: {shared_nano.base / name}}}}}")  # fmt: skip
+        words = (
+            *COMMON[:-2],
+            *overrides,
+            recorder,
+            f"run.resume={start}",
+            "callbacks.checkpoint={every_n_steps: 2, keep: 9, keep_best: 0}",
+        )
+        if name == "one":
+            assert shared_nano.run(name, *words).code == 0
+        else:
+            runs_on_ranks(2, shared_nano, {name: words})
+        found[name] = Run(shared_nano.base / "runs" / name, 0), read_checkpoint(start), shared_nano.base / name
+        start = found[name][0].folder / "checkpoints/step=12.ckpt"
+    return found
+
+
+def test_bf16_runs_go_on_with_one_process_and_with_two(runs, there_and_back):
+    for name, step in (("one", 10), ("two", 12)):  # the sums of bf16 products are rounded at other places
+        assert_same_curves(loss_alone(runs["alone"]), loss_alone(there_and_back[name][0]), 2e-3, after=step)
+
+
+def test_fp32_weights_survive_the_way_there_and_back_to_the_bit(there_and_back):
+    _, shards, folder = there_and_back["one"]
+    names = in_order_of_the_optimizer(shards["state_dict"])
+    for name, master in zip(names, torch.load(folder / "masters.pt").values(), strict=True):
+        assert torch.equal(master, shards["state_dict"][name]), name
+    _, file, folder = there_and_back["two"]
+    assert any(value.dtype == torch.bfloat16 for value in file["state_dict"].values())
+    weights = torch.load(folder / "start.pt")
+    for name, master in zip(names, file["optimizer_states"][0]["masters"], strict=True):
+        assert torch.equal(weights[name.removeprefix("model.")], master), name
+
+
+def in_order_of_the_optimizer(state: dict[str, torch.Tensor]) -> list[str]:
+    """Matrices before norms."""
+    names = [name for name in state if name.startswith("model.") and not name.endswith("expert_bias")]
+    return sorted(names, key=lambda name: state[name].dim() < 2)
 
 
 def loss_alone(run: Run) -> Run:
@@ -126,7 +165,7 @@ def test_checkpoint_verbs_show_judge_and_join_shards(runs, tmp_path, capsys):
     shards, file = runs["alone"].folder / "checkpoints/step=10.ckpt", tmp_path / "one.ckpt"
     assert main(["checkpoint", "inspect", str(shards)]) == 0
     shown = capsys.readouterr().out
-    assert "shards" in shown and "optimizer step" in shown and "bfloat16, float32" in shown
+    assert "shards" in shown and "optimizer step" in shown and "none: the weights are fp32" in shown
     assert main(["checkpoint", "verify", str(shards)]) == 0
     assert "sound, " in capsys.readouterr().out
     assert main(["checkpoint", "consolidate", str(shards), str(file)]) == 0

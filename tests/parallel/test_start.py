@@ -33,7 +33,7 @@ def test_no_rank_ever_holds_more_than_its_part_and_a_matrix(experts_over, source
             model = Transformer(MODEL)
         matrices = [(p if p.dim() == 2 else p[0]).numel() * 4 for p in model.parameters() if p.dim() > 1]
         whole = sum(p.numel() * 4 for p in model.parameters())
-        shard_model(model, build_meshes(mesh_shape(strategy, RANKS, RANKS, MODEL), "cpu"), strategy, bf16=False)
+        shard_model(model, build_meshes(mesh_shape(strategy, RANKS, RANKS, MODEL), "cpu"), strategy, "32-true")
         with Counter() as counter:
             model.to_empty(device="cpu")
             model.init_weights(1, place)

@@ -95,7 +95,7 @@ def test_all_that_is_sharded_is_offloaded_where_that_is_asked_for():
     strategy = StrategyConfig(kind="fsdp2_ep", cpu_offload=True)
     with dry.pretended_processes(2), torch.device("meta"):
         module = Transformer(model)
-        shard_model(module, build_meshes(MeshShape(1, 2, 2), "cpu"), strategy, bf16=True)
+        shard_model(module, build_meshes(MeshShape(1, 2, 2), "cpu"), strategy, "bf16-true")
     groups = [unit._get_fsdp_state()._fsdp_param_group for unit in module.modules() if isinstance(unit, FSDPModule)]
     assert len(groups) > 5 and all(isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups)
 

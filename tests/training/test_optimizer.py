@@ -9,6 +9,7 @@ from torch import nn
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.training.config import OptimizerConfig, Phase
 from dsv3_lightning.training.optimizer import MasterAdamW, build_optimizer
+from dsv3_lightning.training.precision import BF16Weights
 from tests.model.small import small_config
 
 CONFIG = OptimizerConfig(
@@ -70,3 +71,16 @@ def test_master_copies_survive_saving_to_the_bit():
     train(resumed_weight, resumed, range(10, 20))
     assert torch.equal(resumed.masters[0], optimizer.masters[0])  # bf16 alone would have forgotten all ten steps
     assert float(optimizer.masters[0][0, 0]) != 1.0
+
+
+def test_master_copies_begin_as_the_weights_were_before_they_were_rounded():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8, bias=False)
+    start = layer.weight.detach().clone()
+    BF16Weights().convert_module(layer)
+    optimizer = MasterAdamW([{"params": [layer.weight]}], lr=1e-5)
+    assert layer.weight.dtype == torch.bfloat16 and torch.equal(optimizer.masters[0], start)
+    state = optimizer.state_dict()
+    del state["masters"]  # as sharded runs save it
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.masters[0], start)
