@@ -100,7 +100,7 @@ def run_with_config(verb: Verb, words: list[str], print_config: bool, **options:
     if not files:
         raise ConfigError("no config named; give a file or a preset, such as laptop")
     composed = compose(files, overrides)
-    config = check(composed.tree)
+    config = check(composed.tree, mesh=options.get("gpus") is None)
     if print_config:
         print(to_yaml(to_tree(config)), end="")
         return 0

@@ -33,7 +33,8 @@ def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficienc
     tables.append(policy_table(config, shape, strategy, work, gpu, efficiency))
     if dry:
         tables.append(dry_table(config, strategy, shape, work, memory))
-    return [*tables, traffic_table(time, shape), time_table(config, time, gpus, gpu, efficiency)]
+    times = time_table(config, time, gpus, gpu.peak_in(work.precision), efficiency)
+    return [*tables, traffic_table(time, shape), times]
 
 
 def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
@@ -47,9 +48,9 @@ def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
 
 
 def work_of(config: Config, gpus: int) -> Work:
-    """The micro-batch is the config's; the step is split over these GPUs."""
-    trainer = config.trainer
-    ranks = (number_of_devices(trainer) or 1) * trainer["num_nodes"]
+    """The micro-batch is the config's; the step is split over these GPUs, which are its ranks where it knows none."""
+    trainer, devices = config.trainer, number_of_devices(config.trainer)
+    ranks = gpus if devices is None else devices * trainer["num_nodes"]
     samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks))
     precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
     T = config.data.sequence_length
@@ -125,7 +126,7 @@ def traffic_table(time: StepTime, shape: MeshShape) -> str:
     )  # fmt: skip
 
 
-def time_table(config: Config, time: StepTime, gpus: int, gpu: GPU, efficiency: float) -> str:
+def time_table(config: Config, time: StepTime, gpus: int, peak: float, efficiency: float) -> str:
     step_tokens = config.data.batch_size * config.data.sequence_length
     total = tokens_of(config.data, config.trainer["max_steps"])
     speed = step_tokens / time.seconds
@@ -134,7 +135,7 @@ def time_table(config: Config, time: StepTime, gpus: int, gpu: GPU, efficiency: 
         ("time", ""),
         (f"computing, at {efficiency:.0%} of the peak (assumed)", f"{time.compute:.2f} s"),
         ("step", f"{time.seconds:.2f} s"),
-        (f"MFU, of {si(gpu.peak, 'FLOP/s')}", f"{time.flop / time.seconds / gpu.peak:.1%}"),
+        (f"MFU, of {si(peak, 'FLOP/s')}", f"{time.flop / time.seconds / peak:.1%}"),
         ("tokens per second and GPU", f"{speed / gpus:,.0f}"),
         ("tokens per day", si(speed * 86400, "")),
         ("GPU hours per trillion tokens", f"{hours / total * 1e12:,.0f}"),

@@ -56,8 +56,11 @@ class Config:
     callbacks: dict[str, dict[str, Any] | None]
 
 
-def check(tree: dict[str, Any]) -> Config:
-    """The typed settings of a composed tree. Raises ConfigError with the key, the value and what is valid."""
+def check(tree: dict[str, Any], mesh: bool = True) -> Config:
+    """The typed settings of a composed tree. Raises ConfigError with the key, the value and what is valid.
+
+    mesh: whether the strategy's has to fit trainer.devices; a plan for other GPUs judges it by those.
+    """
     trainer = tree.get("trainer")
     config = build(Config, {**tree, "trainer": check_trainer(trainer)} if isinstance(trainer, dict) else tree)
     if config.init_from == "":
@@ -65,7 +68,8 @@ def check(tree: dict[str, Any]) -> Config:
     if config.init_from is not None and config.data.tokenizer is None:  # another would give the weights other meanings
         config = replace(config, data=replace(config.data, tokenizer=config.init_from))
     check_callbacks(config.callbacks)
-    check_strategy(config.strategy, config.trainer, config.model)
+    if mesh:
+        check_strategy(config.strategy, config.trainer, config.model)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)
     return config
 

@@ -90,7 +90,7 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
         replicate = max(1, ranks // shard)
     else:
         replicate = ranks // math.gcd(ranks, ranks_per_node) if config.kind == "hsdp" else 1
-    if ranks % replicate:
+    if wanted != "auto" and ranks % replicate:
         raise ConfigError(
             f"strategy.dp_replicate={replicate}: does not divide {ranks} processes; use {near(replicate, ranks)}"
         )

@@ -211,7 +211,5 @@ def speed(ranks: int, gpu: GPU) -> float:
 
 def step_time(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: GPU, efficiency: float) -> StepTime:
     flop = training_flop_per_token(model, work.sequence_length) * work.tokens * work.micro_batches
-    peak = gpu.peak / 2 if work.precision == "32" else gpu.peak  # tf32
-    return StepTime(
-        RECOMPUTED[work.policy] * flop / (peak * efficiency), traffic(model, shape, strategy, work, gpu), flop
-    )
+    compute = RECOMPUTED[work.policy] * flop / (gpu.peak_in(work.precision) * efficiency)
+    return StepTime(compute, traffic(model, shape, strategy, work, gpu), flop)

@@ -1,8 +1,10 @@
 """A rank's memory, the wires and the time, against numbers worked out by hand and published ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
@@ -77,7 +79,7 @@ def test_what_is_offloaded_is_on_the_host_and_travels():
     own = sum(parameter_split(V3)) / 2048
     assert there.kept == pytest.approx(16 * own, rel=1e-5)
     assert here.total - there.total == pytest.approx(16 * own, rel=1e-5) and there.gathered == here.gathered
-    gpu = GPU(peak=1e12, memory=1e9, inside=1e9, between=1e9, host=100.0)
+    gpu = GPU(peak=1e12, peak_fp32=1e12, memory=1e9, inside=1e9, between=1e9, host=100.0)
     time = step_time(V3, shape, offloading, WORK, gpu, efficiency=0.5)
     assert time.traffic.host == pytest.approx(2 * (2 * 4 + 4) * own)  # two micro-batches
     assert time.seconds == pytest.approx(time.traffic.host / 100 + time.traffic.token_seconds)  # slower than all else
@@ -105,7 +107,7 @@ def test_the_plan_shows_the_host_every_policy_and_takes_bandwidths(capsys: pytes
 
 def test_bytes_on_the_wires_are_those_of_rings_and_of_all_to_alls():
     """Two nodes of two GPUs; experts over all four: 3/4 of the slots travel, 2/4 between nodes."""
-    gpu = GPU(peak=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2)
+    gpu = GPU(peak=1e12, peak_fp32=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2)
     dense, routed = parameter_split(V3)
     assert routed == 59 * 256 * 3 * 7168 * 2048
     found = traffic(V3, MeshShape(1, 4, 4), FSDP, WORK, gpu)
@@ -127,6 +129,36 @@ def test_a_step_takes_what_its_flop_take_where_nothing_travels():
     flop = 260.64e9 * 4096 * 2  # FACTS §4, with MTP
     assert time.flop == pytest.approx(flop, rel=1e-4)
     assert time.seconds == pytest.approx(4 / 3 * flop / (989e12 * 0.5), rel=1e-4)  # all forward passes twice
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("a100", 19.5e12), ("h100", 67e12), ("b200", 75e12)])
+def test_fp32_is_real_fp32_as_torch_computes_it(kind: str, peak: float, capsys: pytest.CaptureFixture[str]):
+    assert not torch.backends.cuda.matmul.allow_tf32  # or TF32 it would be, of 156, 495 and 1,125 TFLOP/s
+    work = replace(WORK, precision="32", policy="none")
+    time = step_time(V3, MeshShape(1, 1, 1), FSDP, work, GPUS[kind], efficiency=0.5)
+    assert time.compute == pytest.approx(260.64e9 * 4096 * 2 / (peak * 0.5), rel=1e-4)
+    assert main(["plan", "nano", "--gpus", "1", "--gpu", kind, "trainer.precision=32"]) == 0
+    assert f"MFU, of {peak / 1e12:g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("devices", ["1", "4", "[0, 1, 2]"])  # of the config: what runs here, not what is planned
+def test_the_mesh_is_judged_by_gpus_alone(devices: str, capsys: pytest.CaptureFixture[str]):
+    def planned(shard: int) -> int:
+        words = ["data.batch_size=240", f"trainer.devices={devices}", f"strategy={{kind: fsdp2, dp_shard: {shard}}}"]
+        return main(["plan", "nano", "--gpus", "10", "trainer.accumulate_grad_batches=20", *words])
+
+    assert planned(5) == 0
+    assert "dp_replicate 2 x dp_shard 5" in capsys.readouterr().out
+    assert planned(3) == 2
+    message = "strategy.dp_shard=3: with dp_replicate=3 it makes 9 processes, there are 10; use 2 or 5"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("devices", ["auto", "-1"])
+def test_unknown_devices_are_the_planned_gpus(devices: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "nano", "--gpus", "8", "data.batch_size=16", f"trainer.devices={devices}"]) == 0
+    length = compose(["nano"]).tree["data"]["sequence_length"]
+    assert f"activations of {2 * length:,} tokens" in capsys.readouterr().out  # two samples per rank
 
 
 @pytest.mark.parametrize(
