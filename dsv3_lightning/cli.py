@@ -191,14 +191,20 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
+    parser.add_argument("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default %(default)s")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest; 0: from all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="from the likeliest that sum to X")
     parser.add_argument(
         "--min-p", type=float, default=0.0, metavar="X", help="from those X times as likely as the best"
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before it; may be repeated; $'\\n' is a line's end",
+    )
     parser.add_argument("--seed", type=seed, default=1, metavar="N", help="of the sampling; default %(default)s")
 
 
@@ -282,6 +288,10 @@ def share(text: str) -> float:
 
 def seed(text: str) -> int:
     return number(int, text, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def not_negative(text: str) -> int:
+    return number(int, text, lambda value: value >= 0, "a whole number from 0 on")
 
 
 def port(text: str) -> int:

@@ -77,6 +77,8 @@ class Texts:
 
 def told(counts: Drafts) -> str:
     """What became of the guesses."""
+    if not counts.passes:
+        return "dsv3: no room for a token, so nothing was guessed"
     shares = ", ".join("none" if share is None else f"{share:.0%}" for share in counts.acceptance())
     tokens = counts.passes + sum(counts.kept)
     return f"dsv3: guesses kept, by depth: {shares}; {tokens / counts.passes:.2f} tokens per pass of the main model"

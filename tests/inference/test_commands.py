@@ -42,6 +42,19 @@ def folder(tokenizer, model, tmp_path_factory):
     return str(out)
 
 
+def test_no_room_for_a_token_is_no_error_with_guesses_either(folder, capsys):
+    for more in ([], ["--draft", "1"]):
+        assert main(["generate", folder, "--prompt", "def ", "--max-new-tokens", "0", *more]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == "def \n" and ("nothing was guessed" in shown.err) == bool(more)
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_less_than_no_token_is_refused(folder, verb, capsys):
+    assert main([verb, folder, "--max-new-tokens", "-3", *(["--prompt", "a"] if verb == "generate" else [])]) == 2
+    assert "a whole number from 0 on" in capsys.readouterr().err
+
+
 def test_generate_streams_what_decoding_gives(folder, model, tokenizer, capsys):
     assert main(["generate", folder, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "30"]) == 0
     (ids,) = decode(model, [[tokenizer.bos_id, *tokenizer.encode("def ")]], 30, Sampling(), {tokenizer.eos_id}, 0)
@@ -88,7 +101,6 @@ def test_several_prompts_are_shown_one_after_the_other(folder, capsys):
         (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["--top-p", "2"], "top_p=2.0: must be between 0 and 1"),
         (["--prompt", "x " * 600], "tokens is longer than the context of 512 tokens"),
-        (["--max-new-tokens", "-1"], "max_new_tokens=-1"),
     ],
 )
 def test_nonsense_is_one_line(words, message, folder, capsys):
