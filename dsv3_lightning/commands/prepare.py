@@ -5,12 +5,14 @@ from typing import Any
 
 from dsv3_lightning.commands.table import si, table
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.index import prepare_index
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.data.store import read_manifest
 
 
 def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
     folder = prepare(config.data)
+    prepare_index(folder, config.data.sequence_length, config.model.mtp_depth, config.data.mask_document_ends)
     manifest = read_manifest(folder)
     rows = [("", "documents", "text", "tokens", "bytes per token")]
     rows += [(name, *counts(split)) for name, split in manifest["splits"].items()]

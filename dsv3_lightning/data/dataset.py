@@ -1,5 +1,6 @@
 """A micro-batch from the packed index: tokens, what each head has to predict, and how many targets the step has."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dsv3_lightning.data.packing import PackedIndex, running_sum
+from dsv3_lightning.data.packing import PackedIndex, barriers, stretch
 from dsv3_lightning.data.sampling import Draw
 from dsv3_lightning.data.store import TokenFile
 
@@ -18,7 +19,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     """dataset[draw] is a whole micro-batch of b samples, gathered from the memory-mapped file in one go:
 
     tokens [b, T + 1 + D] int64, padded with `pad_id`; mask [b, T + 1 + D] bool, False for padding.
-    targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `count_targets`).
+    targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `barriers`).
         Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
     target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
@@ -45,9 +46,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         self.file, self.index, self.pad_id = file, index, pad_id
         self.isolate, self.answers, self.bytes_per_token = isolate, answers, bytes_per_token
         self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
-        self.barriers = barriers(index, mask_document_ends)
-        self.target_counts = count_targets(index, self.barriers, sequence_length, mtp_depth, answers)
-        self.origins = None if origins is None else origins[documents_of(index, file.offsets())]
+        self.mask_document_ends, self.origins = mask_document_ends, origins
 
     def __len__(self) -> int:
         return len(self.index)
@@ -65,15 +64,14 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if draw.step_samples is not None:
             batch["step_tokens"], batch["step_mask"], _ = self.gather(draw.step_samples)
         if self.isolate:
-            numbers = np.arange(len(self.index.starts))  # of pieces: no sample holds two of one document
-            batch["documents"] = self.spread(draw.samples, numbers, -1)
+            batch["documents"] = self.spread(draw.samples, self.numbers_of, -1)
             if draw.step_samples is not None:
-                batch["step_documents"] = self.spread(draw.step_samples, numbers, -1)
+                batch["step_documents"] = self.spread(draw.step_samples, self.numbers_of, -1)
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
         if self.origins is not None:
-            batch["origins"] = self.spread(draw.samples, self.origins, 0)
+            batch["origins"] = self.spread(draw.samples, self.origins_of, 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,44 +81,38 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         """
         length = self.sequence_length + 1 + self.mtp_depth
         tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
-        barriers = np.full((len(samples), length), length, dtype=np.int32)
+        limits = np.full((len(samples), length), length, dtype=np.int32)
         places, piece = self.places(samples)
         sizes = self.index.lengths[piece]
         found = stretch(self.index.starts[piece], sizes)
         tokens.reshape(-1)[places] = self.file.tokens[found]
-        barriers.reshape(-1)[places] = np.repeat(self.barriers[piece], sizes)
-        mask = barriers < length
+        of_pieces = barriers(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
+        limits.reshape(-1)[places] = np.repeat(of_pieces, sizes)
+        mask = limits < length
         if self.answers is not None:
-            barriers.reshape(-1)[places[np.searchsorted(self.answers, found, "right") % 2 == 0]] = length
-        return tokens, mask, barriers
+            limits.reshape(-1)[places[np.searchsorted(self.answers, found, "right") % 2 == 0]] = length
+        return tokens, mask, limits
 
-    def spread(self, samples: np.ndarray, of_pieces: np.ndarray, padding: int) -> np.ndarray:
-        """What is known of pieces [P], at each of their tokens: int64 [b, T + 1 + D]."""
+    def spread(self, samples: np.ndarray, known: Callable[[np.ndarray], np.ndarray], padding: int) -> np.ndarray:
+        """What is known of pieces (numbers [n] to values [n]), at each of their tokens: int64 [b, T + 1 + D]."""
         spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
         places, piece = self.places(samples)
-        spread.reshape(-1)[places] = np.repeat(of_pieces[piece], self.index.lengths[piece])
+        spread.reshape(-1)[places] = np.repeat(known(piece), self.index.lengths[piece])
         return spread
+
+    def numbers_of(self, piece: np.ndarray) -> np.ndarray:
+        return piece  # stands for the document: no sample holds two pieces of one
+
+    def origins_of(self, piece: np.ndarray) -> np.ndarray:
+        assert self.origins is not None
+        documents = np.searchsorted(self.file.offsets(), self.index.starts[piece], side="right") - 1
+        return self.origins[documents]
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the samples' tokens lie in [b · (T + 1 + D)], piece after piece, and the pieces' numbers."""
         row, piece = pieces_of(self.index, samples)
         begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
         return stretch(begins, self.index.lengths[piece]), piece
-
-
-def documents_of(index: PackedIndex, offsets: np.ndarray) -> np.ndarray:
-    """The document of each piece, int64 [P]."""
-    documents: np.ndarray = np.searchsorted(offsets, index.starts, side="right") - 1
-    return documents
-
-
-def barriers(index: PackedIndex, mask_document_ends: bool) -> np.ndarray:
-    """The first place of the sample that may predict into each piece, int32 [P]: 0, or the piece's own first place.
-
-    A piece that continues a document can't be foreseen from another piece, and the sample before it, in the document,
-    has its first tokens as targets already. With `mask_document_ends` no piece is predicted from another one.
-    """
-    return np.where(index.continues | mask_document_ends, index.positions, 0).astype(np.int32)
 
 
 def targets_of(tokens_BL: np.ndarray, barriers_BL: np.ndarray, sequence_length: int) -> np.ndarray:
@@ -130,48 +122,8 @@ def targets_of(tokens_BL: np.ndarray, barriers_BL: np.ndarray, sequence_length: 
     return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
 
 
-def count_targets(
-    index: PackedIndex, barriers: np.ndarray, sequence_length: int, mtp_depth: int, answers: np.ndarray | None = None
-) -> np.ndarray:
-    """Valid targets of each sample and head, int64 [S, 1 + D], without reading a token.
-
-    Head k predicts place j from place j - 1 - k. In a piece over places [a, e) with barrier c that is possible for
-    max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last place that it predicts at all. Of those places
-    the ones that `answers` hold count, or all.
-    """
-    begins, ends = index.positions[:, None], (index.positions + index.lengths)[:, None]
-    head = np.arange(1 + mtp_depth)
-    first = np.maximum(begins, barriers[:, None] + 1 + head)
-    last = np.minimum(ends, sequence_length + 1 + head)
-    valid = np.maximum(last - first, 0)
-    if answers is not None:
-        places = index.starts[:, None] - begins + first  # in the file
-        valid = inside(answers, places + valid) - inside(answers, places)
-    totals = np.cumsum(valid, axis=0, dtype=np.int64)
-    totals = np.concatenate([np.zeros((1, 1 + mtp_depth), dtype=np.int64), totals])
-    counts: np.ndarray = np.diff(totals[index.samples], axis=0)
-    return counts
-
-
-def inside(stretches: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many of 0 .. place - 1 the stretches hold, int64 like `places`. stretches [2n]: begin, end, begin, end, …
-
-    >>> inside(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
-    [0, 1, 2, 2, 3, 3]
-    """
-    passed = np.searchsorted(stretches, places, "right")  # an odd number of bounds: the place is within a stretch
-    whole = running_sum(stretches[1::2] - stretches[::2])[passed // 2]
-    return np.where(passed % 2, whole + places - stretches[np.maximum(passed - 1, 0)], whole)
-
-
 def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of all pieces of the samples [b]: the row and the piece's number, each [n]. A sample of -1 has none."""
     firsts = index.samples[samples]
     counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
     return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)
-
-
-def stretch(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, ... (counts[0] numbers), then firsts[1], firsts[1] + 1, ...: int64 [counts.sum()]."""
-    sums = running_sum(counts)
-    return np.arange(sums[-1]) + np.repeat(firsts - sums[:-1], counts)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.dataset import PackedDataset
+from dsv3_lightning.data.index import open_index, prepare_index
 from dsv3_lightning.data.packing import pack
 from dsv3_lightning.data.prepare import prepare
 from dsv3_lightning.data.progress import say
@@ -51,6 +52,7 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         self._folder = prepare(self.config)
+        prepare_index(self._folder, *self._shape)
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:  # one rank per node has prepared; the others needn't read the corpus to find it
@@ -71,7 +73,7 @@ class TextDataModule(LightningDataModule):
         self._first_step = step
         dataset = self._datasets["train"]
         sampler = TrainSampler(
-            dataset.target_counts,
+            dataset.index.target_counts,
             layout,
             self.config.seed,
             self.max_steps,
@@ -88,7 +90,7 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        return Loader(dataset, ValidationSampler(dataset.target_counts, self._layout()), self.config.num_workers)
+        return Loader(dataset, ValidationSampler(dataset.index.target_counts, self._layout()), self.config.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
@@ -163,8 +165,14 @@ class TextDataModule(LightningDataModule):
         length, depth = self.config.sequence_length, self.mtp_depth
         mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
         extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
-        index = pack(file.offsets(), length, depth)
+        found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
+        index = pack(file.offsets(), *self._shape, file.answers()) if found is None else found
         return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.answers(), *extra)
+
+    @property
+    def _shape(self) -> tuple[int, int, bool]:
+        """What shapes the packed index, beside the tokens."""
+        return self.config.sequence_length, self.mtp_depth, self.config.mask_document_ends
 
     def _layout(self) -> Layout:
         if self.trainer is None:
@@ -218,5 +226,5 @@ def index_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> s
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{manifest['files']['train/00000.bin']['sha256']} {seed}".encode())
     for part in (index.samples, index.starts, index.lengths):
-        digest.update(part.tobytes())
+        digest.update(part.data)  # not its copy: it may be larger than the memory
     return digest.hexdigest()

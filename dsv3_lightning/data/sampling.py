@@ -13,6 +13,8 @@ import numpy as np
 
 from dsv3_lightning.errors import ConfigError
 
+CHUNK = 1 << 16  # samples at a time
+
 
 class Draw(NamedTuple):
     """One micro-batch on one rank. samples [b] int64: positions in the packed index, -1 for none. target_counts
@@ -140,7 +142,11 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     Sorted by a hash rather than drawn from a library's generator, whose stream may change with its version.
     """
     key = mix(mix(np.array([seed & (1 << 64) - 1], dtype=np.uint64)) + np.array([epoch], dtype=np.uint64))
-    return np.argsort(mix(np.arange(count, dtype=np.uint64) ^ key)).astype(np.int64, copy=False)
+    hashes = np.empty(count, dtype=np.uint64)
+    for begin in range(0, count, CHUNK):  # of 10^8 samples each step of `mix` would be another gigabyte
+        part = hashes[begin : begin + CHUNK]
+        part[:] = mix(np.arange(begin, begin + len(part), dtype=np.uint64) ^ key)
+    return np.argsort(hashes).astype(np.int64, copy=False)
 
 
 def mix(x: np.ndarray) -> np.ndarray:

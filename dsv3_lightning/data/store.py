@@ -86,26 +86,28 @@ class TokenFile:
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
         self.manifest = read_manifest(folder)
-        path = folder / split / "00000.bin"
-        dtype = np.dtype(self.manifest["dtype"])
-        # A plain view: np.memmap's own slicing is several times slower. An empty file can't be mapped.
-        self.tokens = np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+        self.tokens = mapped(folder / split / "00000.bin", self.manifest["dtype"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, (self.folder, self.split)
 
     def offsets(self) -> np.ndarray:
         """Where each document begins, and the end of the last: int64 [documents + 1]."""
-        return np.fromfile(self.folder / self.split / "00000.idx", "<u8").astype(np.int64)
+        return mapped(self.folder / self.split / "00000.idx", "<i8")  # below 2^63: the same bytes
 
     def origins(self) -> np.ndarray:
-        """Where each document is from, as numbers among the manifest's `origins`: int64 [documents]."""
-        return np.fromfile(self.folder / self.split / "00000.src", "<u2").astype(np.int64)
+        """Where each document is from, as numbers among the manifest's `origins`: uint16 [documents]."""
+        return mapped(self.folder / self.split / "00000.src", "<u2")
 
     def answers(self) -> np.ndarray | None:
         """Where stretches of tokens that are learned begin and end: int64 [2 · stretches]; None: all are."""
         path = self.folder / self.split / "00000.ans"
-        return np.fromfile(path, "<u8").astype(np.int64) if path.exists() else None
+        return mapped(path, "<i8") if path.exists() else None
+
+
+def mapped(path: Path, dtype: str) -> np.ndarray:
+    """A plain view: np.memmap's own slicing is several times slower. An empty file can't be mapped."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 def token_dtype(vocab_size: int) -> str:

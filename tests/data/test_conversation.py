@@ -83,7 +83,7 @@ def test_every_token_of_an_answer_is_a_target_once_and_nothing_else_is(config: D
         bounds, ids = dataset.file.answers(), dataset.file.tokens.tolist()
         learned = sorted(token for begin, end in bounds.reshape(-1, 2) for token in ids[begin:end])
         batch = dataset[Draw(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
-        assert np.array_equal(dataset.target_counts, (batch["targets"] != IGNORE).sum(2))
+        assert np.array_equal(dataset.index.target_counts, (batch["targets"] != IGNORE).sum(2))
         for k in range(3):
             targets = batch["targets"][:, k]
             assert sorted(targets[targets != IGNORE].tolist()) == learned

@@ -32,9 +32,8 @@ def dataset_of(
 ) -> PackedDataset:
     file = Tokens(lengths)
     per_token = np.arange(10 + sum(lengths)) % 7 if sizes else None
-    return PackedDataset(
-        file, pack(file.offsets, length, depth), length, depth, PAD, mask_ends, isolate, answers, per_token
-    )  # type: ignore[arg-type]
+    index = pack(file.offsets, length, depth, mask_ends, answers)
+    return PackedDataset(file, index, length, depth, PAD, mask_ends, isolate, answers, per_token)  # type: ignore[arg-type]
 
 
 def draw(*samples: int) -> Draw:
@@ -82,7 +81,7 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
                 assert batch["targets"][row, k, i] == (tokens[j] if valid else -100), (sample, k, i)
                 sizes += tokens[j] % 7 if valid and k == 0 else 0
         assert batch["target_bytes"][row] == sizes
-        assert dataset.target_counts[sample].tolist() == (batch["targets"][row] != -100).sum(1).tolist()
+        assert dataset.index.target_counts[sample].tolist() == (batch["targets"][row] != -100).sum(1).tolist()
 
 
 def test_types_and_what_is_passed_on() -> None:

@@ -1,12 +1,16 @@
 """Every token is predicted once, and packing is the best fit that it claims to be."""
 
+from dataclasses import fields
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_lightning.data.dataset import barriers, count_targets, targets_of
-from dsv3_lightning.data.packing import PackedIndex, best_fit_decreasing, pack
+from dsv3_lightning.data import packing
+from dsv3_lightning.data.dataset import targets_of
+from dsv3_lightning.data.packing import PackedIndex, barriers, best_fit_decreasing, pack
 
 LENGTHS = st.lists(st.one_of(st.integers(1, 12), st.integers(0, 70)), min_size=1, max_size=40)
 
@@ -19,7 +23,7 @@ def main_targets(index: PackedIndex, length: int, depth: int, mask_ends: bool) -
     """What the main head predicts over one epoch; a token stands for itself by its place in the file."""
     places = length + 1 + depth
     tokens, barrier = np.full((len(index), places), -1), np.full((len(index), places), places)
-    limits = barriers(index, mask_ends)
+    limits = barriers(index.continues, index.positions, mask_ends)
     for sample in range(len(index)):
         for piece in range(index.samples[sample], index.samples[sample + 1]):
             first, size = index.positions[piece], index.lengths[piece]
@@ -27,8 +31,7 @@ def main_targets(index: PackedIndex, length: int, depth: int, mask_ends: bool) -
             tokens[sample, first : first + size] = np.arange(index.starts[piece], index.starts[piece] + size)
             barrier[sample, first : first + size] = limits[piece]
     targets = targets_of(tokens, barrier, length)
-    counts = count_targets(index, limits, length, depth)
-    assert np.array_equal(counts, (targets != -100).sum(2))
+    assert np.array_equal(index.target_counts, (targets != -100).sum(2))
     return targets[:, 0][targets[:, 0] != -100]
 
 
@@ -36,14 +39,27 @@ def main_targets(index: PackedIndex, length: int, depth: int, mask_ends: bool) -
 @settings(max_examples=300, deadline=None)
 def test_every_token_is_a_main_target_once(lengths: list[int], length: int, depth: int) -> None:
     offsets = offsets_of(lengths)
-    index = pack(offsets, length, depth)
+    index = pack(offsets, length, depth, mask_document_ends=True)
     begins = {int(offset) for offset, size in zip(offsets, lengths) if size}
     predicted = sorted(main_targets(index, length, depth, mask_ends=True).tolist())
     assert predicted == [token for token in range(sum(lengths)) if token not in begins]
     # Without the mask, a document's first token may be predicted too: unless it is its sample's first, and then once.
     leading = {int(start) for start in index.starts[index.samples[:-1]]}
+    index = pack(offsets, length, depth)
     predicted = sorted(main_targets(index, length, depth, mask_ends=False).tolist())
     assert predicted == [token for token in range(sum(lengths)) if token not in begins & leading]
+
+
+@given(LENGTHS, st.integers(1, 16), st.integers(0, 3), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_chunks_change_nothing(lengths: list[int], length: int, depth: int, chunk: int) -> None:
+    answers = np.unique(np.linspace(0, sum(lengths), 6, dtype=np.int64)[1:-1])
+    arguments = (offsets_of(lengths), length, depth, False, answers if len(answers) == 4 else None)
+    whole = pack(*arguments)
+    with mock.patch.object(packing, "CHUNK", chunk):
+        parts = pack(*arguments)
+    for field in fields(PackedIndex):
+        assert np.array_equal(getattr(whole, field.name), getattr(parts, field.name))
 
 
 def test_a_long_document_is_cut_with_stride_t() -> None:
@@ -65,8 +81,8 @@ def test_a_tail_is_not_predicted_from_another_document() -> None:
     assert samples == [[0, 9], [3]]
     # Sample 0 holds 0 1 2 9 10 11 -. The main head predicts 1 2, not 9 (3-10 did), 10 11. The second one, from two
     # before: 2; 9 and 10 lie behind the barrier; 11 from 9. With the barrier forgotten it would be 5 and 4.
-    assert count_targets(index, barriers(index, False), 6, 1).tolist() == [[4, 2], [6, 6]]
-    assert barriers(index, False).tolist() == [0, 3, 0]
+    assert index.target_counts.tolist() == [[4, 2], [6, 6]]
+    assert barriers(index.continues, index.positions, False).tolist() == [0, 3, 0]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
@@ -87,7 +103,7 @@ def test_packing_is_best_fit_decreasing(lengths: list[int], capacity: int) -> No
 def test_nothing_packs_to_nothing(lengths: list[int]) -> None:
     index = pack(offsets_of(lengths), 8, 1)
     assert len(index) == 0 and len(index.starts) == 0
-    assert count_targets(index, barriers(index, False), 8, 1).shape == (0, 2)
+    assert index.target_counts.shape == (0, 2)
 
 
 def test_packing_is_deterministic_and_wide() -> None:

@@ -69,7 +69,8 @@ def test_the_files_hold_the_texts(config: DataConfig, texts: list[str]) -> None:
     assert manifest["gzip_bytes"] == len(gzip.compress(joined, 9))
     assert manifest["gzip_bpb"] == 8 * manifest["gzip_bytes"] / len(joined)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
-    assert names == {*manifest["files"], "manifest.json"}
+    packed = {name for name in names if "/index-" in name}  # by another test
+    assert names - packed == {*manifest["files"], "manifest.json"}
     for name, record in manifest["files"].items():
         content = (folder / name).read_bytes()
         assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
