@@ -36,7 +36,10 @@ def import_folder(folder: str, out: str | None) -> int:
         **fitting(source.config),
     }
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    write_synced(target, (HEAD.format(folder=source.path.resolve(), file=target) + text).encode())
+    try:
+        write_synced(target, (HEAD.format(folder=source.path.resolve(), file=target) + text).encode())
+    except OSError as error:
+        raise ConfigError(f"--out {target}: can't be written ({error.strerror})") from error
     counts = count_parameters(source.config)
     print(f"{source.path}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")
     print(f"{target}: written; dsv3 run {target} starts from these weights")

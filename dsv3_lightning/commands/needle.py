@@ -6,7 +6,7 @@ from dsv3_lightning.callbacks.plots import heat_map
 from dsv3_lightning.callbacks.run_report import write_whole
 from dsv3_lightning.commands.models import find_checkpoint, load_model, stored_config
 from dsv3_lightning.commands.placement import validation_batches
-from dsv3_lightning.data.files import native
+from dsv3_lightning.data.files import make_folder, native
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.inference.needle import find_needles
 
@@ -15,6 +15,8 @@ def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: st
     """Prints what the needle is worth by length and depth; writes needle.json and needle.png."""
     path, folder = find_checkpoint(native(run))
     config = stored_config(folder)
+    target = folder / "needle" if out is None else native(out)
+    make_folder("--out", target)
     limit = config.model.max_position_embeddings
     lengths = lengths or [limit // part for part in (4, 2, 1)]
     places = [place / max(depths - 1, 1) for place in range(depths)]
@@ -29,8 +31,6 @@ def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: st
     for row, length in enumerate(lengths):
         cells = zip(found.saved[row].tolist(), found.right[row].tolist())
         print(f"{length:6} " + "".join(f"  {saved:5.2f} ({right:4.0%})" for saved, right in cells))
-    target = folder / "needle" if out is None else native(out)
-    target.mkdir(parents=True, exist_ok=True)
     content = {"lengths": lengths, "depths": places, "texts": texts}
     content |= {name: value.tolist() for name, value in found._asdict().items()}
     write_whole(target / "needle.json", json.dumps(content) + "\n")

@@ -12,7 +12,7 @@ from dsv3_lightning.callbacks.plots import heat_map
 from dsv3_lightning.callbacks.run_report import write_whole
 from dsv3_lightning.commands.models import find_checkpoint, load_model, stored_config
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.files import native
+from dsv3_lightning.data.files import make_folder, native, read_numbers
 from dsv3_lightning.data.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
@@ -29,6 +29,8 @@ def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str 
     experts = config.model.n_routed_experts
     if replicas is None:  # one more on each GPU than it must hold, as in V3 §3.4.1
         replicas = (-(-experts // gpus) + 1) * gpus
+    target = folder / "placement" if out is None else native(out)
+    make_folder("--out", target)
     weight_LE = count_load(config, path) if loads is None else read_loads(loads, config)
     plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
     before_LG, after_LG = loads_in_order(weight_LE, gpus), gpu_loads(weight_LE, plan, gpus)
@@ -37,8 +39,6 @@ def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str 
     for layer, (before, after) in enumerate(zip(before_L.tolist(), after_L.tolist())):
         print(f"{layer:9}  {before:15.3f}  {after:5.3f}")
     print(f"mean       {before_L.mean():15.3f}  {after_L.mean():5.3f}")
-    target = folder / "placement" if out is None else native(out)
-    target.mkdir(parents=True, exist_ok=True)
     content = {"gpus": gpus, "nodes": nodes, "replicas": replicas, "load": weight_LE.tolist()}
     content |= {name: table.tolist() for name, table in plan._asdict().items()}
     write_whole(target / "placement.json", json.dumps(content) + "\n")
@@ -73,12 +73,9 @@ def validation_batches(config: Config) -> Iterable[dict[str, Tensor]]:
 
 
 def read_loads(name: str, config: Config) -> Tensor:
-    try:
-        array = np.load(native(name), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--loads {name}: not a readable .npy file ({error})") from error
-    if array.ndim != 2 or array.shape[1] != config.model.n_routed_experts:
-        raise ConfigError(
-            f"--loads {name}: is {list(array.shape)}, must be [layers, {config.model.n_routed_experts} experts]"
-        )
+    """fp64 [L, E]. Raises ConfigError."""
+    array = read_numbers("--loads", name)
+    shape = (config.model.num_moe_layers, config.model.n_routed_experts)
+    if array.shape != shape:
+        raise ConfigError(f"--loads {name}: is {list(array.shape)}, must be {list(shape)} (MoE layers, routed experts)")
     return torch.from_numpy(array.astype(np.float64))

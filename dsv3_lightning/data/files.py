@@ -3,9 +3,15 @@
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import TypedDict
+
+import numpy as np
+
+from dsv3_lightning.errors import ConfigError
 
 BLOCK = 1 << 20
 
@@ -69,6 +75,28 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(flag: str, path: Path) -> None:
+    """With its parents, if it isn't there; called before long work whose result goes there. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # a folder that is there may be read-only
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: must be a folder that can be written to ({error.strerror})") from error
+
+
+def read_numbers(flag: str, name: str) -> np.ndarray:
+    """The array of an .npy file. Raises ConfigError."""
+    try:
+        with open(native(name), "rb") as file:  # np.load would also take .npz files and pickles
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:  # a header is Python code
+        raise ConfigError(f"{flag} {name}: not a readable .npy file ({error})") from error
+    if array.dtype.kind not in "iuf":
+        raise ConfigError(f"{flag} {name}: must hold whole or real numbers, holds {array.dtype}")
+    return array
 
 
 def sync_folder(folder: Path) -> None:

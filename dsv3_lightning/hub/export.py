@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -114,16 +114,16 @@ def check_free(out: Path) -> None:
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Fills a folder beside `out` and renames it when it is whole. Raises ConfigError if `out` is there already."""
     check_free(out)
-    beside = out.with_name(out.name + ".new")
-    if beside.exists():
-        shutil.rmtree(beside)  # of an export that was interrupted
     try:
-        beside.mkdir(parents=True)
-        write(beside)
-        sync_folder(beside)
-        beside.rename(out)
-        sync_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A name that nothing had before: whatever is removed afterwards is this export's own.
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as own:
+            beside = Path(own) / out.name
+            beside.mkdir()  # for its mode: `own` is closed to everyone but its owner
+            write(beside)
+            sync_folder(beside)
+            check_free(out)  # another export may have been faster
+            beside.rename(out)
+            sync_folder(out.parent)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{out}: can't be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

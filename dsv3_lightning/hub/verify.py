@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.data.files import native
+from dsv3_lightning.data.files import make_folder, read_numbers
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.mtp import MTPModule
@@ -35,10 +35,7 @@ def verification_tokens(path: str | None, config: ModelConfig) -> Tensor:
     if path is None:
         length = min(64, config.max_position_embeddings)
         return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    try:
-        array = np.load(native(path), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--verify {path}: not a readable .npy file ({error})") from error
+    array = read_numbers("--verify", path)
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
         raise ConfigError(f"--verify {path}: must hold whole numbers [B, T], holds {array.dtype} {list(array.shape)}")
@@ -52,8 +49,8 @@ def verification_tokens(path: str | None, config: ModelConfig) -> Tensor:
 
 
 def write_logits(folder: Path, tokens_BT: Tensor, logits: tuple[Tensor, Tensor | None]) -> None:
-    """tokens.npy, logits.npy and, with MTP, mtp_logits.npy."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """tokens.npy, logits.npy and, with MTP, mtp_logits.npy. Raises ConfigError where `folder` can't be made."""
+    make_folder("--verify", folder)
     (folder / "mtp_logits.npy").unlink(missing_ok=True)
     for name, tensor in zip(("tokens", "logits", "mtp_logits"), (tokens_BT, *logits)):
         if tensor is not None:

@@ -162,6 +162,36 @@ def test_export_refuses_what_it_can_not_mean(runs, trained, capsys, tmp_path):
     assert "a token lies outside 0 to 1023" in capsys.readouterr().err
 
 
+def test_tokens_that_can_not_be_used_are_one_line(trained, capsys, tmp_path):
+    (tmp_path / "empty.npy").touch()
+    np.savez(tmp_path / "several.npz", np.arange(4))
+    np.save(tmp_path / "words.npy", np.array(["one"]))
+    np.save(tmp_path / "real.npy", np.ones(4))
+    for name, message in (
+        ("empty.npy", "not a readable .npy file (EOF"),
+        ("several.npz", "not a readable .npy file (the magic string"),
+        ("words.npy", "must hold whole or real numbers, holds <U3"),
+        ("real.npy", "must hold whole numbers [B, T], holds float64 [1, 4]"),
+    ):
+        file = tmp_path / name
+        assert main(["export", str(trained.folder), str(tmp_path / "out"), f"--verify={file}"]) == 2
+        assert f"--verify {file}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_the_logits_go_is_one_line(trained, capsys, tmp_path):
+    (tmp_path / "verify").write_text("mine")
+    assert main(["export", str(trained.folder), str(tmp_path / "out"), "--verify"]) == 2
+    assert f"--verify {tmp_path / 'verify'}: must be a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["verify"] and (tmp_path / "verify").read_text() == "mine"
+
+
+def test_an_import_that_can_not_be_written_is_one_line(folder, capsys, tmp_path):
+    out = tmp_path / "nowhere/x.yaml"
+    assert main(["import", str(folder), "--out", str(out)]) == 2
+    assert f"--out {out}: can't be written (No such file or directory)" in capsys.readouterr().err
+
+
 def test_a_folder_is_continued_like_its_run(trained, folder, capsys):
     texts = []
     for word in (str(trained.folder / "checkpoints/step=5.ckpt"), str(folder)):

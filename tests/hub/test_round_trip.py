@@ -14,7 +14,7 @@ from dsv3_lightning.config.schema import check
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub import export
 from dsv3_lightning.hub.config import from_json, to_json
-from dsv3_lightning.hub.export import into_files, plan, write_weights
+from dsv3_lightning.hub.export import into_files, plan, write_folder, write_weights
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.parameters import count_parameters
@@ -56,6 +56,45 @@ def test_presets_can_be_exported_and_come_back(preset):
     config = check(compose([preset]).tree).model
     described = from_json(to_json(config, {}, "bfloat16"), "config.json")
     assert check_same_model(described.config, config, "x") == [] and described.notes == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_export_removes_nothing_of_others(fails, tmp_path):
+    """Not OUT.new, folder or file, which was once where exports were written; and nothing of its own stays but OUT."""
+    (tmp_path / "out.new").mkdir()
+    (tmp_path / "out.new/notes.txt").write_text("precious")
+    (tmp_path / "again.new").write_text("precious")
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def write(folder):
+        (folder / "config.json").write_text("{}")
+        if fails:
+            raise OSError(28, "No space left on device")
+
+    for name in ("out", "again"):
+        if fails:
+            with pytest.raises(ConfigError, match=rf"{name}: can't be written \(No space left on device\)"):
+                write_folder(tmp_path / name, write)
+        else:
+            write_folder(tmp_path / name, write)
+            assert [path.name for path in (tmp_path / name).iterdir()] == ["config.json"]
+            assert (tmp_path / name).stat().st_mode == (tmp_path / "out.new").stat().st_mode
+    assert (tmp_path / "out.new/notes.txt").read_text() == (tmp_path / "again.new").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == before | (set() if fails else {"out", "again"})
+
+
+def test_of_two_exports_to_one_folder_the_first_to_end_has_it(tmp_path):
+    out = tmp_path / "out"
+
+    def write(folder):
+        (folder / "a").write_text("slow")
+        if not out.exists():
+            write_folder(out, lambda other: (other / "a").write_text("fast"))
+        assert (folder / "a").read_text() == "slow"
+
+    with pytest.raises(ConfigError, match="out: is there already"):
+        write_folder(out, write)
+    assert (out / "a").read_text() == "fast" and list(tmp_path.iterdir()) == [out]
 
 
 V3_LAYER = """input_layernorm.weight post_attention_layernorm.weight self_attn.q_a_proj.weight self_attn.q_b_proj.weight

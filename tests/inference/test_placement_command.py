@@ -34,13 +34,46 @@ def test_a_runs_experts_are_placed_by_its_validation_text(run, capsys):
 
 
 def test_loads_can_be_given(run, tmp_path, capsys):
-    np.save(tmp_path / "loads.npy", np.arange(32).reshape(2, 16))
+    np.save(tmp_path / "loads.npy", np.arange(48).reshape(3, 16))
     out = ["--loads", str(tmp_path / "loads.npy"), "--out", str(tmp_path / "out"), "--replicas", "32"]
     assert main(["placement", str(run.folder), "--gpus", "8", *out]) == 0
-    assert json.loads((tmp_path / "out/placement.json").read_text())["load"][1][15] == 31
+    assert json.loads((tmp_path / "out/placement.json").read_text())["load"][2][15] == 47
     capsys.readouterr()
-    np.save(tmp_path / "loads.npy", np.ones(16))
-    assert main(["placement", str(run.folder), "--gpus", "8", *out]) == 2
-    assert "is [16], must be [layers, 16 experts]" in capsys.readouterr().err
     assert main(["placement", str(run.folder), "--gpus", "5", "--replicas", "16"]) == 2
     assert "gpus=5: does not divide replicas=16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "save, message",
+    [
+        (lambda path: np.save(path, np.ones((7, 16))), "is [7, 16], must be [3, 16] (MoE layers, routed experts)"),
+        (lambda path: np.save(path, np.ones((3, 32))), "is [3, 32], must be [3, 16] (MoE layers, routed experts)"),
+        (lambda path: np.save(path, np.ones(16)), "is [16], must be [3, 16] (MoE layers, routed experts)"),
+        (lambda path: np.save(path, np.full((3, 16), "one")), "must hold whole or real numbers, holds <U3"),
+        (lambda path: np.save(path, np.full((3, 16), None)), "not a readable .npy file (Object arrays cannot"),
+        (lambda path: path.touch(), "not a readable .npy file (EOF"),
+        (lambda path: np.savez(path.open("wb"), np.ones((3, 16))), "not a readable .npy file (the magic string"),
+        (lambda path: path.write_bytes(b"\x93NUMPY\1\0\x0a\0{'descr': ("), "not a readable .npy file ("),
+        (lambda path: path.mkdir(), "not a readable .npy file ([Errno"),
+    ],
+    ids=["layers", "experts", "flat", "strings", "objects", "empty", "npz", "header", "folder"],
+)
+def test_loads_that_can_not_be_used_are_one_line(save, message, run, tmp_path, capsys):
+    save(tmp_path / "loads.npy")
+    words = ["--loads", str(tmp_path / "loads.npy"), "--out", str(tmp_path / "out")]
+    assert main(["placement", str(run.folder), "--gpus", "8", *words]) == 2
+    assert f"--loads {tmp_path / 'loads.npy'}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb", [["placement", "--gpus", "8"], ["needle", "--lengths", "64"]], ids=lambda verb: verb[0]
+)
+@pytest.mark.parametrize("place", ["", "/inside"])
+def test_a_result_without_a_folder_is_refused_before_the_work(verb, place, run, tmp_path, capsys, monkeypatch):
+    for name in ("placement.load_model", "needle.load_model"):
+        monkeypatch.setattr(f"dsv3_lightning.commands.{name}", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("mine")
+    out = f"{tmp_path / 'file'}{place}"
+    assert main([verb[0], str(run.folder), *verb[1:], "--out", out]) == 2
+    assert f"--out {out}: must be a folder that can be written to (" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
