@@ -141,7 +141,7 @@ class Engine:
         job = self.running[row]
         assert job.stream is not None and job.generator is not None
         (job.last,) = job.sampling.pick(logits_1V, [job.generator])
-        if job.last == self.tokenizer.eos_id:
+        if job.last in self.tokenizer.end_ids:
             self.end(row, "stop")
             return
         if len(job.prompt) + job.tokens >= self.limit:

@@ -46,11 +46,11 @@ class Chat:
                 self.decoder.extend(torch.tensor([pending], device=self.decoder.device))[:, -1:]
             )
             (token,) = self.sampling.pick(logits[:, -1], [self.generator])
-            pending = [token]
-            if token == self.tokenizer.eos_id or self.decoder.lengths[0] >= self.limit:
+            pending = [] if token in self.tokenizer.end_ids else [token]
+            if not pending or self.decoder.lengths[0] >= self.limit:
                 break
             yield stream.push(token)
             if stream.stopped:
                 break
-        self.pending = pending if pending == [self.tokenizer.eos_id] else [*pending, self.tokenizer.eos_id]
+        self.pending = [*pending, self.tokenizer.eos_id]  # the format's, whichever end the model wrote
         yield stream.finish()

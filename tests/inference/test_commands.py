@@ -1,17 +1,23 @@
 """`dsv3 generate` and `dsv3 chat` on a small model with a tokenizer of its own."""
 
 import io
+import json
+import queue
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 from dsv3_lightning.cli import main
+from dsv3_lightning.commands.models import load
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import reader, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_json, write_tokenizer
+from dsv3_lightning.inference.batching import Engine, Job
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
@@ -78,6 +84,45 @@ def test_several_prompts_are_shown_one_after_the_other(folder, capsys):
     for more in ([], ["--draft", "1"]):
         assert main([*together, *more]) == 0
         assert capsys.readouterr().out == "---\n".join(alone)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_every_end_that_the_folder_names_ends_a_text(name, folder, model, tokenizer, tmp_path, monkeypatch, capsys):
+    """generate, with guesses, chat, and the engine of serve: where transformers stops."""
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    asked = [[tokenizer.bos_id, *tokenizer.encode("def ")], chat_prompt(tokenizer, [("system", ""), ("user", "hi")])]
+    texts = [decode(model, [ids], 12, Sampling(), set(), 0)[0] for ids in asked]
+    ends = [ids[5] for ids in texts]
+    content = json.loads((copied / name).read_text()) if (copied / name).exists() else {}
+    write_json(copied / name, content | {"eos_token_id": [tokenizer.eos_id, *ends]})
+    talked, shown = (tokenizer.decode(cut(ids, ends)) for ids in (texts[1], texts[0]))
+    options = ["--temperature", "0", "--max-new-tokens", "12"]
+    for more in ([], ["--draft", "1"]):
+        assert main(["generate", str(copied), "--prompt", "def ", *options, *more]) == 0
+        assert capsys.readouterr().out == f"def {shown}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", str(copied), *options]) == 0
+    assert capsys.readouterr().out == f"{talked}\n"
+    engine, pieces = Engine(*load(str(copied)), 1, 1, 60.0), queue.SimpleQueue()
+    engine.submit([Job(asked[0], 12, Sampling(), 0, (), lambda *piece: pieces.put(piece))])
+    written, finish = "", None
+    while finish is None:
+        piece, finish = pieces.get(timeout=60)
+        written += piece
+    engine.close()
+    assert (written, finish) == (shown, "stop")
+
+
+def cut(ids, ends):
+    return ids[: next(place for place, token in enumerate(ids) if token in ends)]
+
+
+@pytest.mark.parametrize("ids", ["1", [1, None], 1.5])
+def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    write_json(copied / "generation_config.json", {"eos_token_id": ids})
+    assert main(["generate", str(copied), "--prompt", "a"]) == 2
+    assert f"generation_config.json: eos_token_id={ids}: must be a whole number, or a list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
