@@ -18,7 +18,7 @@ def chat(
 ) -> int:
     """Each line is a turn; Ctrl-D ends. sampling: the fields of Sampling."""
     how = Sampling(**sampling)
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, chat=True)
     talk = Chat(model, tokenizer, how, seed, system)
     prompt = "> " if sys.stdin.isatty() else ""
     while True:

@@ -174,6 +174,37 @@ def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
         "".join(chat.reply("a " * 400, 20))
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monkeypatch, capsys):
+    """Ours passes, in either file, and so does a folder without any; whatever comes first for transformers counts."""
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "tokenizer_config.json").read_text(encoding="utf-8"))
+    ours = config.pop("chat_template")
+
+    def talk(template):
+        if name.endswith("jinja"):
+            (copied / name).write_text(template, encoding="utf-8")
+        else:
+            write_json(copied / name, config | {"chat_template": template})
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+        code = main(["chat", str(copied), "--temperature", "0", "--max-new-tokens", "2"])
+        return code, capsys.readouterr().err
+
+    for template in (ours, ours + "\n"):
+        assert talk(template) == (0, "")
+    several = [{"name": "default", "template": "x"}]
+    for template in ["{{ messages[0]['content'] }}"] + [several] * name.endswith("json"):
+        code, error = talk(template)
+        assert code == 2 and error.count("\n") == 1
+        assert "the model's chat_template is not the one" in error and "dsv3 generate or /v1/completions" in error
+    assert main(["generate", str(copied), "--prompt", "def ", "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    write_json(copied / "tokenizer_config.json", config)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", str(copied), "--max-new-tokens", "2"]) == 0
+
+
 def test_the_format_of_a_prompt(tokenizer):
     ids = chat_prompt(tokenizer, [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r")])
     text = tokenizer.decode(ids)
