@@ -205,6 +205,39 @@ def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monk
     assert main(["chat", str(copied), "--max-new-tokens", "2"]) == 0
 
 
+def test_a_shorter_context_is_less_cache_and_a_limit(folder, model, tokenizer, monkeypatch, capsys):
+    engine = Engine(model, tokenizer, 3, 1, 60.0, context=40)
+    assert engine.decoder.cache.entries.shape[1:3] == (3, 40)
+    with pytest.raises(ConfigError, match="41 tokens is longer than the context of 40"):
+        engine.submit([Job([5] * 41, 1, Sampling(), 0, (), print)])
+    engine.close()
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b c d e f\n"))
+    assert main(["chat", folder, "--context", "5"]) == 2
+    assert "the context holds 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat"])
+def test_a_context_that_cannot_be_is_one_line(verb, folder, tmp_path, capsys):
+    if verb == "serve":
+        pytest.importorskip("uvicorn")
+    port = ["--port", "0"] * (verb == "serve")
+    for given, message in (
+        ("0", "argument --context: '0' must be"),
+        ("513", "--context 513: must be between 1 and 512"),
+    ):
+        assert main([verb, folder, *port, "--context", given]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    write_json(copied / "config.json", config | {"max_position_embeddings": 10**15})  # more than any machine has
+    assert main([verb, str(copied), *port]) == 2
+    error = capsys.readouterr().err
+    rows, flags = (16, "--context or --slots") if verb == "serve" else (1, "--context")
+    assert f"a cache for {rows} x {10**15} tokens takes " in error and error.endswith(f"; lower {flags}\n")
+    assert error.count("\n") == 1
+
+
 def test_the_format_of_a_prompt(tokenizer):
     ids = chat_prompt(tokenizer, [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r")])
     text = tokenizer.decode(ids)
