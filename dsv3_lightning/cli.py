@@ -174,6 +174,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the first turn")
+    context_argument(parser)
     sampling_arguments(parser)
 
 
@@ -183,11 +184,16 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any; default %(default)s")
     parser.add_argument("--slots", type=int, default=16, metavar="N", help="texts at a time; default %(default)s")
+    context_argument(parser)
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="beyond them; default %(default)s")
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: as torch chooses")
+
+
+def context_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=positive, metavar="N", help="tokens of a text at most; default: the model's")
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from dsv3_lightning.inference.sampling import Sampling
 def chat(
     checkpoint: str,
     system: str,
+    context: int | None,
     max_new_tokens: int,
     stop: list[str],
     seed: int,
@@ -18,8 +19,8 @@ def chat(
 ) -> int:
     """Each line is a turn; Ctrl-D ends. sampling: the fields of Sampling."""
     how = Sampling(**sampling)
-    model, tokenizer = load(checkpoint)
-    talk = Chat(model, tokenizer, how, seed, system)
+    model, tokenizer = load(checkpoint, chat=True)
+    talk = Chat(model, tokenizer, how, seed, system, context)
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         print(prompt, end="", flush=True)

@@ -32,7 +32,7 @@ def generate(
     check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
     if draft:
         check_depth(model, draft)
-    texts, ends = Texts(tokenizer, prompt, tuple(stop)), {tokenizer.eos_id}
+    texts, ends = Texts(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
     if not draft:
         decode(model, prompts, max_new_tokens, how, ends, seed, texts.push)
         for _ in prompts:

@@ -18,6 +18,7 @@ def serve(
     host: str,
     port: int,
     slots: int,
+    context: int | None,
     max_waiting: int,
     timeout: float,
     threads: int | None,
@@ -35,7 +36,7 @@ def serve(
     with listen(host, port) as listener:
         model, tokenizer = load(checkpoint)
         called = name or Path(checkpoint).resolve().name
-        engine = Engine(model, tokenizer, slots, max_waiting, timeout)
+        engine = Engine(model, tokenizer, slots, max_waiting, timeout, context)
         config = uvicorn.Config(
             build_app(engine, tokenizer, called), log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS
         )

@@ -79,7 +79,12 @@ def turn(tokenizer: Tokenizer, role: str, words: Sequence[int]) -> list[int]:
 
 
 def turn_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Ids of the two marks. Raises ConfigError where the tokenizer has none."""
+    """Ids of the two marks. Raises ConfigError where the tokenizer has none, or the model's own format is another."""
+    if (tokenizer.chat_template or CHAT_TEMPLATE).rstrip("\n") != CHAT_TEMPLATE:
+        raise ConfigError(
+            "the model's chat_template is not the one that conversations are written with here (DeepSeek's marks), so "
+            "the prompt would be a wrong one; give the whole prompt yourself, to dsv3 generate or /v1/completions"
+        )
     user, assistant = (tokenizer.backend.token_to_id(name) for name in (USER, ASSISTANT))
     if user is None or assistant is None:
         raise ConfigError(f"the tokenizer has no {USER} and {ASSISTANT}, which a chat is written with")

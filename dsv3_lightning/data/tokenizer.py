@@ -54,6 +54,8 @@ class Tokenizer:
         self.backend = backend_of(serialized)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.bos_id, self.eos_id, self.pad_id = (vocabulary[name] for name in self.names)
+        self.end_ids = {self.eos_id}  # of what a model writes; one from elsewhere may have more
+        self.chat_template: str | None = None  # of a model from elsewhere, where it has one
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so not their number
         ids = self.encode(PROBE)
         if self.decode(ids) != PROBE or self.bytes_per_token()[ids].sum() != len(PROBE.encode()):

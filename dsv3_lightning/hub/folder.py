@@ -22,27 +22,26 @@ NO_WEIGHTS = ("rotary_emb.inv_freq",)  # older files of the Llama-shaped family 
 Place = Callable[[Tensor, int | None, Callable[[], Tensor]], None]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', 0) or error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a JSON object")
+    return content
+
+
 class HubFolder:
     """config.json and weights, with or without an index. Raises ConfigError, here and in every method."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = native(path)
-        self.content = self.json("config.json")
+        self.content = read_json(self.path / "config.json")
         described = from_json(self.content, str(self.path / "config.json"))
         self.notes = list(described.notes)
         self.described = self.without_absent_mtp(described)
         self.config = self.described.config
-
-    def json(self, name: str) -> dict[str, Any]:
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{self.path / name}: can't be read ({getattr(error, 'strerror', 0) or error})"
-            ) from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{self.path / name}: must hold a JSON object")
-        return content
 
     @cached_property
     def files(self) -> dict[str, Weights]:

@@ -15,7 +15,7 @@ import torch
 
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.decoder import Decoder, check_lengths
+from dsv3_lightning.inference.decoder import Decoder, check_lengths, context_of
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import TextStream
 from dsv3_lightning.model.transformer import Transformer
@@ -47,13 +47,22 @@ class Job:
 
 
 class Engine:
-    """rows: texts written at a time. waiting: how many may wait. seconds: from a text's arrival to its end."""
+    """rows: texts written at a time. waiting: how many may wait. seconds: from a text's arrival to its end.
+    context: tokens of a text, at most the model's, which is the default. Raises ConfigError."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, waiting: int, seconds: float) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        rows: int,
+        waiting: int,
+        seconds: float,
+        context: int | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.limit = model.config.max_position_embeddings
+        self.limit = context_of(model.config, context)
         self.max_waiting, self.seconds = waiting, seconds
-        self.decoder = Decoder(model, rows, self.limit)
+        self.decoder = Decoder(model, rows, self.limit, lower="--context or --slots")
         self.queue: deque[Job] = deque()
         self.running: list[Job] = []  # by row
         self.changed = threading.Condition()
@@ -141,7 +150,7 @@ class Engine:
         job = self.running[row]
         assert job.stream is not None and job.generator is not None
         (job.last,) = job.sampling.pick(logits_1V, [job.generator])
-        if job.last == self.tokenizer.eos_id:
+        if job.last in self.tokenizer.end_ids:
             self.end(row, "stop")
             return
         if len(job.prompt) + job.tokens >= self.limit:

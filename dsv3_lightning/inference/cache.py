@@ -9,20 +9,31 @@ import copy
 import torch
 from torch import Tensor
 
+from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import Rotation
 
 
 class Cache:
-    """Entries of B rows, each up to `capacity` tokens, for `layers` attention layers: [layers, B, capacity, C]."""
+    """Entries of B rows, each up to `capacity` tokens, for `layers` attention layers: [layers, B, capacity, C].
 
-    def __init__(self, config: ModelConfig, layers: int, rows: int, capacity: int, like: Tensor) -> None:
+    lower: what to lower where memory is short, which is a ConfigError.
+    """
+
+    def __init__(self, config: ModelConfig, layers: int, rows: int, capacity: int, like: Tensor, lower: str) -> None:
         if config.attention == "mla":
             size = config.kv_lora_rank + config.qk_rope_head_dim
         else:
             assert config.num_key_value_heads is not None, "ModelConfig sees to it"
             size = config.num_key_value_heads * (config.qk_head_dim + config.v_head_dim)
-        self.entries = like.new_zeros(layers, rows, capacity, size)
+        try:
+            self.entries = like.new_zeros(layers, rows, capacity, size)
+        except RuntimeError as error:  # all that torch raises where memory is short
+            needed = layers * rows * capacity * size * like.element_size()
+            raise ConfigError(
+                f"a cache for {rows} x {capacity} tokens takes {needed:,} bytes, which {like.device} has not got; "
+                f"lower {lower}"
+            ) from error
 
     def move(self, source: int, target: int) -> None:
         """Row `source` takes the place of row `target`."""

@@ -10,7 +10,7 @@ import torch
 from dsv3_lightning.data.conversation import conversation, turn, turn_ids
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.decoder import Decoder
+from dsv3_lightning.inference.decoder import Decoder, context_of
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import TextStream, encode
 from dsv3_lightning.model.transformer import Transformer
@@ -23,13 +23,22 @@ def chat_prompt(tokenizer: Tokenizer, messages: Iterable[tuple[str, str]]) -> li
 
 
 class Chat:
-    """One conversation with a model. Raises ConfigError, also when it outgrows the context."""
+    """One conversation with a model, of at most `context` tokens (default: the model's limit). Raises ConfigError, also
+    when it outgrows them."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, sampling: Sampling, seed: int, system: str) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        seed: int,
+        system: str,
+        context: int | None = None,
+    ) -> None:
         self.tokenizer, self.sampling = tokenizer, sampling
         _, self.assistant = turn_ids(tokenizer)
-        self.limit = model.config.max_position_embeddings
-        self.decoder = Decoder(model, 1, self.limit)
+        self.limit = context_of(model.config, context)
+        self.decoder = Decoder(model, 1, self.limit, lower="--context")
         self.generator = torch.Generator().manual_seed(seed)
         self.pending = conversation(tokenizer, [("system", encode(tokenizer, system))]).ids  # not in the cache yet
 
@@ -46,11 +55,11 @@ class Chat:
                 self.decoder.extend(torch.tensor([pending], device=self.decoder.device))[:, -1:]
             )
             (token,) = self.sampling.pick(logits[:, -1], [self.generator])
-            pending = [token]
-            if token == self.tokenizer.eos_id or self.decoder.lengths[0] >= self.limit:
+            pending = [] if token in self.tokenizer.end_ids else [token]
+            if not pending or self.decoder.lengths[0] >= self.limit:
                 break
             yield stream.push(token)
             if stream.stopped:
                 break
-        self.pending = pending if pending == [self.tokenizer.eos_id] else [*pending, self.tokenizer.eos_id]
+        self.pending = [*pending, self.tokenizer.eos_id]  # the format's, whichever end the model wrote
         yield stream.finish()

@@ -7,6 +7,7 @@ from torch import Tensor
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
 from dsv3_lightning.inference.layers import Guesser, Layer, Norm
+from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import rotation
 from dsv3_lightning.model.transformer import Transformer
 
@@ -16,13 +17,20 @@ class Decoder:
 
     lengths: tokens in the cache of each row; lowering one forgets the tokens after it. mtp_lengths: the same of the MTP
     modules' caches, by module and row. A row never holds padding: rows go through the model with as many tokens as each
-    other, and a prompt goes alone.
+    other, and a prompt goes alone. lower: what to lower where the cache doesn't fit, which is a ConfigError.
     """
 
-    def __init__(self, model: Transformer, rows: int, capacity: int, mtp_depth: int = 0) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        rows: int,
+        capacity: int,
+        mtp_depth: int = 0,
+        lower: str = "the number of texts, or their length",
+    ) -> None:
         self.model, self.config, self.capacity = model, model.config, capacity
         layers = self.config.num_hidden_layers + mtp_depth
-        self.cache = Cache(self.config, layers, rows, capacity, model.embed_tokens.weight)
+        self.cache = Cache(self.config, layers, rows, capacity, model.embed_tokens.weight, lower)
         self.entries = self.cache.entries.unbind()
         self.rotations = rotation(self.config, torch.arange(capacity, device=self.device))
         with torch.no_grad():
@@ -71,6 +79,14 @@ class Decoder:
         self.cache.move(source, target)
         for lengths in (self.lengths, *self.mtp_lengths):
             lengths[target] = lengths[source]
+
+
+def context_of(config: ModelConfig, wanted: int | None) -> int:
+    """Tokens that a text may have: `--context`, or the model's limit. Raises ConfigError."""
+    most = config.max_position_embeddings
+    if wanted is not None and not 1 <= wanted <= most:
+        raise ConfigError(f"--context {wanted}: must be between 1 and {most}, the model's max_position_embeddings")
+    return most if wanted is None else wanted
 
 
 def check_lengths(lengths: list[int], max_new_tokens: int, limit: int) -> None:

@@ -1,17 +1,23 @@
 """`dsv3 generate` and `dsv3 chat` on a small model with a tokenizer of its own."""
 
 import io
+import json
+import queue
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 from dsv3_lightning.cli import main
+from dsv3_lightning.commands.models import load
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import reader, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_json, write_tokenizer
+from dsv3_lightning.inference.batching import Engine, Job
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
@@ -93,6 +99,45 @@ def test_several_prompts_are_shown_one_after_the_other(folder, capsys):
         assert capsys.readouterr().out == "---\n".join(alone)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_every_end_that_the_folder_names_ends_a_text(name, folder, model, tokenizer, tmp_path, monkeypatch, capsys):
+    """generate, with guesses, chat, and the engine of serve: where transformers stops."""
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    asked = [[tokenizer.bos_id, *tokenizer.encode("def ")], chat_prompt(tokenizer, [("system", ""), ("user", "hi")])]
+    texts = [decode(model, [ids], 12, Sampling(), set(), 0)[0] for ids in asked]
+    ends = [ids[5] for ids in texts]
+    content = json.loads((copied / name).read_text()) if (copied / name).exists() else {}
+    write_json(copied / name, content | {"eos_token_id": [tokenizer.eos_id, *ends]})
+    talked, shown = (tokenizer.decode(cut(ids, ends)) for ids in (texts[1], texts[0]))
+    options = ["--temperature", "0", "--max-new-tokens", "12"]
+    for more in ([], ["--draft", "1"]):
+        assert main(["generate", str(copied), "--prompt", "def ", *options, *more]) == 0
+        assert capsys.readouterr().out == f"def {shown}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", str(copied), *options]) == 0
+    assert capsys.readouterr().out == f"{talked}\n"
+    engine, pieces = Engine(*load(str(copied)), 1, 1, 60.0), queue.SimpleQueue()
+    engine.submit([Job(asked[0], 12, Sampling(), 0, (), lambda *piece: pieces.put(piece))])
+    written, finish = "", None
+    while finish is None:
+        piece, finish = pieces.get(timeout=60)
+        written += piece
+    engine.close()
+    assert (written, finish) == (shown, "stop")
+
+
+def cut(ids, ends):
+    return ids[: next(place for place, token in enumerate(ids) if token in ends)]
+
+
+@pytest.mark.parametrize("ids", ["1", [1, None], 1.5])
+def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    write_json(copied / "generation_config.json", {"eos_token_id": ids})
+    assert main(["generate", str(copied), "--prompt", "a"]) == 2
+    assert f"generation_config.json: eos_token_id={ids}: must be a whole number, or a list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -139,6 +184,70 @@ def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
     "".join(chat.reply("a " * 100, 20))
     with pytest.raises(ConfigError, match="the conversation has .* tokens; the context holds 512"):
         "".join(chat.reply("a " * 400, 20))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monkeypatch, capsys):
+    """Ours passes, in either file, and so does a folder without any; whatever comes first for transformers counts."""
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "tokenizer_config.json").read_text(encoding="utf-8"))
+    ours = config.pop("chat_template")
+
+    def talk(template):
+        if name.endswith("jinja"):
+            (copied / name).write_text(template, encoding="utf-8")
+        else:
+            write_json(copied / name, config | {"chat_template": template})
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+        code = main(["chat", str(copied), "--temperature", "0", "--max-new-tokens", "2"])
+        return code, capsys.readouterr().err
+
+    for template in (ours, ours + "\n"):
+        assert talk(template) == (0, "")
+    several = [{"name": "default", "template": "x"}]
+    for template in ["{{ messages[0]['content'] }}"] + [several] * name.endswith("json"):
+        code, error = talk(template)
+        assert code == 2 and error.count("\n") == 1
+        assert "the model's chat_template is not the one" in error and "dsv3 generate or /v1/completions" in error
+    assert main(["generate", str(copied), "--prompt", "def ", "--max-new-tokens", "1"]) == 0
+    capsys.readouterr()
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
+    write_json(copied / "tokenizer_config.json", config)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", str(copied), "--max-new-tokens", "2"]) == 0
+
+
+def test_a_shorter_context_is_less_cache_and_a_limit(folder, model, tokenizer, monkeypatch, capsys):
+    engine = Engine(model, tokenizer, 3, 1, 60.0, context=40)
+    assert engine.decoder.cache.entries.shape[1:3] == (3, 40)
+    with pytest.raises(ConfigError, match="41 tokens is longer than the context of 40"):
+        engine.submit([Job([5] * 41, 1, Sampling(), 0, (), print)])
+    engine.close()
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b c d e f\n"))
+    assert main(["chat", folder, "--context", "5"]) == 2
+    assert "the context holds 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat"])
+def test_a_context_that_cannot_be_is_one_line(verb, folder, tmp_path, capsys):
+    if verb == "serve":
+        pytest.importorskip("uvicorn")
+    port = ["--port", "0"] * (verb == "serve")
+    for given, message in (
+        ("0", "argument --context: '0' must be"),
+        ("513", "--context 513: must be between 1 and 512"),
+    ):
+        assert main([verb, folder, *port, "--context", given]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    write_json(copied / "config.json", config | {"max_position_embeddings": 10**15})  # more than any machine has
+    assert main([verb, str(copied), *port]) == 2
+    error = capsys.readouterr().err
+    rows, flags = (16, "--context or --slots") if verb == "serve" else (1, "--context")
+    assert f"a cache for {rows} x {10**15} tokens takes " in error and error.endswith(f"; lower {flags}\n")
+    assert error.count("\n") == 1
 
 
 def test_the_format_of_a_prompt(tokenizer):

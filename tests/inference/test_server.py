@@ -120,6 +120,17 @@ def test_chat(served, model, tokenizer):
     assert "".join(p.choices[0].delta.content for p in pieces) == answer.choices[0].message.content
 
 
+def test_a_chat_in_the_models_own_format_is_refused_and_completions_are_not(model, tokenizer):
+    foreign = Tokenizer(tokenizer.serialized)
+    foreign.chat_template = "{{ messages[0]['content'] }}"
+    served = Served(model, foreign)
+    with pytest.raises(openai.BadRequestError, match="the model's chat_template is not the one"):
+        served.client.chat.completions.create(model="small", messages=[{"role": "user", "content": "hello"}])
+    answer = served.client.completions.create(model="small", prompt="def ", max_tokens=3)
+    served.close()
+    assert answer.usage.completion_tokens == 3
+
+
 def test_32_clients_at_once_get_their_own_answers(served, model, tokenizer):
     """More than there are rows; each with another prompt and length, half of them streaming."""
     prompts = [f"{'x' * (i % 7)} def {i}" for i in range(32)]
