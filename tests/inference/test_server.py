@@ -120,6 +120,16 @@ def test_chat(served, model, tokenizer):
     assert "".join(p.choices[0].delta.content for p in pieces) == answer.choices[0].message.content
 
 
+def test_the_chunks_of_a_chat_name_the_role_once_per_choice(served):
+    options = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "temperature": 0}
+    with served.client.chat.completions.stream(**options, n=2) as chunks:  # this client joins the strings of its chunks
+        chunks.until_done()
+        answer = chunks.current_completion_snapshot
+    whole = served.client.chat.completions.create(**options)
+    assert [choice.message.role for choice in answer.choices] == ["assistant", "assistant"]
+    assert [choice.message.content for choice in answer.choices] == [whole.choices[0].message.content] * 2
+
+
 def test_32_clients_at_once_get_their_own_answers(served, model, tokenizer):
     """More than there are rows; each with another prompt and length, half of them streaming."""
     prompts = [f"{'x' * (i % 7)} def {i}" for i in range(32)]
