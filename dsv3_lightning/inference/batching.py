@@ -72,6 +72,9 @@ class Engine:
 
     def submit(self, jobs: list[Job]) -> None:
         """All of them, or none. Raises ConfigError for an impossible one, Busy where too many wait already."""
+        if len(jobs) > self.rows + self.max_waiting:  # not Busy: no later time is better
+            most = f"slots={self.rows} and max_waiting={self.max_waiting} hold {self.rows + self.max_waiting} at most"
+            raise ConfigError(f"{len(jobs)} texts in one request: {most}")
         for job in jobs:
             check_lengths([len(job.prompt)], job.max_new_tokens, self.limit)
             job.deadline = time.monotonic() + self.seconds

@@ -188,13 +188,19 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
         answers = Answers(engine, body, [prompt], default_tokens=room)
         frame = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": name}
 
+        begun: set[int] = set()
+
         def delta(index: int, text: str, finish: Finish | None) -> dict[str, Any]:
-            return {"index": index, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}
+            role = {} if index in begun else {"role": "assistant"}  # once per choice: clients join what comes
+            begun.add(index)
+            return {"index": index, "delta": role | {"content": text}, "finish_reason": finish}
 
         def message(index: int, text: str, finish: Finish | None) -> dict[str, Any]:
             return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
 
         if body.stream:
+            for index in range(body.n):  # as OpenAI opens a stream; its client wants to see choice 0 first
+                answers.events.put_nowait((index, "", None))
             return stream(answers, body, request, frame | {"object": "chat.completion.chunk"}, delta)
         return await collect(answers, request, frame | {"object": "chat.completion"}, message)
 

@@ -131,6 +131,16 @@ def test_a_chat_in_the_models_own_format_is_refused_and_completions_are_not(mode
     assert answer.usage.completion_tokens == 3
 
 
+def test_the_chunks_of_a_chat_name_the_role_once_per_choice(served):
+    options = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "temperature": 0}
+    with served.client.chat.completions.stream(**options, n=2) as chunks:  # this client joins the strings of its chunks
+        chunks.until_done()
+        answer = chunks.current_completion_snapshot
+    whole = served.client.chat.completions.create(**options)
+    assert [choice.message.role for choice in answer.choices] == ["assistant", "assistant"]
+    assert [choice.message.content for choice in answer.choices] == [whole.choices[0].message.content] * 2
+
+
 def test_32_clients_at_once_get_their_own_answers(served, model, tokenizer):
     """More than there are rows; each with another prompt and length, half of them streaming."""
     prompts = [f"{'x' * (i % 7)} def {i}" for i in range(32)]
@@ -210,8 +220,10 @@ def test_a_bad_chat_gets_a_reason(served):
 def test_limits_of_waiting_and_of_time(model, tokenizer):
     served = Served(model, tokenizer, rows=1, waiting=0, seconds=0.2)
     try:
-        body = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 0, "n": 2}
+        body = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 0}
+        served.engine.running.append(object())  # the thread sleeps: it looks at its rows when a text comes
         assert_refused(served, "/v1/completions", body, 429, "0 requests are waiting already")
+        served.engine.running.clear()
         model_step = served.engine.step
 
         def overslept() -> None:
@@ -219,10 +231,20 @@ def test_limits_of_waiting_and_of_time(model, tokenizer):
             time.sleep(0.3)
 
         served.engine.step = overslept  # type: ignore[method-assign]
-        assert_refused(served, "/v1/completions", body | {"n": 1}, 504, "not finished within 0.2 seconds")
+        assert_refused(served, "/v1/completions", body, 504, "not finished within 0.2 seconds")
         assert served.idle()
     finally:
         served.close()
+
+
+def test_more_texts_than_ever_fit_are_refused_for_good(served):
+    """4 slots and 64 waiting: 68 fit, 69 never will, however often one tries again."""
+    options = {"model": "small", "max_tokens": 1}
+    assert len(served.client.completions.create(prompt=["a"] * 68, **options).choices) == 68
+    with pytest.raises(openai.BadRequestError, match="69 texts in one request: slots=4 and max_waiting=64 hold 68"):
+        served.client.completions.create(prompt=["a"] * 69, **options)
+    with pytest.raises(openai.BadRequestError, match="70 texts"):
+        served.client.completions.create(prompt=["a"] * 35, n=2, **options)
 
 
 @pytest.mark.parametrize("sizes, name", [((0, 1, 1.0), "slots"), ((1, -1, 1.0), "max_waiting"), ((1, 1, 0), "timeout")])
