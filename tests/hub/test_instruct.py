@@ -12,7 +12,7 @@ from dsv3_lightning.commands.models import load
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.data.questions import conversations, write
-from dsv3_lightning.hub.folder import HubFolder
+from dsv3_lightning.hub.folder import read_json
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
@@ -47,10 +47,10 @@ def test_every_file_names_the_same_end_token(learned):
     from transformers import AutoTokenizer
 
     base, end = learned
-    folder, theirs = HubFolder(base / "out"), AutoTokenizer.from_pretrained(base / "out")
-    contents = [folder.json(name) for name in ("config.json", "generation_config.json")]
+    folder, theirs = base / "out", AutoTokenizer.from_pretrained(base / "out")
+    contents = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
     assert {content["eos_token_id"] for content in contents} == {theirs.eos_token_id}
-    assert theirs.eos_token == end == folder.json("tokenizer_config.json")["eos_token"]
+    assert theirs.eos_token == end == read_json(folder / "tokenizer_config.json")["eos_token"]
     for role in ("bos", "pad"):
         assert {content[f"{role}_token_id"] for content in contents} == {getattr(theirs, f"{role}_token_id")}
 
