@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -23,6 +23,20 @@ from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import encode
 
 POLL = 0.2  # seconds between two looks at whether the client is still there
+NEUTRAL: dict[
+    str, Any
+] = {  # fields that we don't have, with the value that changes nothing: clients send it
+    "logit_bias": {},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "store": False,
+}
 
 
 class Refused(Exception):
@@ -46,12 +60,25 @@ class Body(BaseModel):
     stream: bool = False
     stream_options: dict[str, bool] | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
-    logprobs: Literal[False, 0] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_defaults(cls, fields: Any) -> Any:
+        """In OpenAI's schema a null stands for an absent field. What is no object is left for pydantic to refuse."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None and not neutral(name, value)}
 
     def new_tokens(self) -> int | None:
         return self.max_tokens
+
+
+def neutral(name: str, value: Any) -> bool:
+    """By type too: 0 == False, but logprobs=0 asks /v1/completions for the log-probability of every token."""
+    return name in NEUTRAL and type(value) is type(NEUTRAL[name]) and value == NEUTRAL[name]
 
 
 class CompletionBody(Body):

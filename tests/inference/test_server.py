@@ -183,6 +183,9 @@ def test_a_client_that_goes_away_frees_its_row(served, model, tokenizer, streami
         ({"prompt": [10**6]}, 400, "prompt: a token lies outside 0 to"),
         ({"prompt": None}, 400, "prompt"),
         ({"logit_bias": {"1": 5}}, 400, "logit_bias: Extra inputs are not permitted"),
+        ({"logprobs": 0}, 400, "logprobs: Extra inputs are not permitted"),  # of no others, but of the chosen ones
+        ({"logprobs": 5}, 400, "logprobs: Extra inputs are not permitted"),
+        ({"store": True}, 400, "store: Extra inputs are not permitted"),
         ({"prompt": "a\ud83d"}, 400, "the text is no Unicode: its character 1 is a half one"),
         ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
     ],
@@ -190,6 +193,42 @@ def test_a_client_that_goes_away_frees_its_row(served, model, tokenizer, streami
 def test_a_bad_request_gets_a_reason(served, changes, status, message):
     body = {"model": "small", "prompt": "a", "max_tokens": 2} | changes
     assert_refused(served, "/v1/completions", body, status, message)
+
+
+NULLS = "max_tokens temperature top_p n stop seed stream stream_options presence_penalty frequency_penalty logit_bias"
+NULLS = dict.fromkeys([*NULLS.split(), "logprobs", "user", "metadata"])
+NOTHING = {"logit_bias": {}, "metadata": {}, "store": False, "presence_penalty": 0.0, "stop": []}
+
+
+@pytest.mark.parametrize("extra", [NULLS | dict.fromkeys(["echo", "best_of", "suffix"]), NOTHING | {"suffix": ""}])
+def test_a_null_or_a_value_that_changes_nothing_is_as_good_as_absent(served, extra):
+    greedy = {} if "temperature" in extra else {"temperature": 0}
+    plain = {"model": "small", "prompt": "a"} | greedy
+    answer = served.client.completions.create(**plain, extra_body=extra)
+    assert len(answer.choices) == 1 and answer.usage.completion_tokens <= 16  # the default
+    if greedy:
+        assert answer.choices[0].text == served.client.completions.create(**plain).choices[0].text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        NULLS | dict.fromkeys(["max_completion_tokens", "top_logprobs", "tools", "response_format", "store"]),
+        NOTHING | {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False},
+    ],
+)
+def test_the_same_in_a_chat(served, extra):
+    messages = [{"role": "user", "content": "hello"}]
+    answer = served.client.chat.completions.create(
+        model="small", messages=messages, extra_body={"max_completion_tokens": 5} | extra
+    )
+    assert len(answer.choices) == 1 and answer.choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize("extra", [{"logprobs": True}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}])
+def test_a_chat_field_that_would_change_the_answer_is_refused(served, extra):
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | extra
+    assert_refused(served, "/v1/chat/completions", body, 400, f"{next(iter(extra))}: Extra inputs are not permitted")
 
 
 def assert_refused(served, path, body, status, message):
