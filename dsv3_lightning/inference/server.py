@@ -5,11 +5,15 @@ Needs the `serve` extra (FastAPI and uvicorn). A wrong request is a 4xx with the
 
 import asyncio
 import json
+import logging
+import math
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -22,10 +26,9 @@ from dsv3_lightning.inference.chat import chat_prompt
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import encode
 
+LAST_ANSWERS = 5  # seconds that texts in the making get after Ctrl-C
 POLL = 0.2  # seconds between two looks at whether the client is still there
-NEUTRAL: dict[
-    str, Any
-] = {  # fields that we don't have, with the value that changes nothing: clients send it
+NEUTRAL: dict[str, Any] = {  # fields that we don't have, with the value that changes nothing: clients send it
     "logit_bias": {},
     "logprobs": False,
     "top_logprobs": 0,
@@ -133,10 +136,12 @@ class Answers:
         return deliver
 
     async def pieces(self, request: Request) -> AsyncIterator[tuple[int, str, Finish | None]]:
-        """Until every text has ended. A client that goes away frees its rows. Raises Refused on a timeout or error."""
+        """Until every text has ended. A client that goes away frees its rows. Raises Refused where one can't end."""
         left, looked = len(self.jobs), self.loop.time()
         try:
             while left:
+                if time.monotonic() > request.app.state.ends:
+                    raise Refused(503, "the server is shutting down", "server_error")
                 if self.loop.time() > looked + POLL:
                     if await request.is_disconnected():
                         return
@@ -164,6 +169,7 @@ class Answers:
 def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
     """name: the model's, as clients give it."""
     app = FastAPI(title="dsv3-lightning")
+    app.state.ends = math.inf  # when nobody is answered any more, by time.monotonic()
     started = int(time.time())
 
     @app.exception_handler(Refused)
@@ -244,6 +250,23 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
         return prompt
 
     return app
+
+
+class Server(uvicorn.Server):
+    """Whose Ctrl-C gives the texts in the making LAST_ANSWERS seconds and then tells their clients: a second before
+    uvicorn would cut them off in mid-text."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS + 1))
+        self.app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.app.state.ends = time.monotonic() + LAST_ANSWERS
+        if self.server_state.tasks:
+            print(f"dsv3: stopping; texts in the making get {LAST_ANSWERS} seconds", flush=True)
+        # A second Ctrl-C, or a client that doesn't read, still ends in uvicorn's cut: a traceback each, and no news.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def several(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:
