@@ -9,8 +9,6 @@ from dsv3_lightning.commands.models import load
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Engine, check_engine
 
-LAST_ANSWERS = 5  # seconds that they get after Ctrl-C
-
 
 def serve(
     checkpoint: str,
@@ -26,9 +24,7 @@ def serve(
     """Until Ctrl-C."""
     check_engine(slots, max_waiting, timeout)
     try:
-        import uvicorn
-
-        from dsv3_lightning.inference.server import build_app
+        from dsv3_lightning.inference.server import Server, build_app
     except ImportError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'dsv3-lightning[serve]'") from None
     if threads is not None:
@@ -37,12 +33,10 @@ def serve(
         model, tokenizer = load(checkpoint)
         called = name or Path(checkpoint).resolve().name
         engine = Engine(model, tokenizer, slots, max_waiting, timeout, context)
-        config = uvicorn.Config(
-            build_app(engine, tokenizer, called), log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS
-        )
+        server = Server(build_app(engine, tokenizer, called))
         print(f"{called}: {slots} texts at a time; http://{host}:{listener.getsockname()[1]}/v1", flush=True)
         try:
-            uvicorn.Server(config).run([listener])
+            server.run([listener])
         finally:
             engine.close()
     return 0

@@ -5,15 +5,19 @@ Needs the `serve` extra (FastAPI and uvicorn). A wrong request is a 4xx with the
 
 import asyncio
 import json
+import logging
+import math
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -22,7 +26,20 @@ from dsv3_lightning.inference.chat import chat_prompt
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import encode
 
+LAST_ANSWERS = 5  # seconds that texts in the making get after Ctrl-C
 POLL = 0.2  # seconds between two looks at whether the client is still there
+NEUTRAL: dict[str, Any] = {  # fields that we don't have, with the value that changes nothing: clients send it
+    "logit_bias": {},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "store": False,
+}
 
 
 class Refused(Exception):
@@ -46,12 +63,25 @@ class Body(BaseModel):
     stream: bool = False
     stream_options: dict[str, bool] | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
-    logprobs: Literal[False, 0] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_defaults(cls, fields: Any) -> Any:
+        """In OpenAI's schema a null stands for an absent field. What is no object is left for pydantic to refuse."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None and not neutral(name, value)}
 
     def new_tokens(self) -> int | None:
         return self.max_tokens
+
+
+def neutral(name: str, value: Any) -> bool:
+    """By type too: 0 == False, but logprobs=0 asks /v1/completions for the log-probability of every token."""
+    return name in NEUTRAL and type(value) is type(NEUTRAL[name]) and value == NEUTRAL[name]
 
 
 class CompletionBody(Body):
@@ -106,10 +136,12 @@ class Answers:
         return deliver
 
     async def pieces(self, request: Request) -> AsyncIterator[tuple[int, str, Finish | None]]:
-        """Until every text has ended. A client that goes away frees its rows. Raises Refused on a timeout or error."""
+        """Until every text has ended. A client that goes away frees its rows. Raises Refused where one can't end."""
         left, looked = len(self.jobs), self.loop.time()
         try:
             while left:
+                if time.monotonic() > request.app.state.ends:
+                    raise Refused(503, "the server is shutting down", "server_error")
                 if self.loop.time() > looked + POLL:
                     if await request.is_disconnected():
                         return
@@ -137,6 +169,7 @@ class Answers:
 def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
     """name: the model's, as clients give it."""
     app = FastAPI(title="dsv3-lightning")
+    app.state.ends = math.inf  # when nobody is answered any more, by time.monotonic()
     started = int(time.time())
 
     @app.exception_handler(Refused)
@@ -217,6 +250,23 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
         return prompt
 
     return app
+
+
+class Server(uvicorn.Server):
+    """Whose Ctrl-C gives the texts in the making LAST_ANSWERS seconds and then tells their clients: a second before
+    uvicorn would cut them off in mid-text."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS + 1))
+        self.app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.app.state.ends = time.monotonic() + LAST_ANSWERS
+        if self.server_state.tasks:
+            print(f"dsv3: stopping; texts in the making get {LAST_ANSWERS} seconds", flush=True)
+        # A second Ctrl-C, or a client that doesn't read, still ends in uvicorn's cut: a traceback each, and no news.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def several(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:

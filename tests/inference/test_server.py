@@ -1,7 +1,11 @@
 """The server as OpenAI's own client sees it: right answers to many at once, reasons for refusals, no row lost."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -17,7 +21,7 @@ from dsv3_lightning.inference.batching import Engine, check_engine
 from dsv3_lightning.inference.chat import chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
-from tests.hub.folders import biased
+from tests.hub.folders import biased, exported
 from tests.model.small import small_config
 
 openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")  # of the extras serve and dev
@@ -194,6 +198,9 @@ def test_a_client_that_goes_away_frees_its_row(served, model, tokenizer, streami
         ({"prompt": [10**6]}, 400, "prompt: a token lies outside 0 to"),
         ({"prompt": None}, 400, "prompt"),
         ({"logit_bias": {"1": 5}}, 400, "logit_bias: Extra inputs are not permitted"),
+        ({"logprobs": 0}, 400, "logprobs: Extra inputs are not permitted"),  # of no others, but of the chosen ones
+        ({"logprobs": 5}, 400, "logprobs: Extra inputs are not permitted"),
+        ({"store": True}, 400, "store: Extra inputs are not permitted"),
         ({"prompt": "a\ud83d"}, 400, "the text is no Unicode: its character 1 is a half one"),
         ({"n": 0}, 400, "n: Input should be greater than or equal to 1"),
     ],
@@ -201,6 +208,42 @@ def test_a_client_that_goes_away_frees_its_row(served, model, tokenizer, streami
 def test_a_bad_request_gets_a_reason(served, changes, status, message):
     body = {"model": "small", "prompt": "a", "max_tokens": 2} | changes
     assert_refused(served, "/v1/completions", body, status, message)
+
+
+NULLS = "max_tokens temperature top_p n stop seed stream stream_options presence_penalty frequency_penalty logit_bias"
+NULLS = dict.fromkeys([*NULLS.split(), "logprobs", "user", "metadata"])
+NOTHING = {"logit_bias": {}, "metadata": {}, "store": False, "presence_penalty": 0.0, "stop": []}
+
+
+@pytest.mark.parametrize("extra", [NULLS | dict.fromkeys(["echo", "best_of", "suffix"]), NOTHING | {"suffix": ""}])
+def test_a_null_or_a_value_that_changes_nothing_is_as_good_as_absent(served, extra):
+    greedy = {} if "temperature" in extra else {"temperature": 0}
+    plain = {"model": "small", "prompt": "a"} | greedy
+    answer = served.client.completions.create(**plain, extra_body=extra)
+    assert len(answer.choices) == 1 and answer.usage.completion_tokens <= 16  # the default
+    if greedy:
+        assert answer.choices[0].text == served.client.completions.create(**plain).choices[0].text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        NULLS | dict.fromkeys(["max_completion_tokens", "top_logprobs", "tools", "response_format", "store"]),
+        NOTHING | {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logprobs": False},
+    ],
+)
+def test_the_same_in_a_chat(served, extra):
+    messages = [{"role": "user", "content": "hello"}]
+    answer = served.client.chat.completions.create(
+        model="small", messages=messages, extra_body={"max_completion_tokens": 5} | extra
+    )
+    assert len(answer.choices) == 1 and answer.choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize("extra", [{"logprobs": True}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}])
+def test_a_chat_field_that_would_change_the_answer_is_refused(served, extra):
+    body = {"model": "small", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | extra
+    assert_refused(served, "/v1/chat/completions", body, 400, f"{next(iter(extra))}: Extra inputs are not permitted")
 
 
 def assert_refused(served, path, body, status, message):
@@ -259,3 +302,48 @@ def test_an_error_while_decoding_reaches_the_client_and_the_next_one_is_served(s
     assert_refused(served, "/v1/completions", {"model": "small", "prompt": "a"}, 500, "decoding failed")
     monkeypatch.setattr(served.engine.decoder, "extend", extend)
     assert served.client.completions.create(model="small", prompt="a", max_tokens=3).usage.completion_tokens <= 3
+
+
+SLOW = """
+import sys, time
+from dsv3_lightning.cli import main
+from dsv3_lightning.inference import batching, server
+step = batching.Engine.step
+batching.Engine.step = lambda engine: (time.sleep(0.1), step(engine))
+server.LAST_ANSWERS = 1
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_is_one_line_and_every_client_hears_of_it(model, tokenizer, tmp_path, presses):
+    """500 steps of 0.1 seconds, and one second to end them; a second Ctrl-C doesn't wait for that."""
+    folder = exported(model, tmp_path / "small")
+    tokenizer.save(folder)
+    command = [sys.executable, "-c", SLOW, "serve", str(folder), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
+        url = process.stdout.readline().split("; ")[-1].strip()
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        options = {"model": "small", "prompt": "a", "max_tokens": 500, "temperature": 0}
+
+        def ask(streaming: bool) -> Exception | None:
+            try:
+                list(client.completions.create(**options, stream=streaming))
+            except openai.APIError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            plain, streamed = pool.submit(ask, False), pool.submit(ask, True)
+            health = f"{url.removesuffix('/v1')}/health"
+            while json.loads(urllib.request.urlopen(health).read())["running"] < 2:
+                time.sleep(0.05)
+            for _ in range(presses):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            out, err = process.communicate(timeout=30)
+    assert (out, err) == ("dsv3: stopping; texts in the making get 1 seconds\n", "")
+    assert process.returncode == 130
+    if presses == 1:
+        assert plain.result().status_code == 503 and "the server is shutting down" in str(plain.result())
+        assert str(streamed.result()) == "the server is shutting down"
