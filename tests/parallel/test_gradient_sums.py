@@ -5,10 +5,10 @@ import torch
 
 from tests.parallel.conftest import runs_on_ranks
 
-PARTS = 32  # a power of two: each gradient is then the same bits as in a step of its own, but for the exponent
+PARTS = 16  # a power of two: each gradient is then the same bits as in a step of its own, but for the exponent
 COMMON = (
     "trainer.precision=bf16",
-    "trainer.val_check_interval=32",
+    "trainer.val_check_interval=16",
     "trainer.limit_val_batches=1",
     "model.num_hidden_layers=2",
     "loss.balance=none",
@@ -41,7 +41,7 @@ def gradients(shared_nano):
         )  # fmt: skip
 
     runs = {f"{way}-{parts}": overrides(way, parts) for way in WAYS for parts in (PARTS, 1)}
-    for name in ("auto-32", "auto-1"):
+    for name in (f"auto-{PARTS}", "auto-1"):
         assert shared_nano.run(name, *runs.pop(name)).code == 0
     runs_on_ranks(2, shared_nano, runs)
     return {
@@ -53,7 +53,7 @@ def gradients(shared_nano):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_many_micro_batches_are_added_up_exactly(gradients, way):
-    """In bf16 a gradient is off by 7e-3 of its norm after 30 of them."""
+    """In bf16 a gradient is off by 5e-3 of its norm after as many."""
     sums, parts = gradients[way]
     for name, found in sums.items():
         exact = sum(part[name].double() for part in parts) / PARTS
