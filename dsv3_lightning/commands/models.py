@@ -1,8 +1,6 @@
 """Finds and reads models: of a run, of one of its checkpoints, or of a Hugging Face folder."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -15,7 +13,8 @@ from dsv3_lightning.data.files import native
 from dsv3_lightning.data.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.export import Read, reader
-from dsv3_lightning.hub.folder import HubFolder, read_json
+from dsv3_lightning.hub.folder import HubFolder
+from dsv3_lightning.hub.tokens import read_tokenizer
 from dsv3_lightning.inference.layers import lay_by_columns
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer, fill
@@ -32,9 +31,7 @@ def load(word: str, chat: bool = False) -> tuple[Transformer, Tokenizer]:
     """
     given = native(word)
     if (given / "config.json").is_file():
-        tokenizer = Tokenizer.from_file(given)
-        tokenizer.end_ids |= end_ids(given)
-        tokenizer.chat_template = chat_template(given)
+        tokenizer = read_tokenizer(given)
         if chat:
             turn_ids(tokenizer)
         return lay_by_columns(load_hub_folder(given)), tokenizer
@@ -96,31 +93,6 @@ def part_reader(path: Path) -> Read:
         return reader(read_weights(path), path)
     shards = ShardReader(path)
     return lambda name, expert: shards.read(PREFIX + name, expert)
-
-
-def end_ids(folder: Path) -> set[int]:
-    """Where transformers stops, beside the tokenizer's end: an instruct model often has an end of turn, too."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        given: Any = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = [] if given is None else given if isinstance(given, list) else [given]
-        if any(type(token) is not int for token in ids):
-            raise ConfigError(f"{folder / name}: eos_token_id={given}: must be a whole number, or a list of them")
-        found.update(ids)
-    return found
-
-
-def chat_template(folder: Path) -> str | None:
-    """What transformers writes conversations with, if anything; its own file counts before the field."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'chat_template.jinja'}: can't be read ({error})") from error
-    file = folder / "tokenizer_config.json"
-    given: Any = read_json(file).get("chat_template") if file.is_file() else None
-    return given if given is None or isinstance(given, str) else json.dumps(given)  # several, by name: none is ours
 
 
 def load_hub_folder(path: Path) -> Transformer:

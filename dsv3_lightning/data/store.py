@@ -87,13 +87,14 @@ class TokenFile:
         self.folder, self.split = folder, split
         self.manifest = read_manifest(folder)
         self.tokens = mapped(folder / split / "00000.bin", self.manifest["dtype"])
+        self._offsets = mapped(folder / split / "00000.idx", "<i8")  # of uint64 below 2^63: the same bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, (self.folder, self.split)
 
     def offsets(self) -> np.ndarray:
         """Where each document begins, and the end of the last: int64 [documents + 1]."""
-        return mapped(self.folder / self.split / "00000.idx", "<i8")  # below 2^63: the same bytes
+        return self._offsets
 
     def origins(self) -> np.ndarray:
         """Where each document is from, as numbers among the manifest's `origins`: uint16 [documents]."""

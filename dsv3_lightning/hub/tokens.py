@@ -7,6 +7,8 @@ from typing import Any
 from dsv3_lightning.data.conversation import CHAT_TEMPLATE
 from dsv3_lightning.data.files import write_synced
 from dsv3_lightning.data.tokenizer import ASSISTANT, USER, Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.folder import read_json
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -34,6 +36,39 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     if None not in [tokenizer.backend.token_to_id(mark) for mark in (USER, ASSISTANT)]:
         config["chat_template"] = CHAT_TEMPLATE
     write_json(folder / "tokenizer_config.json", config)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """With all that the folder says of where a text ends and how a conversation is written. Raises ConfigError."""
+    tokenizer = Tokenizer.from_file(folder)
+    tokenizer.end_ids |= end_ids(folder)
+    tokenizer.chat_template = chat_template(folder)
+    return tokenizer
+
+
+def end_ids(folder: Path) -> set[int]:
+    """Where transformers stops, beside the tokenizer's end: an instruct model often has an end of turn, too."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        given: Any = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if any(type(token) is not int for token in ids):
+            raise ConfigError(f"{folder / name}: eos_token_id={given}: must be a whole number, or a list of them")
+        found.update(ids)
+    return found
+
+
+def chat_template(folder: Path) -> str | None:
+    """What transformers writes conversations with, if anything; its own file counts before the field."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'chat_template.jinja'}: can't be read ({error})") from error
+    file = folder / "tokenizer_config.json"
+    given: Any = read_json(file).get("chat_template") if file.is_file() else None
+    return given if given is None or isinstance(given, str) else json.dumps(given)  # several, by name: none is ours
 
 
 def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.sharded import SHARDS, join, read_metadata, read_rest
+from dsv3_lightning.parallel.sharded import SHARDS, join, read_rest
 
 PREFIX = "model/"  # see `sharded`
 
@@ -22,8 +22,8 @@ class ShardReader:
     """
 
     def __init__(self, path: Path) -> None:
-        self.rest = read_rest(path)  # looks at all files
-        self.path, self.metadata = path, read_metadata(path)
+        self.path = path
+        self.rest, self.metadata = read_rest(path)  # looks at all files
         self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
 
     def names(self) -> list[str]:

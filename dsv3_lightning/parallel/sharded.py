@@ -117,8 +117,8 @@ def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def read_rest(path: Path) -> dict[str, Any]:
-    """Everything but the tensors. Raises ConfigError where the folder is not a whole checkpoint."""
+def read_rest(path: Path) -> tuple[dict[str, Any], Metadata]:
+    """All but the tensors, and where these are. Raises ConfigError where the folder is not a whole checkpoint."""
     try:
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
         metadata = read_metadata(path)
@@ -132,7 +132,7 @@ def read_rest(path: Path) -> dict[str, Any]:
         file = path / SHARDS / name
         if not file.is_file() or file.stat().st_size < end:
             raise ConfigError(f"{path}: not a readable checkpoint ({SHARDS}/{name} is missing or cut)")
-    return rest
+    return rest, metadata
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -170,8 +170,8 @@ def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) 
 
 def read_into(path: Path, target: Callable[[str, TensorStorageMetadata], Tensor | None], alone: bool) -> dict[str, Any]:
     """target: a tensor to read into by name and metadata, or None for one that isn't wanted."""
-    rest = read_rest(path)
-    entries = read_metadata(path).state_dict_metadata
+    rest, metadata = read_rest(path)
+    entries = metadata.state_dict_metadata
     wanted = {key: target(key, entry) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
     with warnings.catch_warnings():

@@ -77,7 +77,7 @@ def step_of(path: Path, thorough: bool = True) -> int:
     thorough: every byte of a file is read and compared with its checksum.
     """
     if path.is_dir():
-        return complete(sharded.read_rest(path), path)["global_step"]
+        return complete(sharded.read_rest(path)[0], path)["global_step"]
     checkpoint = read_checkpoint(path, mmap=True)
     if thorough and (damaged := ZipFile(path).testzip()) is not None:
         raise ConfigError(f"{path}: not a readable checkpoint ({damaged} differs from its checksum)")

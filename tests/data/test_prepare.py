@@ -183,7 +183,7 @@ def test_a_failure_leaves_nothing_that_looks_finished(
 
 CHILD = """
 import json, os, sys, time
-from dsv3_lightning.data import build, digests
+from dsv3_lightning.data import build
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.prepare import prepare
 if sys.argv[2] == "stop":                     # everything is written but the manifest
