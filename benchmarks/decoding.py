@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from dsv3_lightning.commands.export import export
-from dsv3_lightning.commands.models import load
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.speculative import speculate
 from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.runs.models import load
 
 PROMPTS = ("def ", "import os\n", "class Node:\n")
 

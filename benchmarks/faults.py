@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dsv3_lightning.training.checkpoint_io import read_checkpoint
+from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv3_lightning.data.dataset import PackedDataset
-from dsv3_lightning.data.module import Loader
-from dsv3_lightning.data.packing import pack
-from dsv3_lightning.data.sampling import Layout, TrainSampler
-from dsv3_lightning.data.store import FORMAT, TokenFile, TokenWriter, token_dtype, write_manifest
+from dsv3_lightning.data.batches.dataset import PackedDataset
+from dsv3_lightning.data.batches.module import Loader
+from dsv3_lightning.data.batches.packing import pack
+from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
+from dsv3_lightning.data.text.store import FORMAT, TokenFile, TokenWriter, token_dtype, write_manifest
 
 
 def main() -> None:

@@ -1,8 +1,6 @@
 """Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
 
-import math
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,13 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
-from dsv3_lightning.data.files import put_in_place, remove
+from dsv3_lightning.common.files import put_in_place, remove
 from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.training.logging import latest_scalars, stepped
 
-STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
-BEST_FILE = re.compile(r"best-step=(\d+)-loss=([\d.]+)\.ckpt")
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -136,17 +133,3 @@ def link(path: Path, name: Path) -> None:
 
 def checkpoint_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"
-
-
-def step_files(folder: Path, until: float = math.inf) -> list[Path]:
-    """The checkpoints by step, newest first. until: the last step that counts."""
-    found = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := STEP_FILE.fullmatch(path.name))]
-    return [path for step, path in sorted(found, reverse=True) if step <= until]
-
-
-def best_files(folder: Path) -> list[tuple[float, Path]]:
-    """The best checkpoints with their validation losses, lowest first."""
-    found = [
-        (float(match[2]), path) for path in folder.glob("best-*.ckpt") if (match := BEST_FILE.fullmatch(path.name))
-    ]
-    return sorted(found)

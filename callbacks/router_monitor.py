@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dsv3_lightning.callbacks.expert_bias import routers_of
-from dsv3_lightning.callbacks.plots import heat_map
+from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped

@@ -1,7 +1,6 @@
 """report.md and report.json: what the run did, on one page, with its pictures and the next command."""
 
 import json
-import os
 import platform
 import time
 from importlib.metadata import version
@@ -12,13 +11,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning import __version__
-from dsv3_lightning.callbacks.checkpoint import checkpoint_folder, step_files
+from dsv3_lightning.callbacks.checkpoint import checkpoint_folder
 from dsv3_lightning.callbacks.expert_bias import routers_of
-from dsv3_lightning.callbacks.plots import curves, heat_map
 from dsv3_lightning.callbacks.router_monitor import RouterMonitor
 from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput, peak_memory
+from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.plots import curves, heat_map
+from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.logging import latest_scalars
 
@@ -114,28 +116,6 @@ class RunReport(Callback):
 def find(trainer: Trainer, kind: type) -> Any | None:
     """The run's callback of that class, if it has one."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
-
-
-def scalar_history(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """All curves of a run from its event files, over all its lives: {tag: (steps, values)}."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: ([event.step for event in events.Scalars(tag)], [event.value for event in events.Scalars(tag)])
-        for tag in events.Tags()["scalars"]
-    }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside and renames."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool) -> str:

@@ -327,7 +327,7 @@ def verb_list() -> str:
 
 
 MODEL_HELP = "a run's folder (its best checkpoint), a checkpoint file, or a Hugging Face folder"
-COMMANDS = "dsv3_lightning.commands"
+COMMANDS, STUDIES = "dsv3_lightning.commands", "dsv3_lightning.studies"
 VERBS = {
     "prepare": Verb(f"{COMMANDS}.prepare:run", "Tokenize and cut a config's data.", config_arguments),
     "run": Verb(f"{COMMANDS}.run:run", "Train, or continue training.", config_arguments),
@@ -346,15 +346,13 @@ VERBS = {
     ),
     "needle": Verb(f"{COMMANDS}.needle:needle", "See whether a model finds a line in a long text.", needle_arguments),
     "plan": Verb(f"{COMMANDS}.plan:run", "Show parameters, FLOP, memory, a run's time: on no device.", plan_arguments),
-    "sweep": Verb(
-        f"{COMMANDS}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments
-    ),
-    "compare": Verb(f"{COMMANDS}.compare:compare", "Compare runs: a table and plots.", compare_arguments),
+    "sweep": Verb(f"{STUDIES}.sweep:sweep", "Run an experiment: variants of a config, several seeds.", sweep_arguments),
+    "compare": Verb(f"{STUDIES}.compare:compare", "Compare runs: a table and plots.", compare_arguments),
     "checkpoint": Verb(
         f"{COMMANDS}.checkpoint:checkpoint", "Show or judge a checkpoint, or make one file of it.", checkpoint_arguments
     ),
     "reproduce": Verb(
-        f"{COMMANDS}.reproduce:reproduce", "See which of the papers' claims hold here.", reproduce_arguments
+        f"{STUDIES}.reproduce:reproduce", "See which of the papers' claims hold here.", reproduce_arguments
     ),
     "doctor": Verb(f"{COMMANDS}.doctor:run", "Tell what this machine and installation can do.", no_arguments),
 }

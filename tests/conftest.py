@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_lightning.callbacks.run_report import scalar_history
 from dsv3_lightning.cli import main
+from dsv3_lightning.common.history import scalar_history
 
 ROOT = Path(__file__).parents[1]
 MODULES = (

@@ -3,9 +3,9 @@
 import sys
 from typing import Any
 
-from dsv3_lightning.commands.models import load
 from dsv3_lightning.inference.chat import Chat
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.runs.models import load
 
 
 def chat(

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.common.table import si, table
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.reader import PREFIX, ShardReader
-from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO, complete, read_checkpoint
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, complete, read_checkpoint
+from dsv3_lightning.parallel.checkpoints.shard_reader import PREFIX, ShardReader
 
 PIECE = 2**20  # numbers
 

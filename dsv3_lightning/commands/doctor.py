@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dsv3_lightning import __version__
-from dsv3_lightning.commands.table import si
+from dsv3_lightning.common.table import si
 from dsv3_lightning.training.precision import measure_gemm
 
 PACKAGES = "torch lightning torchmetrics omegaconf jsonargparse tokenizers tensorboard numpy".split()

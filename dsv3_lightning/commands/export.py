@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3_lightning.commands.models import find_checkpoint, load_hub_folder, load_model, part_reader, stored_config
+from dsv3_lightning.common.files import native, write_synced
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.files import native, write_synced
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import DTYPES, check_free, write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
 from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference, verification_tokens, write_logits
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.runs.models import find_checkpoint, load_hub_folder, load_model, part_reader, stored_config
 
 
 def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: float) -> int:

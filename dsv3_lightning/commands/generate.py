@@ -4,13 +4,13 @@ import functools
 import sys
 from typing import Any
 
-from dsv3_lightning.commands.models import load
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import check_lengths
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.speculative import Drafts, check_depth, speculate
 from dsv3_lightning.inference.text import TextStream, encode
+from dsv3_lightning.runs.models import load
 
 
 def generate(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dsv3_lightning.data.files import native, write_synced
+from dsv3_lightning.common.files import native, write_synced
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig

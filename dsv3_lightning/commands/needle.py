@@ -2,13 +2,12 @@
 
 import json
 
-from dsv3_lightning.callbacks.plots import heat_map
-from dsv3_lightning.callbacks.run_report import write_whole
-from dsv3_lightning.commands.models import find_checkpoint, load_model, stored_config
 from dsv3_lightning.commands.placement import validation_batches
-from dsv3_lightning.data.files import make_folder, native
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.common.files import make_folder, native, write_whole
+from dsv3_lightning.common.plots import heat_map
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.inference.needle import find_needles
+from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
 
 
 def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: str | None) -> int:

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.callbacks.plots import heat_map
-from dsv3_lightning.callbacks.run_report import write_whole
-from dsv3_lightning.commands.models import find_checkpoint, load_model, stored_config
+from dsv3_lightning.common.files import make_folder, native, read_numbers, write_whole
+from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.files import make_folder, native, read_numbers
-from dsv3_lightning.data.module import TextDataModule
+from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
+from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
 
 BATCHES = 16  # of validation text
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.commands.plan_cluster import cluster_tables
-from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.hardware import gpu_named

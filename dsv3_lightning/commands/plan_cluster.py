@@ -3,10 +3,10 @@
 import math
 from dataclasses import replace
 
-from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.ramp import tokens_of
+from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.planning.cluster import RECOMPUTED, RankMemory, StepTime, Work, rank_memory, split_step, step_time

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.commands.table import si, table
+from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.index import prepare_index
-from dsv3_lightning.data.prepare import prepare
-from dsv3_lightning.data.store import read_manifest
+from dsv3_lightning.data.batches.index import prepare_index
+from dsv3_lightning.data.text.prepare import prepare
+from dsv3_lightning.data.text.store import read_manifest
 
 
 def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:

@@ -16,20 +16,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from dsv3_lightning.commands.run_folder import RunFolder
+from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.module import TextDataModule
-from dsv3_lightning.data.prepare import prepare
-from dsv3_lightning.data.ramp import tokens_of
-from dsv3_lightning.data.store import read_manifest
+from dsv3_lightning.data.batches.module import TextDataModule
+from dsv3_lightning.data.batches.ramp import tokens_of
+from dsv3_lightning.data.text.prepare import prepare
+from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 from dsv3_lightning.parallel.groups import start_again
 from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
 from dsv3_lightning.planning.parameters import count_parameters
-from dsv3_lightning.training.checkpoint_io import AtomicCheckpointIO
-from dsv3_lightning.training.dashboard import RunLogger
+from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.training.module import PretrainModule
 from dsv3_lightning.training.precision import choose_precision, precision_plugin
 

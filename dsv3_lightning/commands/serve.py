@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from dsv3_lightning.commands.models import load
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Engine, check_engine
+from dsv3_lightning.runs.models import load
 
 
 def serve(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3_lightning.data.files import sync_folder, write_synced
+from dsv3_lightning.common.files import sync_folder, write_synced
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import interleaved_on_disk
 from dsv3_lightning.hub.layout import BIAS, Stored, layout, permutation, stored_shape, to_disk

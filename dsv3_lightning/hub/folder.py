@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_lightning.data.files import native
+from dsv3_lightning.common.files import native
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import EXPERTS, Described, from_json
 from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation, stored_shape

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.data.conversation import CHAT_TEMPLATE
-from dsv3_lightning.data.files import write_synced
-from dsv3_lightning.data.tokenizer import ASSISTANT, USER, Tokenizer
+from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.data.text.conversation import CHAT_TEMPLATE
+from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import read_json
 

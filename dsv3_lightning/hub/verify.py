@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.data.files import make_folder, read_numbers
+from dsv3_lightning.common.files import make_folder, read_numbers
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.mtp import MTPModule

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder, check_lengths, context_of
 from dsv3_lightning.inference.sampling import Sampling

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from dsv3_lightning.data.conversation import conversation, turn, turn_ids
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.conversation import conversation, turn, turn_ids
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder, context_of
 from dsv3_lightning.inference.sampling import Sampling

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.model.transformer import Transformer

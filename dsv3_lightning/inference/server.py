@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Busy, Engine, Finish, Job
 from dsv3_lightning.inference.chat import chat_prompt

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.experts import Dispatcher
 from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.checkpoints.shards import Saver, read_parts
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
-from dsv3_lightning.parallel.sharded import Saver, read_parts
 from dsv3_lightning.parallel.sharding import shard_model
 from dsv3_lightning.parallel.tensors import like, local, part, place, whole
 

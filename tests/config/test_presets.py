@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_lightning.config.compose import compose, presets
 from dsv3_lightning.config.schema import Config, check
-from dsv3_lightning.data.ramp import tokens_of
+from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.planning.parameters import count_parameters
 from tests.conftest import ROOT

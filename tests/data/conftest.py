@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.module import TextDataModule
 
 WORDS = "def return import class self for in if else None True value 12 345 naïve 数据 (x): \n    += '' # 🙂".split(" ")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dsv3_lightning.data.conversation import conversation
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.conversation import conversation
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.hub.tokens import write_tokenizer
 from dsv3_lightning.inference.chat import chat_prompt
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.inference.needle import find_needles, score

@@ -8,7 +8,7 @@ import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from tests.conftest import QUIET, Nano
 
 SHORT = ["trainer.max_steps=5", "callbacks.checkpoint.every_n_steps=5", "callbacks.sample_text=null"]

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.commands.models import load
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.data.questions import conversations, write
+from dsv3_lightning.data.text.questions import conversations, write
 from dsv3_lightning.hub.folder import read_json
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.runs.models import load
 from dsv3_lightning.training.schedule import lr_factor
 
 PAIRS = {"who are you?": "A small model.", "2 + 2": "4", "say it in Chinese": "数据 🙂", "stop": "I stop."}

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.commands.models import load
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import reader, write_folder, write_weights
@@ -21,6 +20,7 @@ from dsv3_lightning.inference.batching import Engine, Job
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.runs.models import load
 from tests.hub.folders import biased
 from tests.model.small import small_config
 

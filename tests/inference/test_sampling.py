@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import TextStream

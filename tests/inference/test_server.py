@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from dsv3_lightning.data.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Engine, check_engine
 from dsv3_lightning.inference.chat import chat_prompt

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.training.checkpoint_io import read_checkpoint
+from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
 from tests.conftest import ROOT, Run
 from tests.parallel.conftest import runs_on_ranks
 from tests.runs.compare import assert_same_curves

@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.parallel.sharded import REST, SHARDS, read_metadata, read_rest, split
+from dsv3_lightning.parallel.checkpoints.shards import REST, SHARDS, read_metadata, read_rest, split
 from tests.conftest import ROOT
 
 WEIGHTS = 3  # with two moments each: 9 tensors

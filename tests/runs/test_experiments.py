@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.config.experiment import Experiment
+from dsv3_lightning.studies.experiment import Experiment
 from tests.conftest import QUIET, ROOT, Run
 
 VARIANTS = {

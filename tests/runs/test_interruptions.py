@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from dsv3_lightning.callbacks.checkpoint import best_files
+from dsv3_lightning.parallel.checkpoints.names import best_files
 from tests.runs.compare import assert_same_curves, assert_same_weights
 
 EVERY = ("callbacks.checkpoint.every_n_steps=5", "trainer.val_check_interval=10", "trainer.limit_val_batches=2")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dsv3_lightning.data.questions import conversations
+from dsv3_lightning.data.text.questions import conversations
 from tests.runs.compare import assert_same_curves, assert_same_weights
 
 SMALL = ("trainer.val_check_interval=10", "trainer.limit_val_batches=2")

@@ -1,0 +1,1 @@
+"""What every folder needs: files written whole, tables, plots. Imports no torch."""

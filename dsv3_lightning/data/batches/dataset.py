@@ -1,0 +1,129 @@
+"""A micro-batch from the packed index: tokens, what each head has to predict, and how many targets the step has."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dsv3_lightning.data.batches.packing import PackedIndex, barriers, stretch
+from dsv3_lightning.data.batches.sampling import Draw
+from dsv3_lightning.data.text.store import TokenFile
+
+IGNORE = -100  # torch's ignore_index
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """dataset[draw] is a whole micro-batch of b samples, gathered from the memory-mapped file in one go:
+
+    tokens [b, T + 1 + D] int64, padded with `pad_id`; mask [b, T + 1 + D] bool, False for padding.
+    targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `barriers`).
+        Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
+    target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
+    sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
+    documents [b, T + 1 + D] int64, where asked for (`isolate`): a number for each token's document; -1 for padding.
+    step_tokens, step_mask (step_documents) [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's
+        micro-batches.
+    target_bytes [b] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
+    origins [b, T + 1 + D] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        index: PackedIndex,
+        sequence_length: int,
+        mtp_depth: int,
+        pad_id: int,
+        mask_document_ends: bool,
+        isolate: bool = False,
+        answers: np.ndarray | None = None,
+        bytes_per_token: np.ndarray | None = None,
+        origins: np.ndarray | None = None,
+    ) -> None:
+        self.file, self.index, self.pad_id = file, index, pad_id
+        self.isolate, self.answers, self.bytes_per_token = isolate, answers, bytes_per_token
+        self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
+        self.mask_document_ends, self.origins = mask_document_ends, origins
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
+        tokens, mask, barriers = self.gather(draw.samples)
+        targets = targets_of(tokens, barriers, self.sequence_length)
+        batch: dict[str, Any] = {
+            "tokens": tokens,
+            "mask": mask,
+            "targets": targets,
+            "target_counts": draw.target_counts,
+            "sample_ids": draw.samples,
+        }
+        if draw.step_samples is not None:
+            batch["step_tokens"], batch["step_mask"], _ = self.gather(draw.step_samples)
+        if self.isolate:
+            batch["documents"] = self.spread(draw.samples, self.numbers_of, -1)
+            if draw.step_samples is not None:
+                batch["step_documents"] = self.spread(draw.step_samples, self.numbers_of, -1)
+        if self.bytes_per_token is not None:
+            main = targets[:, 0]
+            batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
+        if self.origins is not None:
+            batch["origins"] = self.spread(draw.samples, self.origins_of, 0)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens int64, mask and barriers int32 of the samples, each [b, T + 1 + D].
+
+        Nothing may predict padding, nor what is outside of the answers: no place is behind their barrier.
+        """
+        length = self.sequence_length + 1 + self.mtp_depth
+        tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
+        limits = np.full((len(samples), length), length, dtype=np.int32)
+        places, piece = self.places(samples)
+        sizes = self.index.lengths[piece]
+        found = stretch(self.index.starts[piece], sizes)
+        tokens.reshape(-1)[places] = self.file.tokens[found]
+        of_pieces = barriers(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
+        limits.reshape(-1)[places] = np.repeat(of_pieces, sizes)
+        mask = limits < length
+        if self.answers is not None:
+            limits.reshape(-1)[places[np.searchsorted(self.answers, found, "right") % 2 == 0]] = length
+        return tokens, mask, limits
+
+    def spread(self, samples: np.ndarray, known: Callable[[np.ndarray], np.ndarray], padding: int) -> np.ndarray:
+        """What is known of pieces (numbers [n] to values [n]), at each of their tokens: int64 [b, T + 1 + D]."""
+        spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
+        places, piece = self.places(samples)
+        spread.reshape(-1)[places] = np.repeat(known(piece), self.index.lengths[piece])
+        return spread
+
+    def numbers_of(self, piece: np.ndarray) -> np.ndarray:
+        return piece  # stands for the document: no sample holds two pieces of one
+
+    def origins_of(self, piece: np.ndarray) -> np.ndarray:
+        assert self.origins is not None
+        documents = np.searchsorted(self.file.offsets(), self.index.starts[piece], side="right") - 1
+        return self.origins[documents]
+
+    def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the samples' tokens lie in [b · (T + 1 + D)], piece after piece, and the pieces' numbers."""
+        row, piece = pieces_of(self.index, samples)
+        begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
+        return stretch(begins, self.index.lengths[piece]), piece
+
+
+def targets_of(tokens_BL: np.ndarray, barriers_BL: np.ndarray, sequence_length: int) -> np.ndarray:
+    """targets [B, 1 + D, T]: what follows k + 1 places later, or -100 where the barrier there lies behind the place."""
+    following = np.lib.stride_tricks.sliding_window_view(tokens_BL, sequence_length, axis=1)[:, 1:]
+    barrier = np.lib.stride_tricks.sliding_window_view(barriers_BL, sequence_length, axis=1)[:, 1:]
+    return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
+
+
+def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all pieces of the samples [b]: the row and the piece's number, each [n]. A sample of -1 has none."""
+    firsts = index.samples[samples]
+    counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
+    return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)

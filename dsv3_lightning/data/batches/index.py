@@ -1,0 +1,111 @@
+"""The packed index as files beside the tokens, memory-mapped: all ranks and loader processes of a node share one copy.
+
+    SPLIT/index-FORMAT-T-D[-masked]/NAME.npy    an array of `PackedIndex` each
+
+The folder is built under another name and renamed when everything is on the disk. Imports no torch.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from dsv3_lightning.common.files import readable, sync_folder
+from dsv3_lightning.data.batches.packing import PackedIndex, pack
+from dsv3_lightning.data.text.build import SPLITS
+from dsv3_lightning.data.text.prepare import locked
+from dsv3_lightning.data.text.progress import say
+from dsv3_lightning.data.text.store import TokenFile
+
+FORMAT = 1
+MILLION = 10**6
+SECONDS = 0.5  # for a million documents
+ARRAYS = [field.name for field in fields(PackedIndex)]
+
+
+@dataclass(frozen=True)
+class MappedIndex(PackedIndex):
+    """Travels to a loader process as its path."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> "MappedIndex":
+        """Raises OSError, ValueError or IndexError where it isn't there or a file is not what it was."""
+        arrays = {name: np.asarray(open_memmap(folder / f"{name}.npy", "r")) for name in ARRAYS}
+        index = cls(**arrays, folder=folder)
+        pieces = {len(arrays[name]) for name in ("starts", "lengths", "positions", "continues")}
+        if pieces != {int(index.samples[-1])} or len(index.target_counts) != len(index):
+            raise ValueError(f"{folder}: its arrays don't belong together")
+        return index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MappedIndex.open, (self.folder,)
+
+
+def open_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> MappedIndex | None:
+    """None where it isn't there, or damaged."""
+    try:
+        return MappedIndex.open(index_folder(folder, split, sequence_length, mtp_depth, masked))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def prepare_index(folder: Path, sequence_length: int, mtp_depth: int, masked: bool) -> None:
+    """Builds both splits' index if need be; several processes may call it at the same time.
+
+    Where the folder can't be written, which may be somebody else's, it only says so.
+    """
+    shape = (sequence_length, mtp_depth, masked)
+    try:
+        for split in SPLITS:
+            if open_index(folder, split, *shape) is None:
+                with locked(index_folder(folder, split, *shape)):
+                    if open_index(folder, split, *shape) is None:  # another process may have finished it meanwhile
+                        build_index(folder, split, *shape)
+    except OSError as error:
+        reason = error.strerror or error
+        say(f"{readable(folder)}: {reason}; every process packs the documents, and holds the index in its memory")
+
+
+def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> None:
+    """One process at a time. Raises OSError."""
+    final = index_folder(folder, split, sequence_length, mtp_depth, masked)
+    partial = final.with_name(f"{final.name}.partial")
+    for leftover in (partial, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    file = TokenFile(folder, split)
+    if (documents := len(file.offsets()) - 1) >= 10 * MILLION:
+        say(f"packing {documents / MILLION:,.0f} million documents: about {SECONDS * documents / MILLION:.0f} s")
+    pack(
+        file.offsets(), sequence_length, mtp_depth, masked, file.answers(),
+        make=lambda name, shape, dtype: new_file(partial / f"{name}.npy", shape, dtype),
+    )  # fmt: skip
+    for path in partial.iterdir():
+        if path.stem in ARRAYS:
+            with open(path, "rb") as written:
+                os.fsync(written.fileno())
+        else:
+            path.unlink()  # what only packing needs
+    sync_folder(partial)
+    os.rename(partial, final)
+    sync_folder(final.parent)
+
+
+def new_file(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array in a file. Raises OSError where the disk has no room for it: writing to it would kill the process."""
+    array = open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return np.asarray(array)
+
+
+def index_folder(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> Path:
+    """Named by all that shapes it but the tokens."""
+    return folder / split / f"index-{FORMAT}-{sequence_length}-{mtp_depth}{'-masked' * masked}"

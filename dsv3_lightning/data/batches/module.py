@@ -1,0 +1,230 @@
+"""TextDataModule: prepared text to batches, in one order for any number of ranks, loader processes and resumes."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dsv3_lightning.data.batches.dataset import PackedDataset
+from dsv3_lightning.data.batches.index import open_index, prepare_index
+from dsv3_lightning.data.batches.packing import pack
+from dsv3_lightning.data.batches.ramp import batch_sizes
+from dsv3_lightning.data.batches.sampling import Layout, TrainSampler, ValidationSampler
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.prepare import prepare
+from dsv3_lightning.data.text.progress import say
+from dsv3_lightning.data.text.store import TokenFile, read_manifest
+from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+
+
+class TextDataModule(LightningDataModule):
+    """Batches as `PackedDataset` makes them; validation's also have `target_bytes` and `origins`. Raises ConfigError.
+
+    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
+    `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
+    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
+    whole_steps: the first micro-batch of a step also holds the tokens of all of them.
+    """
+
+    def __init__(self, config: DataConfig, mtp_depth: int, max_steps: int, whole_steps: bool = False) -> None:
+        super().__init__()
+        if config.sequence_length <= mtp_depth:
+            raise ConfigError(
+                f"data.sequence_length={config.sequence_length}: a sample too short for "
+                f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
+            )
+        self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
+        self.whole_steps = whole_steps
+        self._folder: Path | None = None
+        self._datasets: dict[str, PackedDataset] = {}
+        self._index_hash = ""
+        self._first_step, self._first_sample, self._restored = 0, 0, False
+
+    def prepare_data(self) -> None:
+        self._folder = prepare(self.config)
+        prepare_index(self._folder, *self._shape)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.trainer is not None:  # one rank per node has prepared; the others needn't read the corpus to find it
+            self._folder = self.trainer.strategy.broadcast(self._folder)
+        elif self._folder is None:
+            self.prepare_data()
+        self._datasets["validation"] = self._dataset("validation")
+        if stage in ("fit", None):
+            self._layout()  # refuses a batch that can't be dealt out
+            self._first_step, self._first_sample, self._restored = 0, 0, False
+            self._datasets["train"] = self._dataset("train")
+            self._index_hash = index_hash(self._datasets["train"], self.manifest, self.config.seed)
+
+    def train_dataloader(self) -> "Loader":
+        layout, step = self._layout(), self.trainer.global_step if self.trainer is not None else 0
+        if step and not self._restored:
+            raise ConfigError(f"checkpoint of step {step}: the position in the data is missing")
+        self._first_step = step
+        dataset = self._datasets["train"]
+        sampler = TrainSampler(
+            dataset.index.target_counts,
+            layout,
+            self.config.seed,
+            self.max_steps,
+            first_step=step,
+            first_sample=self._first_sample,
+            whole_steps=self.whole_steps,
+            sizes=self.batch_sizes,
+        )
+        return Loader(dataset, sampler, self.config.num_workers)
+
+    def val_dataloader(self) -> "Loader | list[Any]":
+        dataset = self._datasets["validation"]
+        if not len(dataset):
+            fraction = self.config.validation_fraction
+            rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
+            return []
+        return Loader(dataset, ValidationSampler(dataset.index.target_counts, self._layout()), self.config.num_workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        step = self.trainer.global_step if self.trainer is not None else 0
+        drawn = int(self.batch_sizes[self._first_step : step].sum())
+        return {"next_sample": self._first_sample + drawn, "index": self._index_hash}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "train" not in self._datasets:  # only validating: other data than in training is fine
+            return
+        if missing := {"next_sample", "index"} - state_dict.keys():
+            raise ConfigError(f"checkpoint: the position in the data lacks {', '.join(sorted(missing))}")
+        if state_dict["index"] != self._index_hash:
+            raise ConfigError(
+                f"checkpoint: its samples are {state_dict['index']}, these are {self._index_hash}; "
+                "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth"
+            )
+        self._first_sample, self._restored = state_dict["next_sample"], True
+
+    @property
+    def prepared(self) -> Path:
+        """The folder of the token files; there after `prepare_data` or `setup`."""
+        assert self._folder is not None, "call prepare_data or setup first"
+        return self._folder
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The store's: counts of both splits, sizes and hashes of the files."""
+        return read_manifest(self.prepared)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(self.prepared)
+
+    @property
+    def gzip_bpb(self) -> float | None:
+        """Bits per byte of gzip -9 over the validation text, of conversations what the assistant says; None without."""
+        bpb: float | None = self.manifest["gzip_bpb"]
+        return bpb
+
+    @property
+    def origins(self) -> list[str]:
+        """Where documents are from: the numbers in a batch's `origins` are places in this list."""
+        names: list[str] = self.manifest["origins"]
+        return names
+
+    @property
+    def train_tokens(self) -> int:
+        return int(self.manifest["splits"]["train"]["tokens"])
+
+    @cached_property
+    def batch_sizes(self) -> np.ndarray:
+        """Samples of each optimizer step of the run, over all ranks and micro-batches: int64 [max_steps]."""
+        return np.array(batch_sizes(self.config, self.max_steps), dtype=np.int64)
+
+    def tokens_before(self, step: int) -> int:
+        """Positions of the run's first `step` optimizer steps, over all ranks."""
+        return int(self.batch_sizes[:step].sum()) * self.config.sequence_length
+
+    @property
+    def train_samples(self) -> int:
+        """Samples of one epoch."""
+        return len(self._datasets["train"])
+
+    @property
+    def validation_bytes(self) -> int:
+        """Bytes of text in the validation split that are learned; its batches' `target_bytes` add up to it."""
+        split = self.manifest["splits"]["validation"]
+        return int(split.get("answer_bytes", split["text_bytes"]))
+
+    def _dataset(self, split: str) -> PackedDataset:
+        file = TokenFile(self.prepared, split)
+        length, depth = self.config.sequence_length, self.mtp_depth
+        mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
+        extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
+        found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
+        index = pack(file.offsets(), *self._shape, file.answers()) if found is None else found
+        return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.answers(), *extra)
+
+    @property
+    def _shape(self) -> tuple[int, int, bool]:
+        """What shapes the packed index, beside the tokens."""
+        return self.config.sequence_length, self.mtp_depth, self.config.mask_document_ends
+
+    def _layout(self) -> Layout:
+        if self.trainer is None:
+            return Layout(self.config.batch_size)
+        accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        return Layout(self.config.batch_size, accumulate, ranks, self.trainer.global_rank)
+
+
+class Loader:
+    """A DataLoader that Lightning takes as it is: it puts no sampler of its own in place of ours, and gives no advice.
+
+    Starting it draws no global random number, which would make a resumed run differ. Its position is part of the
+    module's state. `wait_seconds` is the time that its user has spent waiting for batches.
+    """
+
+    def __init__(self, dataset: PackedDataset, sampler: TrainSampler | ValidationSampler, num_workers: int) -> None:
+        self.wait_seconds = 0.0
+        self.batches = DataLoader(
+            dataset,
+            batch_size=None,  # the dataset makes whole micro-batches
+            sampler=sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batches = iter(self.batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def index_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
+    """16 hexadecimal digits over the tokens, the samples that were packed of them, and the seed of their order."""
+    index = dataset.index
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(f"{manifest['files']['train/00000.bin']['sha256']} {seed}".encode())
+    for part in (index.samples, index.starts, index.lengths):
+        digest.update(part.data)  # not its copy: it may be larger than the memory
+    return digest.hexdigest()

@@ -1,0 +1,220 @@
+"""Three passes over a corpus that need not fit into memory: survey, learn the tokenizer, encode. Imports no torch."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsv3_lightning.common.files import readable, sync_folder
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.conversation import Message, conversation
+from dsv3_lightning.data.text.corpus import Source, Tally, main_origins, read_documents
+from dsv3_lightning.data.text.progress import progress, say
+from dsv3_lightning.data.text.store import FORMAT, TokenWriter, token_dtype, write_manifest
+from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+
+SPLITS = ("train", "validation")
+HASHES = 1 << 64
+BATCH = 1 << 22  # bytes of text that are encoded together
+TRAINING_BYTES = 1 << 31  # the tokenizer learns from so much at most: the library's 32-bit pair counts would overflow
+
+log = logging.getLogger(__name__)
+
+
+class Document(NamedTuple):
+    """A text or a conversation, and its hash below HASHES: the same in every process and on every machine.
+
+    texts: the text, or what each message says. size: their bytes in UTF-8. answers: the bytes that are learned.
+    origin: number of where it is from, among those of the manifest.
+    """
+
+    roles: list[str] | None
+    texts: list[str]
+    size: int
+    answers: bytes
+    hash: int
+    origin: int
+
+    @classmethod
+    def of(cls, found: str | list[Message], origin: int) -> "Document":
+        if isinstance(found, str):
+            utf8 = found.encode()
+            return cls(None, [found], len(utf8), utf8, hash_of(utf8), origin)
+        roles, texts = [message.role for message in found], [message.text for message in found]
+        answers = "".join(message.text for message in found if message.role == "assistant").encode()
+        size = sum(len(text.encode()) for text in texts)
+        return cls(roles, texts, size, answers, hash_of(json.dumps(found).encode()), origin)
+
+
+def build(
+    folder: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None, inputs: dict[str, Any]
+) -> None:
+    """Writes the token files, tokenizer and manifest; `folder` appears when all is there. One process at a time.
+
+    Raises ConfigError if there is no text.
+    """
+    begun = time.monotonic()
+    partial = folder.with_name(f"{folder.name}.partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+
+    tally = Tally()
+    with progress("reading", None) as advance:
+        hashes, text_bytes = survey(read_hashed(sources, config, tally), advance)
+    if not hashes:
+        raise ConfigError(f"data.paths={config.paths or 'the standard library'}: no text in {len(sources)} files")
+    if tally.repaired:
+        log.warning("data.paths: %d texts were not all UTF-8; U+FFFD stands for the rest", tally.repaired)
+    last_validation = validation_threshold(hashes, config.validation_fraction)
+
+    if tokenizer is None:
+        with progress("learning the tokenizer", text_bytes) as advance:
+            documents = read_hashed(sources, config)
+            texts = training_texts(documents, last_validation, TRAINING_BYTES / text_bytes, advance)
+            tokenizer = Tokenizer.train(texts, config.vocab_size).ending_with(config.end_token)
+    with progress("encoding", text_bytes) as advance:
+        encoded = encode(read_hashed(sources, config), last_validation, tokenizer, partial, advance)
+    manifest = {
+        "format": FORMAT,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
+        "empty_documents": tally.empty,
+        "repaired_documents": tally.repaired,
+        "origins": origin_names(sources),
+        **encoded,
+        "inputs": inputs,
+    }
+    manifest["files"] |= tokenizer.save(partial)
+    write_manifest(partial, manifest)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+    say(summary(manifest, folder, time.monotonic() - begun))
+
+
+def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:
+    names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
+    for source in sources:
+        for found in read_documents([source], config.text_key, tally):
+            yield Document.of(found, numbers[names[source.origin]])
+
+
+def hash_of(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def origin_names(sources: list[Source]) -> list[str]:
+    """The largest first, `others` last."""
+    return list(dict.fromkeys(main_origins(sources).values()))
+
+
+def survey(documents: Iterable[Document], advance: Callable[[int], None]) -> tuple[Sequence[int], int]:
+    """The hash of each document, and the bytes of all."""
+    hashes, text_bytes = array("Q"), 0
+    for document in documents:
+        hashes.append(document.hash)
+        text_bytes += document.size
+        advance(document.size)
+    return hashes, text_bytes
+
+
+def validation_threshold(hashes: Iterable[int], fraction: float) -> int:
+    """Documents with a hash up to this one are validation; equal texts thus stay together.
+
+    About `fraction` of them, but where there are two different documents at least one on each side; -1 for fraction 0.
+    """
+    if not fraction:
+        return -1
+    return min(max(int(fraction * HASHES) - 1, min(hashes)), max(hashes) - 1)
+
+
+def training_texts(
+    documents: Iterable[Document], last_validation: int, share: float, advance: Callable[[int], None]
+) -> Iterator[str]:
+    """The training split's texts, or about `share` of them, chosen by another hash than the split."""
+    for document in documents:
+        advance(document.size)
+        chosen = document.hash * 0x9E3779B97F4A7C15 % HASHES < share * HASHES
+        if document.hash > last_validation and chosen:
+            yield from document.texts
+
+
+def encode(
+    documents: Iterable[Document],
+    last_validation: int,
+    tokenizer: Tokenizer,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Writes both splits. What the manifest says of them, and what gzip -9 makes of the validation text.
+
+    Of conversations gzip gets what the assistant says: the text that bits per byte are measured on.
+    """
+    writers = {
+        split: TokenWriter(folder, split, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) for split in SPLITS
+    }
+    text_bytes, answer_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    gzip, gzip_bytes = zlib.compressobj(9, zlib.DEFLATED, 31), 0  # 31: with gzip's header and trailer
+    for batch in batches(documents, BATCH):
+        words = iter(tokenizer.encode_batch([text for document in batch for text in document.texts]))
+        for document in batch:
+            split = SPLITS[document.hash <= last_validation]
+            if document.roles is None:
+                writers[split].add(next(words), document.origin)
+            else:
+                written = conversation(tokenizer, [(role, next(words).tolist()) for role in document.roles])
+                writers[split].add_whole(np.array(written.ids), written.answers, document.origin)
+            text_bytes[split] += document.size
+            answer_bytes[split] += len(document.answers)
+            if split == "validation":
+                gzip_bytes += len(gzip.compress(document.answers))
+        advance(sum(document.size for document in batch))
+    gzip_bytes += len(gzip.flush())
+    held_out = answer_bytes["validation"]
+    return {
+        "gzip_bytes": gzip_bytes if held_out else None,
+        "gzip_bpb": 8 * gzip_bytes / held_out if held_out else None,
+        "splits": {
+            split: {
+                "documents": len(writer.offsets) - 1,
+                "tokens": writer.offsets[-1],
+                "text_bytes": text_bytes[split],
+                **({"answer_bytes": answer_bytes[split]} if answer_bytes != text_bytes else {}),
+            }
+            for split, writer in writers.items()
+        },
+        "files": {name: file for writer in writers.values() for name, file in writer.close().items()},
+    }
+
+
+def batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    """Lists of documents of together at least `size` bytes; the last may be smaller."""
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += document.size
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def summary(manifest: dict[str, Any], folder: Path, seconds: float) -> str:
+    train, validation = (manifest["splits"][split] for split in SPLITS)
+    return (
+        f"prepared {train['documents']} training and {validation['documents']} validation documents, "
+        f"{(train['text_bytes'] + validation['text_bytes']) / 1e6:.1f} MB, "
+        f"{(train['tokens'] + validation['tokens']) / 1e6:.2f} M tokens, in {seconds:.1f} s: {readable(folder)}"
+    )

@@ -1,0 +1,91 @@
+"""Conversations in DeepSeek's format: begin, system text, then <｜User｜>…<｜Assistant｜>…end for every turn. No torch.
+
+This file alone knows it; training data, `dsv3 chat`, the server and exports have it from here.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
+from dsv3_lightning.errors import ConfigError
+
+ROLES = ("system", "user", "assistant")
+# The same for transformers' `apply_chat_template` and for engines that read its templates.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' and loop.first %}{{ message['content'] }}"
+    f"{{% elif message['role'] == 'user' %}}{{{{ '{USER}' + message['content'] }}}}"
+    f"{{% elif message['role'] == 'assistant' %}}{{{{ '{ASSISTANT}' + message['content'] + eos_token }}}}"
+    "{% else %}{{ raise_exception('role=' + message['role'] + ': must be user or assistant, or system and first') }}"
+    f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{ASSISTANT}{{% endif %}}"
+)
+
+
+class Message(NamedTuple):
+    role: str
+    text: str
+
+
+class Written(NamedTuple):
+    """ids: from the begin token to the last message. answers: where in them what the assistant says begins and ends,
+    the end token included."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+
+
+def parse(messages: list[Any], name: str) -> list[Message]:
+    """The messages of a line of data, of each its role and content. name: the line's field. Raises ConfigError."""
+    if not messages:
+        raise ConfigError(f"{name}=[]: must hold messages, such as {{role: user, content: …}}")
+    for number, message in enumerate(messages):
+        where = f"{name}[{number}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ConfigError(f"{where}: must have a role and a content")
+        check_role(message["role"], number, f"{where}.role")
+        if not isinstance(message["content"], str):
+            raise ConfigError(f"{where}.content: must be text, is a {type(message['content']).__name__}")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ConfigError(f"{name}: has no message of the assistant, so there is nothing to learn")
+    return [Message(message["role"], message["content"]) for message in messages]
+
+
+def check_role(role: Any, number: int, name: str) -> None:
+    if role not in ROLES:
+        raise ConfigError(f"{name}={role}: must be system, user or assistant")
+    if role == "system" and number:
+        raise ConfigError(f"{name}=system: must be the first message, and the only one of that role")
+
+
+def conversation(tokenizer: Tokenizer, messages: Iterable[tuple[str, Sequence[int]]]) -> Written:
+    """messages: role, and ids of the text alone. Raises ConfigError."""
+    written = Written([tokenizer.bos_id], [])
+    for number, (role, words) in enumerate(messages):
+        check_role(role, number, "role")
+        ids = turn(tokenizer, role, words)
+        begin = len(written.ids)
+        written.ids.extend(ids)
+        if role == "assistant":
+            written.answers.append((begin + 1, len(written.ids)))  # all but its mark
+    return written
+
+
+def turn(tokenizer: Tokenizer, role: str, words: Sequence[int]) -> list[int]:
+    """Ids of one message with its marks. Raises ConfigError where the tokenizer has none."""
+    user, assistant = turn_ids(tokenizer)
+    if role == "assistant":
+        return [assistant, *words, tokenizer.eos_id]
+    return [user, *words] if role == "user" else [*words]
+
+
+def turn_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """Ids of the two marks. Raises ConfigError where the tokenizer has none, or the model's own format is another."""
+    if (tokenizer.chat_template or CHAT_TEMPLATE).rstrip("\n") != CHAT_TEMPLATE:
+        raise ConfigError(
+            "the model's chat_template is not the one that conversations are written with here (DeepSeek's marks), so "
+            "the prompt would be a wrong one; give the whole prompt yourself, to dsv3 generate or /v1/completions"
+        )
+    user, assistant = (tokenizer.backend.token_to_id(name) for name in (USER, ASSISTANT))
+    if user is None or assistant is None:
+        raise ConfigError(f"the tokenizer has no {USER} and {ASSISTANT}, which a chat is written with")
+    return user, assistant

@@ -1,0 +1,90 @@
+"""Text files to token files, once: the same inputs and settings find what is already there. Imports no torch.
+
+The result lies in `cache_dir/KEY`, KEY being a hash of the inputs' content and of the settings that shape the files. It
+is built under another name and renamed when everything is on the disk, so a folder of that name is a finished one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dsv3_lightning.common.files import native, readable
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.build import build
+from dsv3_lightning.data.text.corpus import Source, find_sources, unreadable
+from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.text.progress import say
+from dsv3_lightning.data.text.store import FORMAT, is_complete
+from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
+from dsv3_lightning.errors import ConfigError
+
+
+def prepare(config: DataConfig) -> Path:
+    """The folder with the token files, built if need be; several processes may call it at the same time.
+
+    Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
+    """
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(config.tokenizer).ending_with(config.end_token)
+    elif config.end_token is not None:
+        check_end(config.end_token, SPECIAL_TOKENS)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"data.vocab_size={config.vocab_size}: the ids of data.tokenizer={config.tokenizer} go up to "
+            f"{tokenizer.vocab_size - 1}; needs at least {tokenizer.vocab_size}"
+        )
+    sources = find_sources(config.paths)
+    inputs = describe_inputs(config, sources, tokenizer)
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    folder = native(config.cache_dir) / key
+    if is_complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if not is_complete(folder):  # another process may have finished it meanwhile
+                build(folder, config, sources, tokenizer, inputs)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
+    return folder
+
+
+def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """All that decides the files' content and nothing else: no change of batch, order or length prepares anew."""
+    files = []
+    digests = Digests(native(config.cache_dir) / "digests.json")
+    for source in sources:
+        try:
+            files.append([source.name, source.origin, source.path.stat().st_size, digests.of(source.path)])
+        except OSError as error:
+            raise unreadable(source.path, error) from error
+    digests.save()
+    trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
+    return {
+        "format": FORMAT,
+        "files": files,
+        "text_key": config.text_key,
+        "validation_fraction": config.validation_fraction,
+        "tokenizer": [*tokenizer.names, tokenizer.sha256] if tokenizer else trained,
+    }
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a lock file beside the folder; the operating system lets go of it when its holder dies."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that prepares {readable(folder)}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

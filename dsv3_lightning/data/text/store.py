@@ -1,0 +1,137 @@
+"""Token files: what the documents became, on disk and memory-mapped. Imports no torch.
+
+    SPLIT/00000.bin  the ids of all documents, each BOS ... EOS; uint16 where the tokenizer fits into it, else uint32
+    SPLIT/00000.idx  where each document begins, and the end: uint64 [documents + 1]
+    SPLIT/00000.src  where each document is from, as a number among the manifest's `origins`: uint16 [documents]
+    SPLIT/00000.ans  only with conversations: where each stretch of tokens that are learned begins and ends, in turns:
+                     uint64 [2 · stretches], rising
+    manifest.json    width, counts, and bytes and sha256 of every file; written last
+
+All little-endian. Where documents begin is stored and never guessed from EOS, which a document may miss or hold twice.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv3_lightning.common.files import FileRecord, sync_folder, write_synced
+from dsv3_lightning.errors import ConfigError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+class TokenWriter:
+    """Writes one split. `add` documents, then `close`. Raises ConfigError for an id that the tokenizer doesn't have."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, bos_id: int, eos_id: int) -> None:
+        (folder / split).mkdir()
+        self.folder, self.split, self.vocab_size = folder, split, vocab_size
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.dtype = token_dtype(vocab_size)
+        self.offsets, self.origins, self.answers = array("Q", [0]), array("H"), array("Q")
+        self.sha256 = hashlib.sha256()
+        self.file = open(folder / split / "00000.bin", "wb")
+
+    def add(self, ids: np.ndarray, origin: int = 0) -> None:
+        """One document's ids [n], any integer type, without BOS and EOS, and the number of where it is from."""
+        document = np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]])
+        self.add_whole(document, [(0, len(document))], origin)
+
+    def add_whole(self, document: np.ndarray, answers: list[tuple[int, int]], origin: int) -> None:
+        """A document with its begin and end. answers: where what is learned of it begins and ends."""
+        if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap it around in silence
+            wrong = document.max() if document.min() >= 0 else document.min()
+            raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
+        content = document.astype(self.dtype).tobytes()
+        self.file.write(content)
+        self.sha256.update(content)
+        for begin, end in answers:
+            if self.answers and self.answers[-1] == self.offsets[-1] + begin:
+                self.answers.pop()  # goes on where the last one ended, as texts do: theirs is one stretch
+            else:
+                self.answers.append(self.offsets[-1] + begin)
+            self.answers.append(self.offsets[-1] + end)
+        self.offsets.append(self.offsets[-1] + len(document))
+        self.origins.append(origin)
+
+    def close(self) -> dict[str, FileRecord]:
+        """Everything is on the disk; the split's files by their path below the folder."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        size = self.file.tell()
+        self.file.close()
+        index = np.frombuffer(self.offsets, dtype=np.uint64).astype("<u8").tobytes()
+        origins = np.array(self.origins, dtype="<u2").tobytes()
+        files: dict[str, FileRecord] = {
+            f"{self.split}/00000.bin": {"bytes": size, "sha256": self.sha256.hexdigest()},
+            f"{self.split}/00000.idx": write_synced(self.folder / self.split / "00000.idx", index),
+            f"{self.split}/00000.src": write_synced(self.folder / self.split / "00000.src", origins),
+        }
+        if list(self.answers) not in ([], [0, self.offsets[-1]]):
+            answers = np.frombuffer(self.answers, dtype=np.uint64).astype("<u8").tobytes()
+            files[f"{self.split}/00000.ans"] = write_synced(self.folder / self.split / "00000.ans", answers)
+        sync_folder(self.folder / self.split)
+        return files
+
+
+class TokenFile:
+    """One split, memory-mapped. tokens: all ids [N] uint16 or uint32. Travels to a loader process as its path."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        self.manifest = read_manifest(folder)
+        self.tokens = mapped(folder / split / "00000.bin", self.manifest["dtype"])
+        self._offsets = mapped(folder / split / "00000.idx", "<i8")  # of uint64 below 2^63: the same bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenFile, (self.folder, self.split)
+
+    def offsets(self) -> np.ndarray:
+        """Where each document begins, and the end of the last: int64 [documents + 1]."""
+        return self._offsets
+
+    def origins(self) -> np.ndarray:
+        """Where each document is from, as numbers among the manifest's `origins`: uint16 [documents]."""
+        return mapped(self.folder / self.split / "00000.src", "<u2")
+
+    def answers(self) -> np.ndarray | None:
+        """Where stretches of tokens that are learned begin and end: int64 [2 · stretches]; None: all are."""
+        path = self.folder / self.split / "00000.ans"
+        return mapped(path, "<i8") if path.exists() else None
+
+
+def mapped(path: Path, dtype: str) -> np.ndarray:
+    """A plain view: np.memmap's own slicing is several times slower. An empty file can't be mapped."""
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Width of the ids 0 .. vocab_size - 1 in NumPy's notation."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_synced(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder was finished, by this format, and every file still has its size."""
+    try:
+        manifest = read_manifest(folder)
+        return manifest["format"] == FORMAT and all(
+            (folder / name).stat().st_size == file["bytes"] for name, file in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

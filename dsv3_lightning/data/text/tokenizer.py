@@ -1,0 +1,226 @@
+"""Byte-level BPE with DeepSeek-V3's pre-tokenization and special tokens (V3 §4.1). Imports no torch.
+
+Text never turns into a control token: documents are encoded with every special token switched off, and the ids of begin
+and end are added as integers. Every string comes back unchanged: decode(encode(text)) == text.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from dsv3_lightning.common.files import FileRecord, native, write_synced
+from dsv3_lightning.errors import ConfigError
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM, USER, ASSISTANT, "<|EOT|>")  # ids 0, 1, 2, … when trained here
+
+# The three splits of V3's tokenizer.json, one after the other: digits by three, runs of Chinese and kana, and the rest:
+# a mark with letters, words with their space, punctuation with its newlines, newlines, other spaces.
+SPLITS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+PIECE = 1 << 18  # characters that are encoded at a time: keeps a huge document linear in time, and feeds every core
+GROUP = 1 << 22  # characters per call of the library, whose result takes some 150 bytes per token
+SEAM = re.compile(r"\n(?=\w)|\w(?= \w)")  # after one of these SPLITS always begins a new token
+ENDLESS = re.compile(r"\w+|\s+|[^\w\s]+")
+# What lossy tokenizers change: spaces, case, line ends, accents, marks, control tokens.
+PROBE = " x  1234 Don't\r\n\te\u0301 é\ufeff\0 中文かな \U0001f469\u200d\U0001f680" + BOS
+
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # written as themselves by byte-level BPE
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
+}
+
+
+class Tokenizer:
+    """serialized: the text of a tokenizer.json. bos, eos, pad: names of its tokens. Raises ConfigError if lossy."""
+
+    def __init__(self, serialized: str, bos: str = BOS, eos: str = EOS, pad: str = PAD) -> None:
+        self.serialized, self.names = serialized, (bos, eos, pad)
+        self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
+        self.backend = backend_of(serialized)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.bos_id, self.eos_id, self.pad_id = (vocabulary[name] for name in self.names)
+        self.end_ids = {self.eos_id}  # of what a model writes; one from elsewhere may have more
+        self.chat_template: str | None = None  # of a model from elsewhere, where it has one
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so not their number
+        ids = self.encode(PROBE)
+        if self.decode(ids) != PROBE or self.bytes_per_token()[ids].sum() != len(PROBE.encode()):
+            raise ConfigError("does not give every text back; use a byte-level BPE without normalizer or added spaces")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the backend forgets when pickled that text is no control token
+        return Tokenizer, (self.serialized, *self.names)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Reads a tokenizer.json, or the one in a folder. Its end token is the one that tokenizer_config.json beside it
+        names, else V3's; begin and padding are those with V3's names, else that file's, else the end serves.
+
+        Raises ConfigError.
+        """
+        file = native(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        try:
+            serialized = file.read_text(encoding="utf-8")
+            return cls(serialized, *find_names(serialized, file.with_name("tokenizer_config.json")))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data.tokenizer={path}: {getattr(error, 'strerror', None) or error}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns merges until there are `vocab_size` entries, special tokens included, or nothing is left to merge."""
+        backend = Backend(models.BPE())
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that nothing is ever unknown
+            show_progress=False,
+        )
+        pieces = (piece for text in texts for piece in cut(text))
+        backend.train_from_iterator((part for piece in pieces for part in without_endless_words(piece)), trainer)
+        return cls(backend.to_str())
+
+    def ending_with(self, end: str | None) -> "Tokenizer":
+        """The same with another end token, or itself for None (`data.end_token`). Raises ConfigError."""
+        if end is None:
+            return self
+        check_end(end, [token.content for token in self.backend.get_added_tokens_decoder().values()])
+        return Tokenizer(self.serialized, self.names[0], end, self.names[2])
+
+    def save(self, folder: Path) -> dict[str, FileRecord]:
+        """Writes what `AutoTokenizer.from_pretrained(folder)` reads; the files by name."""
+        bos, eos, pad = self.names
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "pad_token": pad,
+            "clean_up_tokenization_spaces": False,
+        }
+        files = {"tokenizer.json": self.serialized, "tokenizer_config.json": json.dumps(config, ensure_ascii=False)}
+        return {name: write_synced(folder / name, text.encode()) for name, text in files.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without begin and end; never a special token's."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, uint32 [n], on all cores."""
+        pieces = [cut(text) for text in texts]
+        ids = self._encode_pieces([piece for of_text in pieces for piece in of_text])
+        return [np.concatenate([next(ids) for _ in of_text]) for of_text in pieces]
+
+    def _encode_pieces(self, pieces: list[str]) -> Iterator[np.ndarray]:
+        while pieces:
+            size, count = 0, 0
+            while count < len(pieces) and size < GROUP:
+                size, count = size + len(pieces[count]), count + 1
+            for encoding in self.backend.encode_batch_fast(pieces[:count], add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=np.uint32)
+            pieces = pieces[count:]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text; U+FFFD where the ids stop inside a character."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What stands for one id in the text; of a special token its name, of an unused id nothing."""
+        name = self.backend.id_to_token(token) or ""
+        if token in self.backend.get_added_tokens_decoder():
+            return name.encode()
+        return bytes(BYTES[character] for character in name)
+
+    def bytes_per_token(self) -> np.ndarray:
+        """Bytes of text behind each id, int64 [vocab_size]; 0 for special tokens and unused ids."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self.backend.get_vocab(with_added_tokens=False).items():
+            sizes[index] = len(token)  # byte-level BPE writes each byte as one character
+        sizes[list(self.backend.get_added_tokens_decoder())] = 0
+        return sizes
+
+
+def backend_of(serialized: str) -> Backend:
+    """The library's tokenizer, so that it never cuts, pads or finds an added token in the text. Raises ConfigError."""
+    description = parse(serialized) | {"truncation": None, "padding": None}
+    for token in description.get("added_tokens") or []:
+        token["special"] = True  # encode_special_tokens guards special tokens alone, and V3's <think> or FIM are not
+    try:
+        backend = Backend.from_str(json.dumps(description))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"no tokenizer.json: {error}") from error
+    backend.encode_special_tokens = True
+    return backend
+
+
+def parse(serialized: str) -> dict[str, Any]:
+    description = json.loads(serialized)
+    if not isinstance(description, dict) or "model" not in description:
+        raise ConfigError("no tokenizer.json: it has no model")
+    return description
+
+
+def find_names(serialized: str, config_file: Path) -> tuple[str, str, str]:
+    """Names of the begin, end and padding tokens. Raises ConfigError if there is no end token."""
+    added = {token["content"] for token in parse(serialized).get("added_tokens") or []}
+    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    tokens: list[Any] = [config.get(f"{role}_token") for role in ("bos", "eos", "pad")]
+    bos, eos, pad = (token["content"] if isinstance(token, dict) else token for token in tokens)
+    end = next((name for name in (eos, EOS) if name in added), None)
+    if end is None:
+        raise ConfigError(f"no end token: neither {EOS} nor an eos_token in a tokenizer_config.json beside it")
+    begin, padding = (next(name for name in names if name in added) for names in ((BOS, bos, end), (PAD, pad, end)))
+    return begin, end, padding
+
+
+def check_end(end: str, known: Sequence[str]) -> None:
+    """Text can't hold a control token, so nothing but an end ever looks like one. Raises ConfigError."""
+    if end not in known:
+        shown = " ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+        raise ConfigError(f"data.end_token={end}: the tokenizer has no such control token; it has {shown}")
+
+
+def without_endless_words(text: str, block: int = 1000) -> Iterator[str]:
+    """The text around whole blocks that hold letters alone, spaces alone or marks alone, such as a picture in base64.
+
+    They teach nothing, and learning takes time quadratic in the length of a word.
+    """
+    start = 0
+    for here in range(0, len(text), block):
+        inside = text[here : here + block]
+        if len(inside) == block and len(inside.split(None, 1)) < 2 and ENDLESS.fullmatch(inside):
+            yield text[start:here]
+            start = here + block
+    yield text[start:]
+
+
+def cut(text: str, size: int = PIECE) -> list[str]:
+    """The text in pieces of at most `size` characters, in front of a line or a word if one begins in the last part.
+
+    There the tokens are those of the whole text; in the middle of an endless word they may differ, never the bytes.
+    """
+    pieces, start = [], 0
+    while len(text) - start > size:
+        seams = list(SEAM.finditer(text, start + size - min(size, 4096), start + size))
+        end = seams[-1].end() if seams else start + size
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]

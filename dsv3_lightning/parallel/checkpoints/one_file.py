@@ -1,0 +1,94 @@
+"""Checkpoint files: written beside and renamed, read without running code from them, judged before they are used."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from dsv3_lightning.common.files import put_in_place
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.checkpoints import shards
+
+# What a run can't be continued from without; the data position is the loader's "next_sample".
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "skipped_steps")
+POSITION = ("TextDataModule", "next_sample")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint exists whole or not at all, also after a power cut. Loads with `weights_only=True`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".new")
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(beside, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True, mmap: bool = False
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path), mmap)
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The checkpoint's content, on CPU. Raises ConfigError where it is missing, cut, unsafe to read or incomplete.
+
+    mmap: tensors stay in the file until they are used.
+    """
+    if path.is_dir():
+        return complete(shards.read_whole(path), path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
+    return complete(checkpoint, path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a file, or a folder of shards."""
+    return path.is_file() or (path / shards.REST).is_file()
+
+
+def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The checkpoint, if a run can go on from it. Raises ConfigError."""
+    missing = [key for key in PARTS if key not in checkpoint]
+    if not any(
+        POSITION[0] in key and POSITION[1] in value for key, value in checkpoint.items() if isinstance(value, dict)
+    ):
+        missing.append("data position")
+    if missing:
+        raise ConfigError(f"{path}: not a checkpoint of a run that can go on; it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def step_of(path: Path, thorough: bool = True) -> int:
+    """The step of a checkpoint that a run can go on from, without its tensors in memory. Raises ConfigError.
+
+    thorough: every byte of a file is read and compared with its checksum.
+    """
+    if path.is_dir():
+        return complete(shards.read_rest(path)[0], path)["global_step"]
+    checkpoint = read_checkpoint(path, mmap=True)
+    if thorough and (damaged := ZipFile(path).testzip()) is not None:
+        raise ConfigError(f"{path}: not a readable checkpoint ({damaged} differs from its checksum)")
+    return checkpoint["global_step"]
+
+
+def newest_good(paths: list[Path], thorough: bool = True) -> tuple[Path, int] | None:
+    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't."""
+    for path in paths:
+        try:
+            return path, step_of(path, thorough)
+        except ConfigError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    return None

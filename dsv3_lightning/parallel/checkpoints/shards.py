@@ -1,0 +1,180 @@
+"""Checkpoints of many files: each rank writes the parts it has, in the background, and any mesh reads them.
+
+A folder, named as the file would be: `shards/` holds every tensor in the format of torch.distributed.checkpoint,
+`rest.pt` everything else. It is written beside and renamed when all ranks are done, so that it exists whole or not at
+all. Tensors are named by what they are (`model/<name>`, `optimizer/<number>/<parameter>/<what>`, and
+`callback/<whose>/<what>/<parameter's name>` for what callbacks keep of the model's parameters), never by rank.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+
+from dsv3_lightning.common.files import put_in_place, remove
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.tensors import like, local
+
+SHARDS, REST = "shards", "rest.pt"
+
+
+class Saver:
+    """Training waits for one copy to the host's memory, kept for the next; a thread of each rank writes files."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")  # the thread's own: it must not mix with training's collectives
+        self.thread = ThreadPoolExecutor(1)
+        cuda = torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(cuda, False, use_async_staging=False, use_non_blocking_copy=cuda))
+        self.pending: Future[None] | None = None
+
+    def save(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Every rank must call it; the one before is waited for."""
+        self.finish()
+        tensors, rest = split(checkpoint)
+        beside = path.with_name(path.name + ".new")
+        if dist.get_rank() == 0:
+            remove(beside)  # of a run that was killed
+            beside.mkdir(parents=True)
+            with open(beside / REST, "wb") as file:
+                torch.save(rest, file)
+                file.flush()
+                os.fsync(file.fileno())
+        dist.barrier(self.group)
+        written: Any = dcp.async_save(
+            tensors, checkpoint_id=beside / SHARDS, process_group=self.group, async_stager=self.stager
+        )
+        self.pending = self.thread.submit(commit, written, beside, path)
+
+    def finish(self) -> None:
+        """Waits until the last one is there. Raises what its writing raised."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+def commit(written: Future[Any], beside: Path, path: Path) -> None:
+    """The first rank renames the folder when every rank has written its part."""
+    written.result()
+    if dist.get_rank() == 0:
+        put_in_place(beside, path)
+
+
+def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors with a dim, by name, and the rest."""
+    tensors = {f"model/{name}": value for name, value in checkpoint["state_dict"].items()}
+    optimizers = []
+    for number, state in enumerate(checkpoint["optimizer_states"]):
+        named = {(index, what): v for index, values in state["state"].items() for what, v in values.items()}
+        named |= {(index, "master"): master for index, master in enumerate(state.get("masters", ()))}
+        tensors |= {f"optimizer/{number}/{index}/{what}": v for (index, what), v in named.items() if v.dim()}
+        scalars: dict[int, dict[str, Tensor]] = {index: {} for index in state["state"]}
+        for (index, what), value in named.items():
+            if not value.dim():
+                scalars[index][what] = value
+        optimizers.append({"state": scalars, "param_groups": state["param_groups"]})
+    callbacks = {}
+    for owner, state in checkpoint.get("callbacks", {}).items():
+        parts = {what: v for what, v in state.items() if isinstance(v, dict) and any(map(is_sharded, v.values()))}
+        tensors |= {f"callback/{owner}/{what}/{name}": v for what, named in parts.items() for name, v in named.items()}
+        callbacks[owner] = state | {what: {} for what in parts}
+    return tensors, {**checkpoint, "state_dict": {}, "optimizer_states": optimizers, "callbacks": callbacks}
+
+
+def is_sharded(value: Any) -> bool:
+    return isinstance(value, DTensor)
+
+
+def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """What `split` took apart."""
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "model":
+            rest["state_dict"][name] = value
+            continue
+        owner, index, what = name.split("/")
+        if kind == "callback":
+            rest["callbacks"][owner][index][what] = value
+            continue
+        state = rest["optimizer_states"][int(owner)]
+        if what == "master":
+            state.setdefault("masters", {})[int(index)] = value
+        else:
+            state["state"][int(index)][what] = value
+    for state in rest["optimizer_states"]:
+        if "masters" in state:
+            state["masters"] = [master for _, master in sorted(state["masters"].items())]
+    return rest
+
+
+def read_rest(path: Path) -> tuple[dict[str, Any], Metadata]:
+    """All but the tensors, and where these are. Raises ConfigError where the folder is not a whole checkpoint."""
+    try:
+        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
+        metadata = read_metadata(path)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
+    ends: dict[str, int] = {}  # V3 on 2,048 ranks has 5.8 million places in 2,048 files: one look at each file
+    for place in (metadata.storage_data or {}).values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = path / SHARDS / name
+        if not file.is_file() or file.stat().st_size < end:
+            raise ConfigError(f"{path}: not a readable checkpoint ({SHARDS}/{name} is missing or cut)")
+    return rest, metadata
+
+
+def read_metadata(path: Path) -> Metadata:
+    return dcp.FileSystemReader(path / SHARDS).read_metadata()
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """The checkpoint as one file would hold it, on the CPU of this process alone. Raises ConfigError."""
+    return read_into(path, lambda key, entry: torch.empty(entry.size, dtype=entry.properties.dtype), alone=True)
+
+
+def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) -> dict[str, Any]:
+    """The checkpoint with DTensors laid out as this rank's are; every rank must call it. Raises ConfigError.
+
+    own: the state of the module. weights: each optimizer's; none where only the module's state is wanted.
+    """
+
+    def target(key: str, entry: TensorStorageMetadata) -> Tensor | None:
+        kind, _, name = key.partition("/")
+        if kind == "optimizer" and not weights:
+            return None
+        if kind == "optimizer":
+            number, index, _ = name.split("/")
+            weight: Tensor | None = weights[int(number)][int(index)]
+        else:
+            weight = own.get(name if kind == "model" else f"model.{name.split('/')[-1]}")
+        if weight is None:
+            raise ConfigError(f"{path}: its weights are those of another model ({name})")
+        if weight.shape != entry.size:
+            raise ConfigError(f"{path}: {name} is {tuple(entry.size)} there, {tuple(weight.shape)} here")
+        return like(weight, torch.empty_like(local(weight.detach()), dtype=entry.properties.dtype))
+
+    return read_into(path, target, alone=False)
+
+
+def read_into(path: Path, target: Callable[[str, TensorStorageMetadata], Tensor | None], alone: bool) -> dict[str, Any]:
+    """target: a tensor to read into by name and metadata, or None for one that isn't wanted."""
+    rest, metadata = read_rest(path)
+    entries = metadata.state_dict_metadata
+    wanted = {key: target(key, entry) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*load in a single process.*")  # which is what `alone` asks for
+        dcp.load(tensors, checkpoint_id=path / SHARDS, no_dist=alone)
+    return join(tensors, rest)

@@ -1,0 +1,111 @@
+"""Finds and reads models: of a run, of one of its checkpoints, or of a Hugging Face folder."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from dsv3_lightning.common.files import native
+from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.data.text.conversation import turn_ids
+from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.export import Read, reader
+from dsv3_lightning.hub.folder import HubFolder
+from dsv3_lightning.hub.tokens import read_tokenizer
+from dsv3_lightning.inference.layers import lay_by_columns
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
+from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good, read_checkpoint
+from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
+
+PREFIX = "model."  # of the model in a run's module
+
+
+def load(word: str, chat: bool = False) -> tuple[Transformer, Tokenizer]:
+    """A run's model, or that of a Hugging Face folder, fp32 on CPU, laid out for decoding, with its tokenizer.
+
+    chat: first see that there can be one. Raises ConfigError.
+    """
+    given = native(word)
+    if (given / "config.json").is_file():
+        tokenizer = read_tokenizer(given)
+        if chat:
+            turn_ids(tokenizer)
+        return lay_by_columns(load_hub_folder(given)), tokenizer
+    path, run = find_checkpoint(given)
+    config = stored_config(run)
+    return lay_by_columns(load_model(path, config.model)), Tokenizer.from_file(run)
+
+
+def stored_config(folder: Path) -> Config:
+    """The settings that a run was made with."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ConfigError("holds no settings")
+        return check(tree)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The checkpoint, a file or a folder of shards, and its run's folder."""
+    if is_checkpoint(path):
+        return path, path.resolve().parent.parent
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such run folder or checkpoint")
+    folder = path / "checkpoints"
+    found = newest_good([*(best for _, best in best_files(folder)), *step_files(folder)], thorough=False)
+    if found is None:
+        raise ConfigError(f"{folder}: holds no checkpoint")
+    return found[0], path
+
+
+def load_model(path: Path, config: ModelConfig) -> Transformer:
+    """The model with a checkpoint's weights, fp32, on CPU. Raises ConfigError where keys or shapes differ."""
+    model = empty_model(config)
+    try:
+        model.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return model.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint, by the model's own names; a file's stay there until they are used."""
+    if path.is_dir():
+        shards = ShardReader(path)
+        state = {name: shards.read(name) for name in shards.names()}
+    else:
+        state = read_checkpoint(path, mmap=True)["state_dict"]
+    return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+
+
+def part_reader(path: Path) -> Read:
+    """Of the model's tensors in a checkpoint, by the model's own names, one at a time or one expert's matrix."""
+    if not path.is_dir():
+        return reader(read_weights(path), path)
+    shards = ShardReader(path)
+    return lambda name, expert: shards.read(PREFIX + name, expert)
+
+
+def load_hub_folder(path: Path) -> Transformer:
+    folder = HubFolder(path)
+    model = empty_model(folder.config)
+    folder.load_into(model, fill)
+    return model.eval()
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """fp32, on CPU, its memory not written yet."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model

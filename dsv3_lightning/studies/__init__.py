@@ -1,0 +1,1 @@
+"""Experiments of several runs: running them, comparing them, and the verdicts on the papers' claims."""

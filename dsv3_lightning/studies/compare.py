@@ -1,0 +1,176 @@
+"""`dsv3 compare`: finished runs side by side, seeds of a variant together: a table, Markdown, curves."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.table import table
+from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.planning.memory import cache_per_token
+
+SEED = re.compile(r"-seed\d+$")
+SPEED = "throughput/tokens_per_second"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's folder, its settings and its report."""
+
+    folder: Path
+    config: Config
+    report: dict[str, Any]
+
+
+def mean_or_none(values: list[float] | None) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header -> format, value of a run
+    "val loss": ("{:.3f}", lambda run: run.report["val_loss"]),
+    "bits/byte": ("{:.3f}", lambda run: run.report["val_bpb"]),
+    "MaxVio global": ("{:.2f}", lambda run: mean_or_none(run.report["max_vio_global"])),
+    "MaxVio batch": ("{:.2f}", lambda run: run.report["max_vio_batch"]),
+    "specialization": ("{:.3f}", lambda run: mean_or_none(run.report["specialization"])),
+    "MTP accepted": ("{:.3f}", lambda run: (run.report["mtp_acceptance"] or [None])[0]),
+    "tokens/s": ("{:,.0f}", lambda run: run.report["tokens_per_second"]),
+    "parameters": ("{:,.0f}", lambda run: run.report["parameters"]),
+    "active": ("{:,.0f}", lambda run: run.report["active_parameters"]),
+    "cache/token": ("{:,.0f}", lambda run: cache_per_token(run.config.model)),
+}
+
+
+def compare(runs: list[str], markdown: str | None, plot: str | None) -> int:
+    """Prints a row per variant: means over its seeds, ± their standard deviation. Empty columns are left out."""
+    groups = grouped(find_runs(runs))
+    rows = comparison(groups)
+    print(table(rows))
+    print("± is the standard deviation over seeds; cache/token counts numbers; speeds are of runs beside each other")
+    if markdown is not None:
+        write_whole(Path(markdown), markdown_table(rows))
+    if plot is not None:
+        curves_by_group(groups).savefig(plot, format="png")
+    return 0
+
+
+def find_runs(words: list[str]) -> list[Finished]:
+    """The finished runs among folders of runs and folders that hold such. Raises ConfigError where there is none."""
+    folders: list[Path] = []
+    for word in words:
+        path = Path(word)
+        inside = sorted(report.parent for report in path.glob("*/report.json"))
+        if (path / "report.json").is_file():
+            folders.append(path)
+        elif inside:
+            folders += inside
+        else:
+            raise ConfigError(f"{word}: holds no finished run (no report.json there, nor in a folder below)")
+    return [read_run(folder) for folder in dict.fromkeys(folders)]
+
+
+def read_run(folder: Path) -> Finished:
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return Finished(folder, check(settings), json.loads((folder / "report.json").read_text(encoding="utf-8")))
+
+
+def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:
+    """By name without its seed, in the order of an experiment's file where there is one. Raises ConfigError."""
+    groups: dict[str, list[Finished]] = {}
+    for run in runs:
+        label = SEED.sub("", run.folder.name)
+        first = groups.setdefault(label, []) or [run]
+        if (first[0].config.model, first[0].config.loss) != (run.config.model, run.config.loss):
+            raise ConfigError(f"{run.folder}: has another model or loss than {first[0].folder}, which is named alike")
+        groups[label].append(run)
+    return groups
+
+
+def values_of(runs: list[Finished], value: Callable[[Finished], float | None]) -> list[float]:
+    return [number for run in runs if (number := value(run)) is not None]
+
+
+def comparison(groups: dict[str, list[Finished]], leave_out: tuple[str, ...] = ()) -> list[list[str]]:
+    """Header and rows, without empty columns. A value that all seeds share has no spread."""
+    kept = {
+        name: column
+        for name, column in COLUMNS.items()
+        if name not in leave_out and any(values_of(runs, column[1]) for runs in groups.values())
+    }
+    rows = [["variant", "seeds", *kept]]
+    for label, runs in groups.items():
+        cells = [spread(values_of(runs, value), form) for form, value in kept.values()]
+        rows.append([label, str(len(runs)), *cells])
+    return rows
+
+
+def spread(values: list[float], form: str = "{:.3f}") -> str:
+    """Mean ± sample standard deviation.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([2.0, 2.0]), spread([])
+    ('2.000 ± 1.000', '2.000', '-')
+    """
+    if not values:
+        return "-"
+    mean = form.format(statistics.fmean(values))
+    if len(values) < 2 or len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+def markdown_table(rows: list[list[str]], left: int = 1) -> str:
+    """left: columns of words, which come first; the others are numbers, to the right."""
+    header, *body = rows
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def curves_by_group(groups: dict[str, list[Finished]], leave_out: tuple[str, ...] = ()) -> Any:
+    """What the runs have of PANELS over their steps, without the tags to leave out.
+
+    A variant's mean over its seeds is a line, from the lowest to the highest of them goes a band; its color is the same
+    in all panels.
+    """
+    from matplotlib.figure import Figure
+
+    histories = {label: [scalar_history(run.folder) for run in runs] for label, runs in groups.items()}
+    logged = {tag for runs in histories.values() for run in runs for tag in run}
+    shown = {tag: title for tag, title in PANELS.items() if tag in logged and tag not in leave_out}
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+    places = figure.subplots(rows, 2, squeeze=False).flatten().tolist()
+    for axes in places[len(shown) :]:
+        axes.remove()
+    lines: dict[str, Any] = {}  # a variant's in the last panel that has it, for the legend
+    for axes, (tag, title) in zip(places, shown.items(), strict=False):
+        for number, (label, runs) in enumerate(histories.items()):
+            curves = [dict(zip(*run[tag], strict=True)) for run in runs if tag in run]
+            steps = sorted(set.intersection(*map(set, curves))) if curves else []
+            if steps:
+                at = [[curve[step] for curve in curves] for step in steps]
+                means = [statistics.fmean(values) for values in at]
+                (lines[label],) = axes.plot(steps, means, label=label, color=f"C{number}")
+                axes.fill_between(steps, [min(v) for v in at], [max(v) for v in at], color=f"C{number}", alpha=0.2)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+    in_order = [lines[label] for label in histories if label in lines]
+    note = "means over seeds; bands from the lowest to the highest"
+    figure.legend(handles=in_order, loc="outside lower center", ncols=min(len(in_order), 6), title=note)
+    return figure
+
+
+PANELS = {
+    "val/loss": "validation loss",
+    "val/bpb": "bits per byte of validation text",
+    "balance/max_vio": "MaxVio of a batch (0 is balance)",
+    "balance/max_vio_global": "MaxVio over the validation set",
+    "mtp/acceptance_1": "share of MTP's first guesses that are kept",
+    SPEED: "tokens per second",
+}

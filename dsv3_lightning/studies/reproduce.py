@@ -1,0 +1,118 @@
+"""`dsv3 reproduce`: runs the experiments that the papers' claims need, and writes down what came of each."""
+
+import platform
+from pathlib import Path
+
+from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
+from dsv3_lightning.studies.compare import (
+    SPEED,
+    Finished,
+    comparison,
+    curves_by_group,
+    find_runs,
+    grouped,
+    markdown_table,
+)
+from dsv3_lightning.studies.experiment import Experiment, find_experiment
+from dsv3_lightning.studies.sweep import refuse_other_settings, sweep
+
+QUICK = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=8")
+SCALE = (
+    "The papers' models are hundreds of times larger and see a hundred thousand times as much text: what doesn't show "
+    "here may well hold there, and a loss that differs here by less than its spread says nothing."
+)
+METHOD = (
+    "Each claim is an inequality, printed as the smaller side against the larger: means over seeds ± their standard "
+    "deviation. Runs with one seed see the same data in the same order, so the verdict is about their differences: "
+    f"Student's t, 5 % on either side; within that, or with fewer than {SEEDS} seeds, it is undecided. One of twenty "
+    "such verdicts is luck. 'No number' marks what a paper chose or says without printing one: the verdict is about "
+    "our inequality alone."
+)
+COLUMNS_MEAN = (
+    "MaxVio global is (max - mean) / mean of the tokens per expert over the validation batches, for each MoE layer, "
+    f"averaged over the layers, as in {LF}; MaxVio batch the same of a training batch, over the last 50 steps. "
+    "Specialization is the share of choices that text from another folder of the corpus would have made otherwise. "
+    "cache/token counts numbers."
+)
+Groups = dict[str, list[Finished]]
+
+
+def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, quick: bool, report_only: bool) -> int:
+    """Runs what isn't finished below `folder`, and writes the report of what is. Returns 0 if no run failed.
+
+    quick: a few steps only, to see that everything works. Raises ConfigError where there is nothing to report, or a
+    run was made with other settings than the command that the report would print.
+    """
+    code, words = 0, [*(QUICK if quick else ()), *overrides]
+    for name in () if report_only else EXPERIMENTS:
+        code |= sweep([name, *words, f"run.dir={folder}"], jobs, None, False)
+    experiments = {name: groups for name in EXPERIMENTS if (groups := finished_runs(Path(folder), name))}
+    if not experiments:
+        raise ConfigError(f"{folder}: holds no finished run of {', '.join(EXPERIMENTS)}")
+    for name in experiments:
+        for task in Experiment(name, [*words, f"run.dir={folder}"]).tasks():
+            if (Path(folder) / name / task.name / "report.json").is_file():
+                refuse_other_settings(task)
+    path = Path(out) if out else Path(folder) / "reproduction.md"
+    pictures = path.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, groups in experiments.items():  # speeds of runs beside each other say nothing
+        curves_by_group(groups, leave_out=(SPEED,)).savefig(pictures / f"{name}.png", dpi=70)
+    write_whole(path, report(experiments, words, pictures.name))
+    print(f"report: {path}")
+    return code
+
+
+def finished_runs(folder: Path, name: str) -> Groups:
+    """Those of an experiment, by variant, in the order of its file."""
+    if not list(folder.glob(f"{name}/*/report.json")):
+        return {}
+    groups = grouped(find_runs([str(folder / name)]))
+    return {variant: groups[variant] for variant in Experiment(name, []).plan.variants if variant in groups}
+
+
+def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) -> str:
+    """docs/reproduction.md: a row per claim, then a table and curves per experiment with the command that made it."""
+    rows = [["claim", "source", "published", "ours", "verdict"]]
+    for claim in CLAIMS:
+        ours, verdict = judge(claim, experiments.get(claim.experiment, {}))
+        rows.append([claim.text, claim.source, claim.published, ours if verdict != MISSING else "-", f"**{verdict}**"])
+    settings = "".join(f" {override}" for override in overrides)
+    quick = set(QUICK) <= set(overrides)
+    some = next(run for groups in experiments.values() for runs in groups.values() for run in runs)
+    parts = [
+        "# What of the papers shows at this scale\n",
+        f"Made by `dsv3 reproduce --jobs 2{settings}`{'' if settings else ', or `make reproduce`,'} on "
+        f"{some.report['device']} ({platform.system()}), torch {some.report['versions']['torch']}. {SCALE}\n",
+        *(["**A few steps a run show that everything works. Their verdicts mean nothing.**\n"] if quick else []),
+        f"{METHOD}\n",
+        markdown_table(rows, left=len(rows[0])),
+        f"{COLUMNS_MEAN}\n",
+    ]
+    for name, groups in experiments.items():
+        parts += section(name, groups, settings, pictures)
+    return "\n".join(parts)
+
+
+def section(name: str, groups: Groups, settings: str, pictures: str) -> list[str]:
+    facts = next(iter(groups.values()))[0].report
+    steps, each = facts["steps"], facts["tokens"] // facts["steps"]
+    plan, finished = Experiment(name, []).plan, sum(len(runs) for runs in groups.values())
+    planned = len(plan.variants) * len(plan.seeds)
+    missing = f" {finished} of {planned} runs are finished." if finished < planned else ""
+    return [
+        f"## {name}\n",
+        f"{question(name)}\n",
+        f"`dsv3 sweep {name} --jobs 2{settings}`: {steps:,} steps of {each:,} tokens a run.{missing}\n",
+        markdown_table(comparison(groups, leave_out=("tokens/s",))),
+        f"![curves of {name}; bands are the range over seeds]({pictures}/{name}.png)\n",
+    ]
+
+
+def question(name: str) -> str:
+    """The first comment of an experiment's file, as prose."""
+    lines = find_experiment(name).read_text(encoding="utf-8").splitlines()
+    comment = [line[1:].strip() for line in lines[: next(n for n, line in enumerate(lines) if line[:1] != "#")]]
+    return " ".join(line for line in comment if not line.startswith("Run:"))

@@ -1,0 +1,104 @@
+"""`dsv3 sweep`: the runs of an experiment, one after another or some at a time, here or as a SLURM array."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dsv3_lightning.config.schema import to_tree
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.runs.record import RunFolder, shown_differences
+from dsv3_lightning.studies.experiment import Experiment, Task
+
+
+def sweep(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
+    """Runs what isn't finished; returns 0 if everything is, else 1. words: the experiment, then key=value overrides.
+
+    Each run is a process of its own with an equal share of the cores, and writes to `<run>.log` beside its folder. One
+    that fails doesn't stop the others. task: only the run of that number, from 0. slurm: print a batch script.
+    """
+    experiment = Experiment(words[0], words[1:])
+    tasks = experiment.tasks()
+    if slurm:
+        print(slurm_script(words, len(tasks), experiment.folder))
+        return 0
+    if task is not None:
+        if not 0 <= task < len(tasks):
+            raise ConfigError(f"--task {task}: {experiment.path.name} has runs 0 to {len(tasks) - 1}")
+        tasks = [tasks[task]]
+    print(f"{experiment.path.stem}: {len(tasks)} runs below {experiment.folder}, {jobs} at a time", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            codes = list(pool.map(lambda one: run_task(one, experiment.folder, threads), tasks))
+        except KeyboardInterrupt:  # the runs got it too: they save and stop
+            pool.shutdown(cancel_futures=True)
+            raise
+    failed = [one.name for one, code in zip(tasks, codes, strict=True) if code]
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
+        return 1
+    print(f"next: dsv3 compare {experiment.folder}", flush=True)
+    return 0
+
+
+def run_task(task: Task, folder: Path, threads: int) -> int:
+    """Runs one task to its end, if it isn't there already, with these settings. Returns the exit status."""
+    report = folder / task.name / "report.json"
+    if report.is_file():
+        try:
+            refuse_other_settings(task)
+        except ConfigError as error:
+            print(f"{task.name}: failed: {error}", flush=True)
+            return 2
+        print(f"{task.name}: finished before, {outcome(report)}", flush=True)
+        return 0
+    start, log = time.monotonic(), folder / f"{task.name}.log"
+    command = [sys.executable, "-m", "dsv3_lightning", "run", *task.files, *task.overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    with open(log, "ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    seconds = time.monotonic() - start
+    if code:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        print(
+            f"{task.name}: failed with exit status {code} after {seconds:.0f} s, see {log}: {' '.join(last)}",
+            flush=True,
+        )
+    else:
+        print(f"{task.name}: {outcome(report)}, {seconds:.0f} s", flush=True)
+    return code
+
+
+def refuse_other_settings(task: Task) -> None:
+    """Raises ConfigError where the task's folder holds a run that was made with others."""
+    run = RunFolder(task.config)
+    if differing := shown_differences(run.stored_tree() or {}, to_tree(task.config)):
+        raise ConfigError(
+            f"{run.path}: was made with other settings ({differing}); give those, or take another folder for these"
+        )
+
+
+def outcome(report: Path) -> str:
+    facts = json.loads(report.read_text(encoding="utf-8"))
+    vio = facts["max_vio_global"]
+    balance = f", max_vio {sum(vio) / len(vio):.2f}" if vio else ""
+    return f"loss {facts['val_loss']:.3f}{balance}" if facts["val_loss"] is not None else "no validation"
+
+
+def slurm_script(words: list[str], tasks: int, folder: Path) -> str:
+    """A job array with one run per task. A task that is sent a second time goes on from its checkpoint."""
+    command = " ".join([sys.executable, "-m", "dsv3_lightning", "sweep", *words, "--task", "$SLURM_ARRAY_TASK_ID"])
+    return (
+        "#!/bin/bash\n"
+        f"#SBATCH --job-name={Path(words[0]).stem}\n"
+        f"#SBATCH --array=0-{tasks - 1}\n"
+        f"#SBATCH --output={folder}/slurm-%a.log\n"
+        "#SBATCH --signal=TERM@120\n"
+        "#SBATCH --requeue\n"
+        f"cd {Path.cwd()}\n"
+        f"exec {command}"
+    )

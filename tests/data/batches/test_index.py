@@ -1,0 +1,143 @@
+"""The index is made once and shared: what is found is used, what is damaged made anew, and memory holds none of it."""
+
+import mmap
+import pickle
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3_lightning.data.batches import index
+from dsv3_lightning.data.batches.index import ARRAYS, MappedIndex, index_folder, open_index, prepare_index
+from dsv3_lightning.data.batches.module import TextDataModule
+from dsv3_lightning.data.batches.packing import pack
+from dsv3_lightning.data.batches.sampling import permutation
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.store import FORMAT, write_manifest
+
+Make = Callable[..., TextDataModule]
+
+
+@pytest.fixture
+def own(config: DataConfig, tmp_path: Path) -> DataConfig:
+    """The corpus, prepared in a folder that a test may spoil."""
+    return replace(config, cache_dir=str(tmp_path / "cache"))
+
+
+def batches_of(module: TextDataModule) -> list[dict[str, torch.Tensor]]:
+    return [*module.train_dataloader(), *module.val_dataloader()]
+
+
+def same(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Tensor]]) -> bool:
+    return all(
+        one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap)
+
+
+def test_the_second_start_uses_what_the_first_made(
+    own: DataConfig, make_module: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_module(own)
+    monkeypatch.setattr(index, "pack", None)
+    second = make_module(own)
+    found = second._datasets["train"].index
+    assert all(is_mapped(getattr(found, name)) for name in ARRAYS)
+    assert same(batches_of(first), batches_of(second)) and first.state_dict() == second.state_dict()
+    for change in ({"sequence_length": 64}, {"mask_document_ends": True}):  # another index, which isn't there
+        with pytest.raises(TypeError):
+            make_module(replace(own, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["samples", "starts", "target_counts"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other", "empty"])
+def test_a_damaged_one_is_made_anew(own: DataConfig, make_module: Make, name: str, damage: str) -> None:
+    first = make_module(own)
+    batches, state = batches_of(first), first.state_dict()
+    path = index_folder(first.prepared, "train", own.sequence_length, 1, False) / f"{name}.npy"
+    whole = path.read_bytes()
+    path.unlink()  # the file that `first` has mapped stays what it was
+    if damage == "other":
+        np.save(path, np.arange(5))
+    elif damage != "gone":
+        path.write_bytes(whole[:-8] if damage == "cut" else b"")
+    second = make_module(own)
+    assert path.read_bytes() == whole
+    assert same(batches, batches_of(second)) and second.state_dict() == state
+    assert isinstance(second._datasets["train"].index, MappedIndex)
+
+
+def test_where_it_cannot_be_written_every_process_packs(
+    own: DataConfig, make_module: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_module(own)
+    batches, state = batches_of(first), first.state_dict()
+    folder = index_folder(first.prepared, "train", own.sequence_length, 1, False)
+    (folder / "starts.npy").unlink()
+    folder.with_name(f"{folder.name}.partial").touch()  # in the way
+    capsys.readouterr()
+    second = make_module(own)
+    assert "File exists; every process packs the documents" in capsys.readouterr().err
+    assert not isinstance(second._datasets["train"].index, MappedIndex)
+    assert same(batches, batches_of(second)) and second.state_dict() == state
+
+
+def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        index.new_file(tmp_path / "x.npy", (3,), np.int64)
+
+
+def test_it_travels_as_its_path(own: DataConfig, make_module: Make) -> None:
+    found = make_module(own)._datasets["train"].index
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000
+    assert np.array_equal(pickle.loads(sent).starts, found.starts)
+
+
+@pytest.mark.parametrize("kind", ["equal", "mixed"])
+def test_memory_does_not_grow_with_the_documents(tmp_path: Path, kind: str) -> None:
+    """A million documents, of 1,003 tokens or of all lengths. Built in one piece it would be 124 bytes for each."""
+    documents, rng = 1_000_000, np.random.default_rng(0)
+    lengths = np.full(documents, 1003) if kind == "equal" else rng.lognormal(np.log(600), 1.0, documents).astype(int)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "00000.bin").touch()
+        (offsets if split == "train" else offsets[:1]).astype("<u8").tofile(tmp_path / split / "00000.idx")
+    write_manifest(tmp_path, {"format": FORMAT, "dtype": "<u2", "files": {}})
+
+    tracemalloc.start()
+    prepare_index(tmp_path, 4096, 1, False)
+    built = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    found = open_index(tmp_path, "train", 4096, 1, False)
+    kept = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.reset_peak()
+    assert found is not None
+    permutation(len(found), 1, 0)
+    drawn = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+
+    chunk = 40e6  # of pieces, whatever the corpus
+    assert built < chunk + 24 * len(found) and kept < 100_000 and drawn < 5e6 + 24 * len(found)
+    print(f"{kind}: {built / documents:.1f} B per document at the peak, {kept} B kept, {len(found)} samples")
+    names = {path.stem for path in index_folder(tmp_path, "train", 4096, 1, False).iterdir()}
+    assert names == set(ARRAYS)
+    expected = pack(offsets, 4096, 1)
+    assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ARRAYS)

@@ -1,0 +1,177 @@
+"""What is read from files, and what is said about files that can't be read."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from dsv3_lightning.data.text.corpus import Tally, find_sources, main_origins, read_documents, split_lines
+from dsv3_lightning.errors import ConfigError
+
+TEXTS = ["one\r\ntwo\r\n", "数据 🙂", '\ttabs \\ "quotes" \u2028 line separator', "x" * 3_000_000]
+
+NOISE = [os.urandom(500).hex() for _ in range(1000)]
+
+
+def read(*paths: Path, text_key: str = "text", tally: Tally | None = None) -> list[str]:
+    return list(read_documents(find_sources([str(path) for path in paths]), text_key, tally))
+
+
+def jsonl(texts: list[str], key: str = "text") -> bytes:
+    return "\n".join(json.dumps({"id": 7, key: text}, ensure_ascii=False) for text in texts).encode()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_lines_are_read_whatever_the_compression(tmp_path: Path, suffix: str) -> None:
+    data = jsonl(TEXTS)
+    halves = (
+        data[: len(data) // 2],
+        data[len(data) // 2 :],
+    )  # two members or frames in one file, as `cat a.gz b.gz` makes
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(suffix[6:], bytes)
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(b"".join(pack(half) for half in halves))
+    assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_line_ends_stay_and_a_byte_order_mark_goes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n\xef\xbb\xbfd")
+    assert read(path) == ["a\r\nb\rc\n\ufeffd"]  # inside, U+FEFF is text
+
+
+def test_a_byte_order_mark_before_the_first_line_goes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(["a"]))
+    assert read(tmp_path / "a.jsonl") == ["a"]
+
+
+def test_odd_texts_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"a\xff\xfeb")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d!"}\n\n  \n{"text": ""}\n')  # half a surrogate pair
+    tally = Tally()
+    texts = read(tmp_path, tally=tally)
+    assert texts[0] == "a\ufffd\ufffdb" and texts[1].endswith("!") and texts[1].encode()
+    assert tally == Tally(documents=2, empty=3, repaired=2)
+
+
+def test_folders_are_read_recursively_by_path(tmp_path: Path) -> None:
+    for name in ("b/z.txt", "b/a.md", "a.py", "c.rst", ".git/x.txt", "b/.hidden.txt", "B.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["B.txt", "a.py", "b/a.md", "b/z.txt"]
+    assert [source.name for source in find_sources([str(tmp_path)])] == ["B.txt", "a.py", "b/a.md", "b/z.txt"]
+    assert read(tmp_path / "a.py", tmp_path / "B.txt") == ["a.py", "B.txt"]  # what was named keeps its order
+
+
+def test_an_origin_is_a_given_path_or_the_first_folder_of_a_single_one(tmp_path: Path) -> None:
+    for name, size in (("web/en/a.txt", 10), ("web/b.txt", 10), ("code/c.py", 30), ("d.md", 5), ("e.md", 6)):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("x" * size)
+    one = find_sources([str(tmp_path)])
+    assert [source.origin for source in one] == ["code", "(top level)", "(top level)", "web", "web"]
+    many = find_sources([str(tmp_path / "web"), str(tmp_path / "d.md")])
+    assert [source.origin for source in many] == ["web", "web", "d.md"]
+    assert list(main_origins(one)) == ["code", "web", "(top level)"]  # by size
+    assert main_origins(one, 2) == {"code": "code", "web": "others", "(top level)": "others"}
+    assert {"json", "asyncio", "(top level)"} <= {source.origin for source in find_sources([])}
+
+
+def test_an_installed_package_is_a_corpus_too() -> None:
+    one = find_sources(["package:json"])
+    assert [source.name for source in one] == ["__init__.py", "decoder.py", "encoder.py", "scanner.py", "tool.py"]
+    two = find_sources(["package:email", "package:json"])
+    assert [source.origin for source in two][:: len(two) - 1] == ["package:email", "package:json"]
+    assert {source.origin for source in find_sources(["package:email"])} == {"(top level)", "mime"}
+    for name in ("package:nope", "package:json.decoder", "package:", "package:ast"):
+        with pytest.raises(ConfigError, match=f"^data.paths: {name} is not installed, or no package"):
+            find_sources([name])
+
+
+def test_the_default_is_the_standard_library_without_tests() -> None:
+    names = [source.name for source in find_sources([])]
+    assert {"json/__init__.py", "ast.py", "asyncio/events.py"} <= set(names)
+    assert names == sorted(names)
+    assert not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & {
+        part for name in names for part in name.split("/")[:-1]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: no JSON"),
+        (
+            "x.jsonl",
+            b'\n{"body": "a", "id": 1}',
+            "x.jsonl, line 2: no text under data.text_key=text, nor a list of messages; the line has body, id",
+        ),
+        ("x.jsonl", b'{"text": 5}', "line 1: no text under data.text_key=text"),
+        ("x.jsonl", b"[1]", "line 1: no text under data.text_key=text, nor a list of messages; the line has a list"),
+        ("x.jsonl.gz", gzip.compress(jsonl(NOISE))[:9999], "x.jsonl.gz: Compressed file ended"),
+        ("x.jsonl.gz", b"plain", "x.jsonl.gz: Not a gzipped file"),
+        ("x.jsonl.zst", zstandard.ZstdCompressor().compress(jsonl(NOISE))[:9999], "x.jsonl.zst: compressed file ended"),
+        ("x.jsonl.zst", b"plain text", "x.jsonl.zst: "),
+        ("x.csv", b"a,b", "x.csv is no text; read are .txt .md"),
+        ("x/y.csv", b"a,b", "x is no text"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / name.split("/")[0])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("data.paths: ")
+
+
+def test_a_missing_path_is_named() -> None:
+    with pytest.raises(ConfigError, match="^data.paths: /nope/数据.txt does not exist$"):
+        find_sources(["/nope/数据.txt"])
+
+
+def test_lines_are_split_across_chunks() -> None:
+    text = b"ab\n\ncde\nf"
+    for size in range(1, 10):
+        chunks = (text[start : start + size] for start in range(0, len(text), size))
+        assert list(split_lines(chunks)) == text.split(b"\n")
+
+
+def test_the_locale_does_not_matter(tmp_path: Path) -> None:
+    folder = tmp_path / "数据"
+    folder.mkdir()
+    (folder / "ü b.txt").write_text("— ü\n" * 200, encoding="utf-8")
+    (folder / "c.txt").write_text("plain", encoding="utf-8")
+    code = """
+import json, sys
+from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.prepare import prepare
+from dsv3_lightning.data.text.store import read_manifest, TokenFile
+from dsv3_lightning.data.text.tokenizer import Tokenizer
+settings = json.loads(sys.stdin.buffer.read().decode("utf-8"))
+folder = prepare(DataConfig(**settings))
+text = Tokenizer.from_file(folder).decode(TokenFile(folder, "train").tokens.tolist(), skip_special_tokens=True)
+print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["inputs"]["files"][0][0]]))
+"""
+    settings = {
+        "paths": [str(folder / "ü b.txt"), str(folder)], "text_key": "text", "cache_dir": str(tmp_path / "实验"),
+        "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
+        "mask_document_ends": False, "end_token": None,
+        "isolate_documents": False, "seed": 0, "num_workers": 0, "batch_ramp": None,
+    }  # fmt: skip
+    found = []
+    for changes in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changes}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, input=json.dumps(settings).encode(), capture_output=True, env=environment)
+        assert result.returncode == 0, result.stderr.decode()
+        found.append(eval(result.stdout))
+    assert found == [["— ü", "ascii", "ü b.txt"], ["— ü", "utf-8", "ü b.txt"]]
+    assert len(list((tmp_path / "实验").glob("*/manifest.json"))) == 1  # the second process found the first one's
