@@ -16,7 +16,7 @@ from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
-from dsv3_lightning.training.logging import is_log_step, log_scalars
+from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
@@ -171,6 +171,9 @@ class PretrainModule(pl.LightningModule):
         values["optimizer/skipped_steps"] = self.skipped_steps
         log_scalars(self.trainer, values, step)
 
+    def on_train_start(self) -> None:
+        publish(self.trainer, self.scalars)  # those of earlier lives: a monitored one may not be logged again for long
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
@@ -213,12 +216,14 @@ class PretrainModule(pl.LightningModule):
         return reduced.tolist()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scalars"] = dict(self.scalars)
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
         sums = torch.stack([self.train_loss.nll_K, self.train_loss.count_K.double()])
         checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
+        self.scalars = dict(checkpoint.get("scalars", {}))
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
             nll_K, count_K = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
