@@ -42,7 +42,7 @@ def generate(
     counts = Drafts([0] * draft, [0] * draft)
     for number, ids in enumerate(prompts):
         show = functools.partial(texts.push, number)
-        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show)[1]
+        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number)[1]
         texts.finish()
     print(told(counts), file=sys.stderr)
     return 0

@@ -3,18 +3,22 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dsv3_lightning.common.files import make_folder, read_numbers, write_whole
-from dsv3_lightning.common.plots import heat_map
+from dsv3_lightning.common.plots import heat_maps
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
 from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCHES = 16  # of validation text
 
@@ -41,13 +45,15 @@ def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Pat
     content = {"gpus": gpus, "nodes": nodes, "replicas": replicas, "load": weight_LE.tolist()}
     content |= {name: table.tolist() for name, table in plan._asdict().items()}
     write_whole(target / "placement.json", json.dumps(content) + "\n")
-    shares = [loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG)]
-    picture = heat_map(torch.cat(shares, 1), f"GPU load over its mean: left before, right after ({gpus} GPUs)", 1.0)
-    picture.axes[0].set(xlabel="GPU")
-    picture.axes[0].axvline(gpus - 0.5, color="black")
-    picture.savefig(target / "placement.png")
+    picture(before_LG, after_LG).savefig(target / "placement.png")
     print(f"{target}: placement.json and placement.png, {replicas} replicas of {experts} experts on {gpus} GPUs")
     return 0
+
+
+def picture(before_LG: Tensor, after_LG: Tensor) -> "Figure":
+    """Every GPU's load as a multiple of its layer's mean, before and after, by tokens per layer and GPU."""
+    before, after = (loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG))
+    return heat_maps({"GPU load over its mean, before": before, "after": after}, 1.0, columns="GPU")
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """An experiment from its file to its table: what runs, what is skipped, what survives, and what is told."""
 
 import json
+import os
+import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -88,7 +91,32 @@ def test_a_slurm_array_has_a_task_per_run_and_runs_nothing(tmp_path, words, caps
     assert main(["sweep", *words, "--slurm"]) == 0
     script = capsys.readouterr().out
     assert "--array=0-3\n" in script and "--task $SLURM_ARRAY_TASK_ID" in script and words[1] in script
-    assert not list((tmp_path / "runs").rglob("report.json"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_that_is_refused_leaves_no_folder(tmp_path, words, capsys):
+    assert main(["sweep", *words, "--task", "9"]) == 2
+    (tmp_path / "mine.yaml").write_text(TEXT + "  wrong: {model: {hiden_size: 1}}\n")
+    assert main(["sweep", *words]) == 2
+    assert "wrong-seed1: model.hiden_size: no such key" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path, words, monkeypatch, capsys):
+    """The command, read by a shell, is the words of the user."""
+    here = tmp_path / "my work"
+    here.mkdir()
+    (here / "two words.yaml").write_text(TEXT)
+    monkeypatch.chdir(here)
+    assert main(["sweep", "two words.yaml", f"run.dir={tmp_path / 'the runs'}", *words[2:], "--slurm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert shlex.split(lines[-2]) == ["cd", str(here)]
+    command = shlex.split(lines[-1].replace("$SLURM_ARRAY_TASK_ID", "3"))
+    given = ["two words.yaml", f"run.dir={tmp_path / 'the runs'}", *words[2:]]
+    assert command == ["exec", sys.executable, "-m", "dsv3_lightning", "sweep", *given, "--task", "3"]
+    (log,) = [line.partition("--output=")[2] for line in lines if "--output=" in line]
+    assert "/" not in log
+    assert os.listdir(here) == ["two words.yaml"] and not (tmp_path / "the runs").exists()
 
 
 @pytest.mark.parametrize(
