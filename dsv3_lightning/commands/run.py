@@ -2,7 +2,7 @@
 
 import logging
 import os
-import shutil
+import shlex
 import socket
 import time
 import warnings
@@ -17,6 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.ecosystem import check_fresh
 from dsv3_lightning.config.instantiate import (
     build_callbacks,
@@ -56,7 +58,8 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         folder.claim(tree, sources)
     if folder.finished() and config.run.resume == "auto":  # seen by each rank: none waits for another that is done
         if first_rank:
-            print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
+            shown = display_path(folder.path)
+            print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
         return 0
     refuse_taken_port(config)
     source, notes = open_source(config)
@@ -86,7 +89,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         if start is None:
             logger.describe(tree, len(read_manifest(prepared)["origins"]))
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
-            shutil.copyfile(file, folder.path / file.name)
+            write_file(folder.path / file.name, file.read_bytes())
     try:
         if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
             trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
@@ -211,11 +214,11 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     max_steps = config.trainer["max_steps"]
     tokens = tokens_of(config.data, max_steps)
     print(
-        f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; "
+        f"{display_path(folder.path)}: {counts.total:,} parameters, {counts.active:,} active per token; "
         f"{max_steps:,} steps, {tokens:,} tokens"
     )
-    print(f"{reason}; dashboard: tensorboard --logdir {config.run.dir}")
-    print(f"continuing after step {start[1]} from {start[0]}" if start else "starting anew", flush=True)
+    print(f"{reason}; dashboard: tensorboard --logdir {shlex.quote(display_path(config.run.dir))}")
+    print(f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting anew", flush=True)
 
 
 def quiet_libraries() -> None:
@@ -225,6 +228,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
     warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
-    warnings.filterwarnings("ignore", ".*fit.ckpt_path=(None|.last.)\\W+(was called without|is set, but)")  # check_fresh
+    warnings.filterwarnings("ignore", ".*fit.ckpt_path=(None|.last.)\\W+(was called|is set, but)")  # `check_fresh`
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")  # the run goes on
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

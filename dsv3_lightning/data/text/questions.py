@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3_lightning.common.files import native, write_synced
+from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.text.corpus import find_sources
 
 LONGEST = 160  # characters of an answer
@@ -56,13 +57,12 @@ def write(path: Path) -> int:
     for number, messages in enumerate(conversations()):
         system = [{"role": "system", "content": SYSTEM}] if number % 10 == 0 else []
         lines.append(json.dumps({"messages": [*system, *messages]}, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(path, "".join(lines).encode("utf-8", "replace"))
+    write_file(path, "".join(lines).encode("utf-8", "replace"))
     return len(lines)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m dsv3_lightning.data.text.questions FILE.jsonl")
-    target = native(sys.argv[1])
+    target = user_path(sys.argv[1])
     print(f"{target}: {write(target)} conversations")
