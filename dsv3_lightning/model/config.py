@@ -53,7 +53,7 @@ class ModelConfig:
     num_nextn_predict_layers: depth of multi-token prediction (V3 §2.2); 0 switches it off.
     mtp_kind: `sequential` modules that see the tokens between (V3 §2.2), or `parallel` heads (arXiv 2404.19737).
     max_position_embeddings: longest sequence. rope_theta, rope_scaling: rotary base and YaRN.
-    rope_interleave: rotary pairs are neighbouring channels, as in the released weights; False: halves.
+    rope_interleave: rotary pairs are neighboring channels, as in the released weights; False: halves.
     initializer_range: standard deviation of every matrix at the start (V3 §4.2: 0.006).
     tie_word_embeddings: the output head is the embedding.
     """

@@ -69,6 +69,8 @@ class MoE(nn.Module):
         out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND
 
         counts_E = count_tokens(routing.experts_NK, mask_BT.flatten(), self.config.n_routed_experts)
-        by_sequence = (x.unflatten(0, mask_BT.shape) for x in (routing.logits_NE, routing.scores_NE, routing.experts_NK))
+        by_sequence = (
+            x.unflatten(0, mask_BT.shape) for x in (routing.logits_NE, routing.scores_NE, routing.experts_NK)
+        )
         choices = Choices(*by_sequence, mask_BT, self.config.n_group, self.config.topk_group)
         return out_ND.view_as(x_BTD), RouterStats(counts_E, balance_terms(self.balance, choices))

@@ -130,7 +130,9 @@ class Transformer(nn.Module):
         rope = rotation(self.config, torch.arange(T, device=tokens_BS.device))
         h_BTD, heads = trunk_BTD, [trunk_BTD]  # heads: the inputs of the output head
         for k, module in enumerate(self.mtp, start=1):
-            start_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, self.embed_tokens, tokens_BS, mask_BS)
+            start_BTD, embedding_BTD, mask_BT = module.inputs(
+                k, trunk_BTD, h_BTD, self.embed_tokens, tokens_BS, mask_BS
+            )
             h_BTD, layer_stats = self.recompute(module, start_BTD, embedding_BTD, rope, mask_BT, attn_mask_B1TT)
             stats.append(layer_stats)
             heads.append(module.norm(h_BTD))

@@ -2,7 +2,7 @@
 
 Every rank is a data-parallel rank: it has samples of its own. `dp_replicate` groups hold a copy of the model each,
 sharded over the `dp_shard` ranks of the group. `expert_parallel` (axis `ep`) is cut out of `dp_shard`: so many
-neighbouring ranks hold different experts and send each other tokens, and what is left of `dp_shard` shards each expert.
+neighboring ranks hold different experts and send each other tokens, and what is left of `dp_shard` shards each expert.
 """
 
 import math
@@ -33,7 +33,7 @@ class StrategyConfig:
     sharded_checkpoints: each rank writes its parts, in the background, so that none ever has the whole and training
         waits for a copy alone; otherwise the first rank writes one file. Either goes on on any mesh.
     dispatcher: the class that takes tokens to the ranks of their experts and back, with the methods of
-        `model.experts.Dispatcher`; called with the process group of these ranks.
+        `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
     timeout_minutes: how long a collective waits for a rank before all give up.
     """
 
