@@ -19,12 +19,8 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.nope_size, self.rope_size, self.v_size = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.v_head_dim,
-        )
-        self.kv_rank = config.kv_lora_rank
+        self.nope_size, self.rope_size = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_size, self.kv_rank = config.v_head_dim, config.kv_lora_rank
         self.compresses_queries = config.q_lora_rank is not None
         self.scale = softmax_scale(config)
         self.interleave = config.rope_interleave

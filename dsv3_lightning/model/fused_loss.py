@@ -7,7 +7,10 @@ IGNORE = -100  # a target that does not count
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The forward pass computes the gradients too, chunk by chunk of N tokens, so that the backward pass only scales them."""
+    """Σ of -log softmax(x W^T)[target], in chunks of tokens.
+
+    The forward pass computes the gradients too, so that the backward pass only scales them.
+    """
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:

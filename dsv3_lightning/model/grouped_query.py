@@ -9,7 +9,7 @@ from dsv3_lightning.model.rope import Rotation, rotate, softmax_scale
 
 
 class GroupedQueryAttention(nn.Module):
-    """x [B, T, D] -> [B, T, D]; each of the `num_key_value_heads` keys and values is shared by an equal number of queries.
+    """x [B, T, D] -> [B, T, D]; H / `num_key_value_heads` queries share each key and value.
 
     H of them is multi-head attention, 1 is multi-query attention. The first `qk_nope_head_dim` channels of queries and
     keys do not rotate; the older family has none of these. Parameters are named as in its released checkpoints.

@@ -37,8 +37,7 @@ def init_weights(model: nn.Module, std: float, seed: int, fill_parameter: Fill =
             continue
         for expert in range(parameter.shape[0]) if parameter.dim() == 3 else (None,):
             key = f"{seed}/{name}" if expert is None else f"{seed}/{name}/{expert}"
-            fill_parameter(
-                parameter, expert, functools.partial(normal, parameter.shape[-2:], std, key, parameter.device)
-            )
+            draw = functools.partial(normal, parameter.shape[-2:], std, key, parameter.device)
+            fill_parameter(parameter, expert, draw)
     for buffer in model.buffers():
         nn.init.zeros_(buffer)

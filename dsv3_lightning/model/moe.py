@@ -69,8 +69,7 @@ class MoE(nn.Module):
         out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND
 
         counts_E = count_tokens(routing.experts_NK, mask_BT.flatten(), self.config.n_routed_experts)
-        by_sequence = (
-            x.unflatten(0, mask_BT.shape) for x in (routing.logits_NE, routing.scores_NE, routing.experts_NK)
-        )
-        choices = Choices(*by_sequence, mask_BT, self.config.n_group, self.config.topk_group)
+        logits_BTE, scores_BTE = (x_NE.unflatten(0, mask_BT.shape) for x_NE in (routing.logits_NE, routing.scores_NE))
+        experts_BTK = routing.experts_NK.unflatten(0, mask_BT.shape)
+        choices = Choices(logits_BTE, scores_BTE, experts_BTK, mask_BT, self.config.n_group, self.config.topk_group)
         return out_ND.view_as(x_BTD), RouterStats(counts_E, balance_terms(self.balance, choices))

@@ -1,6 +1,6 @@
 """The whole model: embedding, blocks, head, and the MTP modules that share both ends with it (V3 figure 2 and 3)."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,11 +129,9 @@ class Transformer(nn.Module):
         trunk_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T], attn_mask_B1TT)
         rope = rotation(self.config, torch.arange(T, device=tokens_BS.device))
         h_BTD, heads = trunk_BTD, [trunk_BTD]  # heads: the inputs of the output head
-        for k, module in enumerate(self.mtp, start=1):
-            start_BTD, embedding_BTD, mask_BT = module.inputs(
-                k, trunk_BTD, h_BTD, self.embed_tokens, tokens_BS, mask_BS
-            )
-            h_BTD, layer_stats = self.recompute(module, start_BTD, embedding_BTD, rope, mask_BT, attn_mask_B1TT)
+        for k, module in enumerate(cast(list[MTPModule], self.mtp), start=1):
+            h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, self.embed_tokens, tokens_BS, mask_BS)
+            h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, attn_mask_B1TT)
             stats.append(layer_stats)
             heads.append(module.norm(h_BTD))
         nll_P = torch.zeros(0, device=h_BTD.device)

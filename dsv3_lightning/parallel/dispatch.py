@@ -16,7 +16,7 @@ from dsv3_lightning.model.permute import Permute, Unpermute, permute, unpermute
 
 @dataclass
 class Exchange:
-    """x_RD: the routed tokens received, by sending rank and then by expert, perhaps still on their way; None once taken.
+    """x_RD: the routed tokens received, by rank and then by expert, perhaps still on their way; None once taken.
 
     received_WE: how many of them, by sending rank and expert of this rank. sent, received: routed tokens by rank.
     """
