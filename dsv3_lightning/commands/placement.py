@@ -16,6 +16,7 @@ from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
 from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
+from dsv3_lightning.runs.record import read_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Pat
         replicas = (-(-experts // gpus) + 1) * gpus
     target = folder / "placement" if out is None else out
     make_folder("--out", target)
-    weight_LE = count_load(config, path) if loads is None else read_loads(loads, config)
+    weight_LE = count_load(config, path, folder) if loads is None else read_loads(loads, config)
     plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
     before_LG, after_LG = loads_in_order(weight_LE, gpus), gpu_loads(weight_LE, plan, gpus)
     before_L, after_L = overload(before_LG), overload(after_LG)
@@ -57,11 +58,11 @@ def picture(before_LG: Tensor, after_LG: Tensor) -> "Figure":
 
 
 @torch.no_grad()
-def count_load(config: Config, path: Path) -> Tensor:
+def count_load(config: Config, path: Path, folder: Path) -> Tensor:
     """Tokens per expert, int64 [L, E], of some validation batches."""
     model = load_model(path, config.model)
     counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
-    for batch, _ in zip(validation_batches(config), range(BATCHES)):
+    for batch, _ in zip(validation_batches(config, folder), range(BATCHES)):
         documents_BS = batch.get("documents")
         counts_LE += model.losses(batch["tokens"], batch["mask"], None, documents_BS=documents_BS).counts_LE
     if not counts_LE.any():
@@ -69,9 +70,9 @@ def count_load(config: Config, path: Path) -> Tensor:
     return counts_LE
 
 
-def validation_batches(config: Config) -> Iterable[dict[str, Tensor]]:
+def validation_batches(config: Config, folder: Path) -> Iterable[dict[str, Tensor]]:
     """As the run validates on."""
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], known=read_inputs(folder))
     data.prepare_data()
     data.setup("validate")
     return data.val_dataloader()

@@ -7,17 +7,23 @@ from typing import Any
 import filelock
 import yaml
 
-from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.files import remove_leftovers, write_file
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.parallel.checkpoints.one_file import newest_good, step_of
+from dsv3_lightning.parallel.checkpoints.shards import remove_unfinished
 
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
 FREE = (
     "run.resume run.dir data.cache_dir data.num_workers trainer.devices trainer.num_nodes trainer.accelerator "
     "trainer.accumulate_grad_batches strategy"
 ).split()
+
+
+DATA = ("data.paths", "data.tokenizer")  # the same inputs may lie elsewhere
+INPUTS = "data.json"
 
 
 class RunFolder:
@@ -42,6 +48,10 @@ class RunFolder:
         stored = self.stored_tree()
         if stored is not None:
             self.refuse_other(stored, tree)
+        for folder in (self.path, self.path / "sources", self.path / "checkpoints"):  # of a life that was killed
+            remove_leftovers(folder)
+        remove_unfinished(self.path / "checkpoints")
+        if stored is not None:
             return
         for number, source in enumerate(sources):
             write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
@@ -53,12 +63,38 @@ class RunFolder:
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
-        if differing := shown_differences(stored, tree):
+        same_data = DATA if self.data_inputs() is not None and not self.finished() else ()
+        if differing := shown_differences(stored, tree, same_data):
             raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
         if self.config.run.resume is False and (step_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
             )
+
+    def data_inputs(self) -> dict[str, Any] | None:
+        """What the run's data were made of; None before they were. Its own, or those of the run that it goes on from.
+
+        The run holds to them (data/text/prepare.py), wherever the texts and the tokenizer lie by now.
+        """
+        wanted = self.config.run.resume
+        elsewhere = Path(wanted).parent.parent if isinstance(wanted, str) and wanted != "auto" else self.path
+        own = read_inputs(self.path)
+        return own if own is not None else read_inputs(elsewhere)
+
+    def keep_data(self, prepared: Path) -> None:
+        """Copies the tokenizer and the record of the inputs, so that the folder is all that generating needs.
+
+        Raises ConfigError where another tokenizer is there: the run's weights know its ids.
+        """
+        files = {path.name: path.read_bytes() for path in prepared.glob("tokenizer*.json")}
+        files[INPUTS] = json.dumps(read_manifest(prepared)["inputs"], indent=1, ensure_ascii=False).encode()
+        there = {name: (self.path / name).read_bytes() for name in files if (self.path / name).is_file()}
+        if differing := [name for name in there if there[name] != files[name] and name != INPUTS]:
+            raise ConfigError(
+                f"{self.path / differing[0]}: is another than that of the data in {prepared}; choose another run.name"
+            )
+        for name in files.keys() - there.keys():
+            write_file(self.path / name, files[name])
 
     def finished(self) -> bool:
         """Whether the run's report says that its last step is done."""
@@ -77,9 +113,15 @@ class RunFolder:
         return newest_good(step_files(self.path / "checkpoints")) if wanted == "auto" else None
 
 
-def shown_differences(stored: dict[str, Any], tree: dict[str, Any]) -> str:
-    """The first few, in words; empty where there is none."""
-    differing = differences(stored, tree)
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """What the data of the run in this folder were made of; None where it doesn't say."""
+    path = folder / INPUTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def shown_differences(stored: dict[str, Any], tree: dict[str, Any], free: tuple[str, ...] = ()) -> str:
+    """The first few, in words; empty where there is none. free: keys that may differ, too."""
+    differing = {key: pair for key, pair in differences(stored, tree).items() if key not in free}
     shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differing.items())[:4])
     return f"{shown} and {len(differing) - 4} more" if len(differing) > 4 else shown
 

@@ -33,10 +33,18 @@ class TextDataModule(LightningDataModule):
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
     numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
-    whole_steps: the first micro-batch of a step also holds the tokens of all of them.
+    whole_steps: the first micro-batch of a step also holds the tokens of all of them. known: what a run's data were
+    made of, which `prepare` holds them to.
     """
 
-    def __init__(self, config: DataConfig, mtp_depth: int, max_steps: int, whole_steps: bool = False) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        mtp_depth: int,
+        max_steps: int,
+        whole_steps: bool = False,
+        known: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if config.sequence_length <= mtp_depth:
             raise ConfigError(
@@ -44,14 +52,20 @@ class TextDataModule(LightningDataModule):
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
-        self.whole_steps = whole_steps
+        self.whole_steps, self.known = whole_steps, known
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
+    def prepare_tokens(self) -> Path:
+        """The folder with the token files. Raises ConfigError for others than those that are known."""
+        if self._folder is None:
+            self._folder = prepare(self.config, self.known)
+        return self._folder
+
     def prepare_data(self) -> None:
-        self._folder = prepare(self.config)
+        self._folder = self.prepare_tokens()
         prepare_index(self._folder, *self._shape)
 
     def setup(self, stage: str | None = None) -> None:

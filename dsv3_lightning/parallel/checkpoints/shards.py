@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dsv3_lightning.common.files import os_error, put_in_place, reason_of, remove, sync_all
+from dsv3_lightning.common.files import BESIDE, OLD, os_error, put_in_place, reason_of, remove, sync_all
 from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
 from dsv3_lightning.parallel.tensors import like, local
 
@@ -42,7 +42,7 @@ class Saver:
         """Every rank must call it; the one before is waited for."""
         self.finish()
         tensors, rest = split(checkpoint)
-        beside = path.with_name(path.name + ".new")
+        beside = path.with_name(path.name + BESIDE)
         told: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(told, src=0, group=self.group)
         if told[0] is not None:
@@ -57,6 +57,13 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes checkpoints that a run which was killed has not finished, or had moved out of the way."""
+    for pattern in (f"*.ckpt{BESIDE}", f"*.ckpt{OLD}"):
+        for path in folder.glob(pattern):
+            remove(path)
 
 
 def begin(beside: Path, rest: dict[str, Any]) -> str | None:
