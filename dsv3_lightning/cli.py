@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from dsv3_lightning import __version__
 from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.launch import let_the_first_rank_speak, rank_of
 
 T = TypeVar("T", int, float)
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
+        let_the_first_rank_speak(os.environ)
         print(f"dsv3: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except RunStopped as stopped:
@@ -102,6 +104,8 @@ def run_with_config(verb: Verb, words: list[str], print_config: bool, **options:
         raise ConfigError("no config named; give a file or a preset, such as laptop")
     composed = compose(files, overrides)
     config = check(composed.tree, mesh=options.get("gpus") is None)
+    if verb is VERBS["run"]:
+        rank_of(config.trainer, os.environ)  # before Lightning is imported, which believes less of it than it reads
     if print_config:
         print(to_yaml(to_tree(config)), end="")
         return 0
