@@ -31,7 +31,7 @@ def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: f
         size = write_weights(config.model, part_reader(path), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
-        write_generation_config(tokenizer, folder)
+        write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.model.vocab_size))
         write_synced(folder / "README.md", model_card(config, run_folder, path).encode())
         print(f"{target}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 

@@ -8,7 +8,7 @@ not kept is replaced by a draw from max(p - q, 0), which leaves exactly p (arXiv
 An index of a module's cache stays only if all tokens it was made of are certain; the others are made again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,10 +127,12 @@ def speculate(
     seed: int,
     depth: int,
     on_token: Callable[[int], bool] | None = None,
+    unused: Sequence[int] = (),
 ) -> tuple[list[int], Drafts]:
     """The new tokens, as `decode` gives them for one prompt, and what became of the guesses of `depth` modules.
 
-    on_token(token): True ends the text with this token. Raises ConfigError.
+    on_token(token): True ends the text with this token. unused: ids that no token has, which are neither drafted nor
+    drawn. Raises ConfigError.
     """
     check_depth(model, depth)
     limit = model.config.max_position_embeddings
@@ -139,7 +141,7 @@ def speculate(
     total = min(len(prompt) + max_new_tokens, limit)
     if total == len(prompt):
         return [], counts
-    decoder = Decoder(model, 1, total, depth)
+    decoder = Decoder(model, 1, total, depth, unused=unused)
     text = Speculation(decoder, list(prompt), sampling, torch.Generator().manual_seed(seed))
     text.begin()
     counts.passes = 1

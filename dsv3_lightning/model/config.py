@@ -36,9 +36,12 @@ class Yarn:
                 f"model.rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings}: "
                 "must be at least 1"
             )
-        if self.beta_fast <= self.beta_slow:
+        for name in ("beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.rope_scaling.{name}={getattr(self, name)}: must be above 0")
+        if self.beta_fast < self.beta_slow:
             raise ConfigError(
-                f"model.rope_scaling.beta_fast={self.beta_fast}: must be above beta_slow={self.beta_slow}"
+                f"model.rope_scaling.beta_fast={self.beta_fast}: must be at least beta_slow={self.beta_slow}"
             )
 
 

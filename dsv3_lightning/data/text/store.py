@@ -22,7 +22,7 @@ import numpy as np
 from dsv3_lightning.common.files import FileRecord, sync_folder, write_synced
 from dsv3_lightning.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
