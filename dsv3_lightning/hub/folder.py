@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import native
 from dsv3_lightning.common.json_files import read_json
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import EXPERTS, Described, from_json
 from dsv3_lightning.hub.fp8 import SCALE, block_size, check_scales, dequantize
@@ -26,7 +26,7 @@ class HubFolder:
     """config.json and weights, with or without an index. Raises ConfigError, here and in every method."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = native(path)
+        self.path = user_path(path)
         file = self.path / "config.json"
         content = read_json(file)
         described = from_json(content, str(file))

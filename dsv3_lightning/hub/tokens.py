@@ -10,6 +10,7 @@ from dsv3_lightning.common.json_files import read_json, read_text
 from dsv3_lightning.data.text.conversation import CHAT_TEMPLATE
 from dsv3_lightning.data.text.token_names import FILES_WITH_IDS, existing, id_list
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
+from dsv3_lightning.errors import ConfigError
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:

@@ -16,8 +16,9 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from dsv3_lightning.common.files import FileRecord, native, write_synced
+from dsv3_lightning.common.files import FileRecord, write_synced
 from dsv3_lightning.common.json_files import read_text
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.text.token_names import BOS, EOS, PAD, absent, added_tokens, find_names, is_control, parse
 from dsv3_lightning.errors import ConfigError
 
@@ -82,7 +83,7 @@ class Tokenizer:
 
         Raises ConfigError that names the file.
         """
-        file = native(path)
+        file = user_path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.exists():
             raise ConfigError(absent(file))
