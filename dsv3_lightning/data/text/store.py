@@ -22,7 +22,7 @@ import numpy as np
 from dsv3_lightning.common.files import FileRecord, sync_folder, write_synced
 from dsv3_lightning.errors import ConfigError
 
-FORMAT = 3
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 

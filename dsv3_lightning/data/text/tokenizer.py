@@ -177,6 +177,10 @@ class Tokenizer:
             sizes[index] = 0 if index in self.control_ids else len(name.encode())
         return sizes
 
+    def text_tokens(self) -> list[str]:
+        """The added tokens that are found in a text."""
+        return sorted(name for index, name in self.added.items() if index not in self.control_ids)
+
     def ids_without_text(self, rows: int) -> list[int]:
         """Of a model's ids 0 to rows - 1 those that no token has."""
         return np.setdiff1d(np.arange(rows), self.ids).tolist()
