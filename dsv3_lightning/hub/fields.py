@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dsv3_lightning.common.json_files import shown, type_name
 from dsv3_lightning.errors import ConfigError
 
-LARGEST = 2**31  # no size of a model is larger, and products of such numbers still fit
+LARGEST = 2**53  # beyond it floats skip whole numbers
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -26,7 +26,7 @@ def fit(value: Any, hint: Any, name: str) -> Any:
             return value
         if option in (int, float) and type(value) in (int, float) and isfinite(value):
             if abs(value) > LARGEST:
-                raise ConfigError(f"{name}={shown(value)}: must be at most 2^31")
+                raise ConfigError(f"{name}={shown(value)}: must be at most 2^53")
             if option is float or float(value).is_integer():
                 return option(value)
     words = [

@@ -218,7 +218,7 @@ def test_whole_numbers_may_be_written_as_floats():
         ({"hidden_size": 40.5}, "hidden_size=40.5: must be a whole number"),
         ({"hidden_size": [40]}, "hidden_size=[40]: must be a whole number"),
         ({"hidden_size": True}, "hidden_size=true: must be a whole number"),
-        ({"hidden_size": 10**30}, "hidden_size=1000000000000000000000000000000: must be at most 2^31"),
+        ({"hidden_size": 10**30}, "hidden_size=1000000000000000000000000000000: must be at most 2^53"),
         ({"rms_norm_eps": None}, "rms_norm_eps=null: must be a number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN: must be a number"),
         ({"rope_theta": None}, "rope_theta=null: must be a number"),
@@ -246,7 +246,7 @@ def test_a_field_of_another_type_is_named(changes, message):
     [
         ({"num_hidden_layers": 2**31}, "num_hidden_layers=2147483648: the weights hold 3"),
         ({"n_routed_experts": 2**30}, "n_routed_experts=1073741824: the weights hold 8"),
-        ({"vocab_size": 2**31, "moe_intermediate_size": 2**31, "hidden_size": 2**31}, "config.json"),
+        ({"vocab_size": 2**53, "moe_intermediate_size": 2**53, "hidden_size": 2**53}, "config.json"),
     ],
 )
 def test_sizes_beyond_the_weights_are_refused_before_anything_is_made(folder, capsys, changes, message):
