@@ -5,19 +5,16 @@ The only file here that needs torch; `check_objects` is what `dsv3 validate` add
 
 import importlib
 import os
-import re
 import sys
-from collections.abc import Collection, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from dsv3_lightning.config.arguments import Arguments
 from dsv3_lightning.config.checks import mesh_strategy
 from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
@@ -31,15 +28,14 @@ OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolv
 
 def check_objects(config: Config) -> None:
     """Everything that names a class or an argument of one. Raises ConfigError."""
-    parse(Trainer, config.trainer, "trainer", skip=("precision",))
+    Arguments(Trainer, config.trainer, "trainer", skip=("precision",))
     build_strategy(config)
     build_callbacks(config)
 
 
 def build_trainer_arguments(config: Config) -> dict[str, Any]:
     """The `trainer` section as arguments for a Trainer, with class_path blocks built; precision is left as text."""
-    parser, parsed = parse(Trainer, config.trainer, "trainer", skip=("precision",))
-    built = instantiate(parser, parsed, "trainer")
+    built = Arguments(Trainer, config.trainer, "trainer", skip=("precision",)).build()
     return {key: built.get(key, value) for key, value in config.trainer.items()}
 
 
@@ -66,7 +62,7 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
             built[name] = build(Callback, block, path)
         elif block is not None:
             cls = import_class(registry[name], Callback, f"{path}.class_path")
-            built[name] = instantiate(*parse(cls, block, path), path)
+            built[name] = Arguments(cls, block, path).build()
     return built
 
 
@@ -78,7 +74,7 @@ def build(base: type, block: dict[str, Any], path: str) -> Any:
         if key not in ("class_path", "init_args"):
             raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
     cls, path = import_class(block["class_path"], base, f"{path}.class_path"), f"{path}.init_args"
-    return instantiate(*parse(cls, block.get("init_args") or {}, path), path)
+    return Arguments(cls, block.get("init_args") or {}, path).build()
 
 
 def import_class(class_path: Any, base: type, path: str) -> type:
@@ -98,49 +94,3 @@ def import_class(class_path: Any, base: type, path: str) -> type:
     if OUR_CALLBACKS in Path(source).resolve().parents and not module.startswith("dsv3_lightning."):
         raise ConfigError(f"{where}: write dsv3_lightning.{class_path}, or the class exists twice")
     return found
-
-
-def parse(cls: type, arguments: Any, path: str, skip: Collection[str] = ()) -> tuple[ArgumentParser, Namespace]:
-    """Checks arguments against the signature of cls, without calling it."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "it", skip=set(skip), fail_untyped=False, instantiate=cls is not Trainer)
-    valid = list(vars(parser.get_defaults().get("it", Namespace())))
-    if not isinstance(arguments, dict):
-        raise ConfigError(f"{path}={show(arguments)}: must be a section of arguments{nearest('', valid)}")
-    for key in arguments:
-        if key not in valid and key not in skip:
-            raise ConfigError(f"{path}.{key}: no such argument of {cls.__name__}{nearest(str(key), valid)}")
-    given = {key: deepcopy(value) for key, value in arguments.items() if key in valid}  # the parser converts in place
-    try:
-        return parser, parser.parse_object({"it": given})
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(reword(str(error), arguments, path)) from error
-
-
-def instantiate(parser: ArgumentParser, parsed: Namespace, path: str) -> Any:
-    try:
-        return parser.instantiate(parsed).it
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def reword(message: str, arguments: dict[str, Any], path: str) -> str:
-    """jsonargparse's message of many lines as one, with our key and value."""
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
-    message = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"\1", message)
-    if needed := re.search(r"required: it\.([\w.]+)", message):
-        return f"{path}.{needed[1]}: missing"
-    found = re.search(r'key "it\.([\w.]+)":\s+(.*)', message, re.DOTALL)
-    if found is None:
-        return f"{path}: {' '.join(message.split())}"
-    key, reason = found[1], " ".join(found[2].split())
-    value = arguments.get(key)
-    if loaded := re.search(r"Problem with given class_path '\S+': (.*?)(?: - | Given|$)", reason):
-        reason = loaded[0].removesuffix(" Given").removesuffix(" - ")
-    elif union := re.search(r"Subtypes: \[(.*?)\] Errors:", reason):
-        reason = f"must be one of {union[1]}"
-    elif single := re.fullmatch(r"Expected an? (.+?)\. Got value: (.*)", reason):
-        reason = f"must be {single[1]}" if single[2] == str(value) else reason
-    return f"{path}.{key}={show(value)}: {reason}"

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsv3_lightning.common.files import write_whole
 from dsv3_lightning.common.history import scalar_history
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.config.stored import read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.memory import cache_per_token
 
@@ -77,8 +76,8 @@ def find_runs(words: list[str]) -> list[Finished]:
 
 
 def read_run(folder: Path) -> Finished:
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return Finished(folder, check(settings), json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return Finished(folder, check(read_stored(folder / "config.yaml")), report)
 
 
 def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:

@@ -7,7 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dsv3_lightning.common.yaml import dumps
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
+from dsv3_lightning.config.overrides import assign, plain
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.typed import build
 from dsv3_lightning.config.wording import nearest
@@ -67,17 +69,18 @@ class Experiment:
         """Writes the variants' settings below the experiment's folder, and checks them. Raises ConfigError."""
         tasks = []
         for variant, changes in self.plan.variants.items():
-            if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):  # YAML reads off as false
-                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
+            if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):
+                quotes = "" if isinstance(variant, str) else ", in quotes where it reads like a number"
+                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder{quotes}")
             merged = OmegaConf.merge(self.plan.common, changes or {})
-            file, text = self.folder / "variants" / f"{variant}.yaml", OmegaConf.to_yaml(merged)
+            file, text = self.folder / "variants" / f"{variant}.yaml", dumps(plain(merged))
             if not file.is_file() or file.read_text(encoding="utf-8") != text:  # a finished one may be read-only
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text, encoding="utf-8")
             for seed in self.plan.seeds:
                 name = f"{variant}-seed{seed}"
-                own = [f"run.dir={self.folder}", f"run.name={name}", f"run.seed={seed}"]
-                own.append(f"data.cache_dir={self.folder.parent / 'data'}")  # one for all experiments
+                own = [assign("run.dir", str(self.folder)), assign("run.name", name), f"run.seed={seed}"]
+                own.append(assign("data.cache_dir", str(self.folder.parent / "data")))  # one for all experiments
                 tasks.append(self.checked(name, [*self.files, str(file)], [*own, *self.overrides_after()]))
         return tasks
 

@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.config.overrides import assign
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
 from dsv3_lightning.studies.compare import (
@@ -47,12 +48,12 @@ def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, qui
     """
     code, words = 0, [*(QUICK if quick else ()), *overrides]
     for name in () if report_only else EXPERIMENTS:
-        code |= sweep([name, *words, f"run.dir={folder}"], jobs, None, False)
+        code |= sweep([name, *words, assign("run.dir", folder)], jobs, None, False)
     experiments = {name: groups for name in EXPERIMENTS if (groups := finished_runs(Path(folder), name))}
     if not experiments:
         raise ConfigError(f"{folder}: holds no finished run of {', '.join(EXPERIMENTS)}")
     for name in experiments:
-        for task in Experiment(name, [*words, f"run.dir={folder}"]).tasks():
+        for task in Experiment(name, [*words, assign("run.dir", folder)]).tasks():
             if (Path(folder) / name / task.name / "report.json").is_file():
                 refuse_other_settings(task)
     path = Path(out) if out else Path(folder) / "reproduction.md"

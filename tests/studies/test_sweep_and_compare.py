@@ -97,7 +97,10 @@ def test_a_slurm_array_has_a_task_per_run_and_runs_nothing(tmp_path, words, caps
         ("config: [nano]\nvariants: {a: {}}\n", "seeds: missing"),
         ("config: [nano]\nseeds: []\nvariants: {a: {}}\n", "seeds: must not be empty"),
         ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: each once"),
-        ("config: [nano]\nseeds: [1]\nvariants: {off: {}}\n", "variants.False: must be a word"),
+        (
+            "config: [nano]\nseeds: [1]\nvariants: {1e3: {}}\n",
+            "variants.1000.0: must be a word that can name a folder, in quotes",
+        ),
         ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be a word"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {a: {model: {hiden_size: 1}}}\n",
