@@ -61,7 +61,8 @@ def count_nodes(node: Node, above: tuple[Node, ...] = ()) -> int:
         raise error("an alias within its own anchor", node)
     if len(above) > MOST_LEVELS:
         raise error(f"more than {MOST_LEVELS} levels", node)
-    total, parts = 1, ()
+    total = 1
+    parts: list[Node] = []
     if isinstance(node, SequenceNode):
         parts = node.value
     elif isinstance(node, MappingNode):

@@ -48,9 +48,9 @@ class Arguments:
             except ConfigError as error:  # no text, or a certain one
                 refused[place] = error
         self.parsed = self.parse(given)
-        for place, error in refused.items():
+        for place, reason in refused.items():
             if type(value_at(self.parsed.it, place)) in (bool, int, float, type(None), list, dict):
-                raise error
+                raise reason
 
     def parse(self, given: dict[str, Any]) -> Namespace:
         try:

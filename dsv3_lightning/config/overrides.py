@@ -37,8 +37,8 @@ def apply_override(merged: DictConfig, override: str) -> None:
         raise ConfigError(f"{override}: {first_line(error)}") from error
 
 
-def assign(key: str, text: str) -> str:
-    """An override that sets a key to just this text, in quotes where it would be read as something else."""
+def text_override(key: str, text: str) -> str:
+    """The override that sets a key to just this text, in quotes where it would be read as something else."""
     literal = escape_text(text)
     try:
         plain_text = loads(literal) == literal

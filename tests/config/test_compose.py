@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3_lightning.config.compose import compose, presets, to_yaml
-from dsv3_lightning.config.overrides import assign, split_words
+from dsv3_lightning.config.overrides import split_words, text_override
 from dsv3_lightning.errors import ConfigError
 
 
@@ -125,7 +125,7 @@ def test_any_text_of_a_tree_is_printed_as_itself_and_set_as_itself(texts: list[s
     write("printed.yaml", to_yaml(tree))
     assert compose(["printed.yaml"]).tree == tree
     for text in tree["a"]:
-        assert compose([], [assign("a.b", text)]).tree == {"a": {"b": text}}
+        assert compose([], [text_override("a.b", text)]).tree == {"a": {"b": text}}
 
 
 @pytest.mark.parametrize(("text", "value"), [("010", 10), ("12:30", "12:30"), ("1_000", "1_000"), ("no", "no")])
