@@ -64,7 +64,7 @@ class Arguments:
             return self.restore(self.parser.instantiate(self.parsed, instantiators=[(self.call, object, True)]).it)
         except ConfigError:
             raise
-        except (TypeError, ValueError, MisconfigurationException) as error:
+        except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"{self.path}: {' '.join(str(error).split())}") from error
 
     def call(self, cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,12 @@
 """The run's folder: made once, never overwritten, used by one process group at a time."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.stored import read_stored
@@ -45,10 +44,9 @@ class RunFolder:
         if stored is not None:
             self.refuse_other(stored, tree)
             return
-        (self.path / "sources").mkdir(exist_ok=True)
         for number, source in enumerate(sources):
-            shutil.copyfile(source, self.path / "sources" / f"{number}_{source.name}")
-        write_whole(self.path / "config.yaml", to_yaml(tree))
+            write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
+        write_file(self.path / "config.yaml", to_yaml(tree))
 
     def stored_tree(self) -> dict[str, Any] | None:
         """The resolved configuration that the folder was made with."""
