@@ -1,6 +1,5 @@
 """report.md and report.json: what the run did, on one page, with its pictures and the next command."""
 
-import json
 import platform
 import time
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from dsv3_lightning.callbacks.throughput import Throughput, peak_memory
 from dsv3_lightning.common.files import write_whole
 from dsv3_lightning.common.history import scalar_history
 from dsv3_lightning.common.plots import curves, heat_map
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.logging import latest_scalars
@@ -68,7 +68,7 @@ class RunReport(Callback):
         if biases:
             heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0).savefig(folder / "bias.png")
         samples = find(trainer, SampleText)
-        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_whole(folder / "report.json", strict_json(report, indent=2) + "\n")
         text = markdown(report, folder, samples.latest if samples else [], bool(biases))
         write_whole(folder / "report.md", text)
         print(f"report: {folder / 'report.md'}", flush=True)
@@ -77,7 +77,7 @@ class RunReport(Callback):
         """The content of report.json."""
         scalars = latest_scalars(trainer)
         speed, router, probe = (find(trainer, kind) for kind in (Throughput, RouterMonitor, RouterProbe))
-        rates = speed.rates(speed.total, trainer.world_size) if speed and speed.total.seconds else {}
+        rates = speed.rates(speed.total, trainer.world_size) if speed else {}
         config, data = pl_module.model.config, trainer.datamodule  # type: ignore[attr-defined]
         counts = count_parameters(config)
         newest = step_files(checkpoint_folder(trainer))

@@ -1,6 +1,5 @@
 """`dsv3 placement`: which GPU serves which experts, from the load that a run's validation text gives them."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dsv3_lightning.common.files import make_folder, native, read_numbers, write_whole
 from dsv3_lightning.common.plots import heat_map
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
@@ -40,7 +40,7 @@ def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str 
     print(f"mean       {before_L.mean():15.3f}  {after_L.mean():5.3f}")
     content = {"gpus": gpus, "nodes": nodes, "replicas": replicas, "load": weight_LE.tolist()}
     content |= {name: table.tolist() for name, table in plan._asdict().items()}
-    write_whole(target / "placement.json", json.dumps(content) + "\n")
+    write_whole(target / "placement.json", strict_json(content) + "\n")
     shares = [loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG)]
     picture = heat_map(torch.cat(shares, 1), f"GPU load over its mean: left before, right after ({gpus} GPUs)", 1.0)
     picture.axes[0].set(xlabel="GPU")

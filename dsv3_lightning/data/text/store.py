@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_lightning.common.files import FileRecord, sync_folder, write_synced
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.errors import ConfigError
 
 FORMAT = 2
@@ -117,7 +118,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_synced(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    write_synced(folder / MANIFEST, strict_json(manifest, indent=1, ensure_ascii=False).encode())
     sync_folder(folder)
 
 
