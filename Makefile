@@ -3,23 +3,34 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup train test lint board bench reproduce clean
+.PHONY: help setup shell train check test lint docs board bench reproduce clean
 .DEFAULT_GOAL := help
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED) ## make .venv and install everything into it, once
 
 train: $(INSTALLED) ## train configs/laptop.yaml: minutes on two cores, no download, no account
 	$(PYTHON) -m dsv3_lightning run configs/laptop.yaml
 
-test: $(INSTALLED) ## run the whole test suite, two files at a time
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+shell: $(INSTALLED) ## start a shell in which `dsv3`, `lightning` and `pytest` are on the PATH
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$${SHELL:-/bin/sh}"
 
-lint: $(INSTALLED) ## check style and types
+check: lint ## lint, types and the fast tests: two minutes on two cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile -q -m "not slow"
+
+test: $(INSTALLED) ## run the whole test suite
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
+
+lint: $(INSTALLED) ## check style, spelling and types
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 	$(VENV)/bin/mypy -p dsv3_lightning
+
+docs: $(INSTALLED) ## build the documentation site into site/, with every warning an error
+	$(PYTHON) -m mkdocs build --strict --quiet
 
 board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 	$(VENV)/bin/tensorboard --logdir runs
@@ -31,7 +42,7 @@ reproduce: $(INSTALLED) ## run the papers' experiments: an hour on two cores; QU
 	$(PYTHON) -m dsv3_lightning reproduce --jobs 2 $(if $(QUICK),--quick --dir runs/quick,--out docs/reproduction.md)
 
 clean: ## remove caches and builds; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # torch first and alone: it is the one package whose build (CPU, CUDA) an index or a local wheel decides.

@@ -38,7 +38,7 @@ OTHERS = (
 
 
 class Described(NamedTuple):
-    """config: the model of a folder. interleaved: whether its rotary channels are stored as neighbouring pairs.
+    """config: the model of a folder. interleaved: whether its rotary channels are stored as neighboring pairs.
     notes: what to tell the user, a line each."""
 
     config: ModelConfig
@@ -70,7 +70,7 @@ def family(config: ModelConfig) -> str:
     raise ConfigError(
         f"model.scoring_func={config.scoring_func} with topk_method={config.topk_method}, "
         f"norm_topk_prob={str(config.norm_topk_prob).lower()}: transformers has no such router; it has sigmoid with "
-        "noaux_tc (V3), and softmax with greedy or group_limited_greedy and gates that are not normalised (V2)"
+        "noaux_tc (V3), and softmax with greedy or group_limited_greedy and gates that are not normalized (V2)"
     )
 
 

@@ -1,7 +1,7 @@
 """Which tensor of a released checkpoint is which part of our parameters (README_WEIGHTS.md of the released weights).
 
 There every expert has matrices of its own, [out, in]; here they are stacked, [E, in, out], gate beside up. MTP module k
-is layer num_hidden_layers + k - 1 and holds copies of embedding and head. Rotary channels are neighbouring pairs, in
+is layer num_hidden_layers + k - 1 and holds copies of embedding and head. Rotary channels are neighboring pairs, in
 Llama's layout halves; a model that computes with the other order gets its rows permuted.
 """
 

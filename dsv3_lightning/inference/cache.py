@@ -41,7 +41,7 @@ class Cache:
 
 
 class Step:
-    """T new tokens for each of R neighbouring rows of a cache, from `first` on; lengths: of each row before them.
+    """T new tokens for each of R neighboring rows of a cache, from `first` on; lengths: of each row before them.
 
     table: the rotation at every position that the cache has room for.
     """

@@ -34,7 +34,7 @@ def balance_terms(names: tuple[str, ...], choices: Choices) -> dict[str, Tensor]
 
 
 def sequence_loss(choices: Choices) -> Tensor:
-    """Σ_i f_i P_i per sequence, with affinities normalised to sum 1; mean over the sequences (V3 eq. 17-20)."""
+    """Σ_i f_i P_i per sequence, with affinities normalized to sum 1; mean over the sequences (V3 eq. 17-20)."""
     return weigh(frequencies(choices), mean(normalized(choices.scores_BTE), choices.mask_BT))
 
 
@@ -63,7 +63,7 @@ def z_loss(choices: Choices) -> Tensor:
 
 
 def batch_sums(choices: Choices) -> Tensor:
-    """Σ_t of normalised affinities [E]: the P of the batch-wise loss (V3 §4.5.3)."""
+    """Σ_t of normalized affinities [E]: the P of the batch-wise loss (V3 §4.5.3)."""
     return (normalized(choices.scores_BTE) * choices.mask_BT[..., None]).sum((0, 1))
 
 

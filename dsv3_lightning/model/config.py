@@ -59,11 +59,11 @@ class ModelConfig:
         `group_limited_greedy` scores a group by its best (V2); `greedy` ignores groups (V2-Lite).
     expert_bias_kind: the choice is by s + b (V3 eq. 16) or by s · (1 + b), a variant of arXiv 2408.15664 §4.3.
     n_group G, topk_group M: each token's experts come from at most M of G equal groups.
-    norm_topk_prob, routed_scaling_factor: gates are normalised to sum 1, then scaled.
+    norm_topk_prob, routed_scaling_factor: gates are normalized to sum 1, then scaled.
     num_nextn_predict_layers: depth of multi-token prediction (V3 §2.2); 0 switches it off.
     mtp_kind: `sequential` modules that see the tokens between (V3 §2.2), or `parallel` heads (arXiv 2404.19737).
     max_position_embeddings: longest sequence. rope_theta, rope_scaling: rotary base and YaRN.
-    rope_interleave: rotary pairs are neighbouring channels, as in the released weights; False: halves.
+    rope_interleave: rotary pairs are neighboring channels, as in the released weights; False: halves.
     initializer_range: standard deviation of every matrix at the start (V3 §4.2: 0.006).
     tie_word_embeddings: the output head is the embedding.
     """

@@ -27,7 +27,7 @@ def rotation(config: ModelConfig, positions_T: Tensor) -> Rotation:
 
 
 def rotate(x: Tensor, at: Rotation, interleave: bool) -> Tensor:
-    """Rotates channel pairs of x [..., T, R]: neighbours (2i, 2i+1) with `interleave`, else (i, i + R/2).
+    """Rotates channel pairs of x [..., T, R]: neighbors (2i, 2i+1) with `interleave`, else (i, i + R/2).
 
     The result holds all first channels of the pairs, then all second ones, in both cases: queries and keys are
     permuted alike, so their products are those of either layout.

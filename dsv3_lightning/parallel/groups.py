@@ -38,7 +38,7 @@ def start_again(backend: str, timeout: timedelta) -> None:
 
 
 def build_meshes(shape: MeshShape, device_type: str, timeout: timedelta | None = None) -> Meshes:
-    """Needs a default process group of `shape.ranks`. The ranks of an ep group are neighbours.
+    """Needs a default process group of `shape.ranks`. The ranks of an ep group are neighbors.
 
     timeout: of every group's collectives; torch gives the groups of a mesh its own, not the default group's.
     """

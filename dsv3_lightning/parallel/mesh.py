@@ -2,7 +2,7 @@
 
 Every rank is a data-parallel rank: it has samples of its own. `dp_replicate` groups hold a copy of the model each,
 sharded over the `dp_shard` ranks of the group. `expert_parallel` (axis `ep`) is cut out of `dp_shard`: so many
-neighbouring ranks hold different experts and send each other tokens, and what is left of `dp_shard` shards each expert.
+neighboring ranks hold different experts and send each other tokens, and what is left of `dp_shard` shards each expert.
 """
 
 import math

@@ -37,7 +37,7 @@ class Widths:
     residual: int
 
     def norm(self, size: int) -> int:
-        """Input and normalised input in fp32, and the result. (A fused one, as on GPUs, keeps one fp32 tensor less.)"""
+        """Input and normalized input in fp32, and the result. (A fused one, as on GPUs, keeps one fp32 tensor less.)"""
         return 8 * size + self.computed * size
 
     def block(self, policy: str, moe: bool) -> int:

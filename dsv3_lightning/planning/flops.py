@@ -1,7 +1,7 @@
 """FLOP per token, counted over what is multiplied: the usual 6 per weight and token, and attention's own products.
 
 Not counted: embedding look-up, norms, activations, softmax, the optimizer. Recomputed work isn't counted either, so a
-utilisation made from these figures is model FLOP utilisation (MFU).
+utilization made from these figures is model FLOP utilization (MFU).
 """
 
 from dsv3_lightning.model.config import ModelConfig

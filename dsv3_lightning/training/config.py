@@ -1,4 +1,4 @@
-"""The settings of optimisation and of the loss. Imports no torch."""
+"""The settings of optimization and of the loss. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal

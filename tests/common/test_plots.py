@@ -1,4 +1,4 @@
-"""Maps say what their axes are, and their colours what is fair, too little and too much."""
+"""Maps say what their axes are, and their colors what is fair, too little and too much."""
 
 import itertools
 
@@ -12,9 +12,9 @@ def test_ratios_start_at_zero_and_are_white_where_fair():
     figure = heat_map(torch.tensor([[0.0, 1.0, 5.0], [1.0, 2.0, 1.0]]), "load", 1.0, "expert")
     axes, (image,) = figure.axes[0], figure.axes[0].images
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("expert", "expert", "load")
-    assert image.norm(1.0) == 0.5 and image.norm(0.0) == 0.0 and image.norm(5.0) == 1.0  # no colour below 0
+    assert image.norm(1.0) == 0.5 and image.norm(0.0) == 0.0 and image.norm(5.0) == 1.0  # no color below 0
     (nearly_even,) = heat_map(torch.tensor([[0.99, 1.01]]), "load", 1.0).axes[0].images
-    assert nearly_even.norm(1.01) == pytest.approx(0.505)  # noise isn't blown up to full colour
+    assert nearly_even.norm(1.01) == pytest.approx(0.505)  # noise isn't blown up to full color
 
 
 def test_differences_are_even_around_zero_and_rows_may_have_names():

@@ -19,11 +19,11 @@ def run(nano: Nano, tmp_path: Path) -> Run:
     question = "Is it so that {} is a number that can be told from the others by looking at it for long enough? "
     with open(tmp_path / "talks.jsonl", "w") as file:
         for number in range(60):
-            asked = {"role": "user", "content": "".join(question.format(number * n) for n in range(8))}
+            asked = {"role": "user", "content": "".join(question.format(number * n) for n in range(5))}
             file.write(json.dumps({"messages": [asked, {"role": "assistant", "content": "yes"}]}) + "\n")
     return nano.run(
         "talks", f"data.paths=[{tmp_path}/talks.jsonl]", "data.text_key=messages", "data.sequence_length=32",
-        "data.batch_size=2", "data.mask_document_ends=true", "data.isolate_documents=true", "loss.balance=none",
+        "data.batch_size=2", "data.validation_fraction=0.1", "data.mask_document_ends=true", "data.isolate_documents=true", "loss.balance=none",
         "callbacks.balance_factor=null", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=6",
         "trainer.limit_val_batches=1", "callbacks.weight_average={decay: 0.5}",
     )  # fmt: skip
