@@ -4,8 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import pytest
-
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.data.batches.module import TextDataModule
@@ -14,8 +12,7 @@ from tests.conftest import Nano, Run
 STEPS = 12
 
 
-@pytest.fixture
-def run(nano: Nano, tmp_path: Path) -> Run:
+def short_answers(nano: Nano, tmp_path: Path) -> Run:
     question = "Is it so that {} is a number that can be told from the others by looking at it for long enough? "
     with open(tmp_path / "talks.jsonl", "w") as file:
         for number in range(60):
@@ -37,7 +34,10 @@ def strict(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_steps_and_validations_without_a_target_have_no_mean_and_no_gradient(run: Run, capsys) -> None:
+def test_steps_and_validations_without_a_target_have_no_mean_and_no_gradient(
+    nano: Nano, tmp_path: Path, capsys
+) -> None:
+    run = short_answers(nano, tmp_path)
     assert run.code == 0
     config = check(compose([str(run.folder / "config.yaml")]).tree)
     data = TextDataModule(config.data, config.model.mtp_depth, STEPS)
@@ -61,4 +61,4 @@ def test_steps_and_validations_without_a_target_have_no_mean_and_no_gradient(run
     assert "nan" not in (run.folder / "report.md").read_text().lower().replace("nano", "")
     assert not list((run.folder / "checkpoints").glob("best*"))
     printed = capsys.readouterr().out
-    assert "nan" not in printed.lower().replace("nano", "") and "validation after step 12:" in printed
+    assert "loss nan" not in printed and "validation after step 12:" in printed
