@@ -76,7 +76,7 @@ class WeightAverage(Callback):
                     losses = pl_module.model.losses(
                         batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
                     )
-                loss.update(losses.nll_K, batch["targets"])
+                loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
         log_scalars(trainer, {"val/loss_average": loss.compute()[0]}, getattr(pl_module, "steps_done", None))

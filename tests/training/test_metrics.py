@@ -34,12 +34,15 @@ def test_a_mean_over_nothing_is_absent_not_zero_and_no_nan():
 def test_what_is_absent_has_no_point_and_no_latest_value():
     points = []
     logger = SimpleNamespace(log_metrics=lambda values, step: points.append((step, values)))
-    trainer = SimpleNamespace(loggers=[logger], lightning_module=SimpleNamespace(), global_step=3)
+    trainer = SimpleNamespace(
+        loggers=[logger], lightning_module=SimpleNamespace(), global_step=3,
+        callback_metrics={}, logged_metrics={}, progress_bar_metrics={},
+    )  # fmt: skip
     log_scalars(trainer, {"loss/main": 2.0, "optimizer/lr": 0.1})
     log_scalars(trainer, {"loss/main": None, "optimizer/lr": 0.2}, 4)
     log_scalars(trainer, {"val/loss": None})
     assert points == [(3, {"loss/main": 2.0, "optimizer/lr": 0.1}), (4, {"optimizer/lr": 0.2})]
-    assert latest_scalars(trainer) == {"optimizer/lr": 0.2}
+    assert latest_scalars(trainer) == {"optimizer/lr": 0.2} and "val/loss" not in trainer.callback_metrics
 
 
 def test_bits_per_byte():
@@ -72,6 +75,6 @@ def test_states_are_summed_over_ranks():
         reduction is torch.sum or reduction.__name__ == "dim_zero_sum" for reduction in ranks[0]._reductions.values()
     )
     summed = TokenLoss(1)
-    summed.nll_K = sum(rank.nll_K for rank in ranks)
-    summed.count_K = sum(rank.count_K for rank in ranks)
+    summed.nll_P = sum(rank.nll_P for rank in ranks)
+    summed.count_P = sum(rank.count_P for rank in ranks)
     assert summed.compute() == [7 / 4]

@@ -107,7 +107,7 @@ def test_acceptance_is_of_chains_and_at_the_main_models_own_place():
     metric.update(guesses, targets)
     # depth 1: places 1 and 2 are left. Depth 2 guesses where depth 1 does: place 0 drafts nothing, 1's chain breaks,
     # and place 2 has no token of the main head's to be compared with
-    assert metric.kept_K.tolist() == [3 + 1, 2 + 0] and metric.guessed_K.tolist() == [4 + 2, 3 + 1]
+    assert metric.accepted.tolist() == [3 + 1, 2 + 0] and metric.drafted.tolist() == [4 + 2, 3 + 1]
 
 
 def test_acceptance_counts_no_place_whose_shallower_draft_has_no_target():
@@ -122,7 +122,7 @@ def test_acceptance_counts_no_place_whose_shallower_draft_has_no_target():
     assert metric.compute() == [1.0, 1.0, 1.0]
     # by hand, place by place: a draft of depth k exists where the tokens 2 … k + 1 places on are learned
     chains = [sum(learned[b, i + 2 : i + 2 + k].all() for b in range(4) for i in range(T - k)) for k in (1, 2, 3)]
-    assert metric.guessed_K.tolist() == chains
+    assert metric.drafted.tolist() == chains
 
 
 def test_what_was_never_routed_has_no_means():
