@@ -11,8 +11,8 @@ SHORT = ("loss/main", "val/loss")  # what Lightning's progress bars show, which 
 def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int | None = None) -> None:
     """Logs at `step` (default: optimizer steps done), and remembers the latest values.
 
-    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`. None is a mean over nothing: it has
-    no point in its curve, and `latest_scalars` has no value until there is something again.
+    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`. None is a mean over nothing: it
+    has no point in its curve, and `latest_scalars` has no value until there is something again.
     """
     present = {name: value for name, value in values.items() if value is not None}
     for logger in trainer.loggers if present else []:
