@@ -76,11 +76,10 @@ class WeightAverage(Callback):
                     losses = pl_module.model.losses(
                         batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
                     )
-                loss.update(losses.nll_K, batch["targets"])
+                loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
-        main = torch.atleast_1d(loss.compute())[0]  # torchmetrics makes one element a scalar
-        log_scalars(trainer, {"val/loss_average": float(main)}, getattr(pl_module, "steps_done", None))
+        log_scalars(trainer, {"val/loss_average": loss.compute()[0]}, getattr(pl_module, "steps_done", None))
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""

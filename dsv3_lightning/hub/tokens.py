@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.json_files import read_json, read_text
 from dsv3_lightning.data.text.conversation import CHAT_TEMPLATE
 from dsv3_lightning.data.text.token_names import FILES_WITH_IDS, existing, id_list
@@ -81,4 +81,4 @@ def write_generation_config(tokenizer: Tokenizer, folder: Path, unused: Sequence
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_synced(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
