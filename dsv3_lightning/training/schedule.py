@@ -53,7 +53,7 @@ def value_at(schedule: Schedule, place: float) -> float:
     return value
 
 
-def place_of(trainer: Trainer, step: int, by: str) -> float:
+def progress(trainer: Trainer, step: int, by: str) -> float:
     """Where a run is after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
     if by == "share":
         return step / trainer.max_steps
