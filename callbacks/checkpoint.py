@@ -1,5 +1,6 @@
 """Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
 
+import math
 import os
 import shutil
 import signal
@@ -107,7 +108,10 @@ class Checkpoint(CheckpointBase):
             return
         late = trainer.state.fn == "validate"  # of a run that was stopped between its last step and its report
         step = trainer.max_steps if late else trainer.global_step
-        folder, loss = checkpoint_folder(trainer), f"{latest_scalars(trainer)['val/loss']:.4f}"
+        value = latest_scalars(trainer).get("val/loss")
+        if value is None or not math.isfinite(value):  # no target was validated, or the model is broken: not a best one
+            return
+        folder, loss = checkpoint_folder(trainer), f"{value:.4f}"
         best, path = best_files(folder), folder / f"best-step={step}-loss={loss}.ckpt"
         if len(best) >= self.keep_best and float(loss) >= best[-1][0]:  # as it is written there
             return

@@ -79,8 +79,7 @@ class WeightAverage(Callback):
                 loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
-        main = torch.atleast_1d(loss.compute())[0]  # torchmetrics makes one element a scalar
-        log_scalars(trainer, {"val/loss_average": float(main)}, getattr(pl_module, "steps_done", None))
+        log_scalars(trainer, {"val/loss_average": loss.compute()[0]}, getattr(pl_module, "steps_done", None))
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""

@@ -31,8 +31,9 @@ class Finished:
     report: dict[str, Any]
 
 
-def mean_or_none(values: list[float] | None) -> float | None:
-    return statistics.fmean(values) if values else None
+def mean_or_none(values: list[float | None] | None) -> float | None:
+    present = [value for value in values or [] if value is not None]
+    return statistics.fmean(present) if present else None
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header -> format, value of a run

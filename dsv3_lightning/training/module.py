@@ -17,7 +17,7 @@ from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
-from dsv3_lightning.training.logging import is_log_step, log_scalars
+from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
@@ -159,9 +159,9 @@ class PretrainModule(pl.LightningModule):
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
-        values = {}
+        values: dict[str, float | None] = {}
         if self.balance.steps:  # none where every step since the last log was skipped
-            values = dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
+            values = dict(zip(names, self.train_loss.compute(), strict=True))
             *sums, steps = self.summed(self.balance.packed())
             values |= {name: total / steps for name, total in zip(self.balance.names, sums, strict=True)}
         self.train_loss.reset()
@@ -171,6 +171,9 @@ class PretrainModule(pl.LightningModule):
             values["optimizer/grad_norm"] = norm
         values["optimizer/skipped_steps"] = self.skipped_steps
         log_scalars(self.trainer, values, step)
+
+    def on_train_start(self) -> None:
+        publish(self.trainer, self.scalars)  # those of earlier lives: a monitored one may not be logged again for long
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
@@ -186,12 +189,12 @@ class PretrainModule(pl.LightningModule):
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
-        main, *mtp = torch.atleast_1d(self.val_loss.compute()).tolist()  # torchmetrics makes one element a scalar
-        values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
+        main, *mtp = self.val_loss.compute()
+        values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
         values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
         if mtp:
-            accepted = torch.atleast_1d(self.val_acceptance.compute()).tolist()
-            values |= {f"mtp/acceptance_{k}": share for k, share in enumerate(accepted, start=1)}
+            accepted = enumerate(self.val_acceptance.compute(), start=1)
+            values |= {f"mtp/acceptance_{k}": share for k, share in accepted}
             self.val_acceptance.reset()
         self.val_loss.reset()
         self.val_bpb.reset()
@@ -214,12 +217,14 @@ class PretrainModule(pl.LightningModule):
         return reduced.tolist()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scalars"] = dict(self.scalars)
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
         sums = torch.stack([self.train_loss.nll_P, self.train_loss.count_P.double()])
         checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
+        self.scalars = dict(checkpoint.get("scalars", {}))
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
             nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
