@@ -42,5 +42,5 @@ def is_log_step(trainer: Trainer, step: int) -> bool:
 
 
 def is_last_micro_batch(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch was the last of its optimizer step. A run is an endless stream without a short last step."""
+    """Whether this micro-batch was the last of its optimizer step. Runs never end with a short step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
