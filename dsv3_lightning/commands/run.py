@@ -36,8 +36,8 @@ from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
-from dsv3_lightning.parallel.groups import start_again
-from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
+from dsv3_lightning.parallel.groups import init_after_restart
+from dsv3_lightning.parallel.lost import ERRORS, peer_failure
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.training.module import PretrainModule
@@ -74,7 +74,9 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
-        start_again(trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout)
+        init_after_restart(
+            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
+        )
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
@@ -112,7 +114,7 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
     started = watched.copy()
     watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
     time.sleep(0.5)  # until it is known what became of them
-    lost = what_was_lost(error, started)
+    lost = peer_failure(error, started)
     if lost is None:
         watched.extend(started)
     else:
