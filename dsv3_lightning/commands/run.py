@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path
+from dsv3_lightning.config.compose import PRESETS
 from dsv3_lightning.config.ecosystem import check_fresh
 from dsv3_lightning.config.instantiate import (
     build_callbacks,
@@ -97,7 +99,8 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         for note in filter(None, notes if start is None else []):
             print(note, flush=True)
         if start is None:
-            logger.describe(tree, len(read_manifest(prepared)["origins"]))
+            defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
+            logger.describe(tree, len(read_manifest(prepared)["origins"]), defaults)
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
             write_file(folder.path / file.name, file.read_bytes())
     size = trainer.world_size
