@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.data.text.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from dsv3_lightning.runs.models import load
 
 
 def generate(
-    checkpoint: str,
+    checkpoint: Path,
     prompt: list[str],
     draft: int,
     max_new_tokens: int,

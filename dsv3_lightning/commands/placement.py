@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import make_folder, native, read_numbers, write_whole
+from dsv3_lightning.common.files import make_folder, read_numbers, write_whole
 from dsv3_lightning.common.plots import heat_maps
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 BATCHES = 16  # of validation text
 
 
-def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str | None, out: str | None) -> int:
+def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | None, out: Path | None) -> int:
     """Prints max/mean GPU load by layer before and after; writes placement.json and placement.png."""
-    path, folder = find_checkpoint(native(run))
+    path, folder = find_checkpoint(run)
     config = stored_config(folder)
     if not config.model.num_moe_layers:
         raise ConfigError(f"{folder}: the model has no experts")
     experts = config.model.n_routed_experts
     if replicas is None:  # one more on each GPU than it must hold, as in V3 §3.4.1
         replicas = (-(-experts // gpus) + 1) * gpus
-    target = folder / "placement" if out is None else native(out)
+    target = folder / "placement" if out is None else out
     make_folder("--out", target)
     weight_LE = count_load(config, path) if loads is None else read_loads(loads, config)
     plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
@@ -77,10 +77,10 @@ def validation_batches(config: Config) -> Iterable[dict[str, Tensor]]:
     return data.val_dataloader()
 
 
-def read_loads(name: str, config: Config) -> Tensor:
+def read_loads(path: Path, config: Config) -> Tensor:
     """fp64 [L, E]. Raises ConfigError."""
-    array = read_numbers("--loads", name)
+    array = read_numbers("--loads", path)
     shape = (config.model.num_moe_layers, config.model.n_routed_experts)
     if array.shape != shape:
-        raise ConfigError(f"--loads {name}: is {list(array.shape)}, must be {list(shape)} (MoE layers, routed experts)")
+        raise ConfigError(f"--loads {path}: is {list(array.shape)}, must be {list(shape)} (MoE layers, routed experts)")
     return torch.from_numpy(array.astype(np.float64))

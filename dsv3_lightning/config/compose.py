@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.overrides import apply_override, plain
 from dsv3_lightning.config.wording import explain, first_line, nearest
 from dsv3_lightning.errors import ConfigError
@@ -55,6 +56,7 @@ def presets() -> list[str]:
 
 def find(name: str, folder: Path) -> Path:
     """The file meant by a name that is used in `folder`."""
+    name = str(user_path(name)) if name.startswith("~") else name
     candidates = [folder / name, folder / f"{name}.yaml"]
     if Path(name).name == name:
         candidates.append(Path(str(PRESETS / f"{name.removesuffix('.yaml')}.yaml")))

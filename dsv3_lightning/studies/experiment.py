@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
-from dsv3_lightning.config.overrides import plain
+from dsv3_lightning.config.overrides import plain, text_override
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.typed import build
 from dsv3_lightning.config.wording import nearest
@@ -72,7 +73,7 @@ class Experiment:
         self.overrides = overrides
         self.files = [str(find(name, self.path.parent)) for name in self.plan.config]
         first = self.composed_without_run()
-        self.folder = Path(first.tree["run"]["dir"]) / self.path.stem
+        self.folder = user_path(str(first.tree["run"]["dir"])) / self.path.stem
 
     def composed_without_run(self) -> Composed:
         return compose(self.files, [*self.overrides, "run.name=check"])
@@ -87,8 +88,8 @@ class Experiment:
             file = self.folder / "variants" / f"{variant}.yaml"
             for seed in self.plan.seeds:
                 name = f"{variant}-seed{seed}"
-                own = [f"run.dir={self.folder}", f"run.name={name}", f"run.seed={seed}"]
-                own.append(f"data.cache_dir={self.folder.parent / 'data'}")  # one for all experiments
+                own = [text_override("run.dir", str(self.folder)), f"run.name={name}", f"run.seed={seed}"]
+                own.append(text_override("data.cache_dir", str(self.folder.parent / "data")))  # one for all experiments
                 tasks.append(self.checked(name, file, merged, [*own, *self.overrides_after()]))
         return tasks
 
@@ -107,7 +108,7 @@ class Experiment:
 def find_experiment(word: str) -> Path:
     """A file, or the name of an experiment that comes with the package."""
     shipped = Path(str(PRESETS / "experiments"))
-    for path in (Path(word), Path(f"{word}.yaml"), shipped / f"{word.removesuffix('.yaml')}.yaml"):
+    for path in (user_path(word), user_path(f"{word}.yaml"), shipped / f"{word.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path.resolve()
     names = sorted(path.stem for path in shipped.glob("*.yaml"))

@@ -58,7 +58,7 @@ def test_a_failed_variant_stops_no_other_and_what_is_finished_is_skipped(tmp_pat
     assert lines[1].split()[:2] == ["plain", "2"] and spread(list(losses.values())) in lines[1]
     assert markdown.read_text().startswith("| variant | seeds | val loss |") and plot.stat().st_size > 10_000
 
-    figure = curves_by_group(grouped(find_runs([str(folder)])))
+    figure = curves_by_group(grouped(find_runs([folder])))
     assert [axes.get_title() for axes in figure.axes] == list(PANELS.values())  # nano has something of each
     assert all(len(axes.lines) == len(axes.collections) == 1 for axes in figure.axes)  # a mean and a band
     ends = sorted(json.loads(text)["val_bpb"] for text in reports.values())
