@@ -21,17 +21,25 @@ def encode_with_marks(tokenizer: Tokenizer, text: str) -> list[int]:
 
     For a whole prompt that its author has formatted; never for a part that came from somebody else.
     """
-    names = sorted((token.content for token in tokenizer.backend.get_added_tokens_decoder().values()), key=len)
-    parts = re.split(f"({'|'.join(map(re.escape, reversed(names)))})", text) if names else [text]
+    marks = {token.content: number for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
+    longest_first = sorted(marks, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if marks else [text]
     ids: list[int] = []
     for place, part in enumerate(parts):  # every second one is a name
-        ids += [tokenizer.backend.token_to_id(part)] if place % 2 else encode(tokenizer, part)
+        ids += [marks[part]] if place % 2 else encode(tokenizer, part)
     return ids
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, marks: bool) -> list[int]:
+    """A prompt that begins with the begin token, once. marks: whether names of control tokens are these tokens."""
+    ids = encode_with_marks(tokenizer, text) if marks else encode(tokenizer, text)
+    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
     """Bytes of text that one token stands for, at most."""
-    return max(len(tokenizer.bytes_of(token)) for token in range(tokenizer.vocab_size))
+    names = (token.content for token in tokenizer.backend.get_added_tokens_decoder().values())
+    return max(int(tokenizer.bytes_per_token().max()), *(len(name.encode()) for name in names))
 
 
 def whole_characters(text: str) -> str:

@@ -64,9 +64,10 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "prepare": config,
         "run": config,
         "validate": config,
-        "generate": f"-h --help checkpoint --prompt --draft {sampling}",
+        "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
         "chat": f"-h --help checkpoint --system --context {sampling}",
-        "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout --threads",
+        "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
+        " --body-megabytes --api-key --cors-origin --threads",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",

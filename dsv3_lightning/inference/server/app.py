@@ -30,7 +30,7 @@ from dsv3_lightning.inference.server.bodies import MEGABYTE, parse, read_body
 from dsv3_lightning.inference.server.fields import CHAT, COMPLETION, Wanted, wanted
 from dsv3_lightning.inference.server.handlers import read_fields
 from dsv3_lightning.inference.server.refusals import Json, Refused
-from dsv3_lightning.inference.text import encode, encode_with_marks, longest_token
+from dsv3_lightning.inference.text import longest_token, prompt_ids
 
 COMPLETION_TOKENS = 16  # of a completion whose request doesn't say; OpenAI's default
 
@@ -82,15 +82,13 @@ class Service:
         asked = wanted(fields)
         self.check_model(asked.model)
         self.engine.check_count(len(fields["prompt"]) * asked.copies)
-        turn_to_ids = encode_with_marks if fields.get("parse_special") else encode
-        return asked, [self.ids(prompt, turn_to_ids) for prompt in fields["prompt"]]
+        marks = fields.get("parse_special", False)
+        return asked, [self.ids(prompt, marks) for prompt in fields["prompt"]]
 
-    def ids(self, prompt: str | list[int], turn_to_ids: Callable[[Tokenizer, str], list[int]]) -> list[int]:
+    def ids(self, prompt: str | list[int], marks: bool) -> list[int]:
         if isinstance(prompt, str):
-            self.check_size("prompt", 1, [prompt])
-            ids = turn_to_ids(self.tokenizer, prompt)
-            begin = self.tokenizer.bos_id
-            return ids if ids[:1] == [begin] else [begin, *ids]
+            self.check_size("prompt", 0 if marks else 1, [prompt])
+            return prompt_ids(self.tokenizer, prompt, marks)
         size = self.engine.model.config.vocab_size
         if any(not 0 <= token < size for token in prompt):
             raise Refused(400, f"prompt: a token lies outside 0 to {size - 1}", param="prompt")
@@ -184,8 +182,10 @@ def build_app(
 
     middleware = []
     if origins:
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-        middleware.append(Middleware(CORSMiddleware, allow_origins=origins, **allowed))
+        methods, headers = ("GET", "POST"), ("*",)
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
+        )
     if key is not None:
         middleware.append(Middleware(RequireKey, key=key))
     app = Starlette(

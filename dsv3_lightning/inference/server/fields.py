@@ -1,13 +1,14 @@
 """Every field of a request: the tables, and what a request asks for.
 
-What isn't supported stands here with the values that change nothing, since clients send their defaults: OpenAI's schema,
-then what vLLM, SGLang, llama.cpp and others add. To support a field, give it a handler and `Wanted` an entry.
+What isn't supported stands here with the values that change nothing, since clients send their defaults: OpenAI's
+schema, then what vLLM, SGLang, llama.cpp and others add. To support a field, give it a handler and `Wanted` an entry.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_lightning.data.text.conversation import ROLES
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.server.handlers import (
     Handler,
@@ -54,6 +55,7 @@ COMMON: dict[str, Handler] = {
     "prompt_cache_options": anything,
     "prompt_cache_retention": anything,
     "response_format": only({"type": "text"}),
+    "store": only(False),
     # vLLM, SGLang
     "best_of": only(1),
     "use_beam_search": only(False),
@@ -158,8 +160,16 @@ def content(name: str, value: Any) -> str:
     return "".join(part["text"] for part in parts)
 
 
+def role(name: str, value: Any) -> str:
+    """One of the chat format's. OpenAI has a newer word for the system's."""
+    spoken = "system" if value == "developer" else value
+    if spoken not in ROLES:
+        raise wrong(name, value, f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+    return spoken
+
+
 MESSAGE: dict[str, Handler] = {
-    "role": text,
+    "role": role,  # first, so that a tool's message is refused for what it is
     "content": content,
     # What an answer of OpenAI's holds, which clients send back; the values of an answer that is text alone.
     "refusal": only(""),
@@ -174,19 +184,15 @@ MESSAGE: dict[str, Handler] = {
     "partial": only(False),
     "cache_control": anything,
 }
-ROLES = {"developer": "system"}  # OpenAI's newer word
 
 
 def messages(name: str, value: Any) -> list[tuple[str, str]]:
     if not isinstance(value, list) or not value:
-        raise wrong(name, value, "must be a list of messages, such as {\"role\": \"user\", \"content\": \"…\"}")
+        raise wrong(name, value, 'must be a list of messages, such as {"role": "user", "content": "…"}')
     read = []
     for place, message in enumerate(value):
-        where = f"{name}.{place}."
-        if isinstance(message, dict) and message.get("role") in ("tool", "function"):
-            raise Refused(400, f"{where}role={message['role']}: must be system, user or assistant", param=f"{where}role")
-        fields = read_fields(message, MESSAGE, ("role", "content"), where)
-        read.append((ROLES.get(fields["role"], fields["role"]), fields["content"]))
+        fields = read_fields(message, MESSAGE, ("role", "content"), f"{name}.{place}.")
+        read.append((fields["role"], fields["content"]))
     return read
 
 
@@ -197,7 +203,6 @@ CHAT = COMMON | {
     "logprobs": only(False),
     "top_logprobs": only(0),
     "modalities": only(["text"]),
-    "store": only(False),
     "tools": only([]),
     "tool_choice": only("none", "auto"),
     "parallel_tool_calls": only(True, False),

@@ -1,13 +1,12 @@
 """Reads the fields of a JSON object by a table: from a field's name to the handler that reads its value.
 
 A handler takes the field's name and its value and gives what the server goes on with; it raises Refused where the value
-can't be honored. A field that is in no table might change the answer, so it is refused by name and never dropped. A null
-counts as an absent field, as in OpenAI's schema.
+can't be honored. A field that is in no table might change the answer, so it is refused by name and never dropped. A
+null counts as an absent field, as in OpenAI's schema.
 """
 
 import difflib
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,19 +17,19 @@ SHOWN = 60  # characters of a value in a message
 STOPS, STOP_LENGTH = 16, 1_000  # looked for at every token, by the thread that writes all texts
 
 
-def read_fields(content: Any, table: Mapping[str, Handler], required: tuple[str, ...], where: str = "") -> dict[str, Any]:
-    """What the handlers give, by name. where: how the object is called in front of its fields, such as `messages.0.`."""
+def read_fields(
+    content: Any, table: Mapping[str, Handler], required: tuple[str, ...], where: str = ""
+) -> dict[str, Any]:
+    """What the handlers give, by name. Fields are read in the table's order. where: how the object is called in front
+    of its fields, such as `messages.0.`. Raises Refused."""
     if not isinstance(content, dict):
         raise wrong(where.rstrip(".") or "the body", content, "must be a JSON object")
-    found = {}
-    for name, value in content.items():
-        if value is None:
-            continue
-        if name not in table:
-            near = difflib.get_close_matches(name, table, 1, cutoff=0.8)
-            meant = f"; did you mean {near[0]}?" if near else "; leave it out"
-            raise Refused(400, f"{where}{cut(name)}: is not supported here{meant}", param=f"{where}{cut(name)}")
-        found[name] = table[name](f"{where}{name}", value)
+    given = {name: value for name, value in content.items() if value is not None}
+    found = {name: read(f"{where}{name}", given.pop(name)) for name, read in table.items() if name in given}
+    for name in given:
+        near = difflib.get_close_matches(name, table, 1, cutoff=0.8)
+        meant = f"did you mean {near[0]}?" if near else "leave it out"
+        raise Refused(400, f"{where}{cut(name)}: is not supported here; {meant}", param=f"{where}{cut(name)}")
     for name in required:
         if name not in found:
             raise Refused(400, f"{where}{name}: is missing", param=f"{where}{name}")
@@ -80,8 +79,8 @@ def whole(least: int, most: int) -> Handler:
     """16.0 counts as 16: some languages have no other numbers."""
 
     def read(name: str, value: Any) -> int:
-        whole_number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value) and value == int(value)
-        if isinstance(value, bool) or not whole_number or not least <= value <= most:
+        is_whole = isinstance(value, int) or isinstance(value, float) and value.is_integer()
+        if isinstance(value, bool) or not is_whole or not least <= value <= most:
             raise wrong(name, value, f"must be a whole number from {least} to {most}")
         return int(value)
 
