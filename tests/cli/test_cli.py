@@ -141,7 +141,14 @@ def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
     assert cli.main(["generate", "runs/nano", "--prompt", "def ", "--temperature", "0"]) == 0
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [], "seed": 1}
     assert got == [
-        {"checkpoint": Path("runs/nano").absolute(), "prompt": ["def "], "draft": 0, "max_new_tokens": 128} | sampling
+        {
+            "checkpoint": Path("runs/nano").absolute(),
+            "prompt": ["def "],
+            "parse_special": False,
+            "draft": 0,
+            "max_new_tokens": 128,
+        }
+        | sampling
     ]
 
 
