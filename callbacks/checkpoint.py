@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
-from dsv3_lightning.common.files import put_in_place, remove
+from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
@@ -32,7 +32,7 @@ class Checkpoint(CheckpointBase):
     Ctrl-C ends it at once. Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
     """
 
-    def __init__(self, every_n_steps: int, keep: int, keep_best: int) -> None:
+    def __init__(self, every_n_steps: int = 100, keep: int = 2, keep_best: int = 1) -> None:
         for name, value, least in (("every_n_steps", every_n_steps, 1), ("keep", keep, 1), ("keep_best", keep_best, 0)):
             if value < least:
                 raise ConfigError(f"callbacks.checkpoint.{name}={value}: must be at least {least}")
@@ -97,10 +97,8 @@ class Checkpoint(CheckpointBase):
         folder = checkpoint_folder(trainer)
         newest = step_files(folder, step)
         if trainer.is_global_zero and newest:
-            link = folder / "last.ckpt.new"
-            link.unlink(missing_ok=True)
-            link.symlink_to(newest[0].name)
-            os.replace(link, folder / "last.ckpt")
+            with whole(folder / "last.ckpt") as beside:
+                beside.symlink_to(newest[0].name)
             for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
                 remove(path)
 
@@ -122,13 +120,11 @@ class Checkpoint(CheckpointBase):
 
 def link(path: Path, name: Path) -> None:
     """A second name for a checkpoint, that stays when the first is removed."""
-    if path.is_dir():
-        beside = name.with_name(name.name + ".new")
-        remove(beside)
-        shutil.copytree(path, beside, copy_function=os.link)
-        put_in_place(beside, name)
-    else:
-        os.link(path, name)
+    with whole(name) as beside:
+        if path.is_dir():
+            shutil.copytree(path, beside, copy_function=os.link)
+        else:
+            os.link(path, beside)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import shutil
 import socket
 import time
 import warnings
@@ -18,8 +17,15 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path
-from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
+from dsv3_lightning.config.ecosystem import check_fresh
+from dsv3_lightning.config.instantiate import (
+    build_callbacks,
+    build_loggers,
+    build_strategy,
+    build_trainer_arguments,
+)
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
@@ -59,6 +65,8 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     source, notes = open_source(config)
     callbacks = build_callbacks(config)
     start = folder.resume_from()
+    if start is None:
+        check_fresh(callbacks.values())
     precision, reason = resolve_precision(config, folder)
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
@@ -81,7 +89,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         if start is None:
             logger.describe(tree, len(read_manifest(prepared)["origins"]))
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
-            shutil.copyfile(file, folder.path / file.name)
+            write_file(folder.path / file.name, file.read_bytes())
     try:
         if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
             trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
@@ -133,15 +141,13 @@ def build_trainer(
     arguments["val_check_interval"] *= accumulate
     if isinstance(arguments["limit_val_batches"], int):
         arguments["limit_val_batches"] *= accumulate
-    more = arguments.pop("logger", None) or []
-    more_loggers = list(more) if isinstance(more, list | tuple) else [more]
     kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
     try:
         return Trainer(
             **arguments,
             strategy=build_strategy(config),
             plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
-            logger=[logger, *more_loggers],
+            logger=[logger, *build_loggers(config)],
             callbacks=callbacks,
             default_root_dir=folder.path,
             max_epochs=-1,
@@ -222,4 +228,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
     warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
+    warnings.filterwarnings("ignore", ".*fit.ckpt_path=(None|.last.)\\W+(was called|is set, but)")  # `check_fresh`
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")  # the run goes on
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

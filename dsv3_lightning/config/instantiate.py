@@ -16,14 +16,16 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_set, check_version
 from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.model.experts import Dispatcher
+from dsv3_lightning.model.dispatch import Dispatcher
 from dsv3_lightning.parallel.strategy import MeshStrategy
 
 OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolve()  # a top-level folder in a checkout
@@ -31,16 +33,45 @@ OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolv
 
 def check_objects(config: Config) -> None:
     """Everything that names a class or an argument of one. Raises ConfigError."""
-    parse(Trainer, config.trainer, "trainer", skip=("precision",))
+    parse(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
+    logger_classes(config)
     build_strategy(config)
     build_callbacks(config)
 
 
 def build_trainer_arguments(config: Config) -> dict[str, Any]:
-    """The `trainer` section as arguments for a Trainer, with class_path blocks built; precision is left as text."""
-    parser, parsed = parse(Trainer, config.trainer, "trainer", skip=("precision",))
+    """The `trainer` section as arguments for a Trainer, with class_path blocks built; precision is left as text.
+
+    Loggers are left out: `build_loggers` makes them.
+    """
+    parser, parsed = parse(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
     built = instantiate(parser, parsed, "trainer")
-    return {key: built.get(key, value) for key, value in config.trainer.items()}
+    return {key: built.get(key, value) for key, value in config.trainer.items() if key != "logger"}
+
+
+def build_loggers(config: Config) -> list[Logger]:
+    """The loggers of `trainer.logger`, which write beside the run's own."""
+    return [build(LOGGERS, block, path) for path, block, _ in logger_classes(config)]
+
+
+def logger_classes(config: Config) -> list[tuple[str, dict[str, Any], type]]:
+    """Path, block and class of each of `trainer.logger`, without calling them: some open connections.
+
+    Raises ConfigError for one that can't be used, or whose arguments are wrong.
+    """
+    wanted = config.trainer.get("logger")
+    if wanted is False:
+        raise ConfigError("trainer.logger=false: the run's own curves are always written; leave the key out")
+    if wanted in (None, True, []):
+        return []
+    found = []
+    for number, block in enumerate(wanted if isinstance(wanted, list) else [wanted]):
+        path = f"trainer.logger[{number}]" if isinstance(wanted, list) else "trainer.logger"
+        cls, arguments, where = named(LOGGERS, block, path)
+        check_version(cls, arguments, where)
+        parse(cls, arguments, where)
+        found.append((path, block, cls))
+    return found
 
 
 def build_strategy(config: Config) -> str | Strategy:
@@ -67,21 +98,29 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
         elif block is not None:
             cls = import_class(registry[name], Callback, f"{path}.class_path")
             built[name] = instantiate(*parse(cls, block, path), path)
+    check_set(built, config.strategy, Path(config.run.dir) / config.run.name)
     return built
 
 
-def build(base: type, block: dict[str, Any], path: str) -> Any:
+def build(base: type | tuple[type, ...], block: dict[str, Any], path: str) -> Any:
     """The object of a block {class_path, init_args}. Raises ConfigError."""
-    if "class_path" not in block:
+    cls, arguments, path = named(base, block, path)
+    return instantiate(*parse(cls, arguments, path), path)
+
+
+def named(base: type | tuple[type, ...], block: Any, path: str) -> tuple[type, dict[str, Any], str]:
+    """The class of a block {class_path, init_args}, its arguments and their path. Raises ConfigError."""
+    if not isinstance(block, dict) or "class_path" not in block:
         raise ConfigError(f"{path}={show(block)}: needs a class_path")
     for key in block:
         if key not in ("class_path", "init_args"):
             raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
-    cls, path = import_class(block["class_path"], base, f"{path}.class_path"), f"{path}.init_args"
-    return instantiate(*parse(cls, block.get("init_args") or {}, path), path)
+    cls = import_class(block["class_path"], base, f"{path}.class_path")
+    check_class(cls, path)
+    return cls, block.get("init_args") or {}, f"{path}.init_args"
 
 
-def import_class(class_path: Any, base: type, path: str) -> type:
+def import_class(class_path: Any, base: type | tuple[type, ...], path: str) -> type:
     """A subclass of `base` (or class with its methods) from anywhere, modules of the current folder included."""
     where, (module, _, name) = f"{path}={show(class_path)}", str(class_path).rpartition(".")
     if os.getcwd() not in sys.path:
@@ -94,7 +133,8 @@ def import_class(class_path: Any, base: type, path: str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{where}: is not a {base.__name__} ({base.__module__})")
+        first = base[0] if isinstance(base, tuple) else base
+        raise ConfigError(f"{where}: is not a {first.__name__} ({first.__module__})")
     if OUR_CALLBACKS in Path(source).resolve().parents and not module.startswith("dsv3_lightning."):
         raise ConfigError(f"{where}: write dsv3_lightning.{class_path}, or the class exists twice")
     return found
@@ -122,7 +162,7 @@ def instantiate(parser: ArgumentParser, parsed: Namespace, path: str) -> Any:
         return parser.instantiate(parsed).it
     except ConfigError:
         raise
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
 
 

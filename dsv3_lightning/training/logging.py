@@ -1,13 +1,28 @@
 """One way to log: every scalar goes to all loggers at an explicit optimizer step, so that all curves share their x."""
 
+import torch
 from lightning.pytorch import Trainer
+
+SHORT = ("loss/main", "val/loss")  # what Lightning's progress bars show, which have one line for all
 
 
 def log_scalars(trainer: Trainer, values: dict[str, float], step: int | None = None) -> None:
-    """Logs at `step` (default: optimizer steps done), and remembers the latest values for the progress line."""
+    """Logs at `step` (default: optimizer steps done), and remembers the latest values.
+
+    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`.
+    """
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step if step is None else step)
     latest_scalars(trainer).update(values)
+    publish(trainer, values)
+
+
+def publish(trainer: Trainer, values: dict[str, float]) -> None:
+    """Puts the values where other callbacks look for them: fp32, on the CPU, in the Trainer's own dictionaries."""
+    tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
+    trainer.progress_bar_metrics.update({name: float(tensors[name]) for name in SHORT if name in tensors})
 
 
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
