@@ -1,5 +1,6 @@
 """Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
 
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import latest_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -56,7 +57,7 @@ class Checkpoint(CheckpointBase):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         step = trainer.global_step
         received = torch.tensor(self.received, device=trainer.strategy.root_device)
@@ -107,7 +108,10 @@ class Checkpoint(CheckpointBase):
             return
         late = trainer.state.fn == "validate"  # of a run that was stopped between its last step and its report
         step = trainer.max_steps if late else trainer.global_step
-        folder, loss = checkpoint_folder(trainer), f"{latest_scalars(trainer)['val/loss']:.4f}"
+        value = latest_scalars(trainer).get("val/loss")
+        if value is None or not math.isfinite(value):  # no target was validated, or the model is broken: not a best one
+            return
+        folder, loss = checkpoint_folder(trainer), f"{value:.4f}"
         best, path = best_files(folder), folder / f"best-step={step}-loss={loss}.ckpt"
         if len(best) >= self.keep_best and float(loss) >= best[-1][0]:  # as it is written there
             return

@@ -8,7 +8,7 @@ not kept is replaced by a draw from max(p - q, 0), which leaves exactly p (arXiv
 An index of a module's cache stays only if all tokens it was made of are certain; the others are made again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,16 +22,20 @@ from dsv3_lightning.model.transformer import Transformer
 
 @dataclass
 class Drafts:
-    """drafted, kept: guesses by depth, and how many of them came into the text. passes: of the main model."""
+    """drafted, kept: guesses by depth, and how many of them came into the text. What was guessed behind a text's end
+    counts as neither. passes: of the main model. tokens: what came of them, end tokens included.
+    """
 
     drafted: list[int]
     kept: list[int]
     passes: int = 0
+    tokens: int = 0
 
     def __iadd__(self, other: "Drafts") -> "Drafts":
         self.drafted = [a + b for a, b in zip(self.drafted, other.drafted, strict=True)]
         self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
         self.passes += other.passes
+        self.tokens += other.tokens
         return self
 
     def acceptance(self) -> list[float | None]:
@@ -128,11 +132,12 @@ def speculate(
     depth: int,
     on_token: Callable[[int], bool] | None = None,
     number: int = 0,
+    unused: Sequence[int] = (),
 ) -> tuple[list[int], Drafts]:
     """The new tokens, as `decode` gives them for one prompt, and what became of the guesses of `depth` modules.
 
     on_token(token): True ends the text with this token. number: which of several prompts this is, each with random
-    numbers of its own. Raises ConfigError.
+    numbers of its own. unused: ids that no token has, which are neither drafted nor drawn. Raises ConfigError.
     """
     check_depth(model, depth)
     limit = model.config.max_position_embeddings
@@ -141,24 +146,28 @@ def speculate(
     total = min(len(prompt) + max_new_tokens, limit)
     if total == len(prompt):
         return [], counts
-    decoder = Decoder(model, 1, total, depth)
+    decoder = Decoder(model, 1, total, depth, unused=unused)
     text = Speculation(decoder, list(prompt), sampling, random_stream(seed, number))
     text.begin()
-    counts.passes = 1
-    checked = len(prompt)
+    new, guesses = text.tokens[len(prompt) :], 0
+    written: list[int] = []
     while True:
-        for token in text.tokens[checked:]:
-            if token in end_ids:
-                return text.tokens[len(prompt) : checked], counts
-            checked += 1
-            if on_token is not None and on_token(token) or checked == total:
-                return text.tokens[len(prompt) : checked], counts
+        used, ended = 0, False
+        while used < len(new) and not ended:
+            token, used = new[used], used + 1
+            ended = token in end_ids
+            if not ended:
+                written.append(token)
+                ended = on_token is not None and on_token(token) or len(prompt) + len(written) == total
+        counts.passes += 1
+        counts.tokens += used
+        for k in range(guesses if used == len(new) else used):
+            counts.drafted[k] += 1
+            counts.kept[k] += k < min(used, len(new) - 1)
+        if ended:
+            return written, counts
         guesses = min(depth, total - len(text.tokens) - 1)
         new = text.round(guesses)
-        counts.passes += 1
-        for k in range(guesses):
-            counts.drafted[k] += 1
-            counts.kept[k] += len(new) > k + 1
 
 
 def check_depth(model: Transformer, depth: int) -> None:

@@ -159,9 +159,9 @@ class PretrainModule(pl.LightningModule):
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
-        values = {}
+        values: dict[str, float | None] = {}
         if self.balance.steps:  # none where every step since the last log was skipped
-            values = dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
+            values = dict(zip(names, self.train_loss.compute(), strict=True))
             *sums, steps = self.summed(self.balance.packed())
             values |= {name: total / steps for name, total in zip(self.balance.names, sums, strict=True)}
         self.train_loss.reset()
@@ -189,12 +189,12 @@ class PretrainModule(pl.LightningModule):
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
-        main, *mtp = torch.atleast_1d(self.val_loss.compute()).tolist()  # torchmetrics makes one element a scalar
-        values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
+        main, *mtp = self.val_loss.compute()
+        values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
         values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
         if mtp:
-            accepted = torch.atleast_1d(self.val_acceptance.compute()).tolist()
-            values |= {f"mtp/acceptance_{k}": share for k, share in enumerate(accepted, start=1)}
+            accepted = enumerate(self.val_acceptance.compute(), start=1)
+            values |= {f"mtp/acceptance_{k}": share for k, share in accepted}
             self.val_acceptance.reset()
         self.val_loss.reset()
         self.val_bpb.reset()

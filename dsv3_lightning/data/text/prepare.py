@@ -84,7 +84,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
         "files": files,
         "text_key": config.text_key,
         "validation_fraction": config.validation_fraction,
-        "tokenizer": [*tokenizer.names, tokenizer.sha256] if tokenizer else trained,
+        "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,
     }
 
 
