@@ -47,16 +47,22 @@ def layout(tree: dict[str, Any], origins: int) -> Layout:
 
     origins: of how many the validation text is. A chart is there where something that the run has logs its curves.
     """
-    declared: Charts = {}
-    sources = [PretrainModule, *(cls for name, cls in LOGGING.items() if tree["callbacks"].get(name) is not None)]
-    for source in sources:
-        for key, tags in source.charts(tree, origins).items():
-            declared.setdefault(key, []).extend(tags)
+    declared = logged_tags(tree, origins)
     drawn = {
         question: {title: ["Multiline", declared[key]] for key, title in charts.items() if declared.get(key)}
         for question, charts in QUESTIONS.items()
     }
     return {question: charts for question, charts in drawn.items() if charts}
+
+
+def logged_tags(tree: dict[str, Any], origins: int) -> Charts:
+    """{key of a chart: tags} of all that the run's module and callbacks log."""
+    declared: Charts = {}
+    sources = [PretrainModule, *(cls for name, cls in LOGGING.items() if tree["callbacks"].get(name) is not None)]
+    for source in sources:
+        for key, tags in source.charts(tree, origins).items():
+            declared.setdefault(key, []).extend(tags)
+    return declared
 
 
 class RunLogger(TensorBoardLogger):

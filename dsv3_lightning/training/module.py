@@ -75,7 +75,7 @@ class PretrainModule(pl.LightningModule):
             "bpb": ["val/bpb"],
             "lr": ["optimizer/lr"],
             "balance_loss": ["loss/balance$"] if balanced else [],
-            "balance_losses": ["loss/balance_"] if balanced else [],
+            "balance_losses": [r"loss/balance_\w+"] if balanced else [],
             "mtp_loss": [r"loss/mtp_\d+"] if mtp else [],
             "val_mtp_loss": [r"val/mtp_\d+"] if mtp else [],
             "acceptance": [r"mtp/acceptance_\d+"] if mtp else [],
