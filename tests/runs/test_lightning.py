@@ -138,8 +138,8 @@ def test_a_logger_without_its_package_names_it(name, nano, capsys, monkeypatch):
             "monitor=val/los: nothing of that name is logged; did",
         ),
         (
-            [callback("ModelCheckpoint", monitor="mtp/weight"), "callbacks.mtp_weight=null"],
-            "mtp/weight: nothing",
+            [callback("ModelCheckpoint", monitor="balance/margin"), "callbacks.router_probe=null"],
+            "balance/margin: nothing",
         ),
         (["trainer.logger=false"], "trainer.logger=false: the run's own curves are always written"),
         (["trainer.logger=3"], "trainer.logger=3: needs a class_path"),
