@@ -1,13 +1,14 @@
 """`dsv3 import`: checks a Hugging Face folder, and writes the YAML of a run that starts from it."""
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.parameters import count_parameters
 
@@ -17,8 +18,19 @@ HEAD = """\
 """
 
 
-def import_folder(folder: Path, out: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=path_argument, metavar="HF_FOLDER", help="with config.json and safetensors files"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="the YAML to write; default: the folder's name, here"
+    )
+
+
+def run(folder: Path, out: Path | None) -> int:
     """Every key and shape is checked, by the files' headers alone: also of 671B parameters in seconds."""
+    from dsv3_lightning.hub.folder import HubFolder
+
     source = HubFolder(folder)
     source.audit()
     for note in source.notes:

@@ -1,16 +1,28 @@
 """`dsv3 serve`: an OpenAI-compatible server for one model."""
 
+import argparse
 import socket
 from pathlib import Path
 
-import torch
-
+from dsv3_lightning.common.flags import context_argument, model_argument, port, positive
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.batching import Engine, check_engine
-from dsv3_lightning.runs.models import load
 
 
-def serve(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model_argument(parser)
+    parser.add_argument("--name", metavar="TEXT", help="what clients call the model; default: the folder's name")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any; default %(default)s")
+    parser.add_argument("--slots", type=int, default=16, metavar="N", help="texts at a time; default %(default)s")
+    context_argument(parser)
+    parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="beyond them; default %(default)s")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: as torch chooses")
+
+
+def run(
     checkpoint: Path,
     name: str | None,
     host: str,
@@ -22,6 +34,11 @@ def serve(
     threads: int | None,
 ) -> int:
     """Until Ctrl-C."""
+    import torch
+
+    from dsv3_lightning.inference.batching import Engine, check_engine
+    from dsv3_lightning.runs.models import load
+
     check_engine(slots, max_waiting, timeout)
     try:
         from dsv3_lightning.inference.server import Server, build_app

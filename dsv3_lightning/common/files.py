@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
-from typing import TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, TypedDict
 
 from dsv3_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLOCK = 1 << 20
 
@@ -92,8 +93,10 @@ def make_folder(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} {path}: must be a folder that can be written to ({error.strerror})") from error
 
 
-def read_numbers(flag: str, path: Path) -> np.ndarray:
+def read_numbers(flag: str, path: Path) -> "np.ndarray":
     """The array of an .npy file. Raises ConfigError."""
+    import numpy as np
+
     try:
         with open(path, "rb") as file:  # np.load would also take .npz files and pickles
             array = np.lib.format.read_array(file, allow_pickle=False)
