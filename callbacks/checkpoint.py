@@ -1,5 +1,6 @@
 """Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
 
+import math
 import os
 import shutil
 import signal
@@ -11,11 +12,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
-from dsv3_lightning.common.files import put_in_place, remove
+from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import latest_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -56,7 +57,7 @@ class Checkpoint(CheckpointBase):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         step = trainer.global_step
         received = torch.tensor(self.received, device=trainer.strategy.root_device)
@@ -97,10 +98,8 @@ class Checkpoint(CheckpointBase):
         folder = checkpoint_folder(trainer)
         newest = step_files(folder, step)
         if trainer.is_global_zero and newest:
-            link = folder / "last.ckpt.new"
-            link.unlink(missing_ok=True)
-            link.symlink_to(newest[0].name)
-            os.replace(link, folder / "last.ckpt")
+            with whole(folder / "last.ckpt") as beside:
+                beside.symlink_to(newest[0].name)
             for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
                 remove(path)
 
@@ -109,7 +108,10 @@ class Checkpoint(CheckpointBase):
             return
         late = trainer.state.fn == "validate"  # of a run that was stopped between its last step and its report
         step = trainer.max_steps if late else trainer.global_step
-        folder, loss = checkpoint_folder(trainer), f"{latest_scalars(trainer)['val/loss']:.4f}"
+        value = latest_scalars(trainer).get("val/loss")
+        if value is None or not math.isfinite(value):  # no target was validated, or the model is broken: not a best one
+            return
+        folder, loss = checkpoint_folder(trainer), f"{value:.4f}"
         best, path = best_files(folder), folder / f"best-step={step}-loss={loss}.ckpt"
         if len(best) >= self.keep_best and float(loss) >= best[-1][0]:  # as it is written there
             return
@@ -122,13 +124,11 @@ class Checkpoint(CheckpointBase):
 
 def link(path: Path, name: Path) -> None:
     """A second name for a checkpoint, that stays when the first is removed."""
-    if path.is_dir():
-        beside = name.with_name(name.name + ".new")
-        remove(beside)
-        shutil.copytree(path, beside, copy_function=os.link)
-        put_in_place(beside, name)
-    else:
-        os.link(path, name)
+    with whole(name) as beside:
+        if path.is_dir():
+            shutil.copytree(path, beside, copy_function=os.link)
+        else:
+            os.link(path, beside)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

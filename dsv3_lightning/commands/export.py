@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.flags import above_zero, run_argument
 from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.config.schema import Config
@@ -54,7 +54,7 @@ def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: f
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder)
-        write_synced(folder / "README.md", model_card(config, run_folder, path).encode())
+        write_file(folder / "README.md", model_card(config, run_folder, path))
         print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written

@@ -4,10 +4,9 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.parameters import count_parameters
@@ -47,11 +46,8 @@ def run(folder: Path, out: Path | None) -> int:
         "trainer": {"max_steps": 1000},
         **fitting(source.config),
     }
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    try:
-        write_synced(target, (HEAD.format(folder=source.path.resolve(), file=target) + text).encode())
-    except OSError as error:
-        raise ConfigError(f"--out {target}: can't be written ({error.strerror})") from error
+    text = to_yaml(tree)
+    write_file(target, HEAD.format(folder=source.path.resolve(), file=target) + text)
     counts = count_parameters(source.config)
     print(f"{source.path}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")
     print(f"{target}: written; dsv3 run {target} starts from these weights")

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.config.stored import read_stored
 from dsv3_lightning.data.text.conversation import turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -16,7 +16,8 @@ from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.hub.tokens import read_tokenizer
 from dsv3_lightning.inference.layers import lay_by_columns
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good, read_checkpoint
 from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
@@ -45,12 +46,10 @@ def stored_config(folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
+    tree = read_stored(file)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict):
-            raise ConfigError("holds no settings")
         return check(tree)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
 
 

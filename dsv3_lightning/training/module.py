@@ -10,13 +10,14 @@ from torch import Tensor
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Losses, Transformer, fill
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
-from dsv3_lightning.training.logging import is_log_step, log_scalars
+from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
@@ -102,11 +103,11 @@ class PretrainModule(pl.LightningModule):
         )
         # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        mean_K = losses.nll_K / batch["target_counts"].clamp(min=1) * parts
-        loss = mean_K[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
-        if len(mean_K) > 1:
-            loss = loss + self.mtp_weight * mean_K[1:].mean()
-        self.train_loss.update(losses.nll_K, batch["targets"])
+        mean_P = losses.nll_P / batch["target_counts"].clamp(min=1) * parts
+        loss = mean_P[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
+        if len(mean_P) > 1:
+            loss = loss + self.mtp_weight * mean_P[1:].mean()
+        self.train_loss.update(losses.nll_P, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
@@ -158,9 +159,9 @@ class PretrainModule(pl.LightningModule):
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
-        values = {}
+        values: dict[str, float | None] = {}
         if self.balance.steps:  # none where every step since the last log was skipped
-            values = dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
+            values = dict(zip(names, self.train_loss.compute(), strict=True))
             *sums, steps = self.summed(self.balance.packed())
             values |= {name: total / steps for name, total in zip(self.balance.names, sums, strict=True)}
         self.train_loss.reset()
@@ -171,26 +172,29 @@ class PretrainModule(pl.LightningModule):
         values["optimizer/skipped_steps"] = self.skipped_steps
         log_scalars(self.trainer, values, step)
 
+    def on_train_start(self) -> None:
+        publish(self.trainer, self.scalars)  # those of earlier lives: a monitored one may not be logged again for long
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        guess, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
-        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], guess, documents_BS)
-        if losses.guesses_BKT is not None:
-            self.val_acceptance.update(losses.guesses_BKT, batch["targets"])
-        self.val_loss.update(losses.nll_K, batch["targets"])
-        self.val_bpb.update(losses.nll_K[0], batch["target_bytes"])
+        draft, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
+        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], draft, documents_BS)
+        if losses.drafts_BPT is not None:
+            self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
+        self.val_loss.update(losses.nll_P, batch["targets"])
+        self.val_bpb.update(losses.nll_P[0], batch["target_bytes"])
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
-        main, *mtp = torch.atleast_1d(self.val_loss.compute()).tolist()  # torchmetrics makes one element a scalar
-        values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
+        main, *mtp = self.val_loss.compute()
+        values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
         values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
         if mtp:
-            accepted = torch.atleast_1d(self.val_acceptance.compute()).tolist()
-            values |= {f"mtp/acceptance_{k}": share for k, share in enumerate(accepted, start=1)}
+            accepted = enumerate(self.val_acceptance.compute(), start=1)
+            values |= {f"mtp/acceptance_{k}": share for k, share in accepted}
             self.val_acceptance.reset()
         self.val_loss.reset()
         self.val_bpb.reset()
@@ -213,15 +217,17 @@ class PretrainModule(pl.LightningModule):
         return reduced.tolist()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scalars"] = dict(self.scalars)
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
-        sums = torch.stack([self.train_loss.nll_K, self.train_loss.count_K.double()])
+        sums = torch.stack([self.train_loss.nll_P, self.train_loss.count_P.double()])
         checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
+        self.scalars = dict(checkpoint.get("scalars", {}))
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
-            nll_K, count_K = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
-            self.train_loss.nll_K += nll_K
-            self.train_loss.count_K += count_K.long()
+            nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
+            self.train_loss.nll_P += nll_P
+            self.train_loss.count_P += count_P.long()
             self.balance.unpack(checkpoint["since_log"]["balance"])

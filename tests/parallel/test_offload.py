@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, Shard
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.parallel.strategy import MeshStrategy, move_all_but_parameters
-from dsv3_lightning.parallel.tensors import like, local
-from dsv3_lightning.training.dry_run import pretended_processes
+from dsv3_lightning.parallel.tensors import as_dtensor_like, local
+from dsv3_lightning.training.dry_run import fake_process_group
 from dsv3_lightning.training.module import PretrainModule
 
 GPU = torch.device("meta")
@@ -31,7 +31,7 @@ def test_buffers_metrics_and_the_module_are_on_the_gpu_and_parameters_on_the_hos
     assert sum(name.endswith("expert_bias") for name in buffers) == 3
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
     assert set(buffers) - set(module.state_dict()) == set()  # still buffers, and saved
-    assert module.train_loss.nll_K.is_meta and module.val_bpb.nll.is_meta
+    assert module.train_loss.nll_P.is_meta and module.val_bpb.nll.is_meta
     assert module.device == GPU  # where sums over ranks are made, and batches go
 
 
@@ -49,11 +49,11 @@ def test_the_strategy_moves_them_so_where_it_offloads(module, monkeypatch):
 
 def test_a_part_on_the_host_stays_there_when_it_is_joined_to_the_others():
     """Moments of AdamW, for a checkpoint: all of them at once would not fit the GPU."""
-    with pretended_processes(2):
+    with fake_process_group(2):
         mesh = init_device_mesh("cuda", (2,))
         nowhere = torch.empty(2, 4, device="meta")
         weight = DTensor.from_local(nowhere, mesh, [Shard(0)], run_check=False, shape=(4, 4), stride=(4, 1))
         moment = torch.arange(8.0).view(2, 4)
-        joined = like(weight, moment)
+        joined = as_dtensor_like(weight, moment)
         assert isinstance(joined, DTensor) and joined.shape == (4, 4) and joined.placements == (Shard(0),)
         assert local(joined).data_ptr() == moment.data_ptr()
