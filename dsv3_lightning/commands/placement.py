@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3_lightning.common.files import make_folder, read_numbers, write_file
+from dsv3_lightning.common.files import make_folder, write_file
 from dsv3_lightning.common.flags import positive, run_argument
 from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import heat_maps, save_figure
@@ -100,6 +100,8 @@ def validation_batches(config: Config) -> "Iterable[dict[str, Tensor]]":
 def read_loads(path: Path, config: Config) -> "Tensor":
     """The loads in an .npy file, fp64 [L, E]. Raises ConfigError."""
     import torch
+
+    from dsv3_lightning.common.numbers import read_numbers
 
     array = read_numbers("--loads", path)
     shape = (config.model.num_moe_layers, config.model.n_routed_experts)
