@@ -81,7 +81,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
     if first_rank:
-        prepared = prepare(config.data)
+        prepared = prepare(config.data, tell=None)  # the data module tells, when training starts
         folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
         banner(config, folder, start, reason)
         for note in notes if start is None else []:
