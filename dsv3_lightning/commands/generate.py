@@ -34,15 +34,16 @@ def generate(
     if draft:
         check_depth(model, draft)
     texts, ends = Texts(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
+    unused = tokenizer.ids_without_text(model.config.vocab_size)
     if not draft:
-        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push)
+        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push, unused)
         for _ in prompts:
             texts.finish()
         return 0
     counts = Drafts([0] * draft, [0] * draft)
     for number, ids in enumerate(prompts):
         show = functools.partial(texts.push, number)
-        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number)[1]
+        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number, unused)[1]
         texts.finish()
     print(told(counts), file=sys.stderr)
     return 0

@@ -31,11 +31,13 @@ from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
-from dsv3_lightning.parallel.groups import start_again
-from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
+from dsv3_lightning.parallel.groups import init_after_restart
+from dsv3_lightning.parallel.lost import ERRORS, peer_failure
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.training.module import PretrainModule
@@ -72,7 +74,9 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
-        start_again(trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout)
+        init_after_restart(
+            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
+        )
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
@@ -82,9 +86,10 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
     if first_rank:
         prepared = prepare(config.data, tell=None)  # the data module tells, when training starts
+        notes += [vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")]
         folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
         banner(config, folder, start, reason)
-        for note in notes if start is None else []:
+        for note in filter(None, notes if start is None else []):
             print(note, flush=True)
         if start is None:
             logger.describe(tree, len(read_manifest(prepared)["origins"]))
@@ -109,7 +114,7 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
     started = watched.copy()
     watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
     time.sleep(0.5)  # until it is known what became of them
-    lost = what_was_lost(error, started)
+    lost = peer_failure(error, started)
     if lost is None:
         watched.extend(started)
     else:
@@ -119,7 +124,7 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
         raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
 
 
-def open_source(config: Config) -> tuple[HubFolder | None, list[str]]:
+def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
     """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []

@@ -64,7 +64,8 @@ class Engine:
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.limit = context_of(model.config, context)
         self.max_waiting, self.seconds = waiting, seconds
-        self.decoder = Decoder(model, rows, self.limit, lower="--context or --slots")
+        unused = tokenizer.ids_without_text(model.config.vocab_size)
+        self.decoder = Decoder(model, rows, self.limit, lower="--context or --slots", unused=unused)
         self.queue: deque[Job] = deque()
         self.running: list[Job] = []  # by row
         self.changed = threading.Condition()

@@ -135,7 +135,10 @@ def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     write_json(copied / "generation_config.json", {"eos_token_id": ids})
     assert main(["generate", str(copied), "--prompt", "a"]) == 2
-    assert f"generation_config.json: eos_token_id={ids}: must be a whole number, or a list" in capsys.readouterr().err
+    assert (
+        f"generation_config.json: eos_token_id={json.dumps(ids)}: must be a whole number, or a list"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
         "text_key": config.text_key,
         "skip_bad_lines": config.skip_bad_lines,
         "validation_fraction": config.validation_fraction,
-        "tokenizer": [*tokenizer.names, tokenizer.sha256] if tokenizer else trained,
+        "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,
     }
 
 
