@@ -70,7 +70,8 @@ def turn_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     if (tokenizer.chat_template or CHAT_TEMPLATE).rstrip("\n") != CHAT_TEMPLATE:
         raise ConfigError(
             "the model's chat_template is not the one that conversations are written with here (DeepSeek's marks), so "
-            "the prompt would be a wrong one; give the whole prompt yourself, to dsv3 generate or /v1/completions"
+            "the prompt would be a wrong one; write the whole prompt yourself, with its control tokens, and give it to "
+            'dsv3 generate --parse-special, or to /v1/completions with "parse_special": true'
         )
     user, assistant = (tokenizer.backend.token_to_id(name) for name in (USER, ASSISTANT))
     if user is None or assistant is None:
