@@ -11,7 +11,7 @@ from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
 from dsv3_lightning.training.router_metrics import load_statistics, relative_load
 
@@ -153,5 +153,5 @@ def draw(
     """A map of rows × experts and a histogram of its values, at this step."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), trainer.global_step)
-            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), trainer.global_step)
+            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), steps_done(trainer))
+            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), steps_done(trainer))

@@ -80,7 +80,7 @@ class WeightAverage(Callback):
         finally:
             put(pl_module.model, trained)
         main = torch.atleast_1d(loss.compute())[0]  # torchmetrics makes one element a scalar
-        log_scalars(trainer, {"val/loss_average": float(main)}, getattr(pl_module, "steps_done", None))
+        log_scalars(trainer, {"val/loss_average": float(main)})
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""

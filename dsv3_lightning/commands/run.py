@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
 from dsv3_lightning.config.schema import Config
@@ -54,12 +55,12 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         return 0
     refuse_taken_port(config)
     source, notes = open_source(config)
-    callbacks = build_callbacks(config)
+    callbacks = in_order(build_callbacks(config), config)
     start = folder.resume_from()
     precision, reason = resolve_precision(config, folder)
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
-    trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
+    trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
         start_again(trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout)
     module = PretrainModule(
@@ -76,6 +77,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         for note in notes if start is None else []:
             print(note, flush=True)
         if start is None:
+            logger.rewind({})  # of a life that left no checkpoint
             logger.describe(tree, len(read_manifest(prepared)["origins"]))
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
             shutil.copyfile(file, folder.path / file.name)
@@ -106,6 +108,13 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
             process.kill()
         who = f"rank {trainer.global_rank} stops"
         raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
+
+
+def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
+    """Ours, the note that a step is done, and those of others. Lightning moves checkpoint callbacks to the end."""
+    others = [callback for name, callback in callbacks.items() if "class_path" in (config.callbacks[name] or {})]
+    ours = [callback for callback in callbacks.values() if callback not in others]
+    return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
 
 
 def open_source(config: Config) -> tuple[HubFolder | None, list[str]]:

@@ -11,7 +11,7 @@ import yaml
 from dsv3_lightning.common.files import write_whole
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.names import step_files
+from dsv3_lightning.parallel.checkpoints.names import resumable_files
 from dsv3_lightning.parallel.checkpoints.one_file import newest_good, step_of
 
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
@@ -57,7 +57,7 @@ class RunFolder:
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
         if differing := shown_differences(stored, tree):
             raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
-        if self.config.run.resume is False and (step_files(self.path / "checkpoints") or self.finished()):
+        if self.config.run.resume is False and (resumable_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
             )
@@ -76,7 +76,7 @@ class RunFolder:
             if not Path(wanted).exists():
                 raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
             return Path(wanted), step_of(Path(wanted))
-        return newest_good(step_files(self.path / "checkpoints")) if wanted == "auto" else None
+        return newest_good(resumable_files(self.path / "checkpoints")) if wanted == "auto" else None
 
 
 def shown_differences(stored: dict[str, Any], tree: dict[str, Any]) -> str:

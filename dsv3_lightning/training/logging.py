@@ -6,13 +6,18 @@ from lightning.pytorch import Trainer
 def log_scalars(trainer: Trainer, values: dict[str, float], step: int | None = None) -> None:
     """Logs at `step` (default: optimizer steps done), and remembers the latest values for the progress line."""
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step if step is None else step)
+        logger.log_metrics(values, step=steps_done(trainer) if step is None else step)
     latest_scalars(trainer).update(values)
 
 
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
     """The last value of everything logged so far."""
     return vars(trainer.lightning_module).setdefault("scalars", {})
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Optimizer steps of the run so far; to the Trainer a finished run that is only validated has made none."""
+    return getattr(trainer.lightning_module, "steps_done", trainer.global_step)
 
 
 def is_log_step(trainer: Trainer, step: int) -> bool:

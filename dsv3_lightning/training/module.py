@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -17,9 +18,13 @@ from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_log_step, log_scalars
+from dsv3_lightning.training.loops import loops_at
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
+
+
+VALIDATION = ("val/", "mtp/acceptance_", "balance/max_vio_global")  # what a validation logs
 
 
 class PretrainModule(pl.LightningModule):
@@ -63,6 +68,7 @@ class PretrainModule(pl.LightningModule):
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
+        self.validated_step: int | None = None  # the step after which the last validation was
 
     def configure_model(self) -> None:
         """Makes the initial weights: all of them, or this rank's part, the same whatever the number of ranks."""
@@ -175,6 +181,11 @@ class PretrainModule(pl.LightningModule):
         if self.trainer.global_step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
 
+    def on_validation_start(self) -> None:
+        """Forgets the values of the validation before: this one may lack some of them."""
+        for name in [name for name in self.scalars if name.startswith(VALIDATION)]:
+            del self.scalars[name]
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         guess, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
         losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], guess, documents_BS)
@@ -195,7 +206,8 @@ class PretrainModule(pl.LightningModule):
         self.val_loss.reset()
         self.val_bpb.reset()
         if not self.trainer.sanity_checking:
-            log_scalars(self.trainer, values, self.steps_done)
+            log_scalars(self.trainer, values)
+            self.validated_step = self.steps_done
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.optimizer_config
@@ -216,10 +228,20 @@ class PretrainModule(pl.LightningModule):
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
         sums = torch.stack([self.train_loss.nll_K, self.train_loss.count_K.double()])
         checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
+        checkpoint["scalars"] = dict(self.scalars)
+        checkpoint["validated"] = self.validated_step == self.trainer.global_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
-        self.loaded_step = checkpoint["global_step"]
+        self.scalars.update(checkpoint["scalars"])
+        step = self.loaded_step = checkpoint["global_step"]
+        micro_batches = self.trainer.accumulate_grad_batches
+        due = step * micro_batches % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
+        validate_first = due and not checkpoint["validated"]
+        checkpoint["loops"] = loops_at(checkpoint["loops"], step, micro_batches, validate_first)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Timer):  # or a run whose time was up would never make another step
+                checkpoint["callbacks"].pop(callback.state_key, None)
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
             nll_K, count_K = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
             self.train_loss.nll_K += nll_K
