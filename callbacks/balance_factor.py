@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
+from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
 
 
 class BalanceFactor(Callback):
@@ -15,7 +15,7 @@ class BalanceFactor(Callback):
     Logs balance/factor, where there is a balance loss. No state: it follows from the step.
     """
 
-    def __init__(self, schedule: list[list[Any]], by: str = "share") -> None:
+    def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:
         check_schedule(schedule, by, "callbacks.balance_factor.schedule")
         self.schedule, self.by = schedule, by
 

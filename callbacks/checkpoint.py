@@ -41,7 +41,7 @@ class Checkpoint(CheckpointBase):
     Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
     """
 
-    def __init__(self, every_n_steps: int, keep: int, keep_best: int) -> None:
+    def __init__(self, every_n_steps: int = 100, keep: int = 2, keep_best: int = 1) -> None:
         for name, value, least in (("every_n_steps", every_n_steps, 1), ("keep", keep, 1), ("keep_best", keep_best, 0)):
             if value < least:
                 raise ConfigError(f"callbacks.checkpoint.{name}={value}: must be at least {least}")

@@ -107,6 +107,10 @@ class RunLogger(TensorBoardLogger):
         super().__init__(save_dir=folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
         self.earlier = sorted(Path(folder).glob(EVENTS))
 
+    @property
+    def log_dir(self) -> str:
+        return str(self.save_dir)  # the base class would replace environment variables in a folder's name
+
     def save(self) -> None:
         self.experiment.flush()  # the base class would also write a hparams.yaml; config.yaml holds everything
 

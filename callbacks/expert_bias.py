@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
+from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
 
 
 class Balanced(Protocol):
@@ -34,8 +34,8 @@ class ExpertBias(Callback):
 
     def __init__(
         self,
-        speed: float,
-        schedule: list[list[Any]],
+        speed: float = 1e-3,
+        schedule: Schedule = ((0.0, 1.0), (0.966, 0.0)),
         by: str = "share",
         rule: Literal["sign", "proportional"] = "sign",
         centered: bool = False,

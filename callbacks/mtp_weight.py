@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import check_schedule, place_of, value_at
+from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
 
 
 class MTPWeight(Callback):
@@ -16,7 +16,7 @@ class MTPWeight(Callback):
     step.
     """
 
-    def __init__(self, schedule: list[list[Any]], by: str = "share") -> None:
+    def __init__(self, schedule: Schedule = ((0.0, 0.3), (0.676, 0.1)), by: str = "share") -> None:
         check_schedule(schedule, by, "callbacks.mtp_weight.schedule")
         self.schedule, self.by = schedule, by
         self.weight = 0.0

@@ -31,7 +31,7 @@ class RouterMonitor(Callback):
     Saves the steps since the last log, summed over ranks, and the MaxVio of the last 50 steps.
     """
 
-    def __init__(self, every_n_steps: int, per_layer: bool = False) -> None:
+    def __init__(self, every_n_steps: int = 100, per_layer: bool = False) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"callbacks.router_monitor.every_n_steps={every_n_steps}: must be at least 1")
         self.every_n_steps, self.per_layer = every_n_steps, per_layer

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput, peak_memory
 from dsv3_lightning.common.files import write_whole
 from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.common.plots import curves, heat_map
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
@@ -71,7 +73,7 @@ class RunReport(Callback):
         write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
         text = markdown(report, folder, samples.latest if samples else [], bool(biases))
         write_whole(folder / "report.md", text)
-        print(f"report: {folder / 'report.md'}", flush=True)
+        print(f"report: {display_path(folder / 'report.md')}", flush=True)
 
     def facts(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """The content of report.json."""
@@ -153,6 +155,6 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
     return (
         f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{pictures}\n"
         f"## What it writes\n\n{written}\n\n"
-        f'## Next\n\n`dsv3 generate {folder} --prompt "def "` continues a prompt; '
-        f"`tensorboard --logdir {folder.parent}` shows every curve.\n"
+        f'## Next\n\n`dsv3 generate {shlex.quote(str(folder))} --prompt "def "` continues a prompt; '
+        f"`tensorboard --logdir {shlex.quote(str(folder.parent))}` shows every curve.\n"
     )

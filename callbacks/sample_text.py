@@ -1,5 +1,6 @@
 """What the model writes: fixed prompts, continued every N steps, on the terminal and as TensorBoard text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -9,6 +10,8 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.generate import generate
 from dsv3_lightning.training.logging import stepped
 
+PROMPTS = ("def ", "import os\n", "class Node:\n")
+
 
 class SampleText(Callback):
     """Continues `prompts` every `every_n_steps` and after the last step.
@@ -17,7 +20,13 @@ class SampleText(Callback):
     Logs samples/prompt_<i>. Needs `pl_module.model` (a Transformer) and `trainer.datamodule.tokenizer`.
     """
 
-    def __init__(self, every_n_steps: int, prompts: list[str], max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 200,
+        prompts: Sequence[str] = PROMPTS,
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+    ) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"callbacks.sample_text.every_n_steps={every_n_steps}: must be at least 1")
         if max_new_tokens < 1:

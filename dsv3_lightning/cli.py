@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from dsv3_lightning import __version__
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.errors import ConfigError, RunStopped
 
 T = TypeVar("T", int, float)
@@ -161,7 +162,7 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("checkpoint", type=path_argument, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what to continue; may be repeated"
     )
@@ -172,14 +173,14 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("checkpoint", type=path_argument, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the first turn")
     context_argument(parser)
     sampling_arguments(parser)
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("checkpoint", type=path_argument, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--name", metavar="TEXT", help="what clients call the model; default: the folder's name")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any; default %(default)s")
@@ -215,12 +216,14 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file")
-    parser.add_argument("out", metavar="OUT", help="the folder to make")
+    parser.add_argument(
+        "run", type=path_argument, metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file"
+    )
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to make")
     types = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=types, default="float32", help="of the weights; default %(default)s")
     parser.add_argument(
-        "--verify", nargs="?", const=True, default=False, metavar="TOKENS.npy",
+        "--verify", type=path_argument, nargs="?", const=True, default=False, metavar="TOKENS.npy",
         help="write the model's logits to verify/ beside OUT, read OUT back and compare; of these, or random tokens",
     )  # fmt: skip
     parser.add_argument(
@@ -229,29 +232,40 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="HF_FOLDER", help="with config.json and safetensors files")
-    parser.add_argument("--out", metavar="FILE", help="the YAML to write; default: the folder's name, here")
+    parser.add_argument(
+        "folder", type=path_argument, metavar="HF_FOLDER", help="with config.json and safetensors files"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="the YAML to write; default: the folder's name, here"
+    )
 
 
 def placement_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file")
+    parser.add_argument(
+        "run", type=path_argument, metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file"
+    )
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs that serve it, of all nodes")
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default %(default)s")
     parser.add_argument("--replicas", type=positive, metavar="N", help="experts of a layer on all GPUs together")
     parser.add_argument(
-        "--loads", metavar="FILE.npy", help="tokens [layers, experts]; default: counted on validation text"
+        "--loads",
+        type=path_argument,
+        metavar="FILE.npy",
+        help="tokens [layers, experts]; default: counted on validation text",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="default: placement/ in the run's folder")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: placement/ in the run's folder")
 
 
 def needle_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file")
+    parser.add_argument(
+        "run", type=path_argument, metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint file"
+    )
     parser.add_argument(
         "--lengths", type=positive, nargs="+", metavar="N", help="default: 1/4, 1/2, all of the context"
     )
     parser.add_argument("--depths", type=positive, default=5, metavar="N", help="of the needle; default %(default)s")
     parser.add_argument("--texts", type=positive, default=8, metavar="N", help="for each; default %(default)s")
-    parser.add_argument("--out", metavar="FOLDER", help="default: needle/ in the run's folder")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: needle/ in the run's folder")
 
 
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -262,21 +276,32 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of experiments")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there, too")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curves there, as PNG")
+    parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, or of experiments")
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the curves there, as PNG")
 
 
 def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("inspect", "verify", "consolidate"), help="consolidate makes one file of it")
-    parser.add_argument("path", metavar="CKPT", help="a file, or a folder of shards")
-    parser.add_argument("output", metavar="FILE", nargs="?", help="of consolidate: the file to write")
+    parser.add_argument("path", type=path_argument, metavar="CKPT", help="a file, or a folder of shards")
+    parser.add_argument(
+        "output", type=path_argument, metavar="FILE", nargs="?", help="of consolidate: the file to write"
+    )
 
 
 def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
-    parser.add_argument("--dir", dest="folder", default="runs/reproduce", metavar="FOLDER", help="default %(default)s")
-    parser.add_argument("--out", metavar="FILE", help="the report; default: reproduction.md in that folder")
+    parser.add_argument(
+        "--dir",
+        type=path_argument,
+        dest="folder",
+        default="runs/reproduce",
+        metavar="FOLDER",
+        help="default %(default)s",
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="the report; default: reproduction.md in that folder"
+    )
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="30 steps a run: whether it works, not what it shows")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """`dsv3 chat`: a conversation on the terminal, until the end of the input."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.inference.chat import Chat
@@ -9,7 +10,7 @@ from dsv3_lightning.runs.models import load
 
 
 def chat(
-    checkpoint: str,
+    checkpoint: Path,
     system: str,
     context: int | None,
     max_new_tokens: int,

@@ -14,21 +14,21 @@ from dsv3_lightning.parallel.checkpoints.shard_reader import PREFIX, ShardReader
 PIECE = 2**20  # numbers
 
 
-def checkpoint(action: str, path: str, output: str | None) -> int:
+def checkpoint(action: str, path: Path, output: Path | None) -> int:
     """action: `inspect`, `verify`, or `consolidate` into the file `output`. Raises ConfigError on a bad checkpoint."""
     if (output is None) == (action == "consolidate"):
         raise ConfigError("checkpoint consolidate PATH FILE takes two names, inspect and verify take one")
     if output is not None:
-        state = read_checkpoint(Path(path), mmap=True)
-        consolidate(state, Path(output))
-        print(f"{output}: {si(Path(output).stat().st_size, 'B')} in one file, step {state['global_step']:,}")
+        state = read_checkpoint(path, mmap=True)
+        consolidate(state, output)
+        print(f"{output}: {si(output.stat().st_size, 'B')} in one file, step {state['global_step']:,}")
         return 0
-    shards = ShardReader(Path(path)) if Path(path).is_dir() else None
-    state = complete(shards.outline(), Path(path)) if shards else read_checkpoint(Path(path), mmap=True)
+    shards = ShardReader(path) if path.is_dir() else None
+    state = complete(shards.outline(), path) if shards else read_checkpoint(path, mmap=True)
     if action == "inspect":
-        print(inspected(Path(path), state))
+        print(inspected(path, state))
     else:
-        print(f"{path}: {verified(Path(path), state, shards)}")
+        print(f"{path}: {verified(path, state, shards)}")
     return 0
 
 

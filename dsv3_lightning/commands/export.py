@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import native, write_synced
+from dsv3_lightning.common.files import write_synced
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.hub.config import to_json
@@ -19,13 +19,14 @@ from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.models import find_checkpoint, load_hub_folder, load_model, part_reader, stored_config
 
 
-def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: float) -> int:
+def export(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: float) -> int:
     """Writes the folder, whole or not at all. verify: whether its logits are compared, or a file of tokens for it."""
-    target = native(out)
-    check_free(target)
-    path, run_folder = find_checkpoint(native(run))
+    check_free(out)
+    path, run_folder = find_checkpoint(run)
     config, tokenizer = stored_config(run_folder), Tokenizer.from_file(run_folder)
-    tokens = None if verify is False else verification_tokens(None if verify is True else str(verify), config.model)
+    tokens = (
+        None if verify is False else verification_tokens(verify if isinstance(verify, Path) else None, config.model)
+    )
 
     def write(folder: Path) -> None:
         size = write_weights(config.model, part_reader(path), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
@@ -33,15 +34,15 @@ def export(run: str, out: str, dtype: str, verify: str | bool, file_gigabytes: f
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder)
         write_synced(folder / "README.md", model_card(config, run_folder, path).encode())
-        print(f"{target}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
+        print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written
     if tokens is not None:
         model = load_model(path, config.model)
         expected = all_logits(model, tokens)
-        write_logits(target.parent / "verify", tokens, expected)
-    write_folder(target, write)
-    return 0 if tokens is None else compare(target, model, tokens, expected, DTYPES[dtype])
+        write_logits(out.parent / "verify", tokens, expected)
+    write_folder(out, write)
+    return 0 if tokens is None else compare(out, model, tokens, expected, DTYPES[dtype])
 
 
 def compare(folder: Path, model: Transformer, tokens: Tensor, expected: tuple, dtype: torch.dtype) -> int:

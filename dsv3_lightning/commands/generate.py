@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.data.text.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from dsv3_lightning.runs.models import load
 
 
 def generate(
-    checkpoint: str,
+    checkpoint: Path,
     prompt: list[str],
     draft: int,
     max_new_tokens: int,
@@ -41,7 +42,7 @@ def generate(
     counts = Drafts([0] * draft, [0] * draft)
     for number, ids in enumerate(prompts):
         show = functools.partial(texts.push, number)
-        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show)[1]
+        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number)[1]
         texts.finish()
     print(told(counts), file=sys.stderr)
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dsv3_lightning.common.files import native, write_synced
+from dsv3_lightning.common.files import write_synced
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
@@ -17,13 +17,13 @@ HEAD = """\
 """
 
 
-def import_folder(folder: str, out: str | None) -> int:
+def import_folder(folder: Path, out: Path | None) -> int:
     """Every key and shape is checked, by the files' headers alone: also of 671B parameters in seconds."""
     source = HubFolder(folder)
     source.audit()
     for note in source.notes:
         print(note)
-    target = native(out) if out is not None else Path(f"{source.path.resolve().name}.yaml")
+    target = out if out is not None else Path(f"{source.path.resolve().name}.yaml")
     if target.exists():
         raise ConfigError(f"{target}: is there already; name another file with --out")
     tree = {

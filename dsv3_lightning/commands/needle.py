@@ -1,20 +1,21 @@
 """`dsv3 needle`: the needle-in-a-haystack check of a run's model, on its validation text, with a heat map."""
 
 import json
+from pathlib import Path
 
 from dsv3_lightning.commands.placement import validation_batches
-from dsv3_lightning.common.files import make_folder, native, write_whole
+from dsv3_lightning.common.files import make_folder, write_whole
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.inference.needle import find_needles
 from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
 
 
-def needle(run: str, lengths: list[int] | None, depths: int, texts: int, out: str | None) -> int:
+def needle(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path | None) -> int:
     """Prints what the needle is worth by length and depth; writes needle.json and needle.png."""
-    path, folder = find_checkpoint(native(run))
+    path, folder = find_checkpoint(run)
     config = stored_config(folder)
-    target = folder / "needle" if out is None else native(out)
+    target = folder / "needle" if out is None else out
     make_folder("--out", target)
     limit = config.model.max_position_embeddings
     lengths = lengths or [limit // part for part in (4, 2, 1)]

@@ -3,32 +3,36 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import make_folder, native, read_numbers, write_whole
-from dsv3_lightning.common.plots import heat_map
+from dsv3_lightning.common.files import make_folder, read_numbers, write_whole
+from dsv3_lightning.common.plots import heat_maps
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
 from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BATCHES = 16  # of validation text
 
 
-def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str | None, out: str | None) -> int:
+def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | None, out: Path | None) -> int:
     """Prints max/mean GPU load by layer before and after; writes placement.json and placement.png."""
-    path, folder = find_checkpoint(native(run))
+    path, folder = find_checkpoint(run)
     config = stored_config(folder)
     if not config.model.num_moe_layers:
         raise ConfigError(f"{folder}: the model has no experts")
     experts = config.model.n_routed_experts
     if replicas is None:  # one more on each GPU than it must hold, as in V3 §3.4.1
         replicas = (-(-experts // gpus) + 1) * gpus
-    target = folder / "placement" if out is None else native(out)
+    target = folder / "placement" if out is None else out
     make_folder("--out", target)
     weight_LE = count_load(config, path) if loads is None else read_loads(loads, config)
     plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
@@ -41,13 +45,15 @@ def placement(run: str, gpus: int, nodes: int, replicas: int | None, loads: str 
     content = {"gpus": gpus, "nodes": nodes, "replicas": replicas, "load": weight_LE.tolist()}
     content |= {name: table.tolist() for name, table in plan._asdict().items()}
     write_whole(target / "placement.json", json.dumps(content) + "\n")
-    shares = [loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG)]
-    picture = heat_map(torch.cat(shares, 1), f"GPU load over its mean: left before, right after ({gpus} GPUs)", 1.0)
-    picture.axes[0].set(xlabel="GPU")
-    picture.axes[0].axvline(gpus - 0.5, color="black")
-    picture.savefig(target / "placement.png")
+    picture(before_LG, after_LG).savefig(target / "placement.png")
     print(f"{target}: placement.json and placement.png, {replicas} replicas of {experts} experts on {gpus} GPUs")
     return 0
+
+
+def picture(before_LG: Tensor, after_LG: Tensor) -> "Figure":
+    """Every GPU's load as a multiple of its layer's mean, before and after, by tokens per layer and GPU."""
+    before, after = (loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG))
+    return heat_maps({"GPU load over its mean, before": before, "after": after}, 1.0, columns="GPU")
 
 
 @torch.no_grad()
@@ -71,10 +77,10 @@ def validation_batches(config: Config) -> Iterable[dict[str, Tensor]]:
     return data.val_dataloader()
 
 
-def read_loads(name: str, config: Config) -> Tensor:
+def read_loads(path: Path, config: Config) -> Tensor:
     """fp64 [L, E]. Raises ConfigError."""
-    array = read_numbers("--loads", name)
+    array = read_numbers("--loads", path)
     shape = (config.model.num_moe_layers, config.model.n_routed_experts)
     if array.shape != shape:
-        raise ConfigError(f"--loads {name}: is {list(array.shape)}, must be {list(shape)} (MoE layers, routed experts)")
+        raise ConfigError(f"--loads {path}: is {list(array.shape)}, must be {list(shape)} (MoE layers, routed experts)")
     return torch.from_numpy(array.astype(np.float64))

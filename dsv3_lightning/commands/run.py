@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
@@ -51,7 +53,8 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         folder.claim(tree, sources)
     if folder.finished() and config.run.resume == "auto":  # seen by each rank: none waits for another that is done
         if first_rank:
-            print(f"{folder.path}: this run is finished, nothing to do; its report is {folder.path / 'report.md'}")
+            shown = display_path(folder.path)
+            print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
         return 0
     refuse_taken_port(config)
     source, notes = open_source(config)
@@ -214,11 +217,11 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     max_steps = config.trainer["max_steps"]
     tokens = tokens_of(config.data, max_steps)
     print(
-        f"{folder.path}: {counts.total:,} parameters, {counts.active:,} active per token; "
+        f"{display_path(folder.path)}: {counts.total:,} parameters, {counts.active:,} active per token; "
         f"{max_steps:,} steps, {tokens:,} tokens"
     )
-    print(f"{reason}; dashboard: tensorboard --logdir {config.run.dir}")
-    print(f"continuing after step {start[1]} from {start[0]}" if start else "starting anew", flush=True)
+    print(f"{reason}; dashboard: tensorboard --logdir {shlex.quote(display_path(config.run.dir))}")
+    print(f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting anew", flush=True)
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from dsv3_lightning.runs.models import load
 
 
 def serve(
-    checkpoint: str,
+    checkpoint: Path,
     name: str | None,
     host: str,
     port: int,
@@ -31,7 +31,7 @@ def serve(
         torch.set_num_threads(threads)
     with listen(host, port) as listener:
         model, tokenizer = load(checkpoint)
-        called = name or Path(checkpoint).resolve().name
+        called = name or checkpoint.resolve().name
         engine = Engine(model, tokenizer, slots, max_waiting, timeout, context)
         server = Server(build_app(engine, tokenizer, called))
         print(f"{called}: {slots} texts at a time; http://{host}:{listener.getsockname()[1]}/v1", flush=True)

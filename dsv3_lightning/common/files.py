@@ -23,13 +23,8 @@ class FileRecord(TypedDict):
     sha256: str
 
 
-def native(path: str | Path) -> Path:
-    """The path as UTF-8 bytes on disk, also where Python would encode names as ASCII (LC_ALL=C without UTF-8 mode)."""
-    return Path(os.fsdecode(os.fspath(path).encode("utf-8", "surrogateescape"))).expanduser()
-
-
 def readable(path: str | Path) -> str:
-    """The inverse of `native`, for messages and hashes; '/' between the parts."""
+    """The path as text that UTF-8 can hold, for messages and hashes; '/' between the parts."""
     return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
 
 
@@ -97,15 +92,15 @@ def make_folder(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} {path}: must be a folder that can be written to ({error.strerror})") from error
 
 
-def read_numbers(flag: str, name: str) -> np.ndarray:
+def read_numbers(flag: str, path: Path) -> np.ndarray:
     """The array of an .npy file. Raises ConfigError."""
     try:
-        with open(native(name), "rb") as file:  # np.load would also take .npz files and pickles
+        with open(path, "rb") as file:  # np.load would also take .npz files and pickles
             array = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:  # a header is Python code
-        raise ConfigError(f"{flag} {name}: not a readable .npy file ({error})") from error
+        raise ConfigError(f"{flag} {path}: not a readable .npy file ({error})") from error
     if array.dtype.kind not in "iuf":
-        raise ConfigError(f"{flag} {name}: must hold whole or real numbers, holds {array.dtype}")
+        raise ConfigError(f"{flag} {path}: must hold whole or real numbers, holds {array.dtype}")
     return array
 
 

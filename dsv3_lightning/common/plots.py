@@ -1,5 +1,6 @@
 """Small matplotlib figures for TensorBoard and the report. matplotlib is imported when one is drawn."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,25 +16,34 @@ def heat_map(values: ArrayLike, title: str, center: float, rows: str | list[str]
     center 0: even around it. center 1: of ratios, from 0 to the largest, at least 2. rows: what they are, or a name
     for each.
     """
+    return heat_maps({title: values}, center, rows)
+
+
+def heat_maps(
+    panels: Mapping[str, ArrayLike], center: float, rows: str | list[str] = "MoE layer", columns: str = "expert"
+) -> "Figure":
+    """Heat maps of the same rows side by side, by title, in the colors of one scale. columns: what they are; each map
+    counts its own from 0."""
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    numbers = np.asarray(values, dtype=np.float64)
-    count = len(numbers)
+    maps = [np.asarray(values, dtype=np.float64) for values in panels.values()]
+    count = len(maps[0])
     figure = Figure(figsize=(9, 1.6 + 0.28 * min(count, 18)), layout="constrained")
-    axes = figure.add_subplot()
-    reach = max(float(np.nan_to_num(np.abs(numbers - center)).max()), 1.0 if center else 1e-6)
+    reach = max(1.0 if center else 1e-6, *(float(np.nan_to_num(np.abs(numbers - center)).max()) for numbers in maps))
     norm = TwoSlopeNorm(center, 0.0 if center else -reach, center + reach)
-    image = axes.imshow(numbers, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
-    axes.set(title=title, xlabel="expert")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    beside = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, title, numbers in zip(beside, panels, maps, strict=True):
+        image = axes.imshow(numbers, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
+        axes.set(title=title, xlabel=columns)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if isinstance(rows, str):
-        axes.set_ylabel(rows)
-        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        beside[0].set_ylabel(rows)
+        beside[0].yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     else:
-        axes.set_yticks(range(count), rows, fontsize="small")
-    figure.colorbar(image)
+        beside[0].set_yticks(range(count), rows, fontsize="small")
+    figure.colorbar(image, ax=list(beside))
     return figure
 
 

@@ -3,7 +3,7 @@
 So `${model.hidden_size}` sees the last value given, whichever file or override that came from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.overrides import apply_override, plain
 from dsv3_lightning.config.wording import explain, first_line, nearest
 from dsv3_lightning.errors import ConfigError
@@ -28,17 +29,20 @@ class Composed:
     files: list[Path]
 
 
-def compose(files: Sequence[str], overrides: Sequence[str] = ()) -> Composed:
+def compose(
+    files: Sequence[str], overrides: Sequence[str] = (), planned: Mapping[Path, dict[str, Any]] | None = None
+) -> Composed:
     """Merges files, each after those that its `defaults:` names, then `a.b=value` overrides, left to right.
 
     A file is a path or a name, with or without .yaml: first looked for beside whoever names it, then among the presets.
-    A file that several others name is merged once, where it is first needed. Raises ConfigError.
+    A file that several others name is merged once, where it is first needed. planned: what files will hold that come
+    after the others and aren't written yet. Raises ConfigError.
     """
     read: dict[Path, dict[str, Any]] = {}
     for name in files:
         gather(find(name, Path()), read)
     merged = OmegaConf.create({})
-    for path, tree in read.items():
+    for path, tree in (read | dict(planned or {})).items():
         merged = merge(merged, tree, path)
     for override in overrides:
         apply_override(merged, override)
@@ -52,6 +56,7 @@ def presets() -> list[str]:
 
 def find(name: str, folder: Path) -> Path:
     """The file meant by a name that is used in `folder`."""
+    name = str(user_path(name)) if name.startswith("~") else name
     candidates = [folder / name, folder / f"{name}.yaml"]
     if Path(name).name == name:
         candidates.append(Path(str(PRESETS / f"{name.removesuffix('.yaml')}.yaml")))

@@ -1,5 +1,6 @@
 """`a.b=value` on the command line changes one place of the tree."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,12 @@ def apply_override(merged: DictConfig, override: str) -> None:
         raise ConfigError(f"{override}: not a YAML value ({explain(error)}); for text write {key}='\"…\"'") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{override}: {first_line(error)}") from error
+
+
+def text_override(key: str, text: str) -> str:
+    """The override that sets a key to this very text, whatever YAML or interpolation would make of it."""
+    escaped = text.replace("${", "\\${")
+    return f"{key}={json.dumps(escaped, ensure_ascii=False)}"
 
 
 def check_reachable(tree: Any, key: str) -> None:

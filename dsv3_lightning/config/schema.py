@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from dsv3_lightning.common.paths import PathText, expand_home
 from dsv3_lightning.config.checks import check_callbacks, check_strategy, check_together, check_trainer
 from dsv3_lightning.config.typed import build
 from dsv3_lightning.data.config import DataConfig
@@ -20,19 +21,15 @@ class RunConfig:
     """
 
     name: str
-    dir: str
+    dir: PathText
     seed: int
-    resume: Literal["auto", False] | str
+    resume: Literal["auto", False] | PathText
 
     def __post_init__(self) -> None:
         if self.name.strip() != self.name or self.name in ("", ".", "..") or set(self.name) & set("/\\\0\n"):
             raise ConfigError(f"run.name={self.name!r}: must be a folder's name, without / or \\ or spaces around it")
-        if not self.dir.strip():
-            raise ConfigError("run.dir: must not be empty; . is the current folder")
         if not 0 <= self.seed < 2**32:  # what numpy's generators take
             raise ConfigError(f"run.seed={self.seed}: must be between 0 and 2^32 - 1")
-        if self.resume == "":
-            raise ConfigError("run.resume: must be auto, false or the path of a checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,7 @@ class Config:
     """
 
     run: RunConfig
-    init_from: str | None
+    init_from: PathText | None
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -63,10 +60,10 @@ def check(tree: dict[str, Any], mesh: bool = True) -> Config:
     """
     trainer = tree.get("trainer")
     config = build(Config, {**tree, "trainer": check_trainer(trainer)} if isinstance(trainer, dict) else tree)
-    if config.init_from == "":
-        raise ConfigError("init_from: must be a folder, or null for random initial weights")
     if config.init_from is not None and config.data.tokenizer is None:  # another would give the weights other meanings
         config = replace(config, data=replace(config.data, tokenizer=config.init_from))
+    others = {name: expand_home(getattr(config, name)) for name in ("trainer", "strategy", "callbacks")}
+    config = replace(config, **others)
     check_callbacks(config.callbacks)
     if mesh:
         check_strategy(config.strategy, config.trainer, config.model)

@@ -3,7 +3,7 @@
 from dataclasses import MISSING, fields, is_dataclass
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dsv3_lightning.config.wording import either, missing, nearest, show
 from dsv3_lightning.errors import ConfigError
@@ -17,7 +17,7 @@ class WrongType(Exception):
 
 def build(cls: type[T], tree: Any, path: str = "") -> T:
     """cls(**tree) with every value checked against its annotation. Raises ConfigError, also the dataclass's own."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}={show(tree)}: must be a section with the keys {', '.join(hints)}")
     prefix = f"{path}." if path else ""
@@ -35,7 +35,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     try:
         return fit(value, hint, path)
     except WrongType:
-        quotes = ", in quotes where it reads like a number" if hint is str else ""
+        quotes = ", in quotes where it reads like a number" if hint is str or get_origin(hint) is Annotated else ""
         raise ConfigError(f"{path}={show(value)}: must be {describe(hint)}{quotes}") from None
 
 
@@ -48,6 +48,8 @@ def fit(value: Any, hint: Any, path: str) -> Any:
         return build(hint, value, path)  # type: ignore[arg-type]
     if origin in (Union, UnionType):
         return fit_one_of(value, args, path)
+    if origin is Annotated:
+        return fit_annotated(value, args, path)
     if origin is Literal and any(type(value) is type(arg) and value == arg for arg in args):
         return value
     if origin is list and isinstance(value, list):
@@ -63,6 +65,17 @@ def fit(value: Any, hint: Any, path: str) -> Any:
     if hint in (str, bool, NoneType) and type(value) is hint:
         return value
     raise WrongType
+
+
+def fit_annotated(value: Any, args: tuple[Any, ...], path: str) -> Any:
+    """The value as the type says, after the functions that follow it: a path is resolved (common/paths.py)."""
+    value = fit(value, args[0], path)
+    for read in args[1:]:
+        try:
+            value = read(value)
+        except ConfigError as error:
+            raise ConfigError(f"{path}={show(value)}: {error}") from None
+    return value
 
 
 def fit_one_of(value: Any, options: tuple[Any, ...], path: str) -> Any:
@@ -83,6 +96,8 @@ def words(hint: Any) -> list[str]:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return [word for arg in args for word in words(arg)]
+    if origin is Annotated:
+        return words(args[0])
     if origin is Literal:
         return [show(arg).strip('"') for arg in args]
     if origin is list:

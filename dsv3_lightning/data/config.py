@@ -1,8 +1,20 @@
 """DataConfig: what is read, how it is cut, and in which order it is served. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from dsv3_lightning.common.paths import PathText, path_text
 from dsv3_lightning.errors import ConfigError
+
+PACKAGE = "package:"  # before the name of an installed one, among data.paths
+
+
+def source_text(text: str) -> str:
+    """A file or folder of texts, resolved, or package:NAME as it is."""
+    return text if text.startswith(PACKAGE) else path_text(text)
+
+
+SourceText = Annotated[str, source_text]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +55,10 @@ class DataConfig:
     num_workers: loader processes per rank.
     """
 
-    paths: list[str]
+    paths: list[SourceText]
     text_key: str
-    cache_dir: str
-    tokenizer: str | None
+    cache_dir: PathText
+    tokenizer: PathText | None
     end_token: str | None
     vocab_size: int
     sequence_length: int

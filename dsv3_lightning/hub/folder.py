@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import native
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import EXPERTS, Described, from_json
 from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation, stored_shape
@@ -36,7 +36,7 @@ class HubFolder:
     """config.json and weights, with or without an index. Raises ConfigError, here and in every method."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = native(path)
+        self.path = user_path(path)
         self.content = read_json(self.path / "config.json")
         described = from_json(self.content, str(self.path / "config.json"))
         self.notes = list(described.notes)

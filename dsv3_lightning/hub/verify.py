@@ -30,7 +30,7 @@ def all_logits(model: Transformer, tokens_BT: Tensor) -> tuple[Tensor, Tensor | 
     return logits_BTV, model.lm_head(module.norm(h_BTD))
 
 
-def verification_tokens(path: str | None, config: ModelConfig) -> Tensor:
+def verification_tokens(path: Path | None, config: ModelConfig) -> Tensor:
     """int64 [B, T] of an .npy file, or two samples of 64 random ones. Raises ConfigError."""
     if path is None:
         length = min(64, config.max_position_embeddings)

@@ -16,7 +16,7 @@ import torch
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder, check_lengths, context_of
-from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.sampling import Sampling, random_stream
 from dsv3_lightning.inference.text import TextStream
 from dsv3_lightning.model.transformer import Transformer
 
@@ -30,7 +30,8 @@ class Busy(Exception):
 @dataclass(eq=False)
 class Job:
     """One text to write. deliver(piece, finish) is called from the engine's thread: pieces with None, at last why it
-    ended: `stop` (end token or stop string), `length`, `timeout` or `error`. tokens: how many were written."""
+    ended: `stop` (end token or stop string), `length`, `timeout` or `error`. number: which of its request's
+    texts it is, each with random numbers of its own. tokens: how many were written."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -38,6 +39,7 @@ class Job:
     seed: int
     stop: tuple[str, ...]
     deliver: Callable[[str, Finish | None], None]
+    number: int = 0
     tokens: int = 0
     cancelled: bool = False
     last: int = -1
@@ -79,7 +81,7 @@ class Engine:
             check_lengths([len(job.prompt)], job.max_new_tokens, self.limit)
             job.deadline = time.monotonic() + self.seconds
             job.stream = TextStream(self.tokenizer, job.stop)
-            job.generator = torch.Generator().manual_seed(job.seed)
+            job.generator = random_stream(job.seed, job.number)
         with self.changed:
             if len(self.queue) + len(jobs) > self.max_waiting + self.rows - len(self.running):
                 raise Busy

@@ -11,7 +11,7 @@ from dsv3_lightning.data.text.conversation import conversation, turn, turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder, context_of
-from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.sampling import Sampling, random_stream
 from dsv3_lightning.inference.text import TextStream, encode
 from dsv3_lightning.model.transformer import Transformer
 
@@ -39,7 +39,7 @@ class Chat:
         _, self.assistant = turn_ids(tokenizer)
         self.limit = context_of(model.config, context)
         self.decoder = Decoder(model, 1, self.limit, lower="--context")
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = random_stream(seed)
         self.pending = conversation(tokenizer, [("system", encode(tokenizer, system))]).ids  # not in the cache yet
 
     def reply(self, text: str, max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:

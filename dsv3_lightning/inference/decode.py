@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3_lightning.inference.decoder import Decoder, check_lengths
-from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.sampling import Sampling, random_stream
 from dsv3_lightning.model.transformer import Transformer
 
 Stop = Callable[[int, int], bool]
@@ -23,7 +23,8 @@ def decode(
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and without an end token, or the context limit. Raises ConfigError.
 
-    Each prompt has random numbers of its own (`seed`), so its text doesn't depend on those beside it.
+    Each prompt has random numbers of its own, from the seed and the prompt's number, so its text doesn't depend on
+    those beside it, and two prompts that are alike have different texts.
     on_token(prompt's number, token): called for every new token; True ends that text, with this token.
     """
     limit = model.config.max_position_embeddings
@@ -32,7 +33,7 @@ def decode(
         return [[] for _ in prompts]
     capacity = min(max(len(prompt) for prompt in prompts) + max_new_tokens, limit)
     decoder = Decoder(model, len(prompts), capacity)
-    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    generators = [random_stream(seed, number) for number in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
     running: list[int] = []  # which prompt each row holds
 

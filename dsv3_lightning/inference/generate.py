@@ -3,7 +3,7 @@
 import torch
 
 from dsv3_lightning.inference.decoder import check_lengths
-from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.sampling import Sampling, random_stream
 from dsv3_lightning.model.transformer import Transformer
 
 
@@ -18,12 +18,13 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt (ids, at least one each), up to and without the end token or the context limit.
 
-    temperature 0 is greedy. Prompts of different lengths are padded on the right, which a causal model doesn't see.
+    temperature 0 is greedy. Each prompt has random numbers of its own, from the seed and the prompt's number. Prompts
+    of different lengths are padded on the right, which a causal model doesn't see.
     Raises ConfigError for an impossible argument or a prompt that fills the context.
     """
     limit = model.config.max_position_embeddings
     check_lengths([len(p) for p in prompts], max_new_tokens, limit)
-    sampling, generators = Sampling(temperature), [torch.Generator().manual_seed(seed) for _ in prompts]
+    sampling, generators = Sampling(temperature), [random_stream(seed, number) for number in range(len(prompts))]
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     start = lengths.tolist()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +60,9 @@ class Sampling:
 
 def draw(p_V: Tensor, generator: torch.Generator) -> int:
     return int(torch.multinomial(p_V, 1, generator=generator))
+
+
+def random_stream(seed: int, number: int = 0) -> torch.Generator:
+    """The random numbers of the text of that number, counted from 0; other numbers and other seeds have other ones."""
+    (mixed,) = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed))

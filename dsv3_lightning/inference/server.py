@@ -122,9 +122,8 @@ class Answers:
         wanted = body.new_tokens()
         count = default_tokens if wanted is None else wanted
         self.jobs = [
-            Job(prompt, count, sampling, (seed + copy) % 2**63, stop, self.deliverer(place * body.n + copy))
-            for place, prompt in enumerate(prompts)
-            for copy in range(body.n)
+            Job(prompt, count, sampling, seed, stop, self.deliverer(number), number)
+            for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n))
         ]
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         engine.submit(self.jobs)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.decoder import Decoder, check_lengths
-from dsv3_lightning.inference.sampling import Sampling, draw
+from dsv3_lightning.inference.sampling import Sampling, draw, random_stream
 from dsv3_lightning.model.transformer import Transformer
 
 
@@ -127,10 +127,12 @@ def speculate(
     seed: int,
     depth: int,
     on_token: Callable[[int], bool] | None = None,
+    number: int = 0,
 ) -> tuple[list[int], Drafts]:
     """The new tokens, as `decode` gives them for one prompt, and what became of the guesses of `depth` modules.
 
-    on_token(token): True ends the text with this token. Raises ConfigError.
+    on_token(token): True ends the text with this token. number: which of several prompts this is, each with random
+    numbers of its own. Raises ConfigError.
     """
     check_depth(model, depth)
     limit = model.config.max_position_embeddings
@@ -140,7 +142,7 @@ def speculate(
     if total == len(prompt):
         return [], counts
     decoder = Decoder(model, 1, total, depth)
-    text = Speculation(decoder, list(prompt), sampling, torch.Generator().manual_seed(seed))
+    text = Speculation(decoder, list(prompt), sampling, random_stream(seed, number))
     text.begin()
     counts.passes = 1
     checked = len(prompt)

@@ -6,7 +6,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dsv3_lightning.common.files import native
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.data.text.conversation import turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
@@ -24,12 +24,12 @@ from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
 PREFIX = "model."  # of the model in a run's module
 
 
-def load(word: str, chat: bool = False) -> tuple[Transformer, Tokenizer]:
+def load(model: str | Path, chat: bool = False) -> tuple[Transformer, Tokenizer]:
     """A run's model, or that of a Hugging Face folder, fp32 on CPU, laid out for decoding, with its tokenizer.
 
     chat: first see that there can be one. Raises ConfigError.
     """
-    given = native(word)
+    given = user_path(model)
     if (given / "config.json").is_file():
         tokenizer = read_tokenizer(given)
         if chat:

@@ -48,31 +48,30 @@ COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header
 }
 
 
-def compare(runs: list[str], markdown: str | None, plot: str | None) -> int:
+def compare(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
     """Prints a row per variant: means over its seeds, ± their standard deviation. Empty columns are left out."""
     groups = grouped(find_runs(runs))
     rows = comparison(groups)
     print(table(rows))
     print("± is the standard deviation over seeds; cache/token counts numbers; speeds are of runs beside each other")
     if markdown is not None:
-        write_whole(Path(markdown), markdown_table(rows))
+        write_whole(markdown, markdown_table(rows))
     if plot is not None:
         curves_by_group(groups).savefig(plot, format="png")
     return 0
 
 
-def find_runs(words: list[str]) -> list[Finished]:
+def find_runs(paths: list[Path]) -> list[Finished]:
     """The finished runs among folders of runs and folders that hold such. Raises ConfigError where there is none."""
     folders: list[Path] = []
-    for word in words:
-        path = Path(word)
+    for path in paths:
         inside = sorted(report.parent for report in path.glob("*/report.json"))
         if (path / "report.json").is_file():
             folders.append(path)
         elif inside:
             folders += inside
         else:
-            raise ConfigError(f"{word}: holds no finished run (no report.json there, nor in a folder below)")
+            raise ConfigError(f"{path}: holds no finished run (no report.json there, nor in a folder below)")
     return [read_run(folder) for folder in dict.fromkeys(folders)]
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
+from dsv3_lightning.config.overrides import plain, text_override
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.typed import build
 from dsv3_lightning.config.wording import nearest
@@ -37,12 +40,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """One run: its name `VARIANT-seedN`, the files it is composed of, the overrides after them, what comes of both."""
+    """One run: its name `VARIANT-seedN`, the files it is composed of, the overrides after them, what comes of both.
+
+    variant: the last of the files, which `write_variant` makes. changes: what it holds.
+    """
 
     name: str
     files: list[str]
+    variant: Path
+    changes: dict[str, Any]
     overrides: list[str]
     config: Config
+
+    def write_variant(self) -> None:
+        """The file of the task's variant, where it doesn't hold these settings already."""
+        text = OmegaConf.to_yaml(OmegaConf.create(self.changes))
+        if not self.variant.is_file() or self.variant.read_text(encoding="utf-8") != text:  # it may be read-only
+            self.variant.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.variant, text)
 
 
 class Experiment:
@@ -58,32 +73,30 @@ class Experiment:
         self.overrides = overrides
         self.files = [str(find(name, self.path.parent)) for name in self.plan.config]
         first = self.composed_without_run()
-        self.folder = Path(first.tree["run"]["dir"]) / self.path.stem
+        self.folder = user_path(str(first.tree["run"]["dir"])) / self.path.stem
 
     def composed_without_run(self) -> Composed:
         return compose(self.files, [*self.overrides, "run.name=check"])
 
     def tasks(self) -> list[Task]:
-        """Writes the variants' settings below the experiment's folder, and checks them. Raises ConfigError."""
+        """Every run, its settings checked; nothing is written. Raises ConfigError."""
         tasks = []
         for variant, changes in self.plan.variants.items():
             if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):  # YAML reads off as false
                 raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
-            merged = OmegaConf.merge(self.plan.common, changes or {})
-            file, text = self.folder / "variants" / f"{variant}.yaml", OmegaConf.to_yaml(merged)
-            if not file.is_file() or file.read_text(encoding="utf-8") != text:  # a finished one may be read-only
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text, encoding="utf-8")
+            merged = plain(OmegaConf.merge(self.plan.common, changes or {}))
+            file = self.folder / "variants" / f"{variant}.yaml"
             for seed in self.plan.seeds:
                 name = f"{variant}-seed{seed}"
-                own = [f"run.dir={self.folder}", f"run.name={name}", f"run.seed={seed}"]
-                own.append(f"data.cache_dir={self.folder.parent / 'data'}")  # one for all experiments
-                tasks.append(self.checked(name, [*self.files, str(file)], [*own, *self.overrides_after()]))
+                own = [text_override("run.dir", str(self.folder)), f"run.name={name}", f"run.seed={seed}"]
+                own.append(text_override("data.cache_dir", str(self.folder.parent / "data")))  # one for all experiments
+                tasks.append(self.checked(name, file, merged, [*own, *self.overrides_after()]))
         return tasks
 
-    def checked(self, name: str, files: list[str], overrides: list[str]) -> Task:
+    def checked(self, name: str, variant: Path, changes: dict[str, Any], overrides: list[str]) -> Task:
         try:
-            return Task(name, files, overrides, check(compose(files, overrides).tree))
+            config = check(compose(self.files, overrides, {variant: changes}).tree)
+            return Task(name, [*self.files, str(variant)], variant, changes, overrides, config)
         except ConfigError as error:
             raise ConfigError(f"{self.path}: {name}: {error}") from None
 
@@ -95,7 +108,7 @@ class Experiment:
 def find_experiment(word: str) -> Path:
     """A file, or the name of an experiment that comes with the package."""
     shipped = Path(str(PRESETS / "experiments"))
-    for path in (Path(word), Path(f"{word}.yaml"), shipped / f"{word.removesuffix('.yaml')}.yaml"):
+    for path in (user_path(word), user_path(f"{word}.yaml"), shipped / f"{word.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path.resolve()
     names = sorted(path.stem for path in shipped.glob("*.yaml"))

@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.config.overrides import text_override
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
 from dsv3_lightning.studies.compare import (
@@ -39,7 +40,7 @@ COLUMNS_MEAN = (
 Groups = dict[str, list[Finished]]
 
 
-def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, quick: bool, report_only: bool) -> int:
+def reproduce(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: bool, report_only: bool) -> int:
     """Runs what isn't finished below `folder`, and writes the report of what is. Returns 0 if no run failed.
 
     quick: a few steps only, to see that everything works. Raises ConfigError where there is nothing to report, or a
@@ -47,15 +48,15 @@ def reproduce(overrides: list[str], folder: str, out: str | None, jobs: int, qui
     """
     code, words = 0, [*(QUICK if quick else ()), *overrides]
     for name in () if report_only else EXPERIMENTS:
-        code |= sweep([name, *words, f"run.dir={folder}"], jobs, None, False)
-    experiments = {name: groups for name in EXPERIMENTS if (groups := finished_runs(Path(folder), name))}
+        code |= sweep([name, *words, text_override("run.dir", str(folder))], jobs, None, False)
+    experiments = {name: groups for name in EXPERIMENTS if (groups := finished_runs(folder, name))}
     if not experiments:
         raise ConfigError(f"{folder}: holds no finished run of {', '.join(EXPERIMENTS)}")
     for name in experiments:
         for task in Experiment(name, [*words, f"run.dir={folder}"]).tasks():
-            if (Path(folder) / name / task.name / "report.json").is_file():
+            if (folder / name / task.name / "report.json").is_file():
                 refuse_other_settings(task)
-    path = Path(out) if out else Path(folder) / "reproduction.md"
+    path = out or folder / "reproduction.md"
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     for name, groups in experiments.items():  # speeds of runs beside each other say nothing
@@ -69,7 +70,7 @@ def finished_runs(folder: Path, name: str) -> Groups:
     """Those of an experiment, by variant, in the order of its file."""
     if not list(folder.glob(f"{name}/*/report.json")):
         return {}
-    groups = grouped(find_runs([str(folder / name)]))
+    groups = grouped(find_runs([folder / name]))
     return {variant: groups[variant] for variant in Experiment(name, []).plan.variants if variant in groups}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -18,17 +19,20 @@ def sweep(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
     """Runs what isn't finished; returns 0 if everything is, else 1. words: the experiment, then key=value overrides.
 
     Each run is a process of its own with an equal share of the cores, and writes to `<run>.log` beside its folder. One
-    that fails doesn't stop the others. task: only the run of that number, from 0. slurm: print a batch script.
+    that fails doesn't stop the others. task: only the run of that number, from 0. slurm: print a batch script,
+    and write nothing.
     """
     experiment = Experiment(words[0], words[1:])
     tasks = experiment.tasks()
     if slurm:
-        print(slurm_script(words, len(tasks), experiment.folder))
+        print(slurm_script(words, len(tasks), experiment.path.stem))
         return 0
     if task is not None:
         if not 0 <= task < len(tasks):
             raise ConfigError(f"--task {task}: {experiment.path.name} has runs 0 to {len(tasks) - 1}")
         tasks = [tasks[task]]
+    for one in tasks:
+        one.write_variant()
     print(f"{experiment.path.stem}: {len(tasks)} runs below {experiment.folder}, {jobs} at a time", flush=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
@@ -89,16 +93,19 @@ def outcome(report: Path) -> str:
     return f"loss {facts['val_loss']:.3f}{balance}" if facts["val_loss"] is not None else "no validation"
 
 
-def slurm_script(words: list[str], tasks: int, folder: Path) -> str:
-    """A job array with one run per task. A task that is sent a second time goes on from its checkpoint."""
-    command = " ".join([sys.executable, "-m", "dsv3_lightning", "sweep", *words, "--task", "$SLURM_ARRAY_TASK_ID"])
+def slurm_script(words: list[str], tasks: int, name: str) -> str:
+    """A job array with one run per task. A task that is sent a second time goes on from its checkpoint.
+
+    SLURM opens a task's log before the task starts, so the log lies in a folder that is there: the current one.
+    """
+    command = shlex.join([sys.executable, "-m", "dsv3_lightning", "sweep", *words, "--task"])
     return (
         "#!/bin/bash\n"
-        f"#SBATCH --job-name={Path(words[0]).stem}\n"
+        f"#SBATCH --job-name={name}\n"
         f"#SBATCH --array=0-{tasks - 1}\n"
-        f"#SBATCH --output={folder}/slurm-%a.log\n"
+        f"#SBATCH --output=slurm-{name}-%a.log\n"
         "#SBATCH --signal=TERM@120\n"
         "#SBATCH --requeue\n"
-        f"cd {Path.cwd()}\n"
-        f"exec {command}"
+        f"cd {shlex.quote(str(Path.cwd()))}\n"
+        f"exec {command} $SLURM_ARRAY_TASK_ID"
     )

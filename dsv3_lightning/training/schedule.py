@@ -1,6 +1,7 @@
 """What changes over a run: the learning rate by share of its steps; λ, α and the bias speed also by steps or tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -8,7 +9,7 @@ from lightning.pytorch import Trainer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
 
-Schedule = list[list[Any]]
+Schedule = Sequence[Sequence[Any]]
 UNITS = ("share", "steps", "tokens")
 
 
@@ -63,11 +64,11 @@ def check_schedule(schedule: Any, by: str, name: str) -> None:
     """Raises ConfigError unless points rise from 0 (to 1 at most, for shares) and values are at least 0."""
     if by not in UNITS:
         raise ConfigError(f"{name.rpartition('.')[0]}.by={by}: must be share, steps or tokens")
-    if not isinstance(schedule, list) or not schedule:
+    if not isinstance(schedule, list | tuple) or not schedule:
         raise ConfigError(f"{name}={schedule}: must be a list of points [from {by}, value]")
     for point in schedule:
-        numbers = isinstance(point, list) and [type(item) in (int, float) for item in point]
-        if numbers not in ([True, True], [True, True, False]) or point[2:] not in ([], ["linear"], ["cosine"]):
+        numbers = isinstance(point, list | tuple) and [type(item) in (int, float) for item in point]
+        if numbers not in ([True, True], [True, True, False]) or list(point[2:]) not in ([], ["linear"], ["cosine"]):
             raise ConfigError(
                 f"{name}={schedule}: must be a list of points [from {by}, value], or [at {by}, value, linear or cosine]"
             )

@@ -1,6 +1,7 @@
 """Checked settings: every refusal names the dotted key, the value and what is valid, in one line."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,13 +37,20 @@ def test_nested_sections_are_typed():
     assert check(nano("model.q_lora_rank=null")).model.q_lora_rank is None
 
 
-@pytest.mark.parametrize("resume", ["auto", "false", "runs/my run/checkpoints/epoch=0-step=10.ckpt"])
-def test_resume_is_auto_false_or_a_path(resume: str):
-    assert check(nano(f"run.resume={resume}")).run.resume == (resume if resume != "false" else False)
+FILE = "runs/my run/checkpoints/epoch=0-step=10.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("resume", "expected"), [("auto", "auto"), ("false", False), (FILE, str(Path(FILE).absolute()))]
+)
+def test_resume_is_auto_false_or_a_path(resume: str, expected: str | bool):
+    assert check(nano(f"run.resume={resume}")).run.resume == expected
 
 
 def test_names_in_any_script_are_fine():
-    assert check(nano("run.name=实验", 'data.paths=["数据/ü b.txt"]')).data.paths == ["数据/ü b.txt"]
+    assert check(nano("run.name=实验", 'data.paths=["数据/ü b.txt"]')).data.paths == [
+        str(Path("数据/ü b.txt").absolute())
+    ]
 
 
 def test_precision_is_text():

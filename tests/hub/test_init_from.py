@@ -103,7 +103,7 @@ def test_a_run_starts_with_the_folders_weights_and_its_balance_loss(runs, traine
     "words, message",
     [
         (["init_from=/nope"], "/nope/config.json: can't be read"),
-        (["init_from=''"], "init_from: must be a folder"),
+        (["init_from=''"], 'init_from="": a path must not be empty'),
         (["model.hidden_size=128"], "model.hidden_size=128: init_from="),
         (["model.scoring_func=softmax"], "model.scoring_func=softmax: init_from="),
     ],

@@ -12,6 +12,7 @@ from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.generate import generate
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.speculative import speculate
 from dsv3_lightning.model.config import Yarn
 from dsv3_lightning.model.router import route
 from dsv3_lightning.planning.memory import cache_per_token
@@ -114,10 +115,20 @@ def test_prompts_alone_together_and_in_every_order_are_continued_alike(name):
     for order in itertools.permutations(range(3)):
         together = decode(model, [prompts[i] for i in order], 60, GREEDY, {end}, seed=0)
         assert together == [alone[i] for i in order]
-    drawn = Sampling(temperature=1.0)
-    apart = [decode(model, [prompt], 20, drawn, {end}, seed=5)[0] for prompt in prompts]
-    assert decode(model, prompts, 20, drawn, {end}, seed=5) == apart
-    assert decode(model, prompts, 20, drawn, {end}, seed=6) != apart
+
+
+def test_each_prompt_has_random_numbers_of_its_own_whatever_stands_beside_it():
+    """Alike prompts, as users give them to see several texts, also with drafts and in training's samples."""
+    model, drawn = biased(small_config(num_nextn_predict_layers=1)), Sampling(temperature=1.0)
+    same = decode(model, [[1, 2]] * 3, 20, drawn, set(), seed=5)
+    assert len(set(map(tuple, same))) == 3
+    assert decode(model, [[1, 2]] * 3, 20, drawn, set(), seed=6) != same
+    assert decode(model, [[1, 2]], 20, drawn, set(), seed=5) == same[:1]
+    beside = decode(model, [[3], [1, 2], [4, 5, 6]], 20, drawn, set(), seed=5)
+    assert beside[1] == same[1] and beside[2] != same[2]
+    assert generate(model, [[1, 2]] * 3, 20, 1.0, -1, seed=5) == same
+    drafted = [speculate(model, [1, 2], 20, drawn, set(), 5, 1, number=number)[0] for number in range(3)]
+    assert len(set(map(tuple, drafted))) == 3
 
 
 def generate_all(model, prompts, count, end):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
+from dsv3_lightning.commands.placement import picture
 from dsv3_lightning.inference.expert_placement import gpu_loads, overload, rebalance_experts
 from tests.conftest import QUIET, Nano
 
@@ -31,6 +32,19 @@ def test_a_runs_experts_are_placed_by_its_validation_text(run, capsys):
     assert shown == pytest.approx(after.tolist(), abs=1e-3)
     before = float(lines[-2].split()[1])
     assert before > float(lines[-2].split()[2]) >= 1
+
+
+def test_the_picture_counts_the_gpus_of_both_panels_from_0():
+    """3 GPUs: 0, 1, 2 before, and 0, 1, 2 after."""
+    figure = picture(torch.tensor([[6.0, 3.0, 0.0]] * 2), torch.tensor([[3.0, 3.0, 3.0]] * 2))
+    figure.canvas.draw()
+    before, after = figure.axes[:2]
+    for axes, shares in ((before, [2, 1, 0]), (after, [1, 1, 1])):
+        assert axes.get_xlabel() == "GPU" and axes.images[0].get_array().tolist() == [shares] * 2
+        ticks = [label.get_text() for label in axes.get_xticklabels() if -0.5 <= label.get_position()[0] <= 2.5]
+        assert ticks == ["0", "1", "2"]
+    assert "before" in before.get_title() and "after" in after.get_title()
+    assert before.images[0].norm is after.images[0].norm  # one scale of colors
 
 
 def test_loads_can_be_given(run, tmp_path, capsys):

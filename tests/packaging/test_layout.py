@@ -11,7 +11,8 @@ PACKAGE = ROOT / "dsv3_lightning"
 # line's floor has steps: settings, what the verbs do, the table of verbs.
 FLOORS = {
     "errors": 0, "common": 1, "model": 2, "data": 2, "parallel": 3, "hub": 3, "inference": 3, "planning": 3,
-    "training": 4, "callbacks": 5, "config": 6, "runs": 7, "studies": 8, "commands": 8, "cli": 9, "__main__": 10,
+    "training": 4, "callbacks": 5, "config": 6, "runs": 7, "api": 8, "studies": 8, "commands": 8,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 FORBIDDEN = {
     "common": ("torch", "lightning"),

@@ -39,6 +39,7 @@ def test_no_experiment_is_forgotten():
 def test_an_experiment_trains(tmp_path, data_cache, name, variant):
     tasks = Experiment(name, [f"run.dir={tmp_path}", *data_cache, *QUIET, *SMALL]).tasks()
     (task,) = [task for task in tasks if task.name == f"{variant}-seed1"]
+    task.write_variant()
     run = Run(tmp_path / name / task.name, main(["run", *task.files, *task.overrides]))
     assert run.code == 0 and run.report()["steps"] == 2
     assert math.isfinite(run.report()["val_loss"]) and len(run.report()["mtp_loss"]) == task.config.model.mtp_depth

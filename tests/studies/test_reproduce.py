@@ -25,7 +25,7 @@ def finish(tmp_path, experiment: str, changes: dict[str, dict[int, dict]], *over
         variant, _, seed = task.name.rpartition("-seed")
         if int(seed) in changes.get(variant, {}):
             folder = tmp_path / experiment / task.name
-            folder.mkdir()
+            folder.mkdir(parents=True)
             (folder / "config.yaml").write_text(to_yaml(to_tree(task.config)))
             (folder / "report.json").write_text(json.dumps(REPORT | changes[variant][int(seed)]))
             with SummaryWriter(str(folder)) as writer:

@@ -1,6 +1,9 @@
 """An experiment from its file to its table: what runs, what is skipped, what survives, and what is told."""
 
 import json
+import os
+import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +58,7 @@ def test_a_failed_variant_stops_no_other_and_what_is_finished_is_skipped(tmp_pat
     assert lines[1].split()[:2] == ["plain", "2"] and spread(list(losses.values())) in lines[1]
     assert markdown.read_text().startswith("| variant | seeds | val loss |") and plot.stat().st_size > 10_000
 
-    figure = curves_by_group(grouped(find_runs([str(folder)])))
+    figure = curves_by_group(grouped(find_runs([folder])))
     assert [axes.get_title() for axes in figure.axes] == list(PANELS.values())  # nano has something of each
     assert all(len(axes.lines) == len(axes.collections) == 1 for axes in figure.axes)  # a mean and a band
     ends = sorted(json.loads(text)["val_bpb"] for text in reports.values())
@@ -88,7 +91,32 @@ def test_a_slurm_array_has_a_task_per_run_and_runs_nothing(tmp_path, words, caps
     assert main(["sweep", *words, "--slurm"]) == 0
     script = capsys.readouterr().out
     assert "--array=0-3\n" in script and "--task $SLURM_ARRAY_TASK_ID" in script and words[1] in script
-    assert not list((tmp_path / "runs").rglob("report.json"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_that_is_refused_leaves_no_folder(tmp_path, words, capsys):
+    assert main(["sweep", *words, "--task", "9"]) == 2
+    (tmp_path / "mine.yaml").write_text(TEXT + "  wrong: {model: {hiden_size: 1}}\n")
+    assert main(["sweep", *words]) == 2
+    assert "wrong-seed1: model.hiden_size: no such key" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path, words, monkeypatch, capsys):
+    """The command, read by a shell, is the words of the user."""
+    here = tmp_path / "my work"
+    here.mkdir()
+    (here / "two words.yaml").write_text(TEXT)
+    monkeypatch.chdir(here)
+    assert main(["sweep", "two words.yaml", f"run.dir={tmp_path / 'the runs'}", *words[2:], "--slurm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert shlex.split(lines[-2]) == ["cd", str(here)]
+    command = shlex.split(lines[-1].replace("$SLURM_ARRAY_TASK_ID", "3"))
+    given = ["two words.yaml", f"run.dir={tmp_path / 'the runs'}", *words[2:]]
+    assert command == ["exec", sys.executable, "-m", "dsv3_lightning", "sweep", *given, "--task", "3"]
+    (log,) = [line.partition("--output=")[2] for line in lines if "--output=" in line]
+    assert "/" not in log
+    assert os.listdir(here) == ["two words.yaml"] and not (tmp_path / "the runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import zstandard
 
-from dsv3_lightning.common.files import blocks, native, readable
+from dsv3_lightning.common.files import blocks, readable
+from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.data.config import PACKAGE
 from dsv3_lightning.data.text.conversation import Message, parse
 from dsv3_lightning.errors import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BOM = b"\xef\xbb\xbf"
-PACKAGE = "package:"
 # Left out of the standard library and of packages: Debian packs the tests apart, so that corpora would differ, and
 # other people's code. Tables that a program wrote (character sets, the text of help()) are a sixth of the library's
 # bytes and a third of its tokens.
@@ -67,7 +68,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             found = walk(package_folder(given), (".py",), LEFT_OUT_FOLDERS)
             sources += [source._replace(origin=given) for source in found]
             continue
-        path = native(given)
+        path = user_path(given)
         if not path.exists():
             raise ConfigError(f"data.paths: {given} does not exist")
         if path.is_dir():
@@ -77,7 +78,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         if not found:
             raise ConfigError(f"data.paths: {given} is no text; read are {' '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}")
         sources += [source._replace(origin=readable(path.name)) for source in found]
-    single = len(paths) == 1 and (paths[0].startswith(PACKAGE) or native(paths[0]).is_dir())
+    single = len(paths) == 1 and (paths[0].startswith(PACKAGE) or user_path(paths[0]).is_dir())
     return by_folder(sources) if single else sources
 
 

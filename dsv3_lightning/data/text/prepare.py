@@ -13,7 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsv3_lightning.common.files import native, readable
+from dsv3_lightning.common.files import readable
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build
 from dsv3_lightning.data.text.corpus import Source, find_sources, unreadable
@@ -42,7 +43,7 @@ def prepare(config: DataConfig) -> Path:
     sources = find_sources(config.paths)
     inputs = describe_inputs(config, sources, tokenizer)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    folder = native(config.cache_dir) / key
+    folder = user_path(config.cache_dir) / key
     if is_complete(folder):
         return folder
     try:
@@ -58,7 +59,7 @@ def prepare(config: DataConfig) -> Path:
 def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that decides the files' content and nothing else: no change of batch, order or length prepares anew."""
     files = []
-    digests = Digests(native(config.cache_dir) / "digests.json")
+    digests = Digests(user_path(config.cache_dir) / "digests.json")
     for source in sources:
         try:
             files.append([source.name, source.origin, source.path.stat().st_size, digests.of(source.path)])

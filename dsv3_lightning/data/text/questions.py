@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3_lightning.common.files import native, write_synced
+from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.text.corpus import find_sources
 
 LONGEST = 160  # characters of an answer
@@ -64,5 +65,5 @@ def write(path: Path) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m dsv3_lightning.data.text.questions FILE.jsonl")
-    target = native(sys.argv[1])
+    target = user_path(sys.argv[1])
     print(f"{target}: {write(target)} conversations")

@@ -15,7 +15,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from dsv3_lightning.common.files import FileRecord, native, write_synced
+from dsv3_lightning.common.files import FileRecord, write_synced
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.errors import ConfigError
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -71,7 +72,7 @@ class Tokenizer:
 
         Raises ConfigError.
         """
-        file = native(path)
+        file = user_path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         try:
             serialized = file.read_text(encoding="utf-8")

@@ -1,0 +1,67 @@
+"""Paths as users give them, resolved in one place: flags have `type=path_argument`, settings the type `PathText`.
+
+`~` and `~NAME` are home folders, everything else is relative to the working folder, also inside of a YAML file (only
+the files that `defaults:` names are looked for beside the file that names them). Links keep their names. Environment
+variables are not replaced; YAML has `${oc.env:NAME}` for them. Imports no torch.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from dsv3_lightning.errors import ConfigError
+
+
+def user_path(given: str | Path) -> Path:
+    """The absolute path that is meant; one that was resolved before stays as it is.
+
+    The name's bytes on disk are UTF-8, also where Python would encode names as ASCII (LC_ALL=C without UTF-8 mode).
+    Raises ConfigError for an empty path, a home folder that isn't known, and a NUL byte.
+    """
+    text = os.fspath(given)
+    if not text.strip():
+        raise ConfigError("a path must not be empty; . is the current folder")
+    if "\0" in text:
+        raise ConfigError(f"{text!r} can't be a path: it holds a NUL byte")
+    text = os.path.expanduser(os.fsdecode(text.encode("utf-8", "surrogateescape")))
+    if text.startswith("~"):
+        raise ConfigError(f"{text}: there is no home folder for {text.split('/')[0]}; ./{text} is a folder here")
+    path = Path(text).absolute()
+    return path.resolve() if ".." in path.parts else path  # a link's parent is that of what it points to
+
+
+def path_argument(text: str) -> Path:
+    """The argparse type of every flag or word that is a path."""
+    try:
+        return user_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_text(text: str) -> str:
+    """The absolute path as text, which is what a record of settings holds."""
+    return str(user_path(text))
+
+
+# A setting that is a path: config/typed.py applies what follows the type.
+PathText = Annotated[str, path_text]
+
+
+def display_path(path: str | Path) -> str:
+    """The path relative to the working folder where it lies below it, for messages."""
+    path = Path(path)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+
+
+def expand_home(tree: Any, inside: bool = False) -> Any:
+    """A copy of a tree of settings with every text below an `init_args` that begins with `~/` resolved.
+
+    Those are arguments of other people's classes, whose types don't tell which are paths.
+    """
+    if isinstance(tree, dict):
+        return {key: expand_home(value, inside or key == "init_args") for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [expand_home(value, inside) for value in tree]
+    return path_text(tree) if inside and isinstance(tree, str) and tree.startswith("~/") else tree

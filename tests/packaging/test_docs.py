@@ -1,0 +1,62 @@
+"""What the documents name exists: links, tests, benchmarks, files of the recipes; the site builds without a warning."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+NAMED = re.compile(r"`((?:dsv3_lightning|callbacks|configs|tests|benchmarks|docs|examples)/[\w./-]+)`")
+RUN = re.compile(r"(?:pytest|python)((?: (?:tests|benchmarks|examples)/[\w./-]+)+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    links = [page.parent / link for link in LINK.findall(text) if "://" not in link]
+    named = [ROOT / name for name in NAMED.findall(text) if "NAME" not in name]
+    run = [ROOT / name for words in RUN.findall(text) for name in words.split()]
+    assert [str(path.relative_to(ROOT)) for path in (*links, *named, *run) if not path.exists()] == []
+
+
+def test_each_recipe_touches_at_most_five_files():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipes = text[text.index("## Recipes") :].split("\n### ")[1:]
+    assert [recipe.split("\n")[0] for recipe in recipes] == [
+        "A balance loss",
+        "A callback",
+        "A preset",
+        "A strategy",
+        "A verb",
+    ]
+    for recipe in recipes:
+        steps = re.findall(r"^\d\. `([^`]+)`", recipe, re.MULTILINE)
+        assert 1 <= len(steps) <= 5, recipe
+
+
+def test_the_readmes_trainings_are_valid(capsys: pytest.CaptureFixture[str]):
+    """Each `lightning run` line, as `dsv3 validate` sees it; one is there to be refused."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    commands = {
+        line.removeprefix("$ "): after
+        for line, after in zip(lines, lines[1:])
+        if re.match(r"(\$ )?lightning run [a-z]", line)
+    }
+    assert len(commands) >= 4
+    for command, after in commands.items():
+        refused = after.startswith("dsv3: error: ")
+        assert main(["validate", *command.split()[2:]]) == (2 if refused else 0), command
+        assert not refused or capsys.readouterr().err.strip() == after
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ExpertBias" in (tmp_path / "api/callbacks/index.html").read_text(encoding="utf-8")
