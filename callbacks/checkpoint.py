@@ -19,7 +19,7 @@ from dsv3_lightning.common.files import put_in_place, remove
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import latest_scalars, steps_done, stepped
+from dsv3_lightning.training.logging import latest_scalars, stepped, steps_done
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
@@ -49,7 +49,9 @@ class Checkpoint(CheckpointBase):
         self.received = 0  # the signal that asks to stop
         self.asked = False  # to stop in mid-step: that step is finished first
         self.stopped_at: int | None = None  # the step that was saved since the run is to stop after it
-        self.rest: int | None = None  # the step whose state all callbacks have brought up to date, until the next begins
+        self.rest: int | None = (
+            None  # the step whose state all callbacks have brought up to date, until the next begins
+        )
         self.step_done = StepDone(self)
         self.handlers: dict[int, Any] = {}
         self.terminals: list[int] = []

@@ -28,7 +28,7 @@ from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, settings_of
 from dsv3_lightning.parallel.groups import start_again
 from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
 from dsv3_lightning.planning.parameters import count_parameters
@@ -51,7 +51,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     first_rank = is_first_rank()
     if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)
-    if folder.finished() and config.run.resume == "auto":  # seen by each rank: none waits for another that is done
+    if folder.finished() and folder.goes_on():  # seen by each rank: none waits for another that is done
         if first_rank:
             shown = display_path(folder.path)
             print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
@@ -59,8 +59,8 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     refuse_taken_port(config)
     source, notes = open_source(config)
     callbacks = in_order(build_callbacks(config), config)
-    start = folder.resume_from()
-    precision, reason = resolve_precision(config, folder)
+    start = folder.resume_from(tree)
+    precision, reason = resolve_precision(config, folder, start)
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
@@ -71,12 +71,16 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
         source if start is None else None,
     )  # fmt: skip
+    module.settings = tree
     whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps,
+                          config.trainer["limit_val_batches"])  # fmt: skip
     if first_rank:
         prepared = prepare(config.data)
         folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
         banner(config, folder, start, reason)
+        if start is not None:
+            folder.begin(start)
         for note in notes if start is None else []:
             print(note, flush=True)
         if start is None:
@@ -138,10 +142,9 @@ def build_trainer(
     arguments = build_trainer_arguments(config)
     del arguments["precision"]
     accumulate = arguments["accumulate_grad_batches"]
-    # Lightning counts micro-batches, we count optimizer steps and batches of data.batch_size samples.
+    # Lightning counts micro-batches, we count optimizer steps, and in validation batches of data.batch_size samples.
     arguments["val_check_interval"] *= accumulate
-    if isinstance(arguments["limit_val_batches"], int):
-        arguments["limit_val_batches"] *= accumulate
+    arguments["limit_val_batches"] = float(bool(arguments["limit_val_batches"]))  # the data module does the rest
     more = arguments.pop("logger", None) or []
     more_loggers = list(more) if isinstance(more, list | tuple) else [more]
     kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
@@ -197,10 +200,13 @@ def refuse_taken_port(config: Config) -> None:
             ) from None
 
 
-def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
+def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int] | None) -> tuple[str, str]:
     """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
+    if start is not None:
+        precision = str(settings_of(start[0])["trainer"]["precision"])
+        return precision, f"precision {precision}, as in the checkpoint"
     stored = folder.stored_tree()
     while stored is None and not is_first_rank():  # the first rank is measuring for all
         time.sleep(0.1)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.runs.record import RunFolder, shown_differences
+from dsv3_lightning.runs.changes import shown_differences
+from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.studies.experiment import Experiment, Task
 
 

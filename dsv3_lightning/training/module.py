@@ -23,7 +23,6 @@ from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
 
-
 VALIDATION = ("val/", "mtp/acceptance_", "balance/max_vio_global")  # what a validation logs
 
 
@@ -68,6 +67,7 @@ class PretrainModule(pl.LightningModule):
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
+        self.settings: dict[str, Any] = {}  # of the run, for its checkpoints
         self.validated_step: int | None = None  # the step after which the last validation was
 
     def configure_model(self) -> None:
@@ -177,6 +177,11 @@ class PretrainModule(pl.LightningModule):
         values["optimizer/skipped_steps"] = self.skipped_steps
         log_scalars(self.trainer, values, step)
 
+    def on_train_start(self) -> None:
+        """What the settings say of the optimizer holds from the first step on, whatever a checkpoint says."""
+        for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
+            group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
@@ -210,14 +215,17 @@ class PretrainModule(pl.LightningModule):
             self.validated_step = self.steps_done
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        config = self.optimizer_config
-        optimizer = build_optimizer(self.model, config)
-
-        def factor(step: int) -> float:
-            return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        optimizer = build_optimizer(self.model, self.optimizer_config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor)
+        self.set_for_step = [
+            {key: group[key] for key in ("initial_lr", "betas", "eps", "weight_decay")}
+            for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate_factor(self, step: int) -> float:
+        config = self.optimizer_config
+        return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
 
     def summed(self, values: Tensor) -> list[Any]:
         """Over all ranks, which must ask together."""
@@ -227,7 +235,9 @@ class PretrainModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
         sums = torch.stack([self.train_loss.nll_K, self.train_loss.count_K.double()])
-        checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
+        balance = {"names": self.balance.names, "balance": self.summed(self.balance.packed())}
+        checkpoint["since_log"] = {"loss": self.summed(sums), **balance}
+        checkpoint["settings"] = self.settings
         checkpoint["scalars"] = dict(self.scalars)
         checkpoint["validated"] = self.validated_step == self.trainer.global_step
 
@@ -246,4 +256,8 @@ class PretrainModule(pl.LightningModule):
             nll_K, count_K = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
             self.train_loss.nll_K += nll_K
             self.train_loss.count_K += count_K.long()
-            self.balance.unpack(checkpoint["since_log"]["balance"])
+            if checkpoint["since_log"]["names"] == self.balance.names:  # else the losses are others from here on
+                self.balance.unpack(checkpoint["since_log"]["balance"])
+        for state in checkpoint["lr_schedulers"]:
+            rates = [self.optimizer_config.lr] * len(state["base_lrs"])
+            state |= {"base_lrs": rates, "_last_lr": [rate * self.rate_factor(step) for rate in rates]}

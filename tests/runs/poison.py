@@ -73,6 +73,13 @@ class Stop(Callback):
             trainer.should_stop = True
 
 
+class StopAfterValidation(Callback):
+    """Sets trainer.should_stop after each validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = True
+
+
 class Ticks(Timer):
     """A Timer whose clock moves a second per optimizer step, as `time_elapsed` tells it."""
 

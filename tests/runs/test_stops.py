@@ -21,60 +21,61 @@ def poison(name: str, **arguments) -> str:
     return f"callbacks.poison={{class_path: tests.runs.poison.{name}, init_args: {arguments}}}"
 
 
-@pytest.fixture
-def whole(nano):
-    return nano.run("whole", *SHORT)
+@pytest.fixture(scope="module")
+def whole(shared):
+    return shared.run("whole", *SHORT)
 
 
-def test_a_time_limit_stops_each_life_after_as_many_steps_and_all_lives_equal_one(nano, whole, capsys):
-    """seen elsewhere: nothing is saved, and lives after the first make no step (Lightning-AI/pytorch-lightning#10226)."""
+def test_a_time_limit_stops_each_life_after_as_many_steps_and_all_lives_equal_one(shared, whole, capsys):
+    """seen elsewhere: nothing is saved, or no later life makes a step (Lightning-AI/pytorch-lightning#10226)."""
     words = (*SHORT, SELDOM, poison("Ticks", duration={"seconds": 4}))
     for step in (4, 8):
-        run = nano.run("limited", *words)
+        run = shared.run("limited", *words)
         assert run.code == 0
-        line = f"stopped by the time limit of 0:00:04 for one start (trainer.max_time or Timer) after step {step}, which"
+        line = (
+            f"stopped by the time limit of 0:00:04 for one start (trainer.max_time or Timer) after step {step}, which"
+        )
         assert f"{line} is saved; the same command goes on from there" in capsys.readouterr().out
         assert (run.folder / f"checkpoints/step={step}.ckpt").exists()
-    assert nano.run("limited", *words).code == 0
+    assert shared.run("limited", *words).code == 0
     assert_same_curves(whole, run, 0.0)
     assert_same_weights(whole, run, 10, exact=True)
 
 
-def test_the_step_in_which_a_callback_asks_to_stop_is_finished_and_saved(nano, capsys):
+def test_the_step_in_which_a_callback_asks_to_stop_is_finished_and_saved(shared, capsys):
     words = (*SHORT, SELDOM, "trainer.accumulate_grad_batches=4", poison("Stop", steps=[3]))
-    whole, run = nano.run("whole", *words[:-1]), nano.run("asked", *words)
+    whole, run = shared.run("asked_whole", *words[:-1]), shared.run("asked", *words)
     assert "stopped by a callback that set trainer.should_stop after step 3, which is saved" in capsys.readouterr().out
-    assert nano.run("asked", *words).code == 0
+    assert shared.run("asked", *words).code == 0
     assert_same_curves(whole, run, 0.0)
 
 
-def test_a_run_that_a_validation_stops_saves_that_step_and_its_next_life_works(nano, capsys):
-    class_path = "lightning.pytorch.callbacks.EarlyStopping"
-    early = f"callbacks.early={{class_path: {class_path}, init_args: {{monitor: val/loss, patience: 1, min_delta: 9}}}}"
-    words = ("trainer.max_steps=30", "trainer.val_check_interval=2", "trainer.limit_val_batches=1", SELDOM, early)
-    for step in (4, 6):
-        run = nano.run("early", *words)
-        printed = capsys.readouterr().out
-        assert f"stopped by EarlyStopping (Monitored metric val/loss did not improve in the last" in printed
-        assert f"after step {step}, which is saved" in printed
+def test_a_run_that_a_validation_stops_saves_that_step_and_its_next_life_works(shared, capsys):
+    """Each life of three makes the steps to its next validation, as with an EarlyStopping whose patience is out."""
+    words = (*SHORT[2:], "trainer.max_steps=6", "trainer.val_check_interval=2", SELDOM, poison("StopAfterValidation"))
+    for step in (2, 4, 6):
+        run = shared.run("validated", *words)
+        stopped = f"stopped by a callback that set trainer.should_stop after step {step}, which is saved"
+        assert (stopped in capsys.readouterr().out) == (step < 6)
         assert resumable_files(run.folder / "checkpoints")[0].name == f"step={step}.ckpt"
+    assert_same_curves(shared.run("validated_whole", *words[:-1]), run, 0.0)
 
 
 @pytest.mark.parametrize("moment", [[3, "on_train_batch_end"], [5, "on_validation_batch_end"]])
-def test_an_exception_between_two_steps_leaves_the_last_one_saved(nano, whole, moment, capsys):
+def test_an_exception_between_two_steps_leaves_the_last_one_saved(shared, whole, moment, capsys):
     words = (*SHORT, SELDOM, poison("Raise", moments=[moment], kill=False))
     with pytest.raises(RuntimeError, match="on purpose"):
-        nano.run("raising", *words)
+        shared.run(f"raising{moment[0]}", *words)
     assert f"stopped by RuntimeError after step {moment[0]}, which is saved" in capsys.readouterr().out
-    run = nano.run("raising", *words)
+    run = shared.run(f"raising{moment[0]}", *words)
     assert_same_curves(whole, run, 0.0)
     assert_same_weights(whole, run, 10, exact=True)
 
 
-def test_a_lost_terminal_stops_a_run_as_sigterm_does(nano, capsys, monkeypatch):
+def test_a_lost_terminal_stops_a_run_as_sigterm_does(shared, capsys, monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
     monkeypatch.setattr(Checkpoint, "on_train_batch_start", lambda *a: os.kill(os.getpid(), signal.SIGHUP))
-    assert nano.run("hung_up", *SHORT).code == 128 + signal.SIGHUP
+    assert shared.run("hung_up", *SHORT).code == 128 + signal.SIGHUP
     assert "stopped by SIGHUP after step 1, which is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGHUP) == before
 
@@ -90,13 +91,13 @@ KILLS = [
 ]
 
 
-def test_curves_are_the_same_wherever_kills_fall(nano, whole, capsys):
+def test_curves_are_the_same_wherever_kills_fall(shared, whole, capsys):
     """Also of what is logged again: it is on the disk already when a life ends by such a kill."""
     words = (*SHORT, "callbacks.checkpoint.every_n_steps=5", poison("Raise", moments=KILLS))
     for _ in KILLS:
         with pytest.raises(SystemExit):
-            nano.run("killed", *words)
-    killed = nano.run("killed", *words)
+            shared.run("killed", *words)
+    killed = shared.run("killed", *words)
     assert killed.code == 0
     assert_same_curves(whole, killed, 0.0)
     assert_same_weights(whole, killed, 10, exact=True)
@@ -104,13 +105,13 @@ def test_curves_are_the_same_wherever_kills_fall(nano, whole, capsys):
     assert killed.report()["train_loss"] == whole.report()["train_loss"]
 
 
-def test_micro_batches_may_change_at_every_resume(nano):
+def test_micro_batches_may_change_at_every_resume(shared):
     """Samples, steps, validations and the saved position are those of a run that was never interrupted."""
     common = ("data.batch_size=12", "trainer.limit_val_batches=0.3", DIARY, SELDOM, *SHORT[:2])
-    whole = nano.run("whole", *common)
+    whole = shared.run("changed_whole", *common)
     words = (*common, poison("Stop", steps=[2, 3, 5, 7]))
     for micro_batches in (4, 3, 4, 6, 2):
-        run = nano.run("changed", *words, f"trainer.accumulate_grad_batches={micro_batches}")
+        run = shared.run("changed", *words, f"trainer.accumulate_grad_batches={micro_batches}")
         assert run.code == 0
     steps = [[entry for entry in diary(run) if "samples" in entry] for run in (whole, run)]
     assert [(entry["step"], entry["samples"], entry["lr"]) for entry in steps[0]] == [
@@ -119,16 +120,16 @@ def test_micro_batches_may_change_at_every_resume(nano):
     assert_same_curves(whole, run, 1e-4)
 
 
-def test_a_run_that_has_only_best_checkpoints_keeps_as_many_and_goes_on_from_the_newest(nano, whole, capsys):
-    words = ("trainer.val_check_interval=1", SELDOM, SHORT[2], "trainer.max_steps=10")
+def test_a_run_that_has_only_best_checkpoints_keeps_as_many_and_goes_on_from_the_newest(shared, capsys):
+    words = (*SHORT[2:], "trainer.max_steps=8", "trainer.val_check_interval=1", SELDOM)
+    killed = (*words, poison("Raise", moments=[[6, "on_train_batch_start"]]))
     with pytest.raises(SystemExit):
-        nano.run("best", *words, poison("Raise", moments=[[6, "on_train_batch_start"]]))
-    folder = nano.base / "runs/best/checkpoints"
-    (newest,) = resumable_files(folder)  # of an untrained model each validation is better than the one before
+        shared.run("best", *killed)
+    (newest,) = resumable_files(shared.base / "runs/best/checkpoints")  # each validation is better than the one before
     assert newest.name.startswith("best-step=6-")
-    assert nano.run("best", *words, poison("Raise", moments=[[6, "on_train_batch_start"]])).code == 0
+    run = shared.run("best", *killed)
     assert f"continuing after step 6 from {newest}" in capsys.readouterr().out
-    assert_same_curves(nano.run("each", *words), nano.run("best", *words, poison("Raise", moments=[[6, "on_train_batch_start"]])), 0.0)
+    assert_same_curves(shared.run("each", *words), run, 0.0)
 
 
 @pytest.mark.parametrize("loss", [-3.25, -1e-9, 0.0, 4.25, 1e30])
