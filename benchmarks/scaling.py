@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.model.permute import permute, unpermute
+from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig, mesh_shape
@@ -40,40 +41,50 @@ WAYS = ("ddp", "fsdp2", "fsdp2_ep", "all-gather")
 
 
 class Gathered(NamedTuple):
-    """x_PSD of all ranks, padded to S slots each, and their counts_PE; of this rank's slots there are `own`."""
+    """x_WRD of all W ranks, padded to R routed tokens each, and their counts_WE; this rank's tokens are sorted by
+    order_R. index_R: those of this rank's experts, among all, sorted by expert."""
 
-    x_PSD: Tensor
-    counts_PE: Tensor
-    own: int
+    x_WRD: Tensor
+    counts_WE: Tensor
+    order_R: Tensor
+    gates_NK: Tensor
+    index_R: Tensor
 
 
 class AllGather:
-    """Every rank gets all slots, computes with its experts, and the results are added up."""
+    """A dispatcher that sends all routed tokens to every rank, which computes its experts; results are added up."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+        self.group, self.num_experts = group, num_experts
 
-    def send(self, x_SD: Tensor, counts_E: Tensor) -> Gathered:
-        ranks, longest = self.group.size(), torch.tensor(len(x_SD))
+    def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Gathered:
+        x_RD, order_R, counts_E = permute(x_ND, experts_NK, self.num_experts)
+        ranks, longest = self.group.size(), torch.tensor(len(x_RD))
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
-        padded = F.pad(x_SD, (0, 0, 0, max(int(longest), len(x_SD)) - len(x_SD)))
+        padded_RD = F.pad(x_RD, (0, 0, 0, max(int(longest), len(x_RD)) - len(x_RD)))
         counts = [torch.zeros_like(counts_E) for _ in range(ranks)]
         dist.all_gather(counts, counts_E, group=self.group)
-        x_PSD = all_gather_single_autograd(padded, 0, self.group).unflatten(0, (ranks, -1))
-        return Gathered(x_PSD, torch.stack(counts), len(x_SD))
+        x_WRD = all_gather_single_autograd(padded_RD, 0, self.group).unflatten(0, (ranks, -1))
+        counts_WE = torch.stack(counts)
+        return Gathered(x_WRD, counts_WE, order_R, gates_NK, self.rows_of_own_experts(counts_WE, x_WRD.shape[1]))
 
-    def collect(self, sent: Gathered, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ranks, slots = sent.x_PSD.shape[:2]
-        mine = sent.counts_PE.chunk(ranks, 1)[self.group.rank()]
-        before = sent.counts_PE.cumsum(1).chunk(ranks, 1)[self.group.rank()][:, 0] - mine[:, 0]
-        where = [torch.arange(p * slots + int(b), p * slots + int(b + n))
-                 for p, (b, n) in enumerate(zip(before, mine.sum(1), strict=True))]  # fmt: skip
-        expert = torch.cat([torch.arange(mine.shape[1]).repeat_interleave(row) for row in mine])
-        order = expert.argsort(stable=True)
-        index = torch.cat(where)[order]
-        y = compute(sent.x_PSD.flatten(0, 1).index_select(0, index), mine.sum(0).cumsum(0))
-        all_y = torch.zeros_like(sent.x_PSD).flatten(0, 1).to(y.dtype).index_copy(0, index, y)
-        return reduce_scatter_single_autograd(all_y, "sum", 0, self.group)[: sent.own]
+    def rows_of_own_experts(self, counts_WE: Tensor, padded: int) -> Tensor:
+        rank, ranks = self.group.rank(), self.group.size()
+        own_WE = counts_WE.chunk(ranks, 1)[rank]
+        before_W = counts_WE.cumsum(1).chunk(ranks, 1)[rank][:, 0] - own_WE[:, 0]
+        rows = [torch.arange(w * padded + int(before), w * padded + int(before + count))
+                for w, (before, count) in enumerate(zip(before_W, own_WE.sum(1), strict=True))]  # fmt: skip
+        expert_R = torch.cat([torch.arange(own_WE.shape[1]).repeat_interleave(row_E) for row_E in own_WE])
+        return torch.cat(rows)[expert_R.argsort(stable=True)]
+
+    def receive(self, sent: Gathered) -> tuple[Tensor, Tensor]:
+        own_WE = sent.counts_WE.chunk(self.group.size(), 1)[self.group.rank()]
+        return sent.x_WRD.flatten(0, 1).index_select(0, sent.index_R), own_WE.sum(0).cumsum(0)
+
+    def combine(self, y_RD: Tensor, sent: Gathered) -> Tensor:
+        all_RD = torch.zeros_like(sent.x_WRD).flatten(0, 1).to(y_RD.dtype).index_copy(0, sent.index_R, y_RD)
+        own_RD = reduce_scatter_single_autograd(all_RD, "sum", 0, self.group)[: len(sent.order_R)]
+        return unpermute(own_RD, sent.order_R, sent.gates_NK)
 
 
 class Model(nn.Module):
@@ -85,7 +96,7 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         losses = self.model.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
-        return losses.nll_K.sum() / targets.numel() + sum(term.mean() for term in losses.balance.values())
+        return losses.nll_P.sum() / targets.numel() + sum(term.mean() for term in losses.balance.values())
 
 
 def build(way: str, ranks: int, pretended: bool) -> tuple[nn.Module, Any]:

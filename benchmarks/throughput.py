@@ -108,7 +108,7 @@ def our_step(config: ModelConfig, tokens: torch.Tensor, dtype: torch.dtype) -> C
         mask, targets = torch.ones_like(tokens, dtype=torch.bool), tokens[:, None, 1:]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             losses = model.losses(tokens, mask, targets)
-            loss = losses.nll_K.sum() / targets.numel() + 1e-4 * losses.balance["sequence"].sum()
+            loss = losses.nll_P.sum() / targets.numel() + 1e-4 * losses.balance["sequence"].sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
-from dsv3_lightning.common.files import put_in_place, remove
+from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
@@ -164,10 +164,8 @@ class Checkpoint(CheckpointBase):
         if not trainer.is_global_zero:
             return
         if newest:
-            link = folder / "last.ckpt.new"
-            link.unlink(missing_ok=True)
-            link.symlink_to(newest[0].name)
-            os.replace(link, folder / "last.ckpt")
+            with whole(folder / "last.ckpt") as beside:
+                beside.symlink_to(newest[0].name)
         for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
             remove(path)
 
@@ -231,13 +229,11 @@ def who_stopped(trainer: Trainer) -> str:
 
 def link(path: Path, name: Path) -> None:
     """A second name for a checkpoint, that stays when the first is removed."""
-    if path.is_dir():
-        beside = name.with_name(name.name + ".new")
-        remove(beside)
-        shutil.copytree(path, beside, copy_function=os.link)
-        put_in_place(beside, name)
-    else:
-        os.link(path, name)
+    with whole(name) as beside:
+        if path.is_dir():
+            shutil.copytree(path, beside, copy_function=os.link)
+        else:
+            os.link(path, beside)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

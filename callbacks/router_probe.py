@@ -9,7 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.router_monitor import draw
-from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.training.logging import log_scalars
 from dsv3_lightning.training.router_metrics import (
     ChoiceStatistics,
@@ -57,7 +56,7 @@ class RouterProbe(Callback):
         model, mask_BS = pl_module.model, batch["mask"]
         T = mask_BS.shape[1] - 1 - model.config.mtp_depth
         starts = [0] * (model.config.num_moe_layers - model.config.mtp_depth)  # module k sees tokens k … k + T - 1
-        starts += [k if isinstance(module, MTPModule) else 0 for k, module in enumerate(model.mtp, start=1)]
+        starts += [k if module.sees_tokens_between else 0 for k, module in enumerate(model.mtp, start=1)]
         self.masks_LN = [mask_BS[:, start : start + T].flatten() for start in starts]
         origins_BS = batch["origins"] if len(origins_of(trainer)) > 1 else None
         self.origins_LN = [origins_BS if origins_BS is None else origins_BS[:, s : s + T].flatten() for s in starts]

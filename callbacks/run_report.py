@@ -18,10 +18,10 @@ from dsv3_lightning.callbacks.router_monitor import RouterMonitor
 from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.sample_text import SampleText
 from dsv3_lightning.callbacks.throughput import Throughput, peak_memory
-from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
 from dsv3_lightning.common.paths import display_path
-from dsv3_lightning.common.plots import curves, heat_map
+from dsv3_lightning.common.plots import curves, heat_map, save_figure
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.logging import latest_scalars
@@ -63,16 +63,15 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir)
         report = self.facts(trainer, pl_module)
         history = scalar_history(folder)
-        curves({tag: history[tag] for tag in CURVES if tag in history}, "loss, nats per token").savefig(
-            folder / "loss.png"
-        )
+        loss = curves({tag: history[tag] for tag in CURVES if tag in history}, "loss, nats per token")
+        save_figure(loss, folder / "loss.png")
         biases = [router.expert_bias for router in routers_of(pl_module)]
         if biases:
-            heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0).savefig(folder / "bias.png")
+            save_figure(heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0), folder / "bias.png")
         samples = find(trainer, SampleText)
-        write_whole(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
         text = markdown(report, folder, samples.latest if samples else [], bool(biases))
-        write_whole(folder / "report.md", text)
+        write_file(folder / "report.md", text)
         print(f"report: {display_path(folder / 'report.md')}", flush=True)
 
     def facts(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class WeightAverage(Callback):
                     losses = pl_module.model.losses(
                         batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
                     )
-                loss.update(losses.nll_K, batch["targets"])
+                loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
         main = torch.atleast_1d(loss.compute())[0]  # torchmetrics makes one element a scalar

@@ -5,6 +5,17 @@ class ConfigError(ValueError):
     """A setting, file or flag that can't work. The command line prints it as one line and exits with 2."""
 
 
+class WriteError(ConfigError):
+    """A file or folder that could not be written. reason: what the system said."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: can't be written ({self.reason})"
+
+
 class RunStopped(RuntimeError):
     """A run that had to end before its last step. The command line prints it as one line and exits with `code`."""
 

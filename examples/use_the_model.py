@@ -25,7 +25,7 @@ def main(steps: int = 150) -> str:
     targets = torch.stack([tokens[:, 1 + k : 1 + k + T] for k in range(1 + CONFIG.mtp_depth)], 1)
     for step in range(steps):
         losses = model.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
-        main_loss, mtp_loss = losses.nll_K / T
+        main_loss, mtp_loss = losses.nll_P / T
         loss = main_loss + 0.3 * mtp_loss
         optimizer.zero_grad()
         loss.backward()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.hub.config import to_json
@@ -33,7 +33,7 @@ def export(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder)
-        write_synced(folder / "README.md", model_card(config, run_folder, path).encode())
+        write_file(folder / "README.md", model_card(config, run_folder, path))
         print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
@@ -36,10 +36,7 @@ def import_folder(folder: Path, out: Path | None) -> int:
         **fitting(source.config),
     }
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    try:
-        write_synced(target, (HEAD.format(folder=source.path.resolve(), file=target) + text).encode())
-    except OSError as error:
-        raise ConfigError(f"--out {target}: can't be written ({error.strerror})") from error
+    write_file(target, HEAD.format(folder=source.path.resolve(), file=target) + text)
     counts = count_parameters(source.config)
     print(f"{source.path}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")
     print(f"{target}: written; dsv3 run {target} starts from these weights")

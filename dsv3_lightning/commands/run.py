@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import shutil
 import socket
 import time
 import warnings
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
 from dsv3_lightning.config.schema import Config
@@ -87,7 +87,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
             logger.rewind({})  # of a life that left no checkpoint
             logger.describe(tree, len(read_manifest(prepared)["origins"]))
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
-            shutil.copyfile(file, folder.path / file.name)
+            write_file(folder.path / file.name, file.read_bytes())
     try:
         if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
             trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)

@@ -1,19 +1,21 @@
-"""Files under any locale, written so that a crash leaves nothing half-done. Imports no torch."""
+"""Files written so that a crash or a full disk leaves nothing half-done. Imports no torch."""
 
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from tokenize import TokenError
 from typing import TypedDict
 
 import numpy as np
 
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.errors import ConfigError, WriteError
 
 BLOCK = 1 << 20
+BESIDE, OLD = ".new", ".old"  # how names end of what is being written, and of what goes out of its way
 
 
 class FileRecord(TypedDict):
@@ -43,30 +45,109 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def write_synced(path: Path, content: bytes) -> FileRecord:
-    """Writes the file through to the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def write_file(path: Path, content: str | bytes) -> FileRecord:
+    """Writes a file whole; text is UTF-8. A device, a pipe or a link that is there is written to, and stays.
+
+    Raises WriteError.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_symlink() and path.exists() or not (path.is_file() or path.is_dir()) and path.exists():
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise WriteError(path, reason_of(error)) from error
+    else:
+        with whole(path) as beside:
+            beside.write_bytes(data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside and renames."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a path to write a file or a folder to; when the block ends it is on the disk and named `path`.
+
+    So whoever looks finds the old one or the new one, also after a crash. Files get the mode that the umask says. It is
+    written beside, in a folder that nobody else has: after an error nothing is left of it, after a kill what
+    `remove_leftovers` finds. Raises WriteError with the path and the system's reason.
+    """
+    own = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.name[:40]}."
+        own = TemporaryDirectory(prefix=prefix, suffix=BESIDE, dir=path.parent, ignore_cleanup_errors=True)
+        beside = Path(own.name) / path.name
+        yield beside
+        sync_all(beside)
+        put_in_place(beside, path, Path(own.name, OLD))
+    except WriteError as error:
+        inside = own is not None and Path(own.name) in Path(str(error.path)).parents
+        raise WriteError(path, error.reason) if inside else error from error.__cause__
+    except (OSError, RuntimeError) as error:  # torch.save raises the second kind
+        if (failed := os_error(error)) is None:
+            raise
+        raise WriteError(path, reason_of(failed)) from error
+    finally:
+        if own is not None:
+            own.cleanup()
 
 
-def put_in_place(beside: Path, path: Path) -> None:
-    """What was written beside gets its name, through to the disk. Where a folder has that name, or shall get it, no
-    rename replaces the old one: it goes out of the way first."""
-    old = path.with_name(path.name + ".old")
-    if path.exists() and (path.is_dir() or beside.is_dir()):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes what a process that was killed has written beside files of the folder; nobody else may be writing there.
+
+    What it had moved out of the way gets its name back, if nothing else has it. name: how the files' names begin.
+    """
+    for path in [*folder.glob(f".{name}*{BESIDE}"), *folder.glob(f"{name}*{BESIDE}")]:
+        remove(path)
+    for path in folder.glob(f"{name}*{OLD}"):
+        named = path.with_name(path.name.removesuffix(OLD))
+        if named.exists():
+            remove(path)
+        else:
+            os.replace(path, named)
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error that this one came of, the first of all."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, OSError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def reason_of(error: OSError) -> str:
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+
+
+def sync_all(path: Path) -> None:
+    """A file, or a folder with all that is in it, through to the disk, with the modes that the umask says."""
+    inside = [*path.rglob("*"), path] if is_folder(path) else [path]
+    mode = 0o666 & ~umask()
+    for item in inside:
+        if is_folder(item):
+            sync_folder(item)
+        elif item.is_file() and not item.is_symlink():
+            if item.stat().st_mode & 0o777 != mode:  # some libraries' files are closed to all but their owner
+                item.chmod(mode)
+            with open(item, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def umask() -> int:
+    """The process's, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def put_in_place(beside: Path, path: Path, aside: Path | None = None) -> None:
+    """What was written beside gets its name, through to the disk. Raises OSError.
+
+    Where a folder has that name, or shall get it, no rename replaces the old one: it goes out of the way first, to
+    `aside`, which must be nobody else's; by default to the same name with OLD.
+    """
+    old = aside or path.with_name(path.name + OLD)
+    if path.exists() and (is_folder(path) or is_folder(beside)):
         remove(old)
         os.replace(path, old)
     os.replace(beside, path)
@@ -74,9 +155,14 @@ def put_in_place(beside: Path, path: Path) -> None:
     remove(old)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder itself, and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def remove(path: Path) -> None:
     """A file, or a folder with all that is in it, if there is one."""
-    if path.is_dir():
+    if is_folder(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -86,7 +172,7 @@ def make_folder(flag: str, path: Path) -> None:
     """With its parents, if it isn't there; called before long work whose result goes there. Raises ConfigError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # a folder that is there may be read-only
+        with TemporaryFile(dir=path):  # a folder that is there may be read-only
             pass
     except OSError as error:
         raise ConfigError(f"{flag} {path}: must be a folder that can be written to ({error.strerror})") from error
@@ -102,6 +188,14 @@ def read_numbers(flag: str, path: Path) -> np.ndarray:
     if array.dtype.kind not in "iuf":
         raise ConfigError(f"{flag} {path}: must hold whole or real numbers, holds {array.dtype}")
     return array
+
+
+def write_numbers(path: Path, array: np.ndarray) -> None:
+    """An .npy file, whole. Raises WriteError."""
+    array = np.asarray(array, order="C")
+    with whole(path) as beside, open(beside, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # np.save wouldn't tell what the system said
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """Small matplotlib figures for TensorBoard and the report. matplotlib is imported when one is drawn."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from dsv3_lightning.common.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,3 +62,9 @@ def curves(series: dict[str, tuple[list[int], list[float]]], title: str) -> "Fig
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def save_figure(figure: "Figure", path: Path, dpi: float | None = None) -> None:
+    """Writes it whole, as PNG. Raises WriteError."""
+    with whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=dpi or "figure")

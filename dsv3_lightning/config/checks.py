@@ -13,6 +13,7 @@ from dsv3_lightning.config.typed import build, convert
 from dsv3_lightning.config.wording import missing, nearest, show
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.training.config import LossConfig
@@ -150,7 +151,8 @@ def check_together(
         ):
             if on:
                 raise ConfigError(f"{key}: the model has no mixture-of-experts layer; set {key}={off}")
-    if model.n_group == 1 and (grouped := {"device", "communication"} & loss.balance_factors.keys()):
+    grouped = [name for name in loss.balance_factors if BALANCE_LOSSES[name].needs_groups]
+    if model.n_group == 1 and grouped:
         raise ConfigError(f"loss.balance={min(grouped)}: its devices are the model's groups; set model.n_group above 1")
     if callbacks.get("expert_bias") is not None and model.topk_method != "noaux_tc":
         raise ConfigError(

@@ -23,7 +23,7 @@ from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.model.experts import Dispatcher
+from dsv3_lightning.model.dispatch import Dispatcher
 from dsv3_lightning.parallel.strategy import MeshStrategy
 
 OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolve()  # a top-level folder in a checkout

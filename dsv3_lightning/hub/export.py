@@ -1,10 +1,8 @@
 """Weights into safetensors files of the released layout, file by file: memory stays at one file and one matrix."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3_lightning.common.files import sync_folder, write_synced
+from dsv3_lightning.common.files import whole, write_file
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import interleaved_on_disk
 from dsv3_lightning.hub.layout import BIAS, Stored, layout, permutation, stored_shape, to_disk
@@ -87,14 +85,15 @@ def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dt
             if tuple(tensor.shape) != shape:
                 raise ConfigError(f"{stored.key}: would be {list(tensor.shape)}, the settings make it {list(shape)}")
             tensors[stored.key] = cast(tensor, kept, stored.key)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
+        try:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         places |= dict.fromkeys(tensors, name)
         del tensors
     total = sum(item.bytes for planned in files for item in planned)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    write_synced(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    write_file(folder / INDEX, json.dumps(index, indent=1) + "\n")
     return total
 
 
@@ -114,16 +113,7 @@ def check_free(out: Path) -> None:
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Fills a folder beside `out` and renames it when it is whole. Raises ConfigError if `out` is there already."""
     check_free(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # A name that nothing had before: whatever is removed afterwards is this export's own.
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as own:
-            beside = Path(own) / out.name
-            beside.mkdir()  # for its mode: `own` is closed to everyone but its owner
-            write(beside)
-            sync_folder(beside)
-            check_free(out)  # another export may have been faster
-            beside.rename(out)
-            sync_folder(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{out}: can't be written ({getattr(error, 'strerror', None) or error})") from error
+    with whole(out) as beside:
+        beside.mkdir()
+        write(beside)
+        check_free(out)  # another export may have been faster

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.data.text.conversation import CHAT_TEMPLATE
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -77,4 +77,4 @@ def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_synced(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

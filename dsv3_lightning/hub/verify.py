@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import make_folder, read_numbers
+from dsv3_lightning.common.files import make_folder, read_numbers, remove, write_numbers
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.mtp import MTPModule
@@ -51,10 +51,10 @@ def verification_tokens(path: Path | None, config: ModelConfig) -> Tensor:
 def write_logits(folder: Path, tokens_BT: Tensor, logits: tuple[Tensor, Tensor | None]) -> None:
     """tokens.npy, logits.npy and, with MTP, mtp_logits.npy. Raises ConfigError where `folder` can't be made."""
     make_folder("--verify", folder)
-    (folder / "mtp_logits.npy").unlink(missing_ok=True)
+    remove(folder / "mtp_logits.npy")
     for name, tensor in zip(("tokens", "logits", "mtp_logits"), (tokens_BT, *logits)):
         if tensor is not None:
-            np.save(folder / f"{name}.npy", tensor.numpy())
+            write_numbers(folder / f"{name}.npy", tensor.numpy())
 
 
 def largest_difference(ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None]) -> float:

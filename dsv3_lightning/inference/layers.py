@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_lightning.inference.cache import Step
-from dsv3_lightning.model.attention import GroupedQueryAttention, MultiHeadLatentAttention, causal_attention
+from dsv3_lightning.model.attention import MultiHeadLatentAttention, causal_attention
 from dsv3_lightning.model.block import Block
+from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.moe import MLP, MoE
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.norm import RMSNorm
@@ -57,14 +58,14 @@ class LatentAttention:
 
     def __init__(self, attention: MultiHeadLatentAttention) -> None:
         self.heads, self.rank, self.scale = attention.heads, attention.kv_rank, attention.scale
-        self.sizes, self.interleave = (attention.nope, attention.rope), attention.interleave
-        self.compressed = hasattr(attention, "q_a_proj")
+        self.sizes, self.interleave = (attention.nope_size, attention.rope_size), attention.interleave
+        self.compressed = attention.compresses_queries
         if self.compressed:
             self.w_dq, self.q_norm = attention.q_a_proj.weight, Norm(attention.q_a_layernorm)
         self.w_uq = (attention.q_b_proj if self.compressed else attention.q_proj).weight
         self.w_dkv, self.kv_norm = attention.kv_a_proj_with_mqa.weight, Norm(attention.kv_a_layernorm)
         up = attention.kv_b_proj.weight.unflatten(0, (self.heads, -1))
-        self.w_uk, w_uv = up.split((attention.nope, attention.v_dim), 1)
+        self.w_uk, w_uv = up.split((attention.nope_size, attention.v_size), 1)
         self.w_uv, self.w_o = w_uv.mT, attention.o_proj.weight
 
     def __call__(self, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool) -> Tensor:
@@ -132,7 +133,7 @@ class Mixture:
     """DeepSeekMoE, without what only training asks for."""
 
     def __init__(self, moe: MoE) -> None:
-        self.config, self.experts = moe.config, moe.experts
+        self.config, self.experts, self.dispatcher = moe.config, moe.experts, moe.dispatcher
         self.router, self.expert_bias = moe.gate.weight.float(), moe.gate.expert_bias
         self.gate_up, self.down = moe.experts.gate_up_proj.unbind(), moe.experts.down_proj.unbind()
         self.shared = None if moe.shared_experts is None else Dense(moe.shared_experts)
@@ -145,7 +146,8 @@ class Mixture:
         if u_ND.device.type == "cpu" and experts_NK.numel() <= FEW:
             out_ND = self.few_slots(u_ND, experts_NK, gates_NK)
         else:
-            out_ND = self.experts(u_ND, experts_NK, gates_NK)
+            sent = self.dispatcher.dispatch(u_ND, experts_NK, gates_NK)
+            out_ND = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), sent)
         if self.shared is not None:
             out_ND = out_ND + self.shared(u_ND)
         return out_ND.view_as(u_RTD)

@@ -1,10 +1,10 @@
-"""What autocast means to operations that it doesn't know."""
+"""The dtype that autocast would choose, for operations that autocast does not cover."""
 
 import torch
 from torch import Tensor
 
 
-def computes_in(x: Tensor) -> torch.dtype:
-    """The dtype of a product with x, under autocast or not."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x, whether autocast is on or off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,19 +1,21 @@
 """Balance losses: what an uneven router pays. Pure functions of affinities and choices, all without their factor α.
 
-Two kinds. `sequence`, `expert`, `device`, `communication` and `z` are means over sequences, so micro-batches and ranks
-with equally many sequences average to the whole batch's. `batch` and `switch` multiply frequencies f and affinities P
-of the whole global batch. f carries no gradient, and P is a sum over tokens; so a layer reports that sum,
-Σ_t p_i,t [E], and `batch_loss` puts it together with the token counts of the whole optimizer step, summed over
-micro-batches and ranks: the exact gradient of the global loss, in parts that add up.
+Two kinds, told apart by `whole_batch` in the table. Most are means over sequences, so micro-batches and ranks with
+equally many sequences average to the whole batch's. `batch` and `switch` multiply frequencies f and affinities P of the
+whole global batch. f carries no gradient, and P is a sum over tokens; so a layer reports that sum, Σ_t p_i,t [E], and
+`batch_loss` puts it together with the token counts of the whole optimizer step, summed over micro-batches and ranks:
+the exact gradient of the global loss, in parts that add up.
 
 f_i = E/(K·T) · tokens that chose expert i; perfect balance gives 1 for all losses but `z`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 
 
 class Choices(NamedTuple):
@@ -28,25 +30,25 @@ class Choices(NamedTuple):
 
 
 def balance_terms(names: tuple[str, ...], choices: Choices) -> dict[str, Tensor]:
-    """By name: a scalar, or Σ_t p_t [E] for those of the whole batch; fp32, whatever the precision around."""
+    """By name: a scalar, or Σ_t p_t [E] for losses over the whole batch; fp32, whatever the precision around."""
     with torch.autocast(choices.scores_BTE.device.type, enabled=False):
         return {name: LOSSES[name](choices) for name in names}
 
 
 def sequence_loss(choices: Choices) -> Tensor:
-    """Σ_i f_i P_i per sequence, with affinities normalized to sum 1; mean over the sequences (V3 eq. 17-20)."""
-    return weigh(frequencies(choices), mean(normalized(choices.scores_BTE), choices.mask_BT))
+    """Σ_i f_i P_i per sequence, with affinities normalized to sum to 1; mean over the sequences (V3 eq. 17-20)."""
+    return product(frequencies(choices), mean(normalized(choices.scores_BTE), choices.mask_BT))
 
 
 def expert_loss(choices: Choices) -> Tensor:
     """V2 eq. 23-25: Σ_i f_i P_i per sequence, with the affinities as they are (V2's softmax sums to 1)."""
-    return weigh(frequencies(choices), mean(choices.scores_BTE, choices.mask_BT))
+    return product(frequencies(choices), mean(choices.scores_BTE, choices.mask_BT))
 
 
 def device_loss(choices: Choices) -> Tensor:
     """V2 eq. 26-28: Σ_d f'_d P'_d over the groups, f' the mean of their experts' f, P' the sum of their P."""
     f_BG = frequencies(choices).unflatten(-1, (choices.n_group, -1)).mean(-1)
-    return weigh(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
+    return product(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
 
 
 def communication_loss(choices: Choices) -> Tensor:
@@ -54,7 +56,7 @@ def communication_loss(choices: Choices) -> Tensor:
     size = choices.scores_BTE.shape[-1] // choices.n_group
     sent_BTG = torch.zeros_like(choices.scores_BTE[..., : choices.n_group]).scatter(-1, choices.experts_BTK // size, 1)
     f_BG = mean(sent_BTG, choices.mask_BT) * (choices.n_group / choices.topk_group)
-    return weigh(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
+    return product(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
 
 
 def z_loss(choices: Choices) -> Tensor:
@@ -95,18 +97,25 @@ def frequencies(choices: Choices) -> Tensor:
     return chosen_BE * (E / K) / mask_BT1.sum(1).clamp(min=1)
 
 
-def mean(x_BTC: Tensor, mask_BT: Tensor) -> Tensor:
-    """Over the tokens of each sequence that aren't padding: [B, C]."""
-    mask_BT1 = mask_BT[..., None].to(x_BTC.dtype)
-    return (x_BTC * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+def mean(x: Tensor, mask_BT: Tensor) -> Tensor:
+    """The mean of x [B, T, ...] over the tokens of each sequence that are not padding: [B, ...]."""
+    mask_BT1 = mask_BT[..., None].to(x.dtype)
+    return (x * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
 
 
 def per_group(choices: Choices, P_BE: Tensor) -> Tensor:
     return P_BE.unflatten(-1, (choices.n_group, -1)).sum(-1)
 
 
-def weigh(f_BX: Tensor, P_BX: Tensor) -> Tensor:
-    return (f_BX * P_BX).sum(-1).mean()
+def product(f: Tensor, P: Tensor) -> Tensor:
+    """Σ_i f_i P_i of each sequence, then the mean over the sequences."""
+    return (f * P).sum(-1).mean()
+
+
+def check_complete(functions: Iterable[str], table: Iterable[str]) -> None:
+    """Raises AssertionError unless every loss of the table has its function, and every function its line there."""
+    if unequal := set(functions) ^ set(table):
+        raise AssertionError(f"balance losses with a function or a line in the table, but not both: {sorted(unequal)}")
 
 
 LOSSES: dict[str, Callable[[Choices], Tensor]] = {
@@ -118,3 +127,4 @@ LOSSES: dict[str, Callable[[Choices], Tensor]] = {
     "switch": switch_sums,
     "z": z_loss,
 }
+check_complete(LOSSES, BALANCE_LOSSES)

@@ -6,7 +6,7 @@ Sources: V3 arXiv 2412.19437 §4.2, V2 arXiv 2405.04434 §3.1.2, and the release
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.checks import check_model, check_yarn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +29,7 @@ class Yarn:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ConfigError(f"model.rope_scaling.factor={self.factor}: must be at least 1")
-        if self.original_max_position_embeddings < 1:
-            raise ConfigError(
-                f"model.rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings}: "
-                "must be at least 1"
-            )
-        if self.beta_fast <= self.beta_slow:
-            raise ConfigError(
-                f"model.rope_scaling.beta_fast={self.beta_fast}: must be above beta_slow={self.beta_slow}"
-            )
+        check_yarn(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +49,7 @@ class ModelConfig:
         `group_limited_greedy` scores a group by its best (V2); `greedy` ignores groups (V2-Lite).
     expert_bias_kind: the choice is by s + b (V3 eq. 16) or by s · (1 + b), a variant of arXiv 2408.15664 §4.3.
     n_group G, topk_group M: each token's experts come from at most M of G equal groups.
-    norm_topk_prob, routed_scaling_factor: gates are normalized to sum 1, then scaled.
+    norm_topk_prob, routed_scaling_factor: gates are normalized to sum to 1, then scaled.
     num_nextn_predict_layers: depth of multi-token prediction (V3 §2.2); 0 switches it off.
     mtp_kind: `sequential` modules that see the tokens between (V3 §2.2), or `parallel` heads (arXiv 2404.19737).
     max_position_embeddings: longest sequence. rope_theta, rope_scaling: rotary base and YaRN.
@@ -110,7 +100,7 @@ class ModelConfig:
 
     @property
     def mtp_depth(self) -> int:
-        """The paper's D: how many tokens beyond the next one are predicted."""
+        """How many tokens beyond the next one are predicted; the report calls it D."""
         return self.num_nextn_predict_layers
 
     @property
@@ -119,84 +109,4 @@ class ModelConfig:
         return self.num_hidden_layers - self.first_k_dense_replace + self.mtp_depth
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size qk_rope_head_dim "
-            "v_head_dim n_group topk_group max_position_embeddings"
-        )
-        needed = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size") if self.num_moe_layers else ()
-        for name in (*positive.split(), *needed):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("qk_nope_head_dim", "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be at least 0")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"model.{name}={getattr(self, name)}: must be above 0")
-        self._check_attention()
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError(f"model.qk_rope_head_dim={self.qk_rope_head_dim}: rotary channels come in pairs")
-        for name in ("hidden_size", "moe_intermediate_size"):
-            if getattr(self, name) % 8:
-                raise ConfigError(
-                    f"model.{name}={getattr(self, name)}: must be a multiple of 8 (torch's grouped matrix products)"
-                )
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ConfigError(
-                f"model.first_k_dense_replace={self.first_k_dense_replace}: "
-                f"there are only num_hidden_layers={self.num_hidden_layers} layers"
-            )
-        if self.num_moe_layers:
-            self._check_routing()
-
-    def _check_attention(self) -> None:
-        """Each kind's own sizes are there, and the other's are not."""
-        heads, shared = self.num_attention_heads, self.num_key_value_heads
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ConfigError(f"model.q_lora_rank={self.q_lora_rank}: must be at least 1, or null for none")
-        if self.attention == "mla":
-            if self.kv_lora_rank < 1:
-                raise ConfigError(f"model.kv_lora_rank={self.kv_lora_rank}: must be at least 1 with attention=mla")
-            if shared not in (None, heads):
-                raise ConfigError(
-                    f"model.num_key_value_heads={shared}: attention=mla has keys and values for all "
-                    f"num_attention_heads={heads}; leave it out, or set attention=gqa"
-                )
-            return
-        for name, none in (("kv_lora_rank", 0), ("q_lora_rank", None)):
-            if getattr(self, name) != none:
-                raise ConfigError(
-                    f"model.{name}={getattr(self, name)}: attention=gqa compresses nothing; "
-                    f"set it to {'null' if none is None else none}"
-                )
-        if shared is None or shared < 1 or heads % shared:
-            raise ConfigError(
-                f"model.num_key_value_heads={'null' if shared is None else shared}: attention=gqa needs a number that "
-                f"divides num_attention_heads={heads}"
-            )
-
-    def _check_routing(self) -> None:
-        experts, groups = self.n_routed_experts, self.n_group
-        if experts % groups:
-            raise ConfigError(f"model.n_group={groups}: does not divide n_routed_experts={experts} into equal groups")
-        if self.topk_group > groups:
-            raise ConfigError(f"model.topk_group={self.topk_group}: there are only n_group={groups} groups")
-        if self.expert_bias_kind != "additive" and self.topk_method != "noaux_tc":
-            raise ConfigError(
-                f"model.expert_bias_kind={self.expert_bias_kind}: topk_method={self.topk_method} has no expert bias"
-            )
-        if self.topk_method == "greedy" and groups > 1:
-            raise ConfigError(
-                f"model.topk_method=greedy ignores groups, but n_group={groups}; use group_limited_greedy or n_group=1"
-            )
-        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
-            raise ConfigError(
-                f"model.n_group={groups}: a group of noaux_tc is scored by its two best experts, "
-                f"but would hold {experts // groups}"
-            )
-        allowed = experts // groups * self.topk_group
-        if self.num_experts_per_tok > allowed:
-            raise ConfigError(
-                f"model.num_experts_per_tok={self.num_experts_per_tok}: "
-                f"the topk_group={self.topk_group} allowed groups hold {allowed} experts"
-            )
+        check_model(self)

@@ -1,6 +1,5 @@
-"""DeepSeekMoE (V3 §2.1.2, eq. 12): the routed experts a token's router picks, plus the shared ones for everybody."""
+"""DeepSeekMoE (V3 §2.1.2, eq. 12): the routed experts that each token's router picks, plus the shared ones for all."""
 
-import functools
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.model.balance import Choices, balance_terms
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.dispatch import Dispatcher, LocalDispatcher
 from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.router import Router, count_tokens
 
@@ -15,7 +15,7 @@ from dsv3_lightning.model.router import Router, count_tokens
 class RouterStats(NamedTuple):
     """What a MoE layer reports beside its output.
 
-    counts_E: tokens per expert without padding, int64. balance: by name, what `balance_terms` gives.
+    counts_E: tokens per expert without padding, int64. balance: by name, the result of `balance_terms`.
     """
 
     counts_E: Tensor
@@ -31,8 +31,18 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward(x)
+
+
+class DenseMLP(MLP):
+    """The feed-forward network of a dense layer, with the signature of MoE: it reports nothing."""
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return self.feed_forward(x_BTD), None
 
 
 class MoE(nn.Module):
@@ -43,6 +53,7 @@ class MoE(nn.Module):
         self.config, self.balance = config, balance
         self.gate = Router(config)
         self.experts = Experts(config)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
         self.shared_experts = (
             MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
             if config.n_shared_experts
@@ -51,12 +62,14 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, RouterStats]:
         x_ND = x_BTD.flatten(0, 1)
-        experts_NK, gates_NK, scores_NE, logits_NE = self.gate(x_ND)
-        shared = None if self.shared_experts is None else functools.partial(self.shared_experts, x_ND)
-        out_BTD = self.experts(x_ND, experts_NK, gates_NK, meanwhile=shared).view_as(x_BTD)
-        logits_BTE, scores_BTE, experts_BTK = (
-            x.unflatten(0, mask_BT.shape) for x in (logits_NE, scores_NE, experts_NK)
-        )
+        routing = self.gate(x_ND)
+        sent = self.dispatcher.dispatch(x_ND, routing.experts_NK, routing.gates_NK)
+        shared_ND = None if self.shared_experts is None else self.shared_experts(x_ND)  # while the tokens travel
+        routed_ND = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), sent)
+        out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND
+
+        counts_E = count_tokens(routing.experts_NK, mask_BT.flatten(), self.config.n_routed_experts)
+        logits_BTE, scores_BTE = (x_NE.unflatten(0, mask_BT.shape) for x_NE in (routing.logits_NE, routing.scores_NE))
+        experts_BTK = routing.experts_NK.unflatten(0, mask_BT.shape)
         choices = Choices(logits_BTE, scores_BTE, experts_BTK, mask_BT, self.config.n_group, self.config.topk_group)
-        counts_E = count_tokens(experts_NK, mask_BT.flatten(), self.config.n_routed_experts)
-        return out_BTD, RouterStats(counts_E, balance_terms(self.balance, choices))
+        return out_ND.view_as(x_BTD), RouterStats(counts_E, balance_terms(self.balance, choices))

@@ -1,7 +1,6 @@
-"""Multi-token prediction (V3 §2.2, eq. 21-23): module k guesses token i + k + 1 from h at i and token i + k.
+"""Multi-token prediction (V3 §2.2, eq. 21-23): module k predicts token i + k + 1 from h_{k-1} at i and token i + k."""
 
-Beside it, for ablations, the independent heads of arXiv 2404.19737: head k guesses that token from the trunk alone.
-"""
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,17 @@ from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import Rotation
 
+Embed = Callable[[Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor | None, Tensor]
+
 
 class MTPModule(nn.Module):
-    """One depth. Embedding and output head are the main model's own and are not held here.
+    """One depth of V3's multi-token prediction. It shares the embedding and the output head of the main model.
 
-    As in the released weights (the paper's order is the other way round), `eh_proj` takes the embedding half first.
+    As in the released weights (the paper has the other order), `eh_proj` takes the embedding half first.
     """
+
+    sees_tokens_between = True  # module k's positions also know the tokens up to k positions on
 
     def __init__(self, config: ModelConfig, balance: tuple[str, ...] = ("sequence",)) -> None:
         super().__init__()
@@ -27,27 +31,17 @@ class MTPModule(nn.Module):
         self.block = Block(config, dense=False, balance=balance)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def inputs(
+        self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embed: Embed, tokens_BS: Tensor, mask_BS: Tensor
+    ) -> Inputs:
+        """h_{k-1}, the embeddings of the tokens k positions on, and their mask."""
+        ahead = slice(k, k + h_BTD.shape[1])
+        return h_BTD, embed(tokens_BS[:, ahead]), mask_BS[:, ahead]
+
     def forward(
-        self, h_BTD: Tensor, embedding_BTD: Tensor, at: Rotation, mask_BT: Tensor, seen_B1TT: Tensor | None = None
-    ) -> tuple[Tensor, RouterStats]:
-        """h_{k-1} and the embeddings of the tokens k places on -> h_k [B, T, D], before `norm` and the head."""
+        self, h_BTD: Tensor, embedding_BTD: Tensor, rope: Rotation, mask_BT: Tensor,
+        attn_mask_B1TT: Tensor | None = None,
+    ) -> tuple[Tensor, RouterStats]:  # fmt: skip
+        """h_k [B, T, D], before `norm` and the output head."""
         joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), -1)
-        return self.block(self.eh_proj(joined), at, mask_BT, seen_B1TT)  # eq. 21, 22
-
-
-class ParallelHead(nn.Module):
-    """One head of arXiv 2404.19737 §2: a block on the trunk's output, then the output head shared by all."""
-
-    def __init__(self, config: ModelConfig, balance: tuple[str, ...] = ("sequence",)) -> None:
-        super().__init__()
-        self.block = Block(config, dense=False, balance=balance)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, h_BTD: Tensor, at: Rotation, mask_BT: Tensor, seen_B1TT: Tensor | None = None
-    ) -> tuple[Tensor, RouterStats]:
-        """The main model's output after its final norm -> [B, T, D], before `norm` and the head."""
-        return self.block(h_BTD, at, mask_BT, seen_B1TT)
-
-
-MTP_KINDS = {"sequential": MTPModule, "parallel": ParallelHead}
+        return self.block(self.eh_proj(joined), rope, mask_BT, attn_mask_B1TT)  # eq. 21, 22

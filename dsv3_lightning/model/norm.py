@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_lightning.model.autocast import computes_in
+from dsv3_lightning.model.autocast import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -18,4 +18,4 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         out = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return out.to(computes_in(x))
+        return out.to(compute_dtype(x))

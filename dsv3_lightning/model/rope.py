@@ -26,14 +26,14 @@ def rotation(config: ModelConfig, positions_T: Tensor) -> Rotation:
     return Rotation(angles.cos() * factor, angles.sin() * factor)
 
 
-def rotate(x: Tensor, at: Rotation, interleave: bool) -> Tensor:
+def rotate(x: Tensor, rope: Rotation, interleave: bool) -> Tensor:
     """Rotates channel pairs of x [..., T, R]: neighbors (2i, 2i+1) with `interleave`, else (i, i + R/2).
 
     The result holds all first channels of the pairs, then all second ones, in both cases: queries and keys are
     permuted alike, so their products are those of either layout.
     """
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleave else x.float().chunk(2, -1)
-    return torch.cat((first * at.cos - second * at.sin, second * at.cos + first * at.sin), -1).to(x.dtype)
+    return torch.cat((first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin), -1).to(x.dtype)
 
 
 def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None, device: torch.device | None = None) -> Tensor:

@@ -33,7 +33,7 @@ class StrategyConfig:
     sharded_checkpoints: each rank writes its parts, in the background, so that none ever has the whole and training
         waits for a copy alone; otherwise the first rank writes one file. Either goes on on any mesh.
     dispatcher: the class that takes tokens to the ranks of their experts and back, with the methods of
-        `model.experts.Dispatcher`; called with the process group of these ranks.
+        `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
     timeout_minutes: how long a collective waits for a rank before all give up.
     """
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from dsv3_lightning.model.block import Block
-from dsv3_lightning.model.experts import Dispatcher, Experts
+from dsv3_lightning.model.dispatch import Dispatcher
 from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.router import Router
@@ -31,10 +31,12 @@ from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import Meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig
 
+MakeDispatcher = Callable[[dist.ProcessGroup, int], Dispatcher]  # of an ep group and the number of experts
+
 
 def shard_model(
     model: Transformer, meshes: Meshes, config: StrategyConfig, precision: str,
-    dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll,
+    dispatcher: MakeDispatcher = AllToAll,
 ) -> None:  # fmt: skip
     """Makes every parameter a DTensor, in place; the model may be on the meta device.
 
@@ -51,8 +53,8 @@ def shard_model(
         fully_shard(module, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload,
                     ignored_params=skipped, **{"mesh": meshes.dense} | arguments)  # fmt: skip
 
-    for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        spread_experts(experts, meshes, dispatcher)
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        spread_experts(moe, meshes, dispatcher)
 
     # The root first, with the small parameters alone: later units then leave these to it.
     tied = model.config.tie_word_embeddings
@@ -92,17 +94,17 @@ def small_parameters(model: nn.Module) -> set[nn.Parameter]:
     return routers | {p for p in model.parameters() if p.dim() == 1}
 
 
-def spread_experts(experts: Experts, meshes: Meshes, dispatcher: Callable[[dist.ProcessGroup], Dispatcher]) -> None:
-    """Gives each rank of an ep group its experts and a way to the others' ones; the weights are still on meta."""
+def spread_experts(moe: MoE, meshes: Meshes, dispatcher: MakeDispatcher) -> None:
+    """Gives each rank of an ep group its experts and a dispatcher to those of the others; weights are still on meta."""
     if meshes.ep is None:
         return
-    for name, weight in list(experts.named_parameters()):
-        own_EDF = weight.new_empty(weight.shape[0] // meshes.ep.size(), *weight.shape[1:])
+    for name, weight in list(moe.experts.named_parameters()):
+        local_EDF = weight.new_empty(weight.shape[0] // meshes.ep.size(), *weight.shape[1:])
         spread = DTensor.from_local(
-            own_EDF, meshes.ep, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
+            local_EDF, meshes.ep, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
         )
-        setattr(experts, name, nn.Parameter(spread))
-    experts.dispatcher = dispatcher(meshes.ep.get_group())
+        setattr(moe.experts, name, nn.Parameter(spread))
+    moe.dispatcher = dispatcher(meshes.ep.get_group(), moe.experts.num_experts)
 
 
 def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:

@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.model.experts import Dispatcher
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.shards import Saver, read_parts
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
-from dsv3_lightning.parallel.sharding import shard_model
+from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model
 from dsv3_lightning.parallel.tensors import like, local, part, place, whole
 
 
@@ -31,7 +29,7 @@ class MeshStrategy(ModelParallelStrategy):
     on the meta device, and puts each weight into its parts with what that returns: no process ever holds the whole.
     """
 
-    def __init__(self, dispatcher: Callable[[dist.ProcessGroup], Dispatcher] = AllToAll, **settings: Any) -> None:
+    def __init__(self, dispatcher: MakeDispatcher = AllToAll, **settings: Any) -> None:
         self.config, self.dispatcher = StrategyConfig(**settings), dispatcher
         timeout = timedelta(minutes=self.config.timeout_minutes)
         # What is offloaded is gathered for a checkpoint between hosts, without a detour over the GPUs.

@@ -17,7 +17,7 @@ from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import attention_weights, count_parameters, moe_parts, swiglu
 
 RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}  # of a step's FLOP; `selective` keeps the products
-LOGITS_HELD = 2**27  # at a time, as model/losses.py has it for GPUs
+LOGITS_HELD = 2**27  # at a time, as model/cpu.py has it for GPUs
 
 
 class Mesh(Protocol):

@@ -16,7 +16,8 @@ from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.hub.tokens import read_tokenizer
 from dsv3_lightning.inference.layers import lay_by_columns
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good, read_checkpoint
 from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader

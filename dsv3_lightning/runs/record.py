@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import filelock
 import yaml
 
-from dsv3_lightning.common.files import remove, write_whole
+from dsv3_lightning.common.files import remove, write_file
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
@@ -42,10 +41,9 @@ class RunFolder:
         if stored is not None:
             self.refuse_other(stored, tree)
             return
-        (self.path / "sources").mkdir(exist_ok=True)
         for number, source in enumerate(sources):
-            shutil.copyfile(source, self.path / "sources" / f"{number}_{source.name}")
-        write_whole(self.path / "config.yaml", yaml.safe_dump(tree, allow_unicode=True, sort_keys=False))
+            write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
+        write_file(self.path / "config.yaml", yaml.safe_dump(tree, allow_unicode=True, sort_keys=False))
 
     def stored_tree(self) -> dict[str, Any] | None:
         """The resolved configuration that the folder was made with."""
@@ -120,4 +118,4 @@ class RunFolder:
         if later:
             (files / "last.ckpt").unlink(missing_ok=True)
             print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
-        write_whole(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
+        write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.errors import ConfigError
@@ -55,9 +56,9 @@ def compare(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
     print(table(rows))
     print("± is the standard deviation over seeds; cache/token counts numbers; speeds are of runs beside each other")
     if markdown is not None:
-        write_whole(markdown, markdown_table(rows))
+        write_file(markdown, markdown_table(rows))
     if plot is not None:
-        curves_by_group(groups).savefig(plot, format="png")
+        save_figure(curves_by_group(groups), plot)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
 from dsv3_lightning.config.overrides import plain, text_override
@@ -56,8 +56,7 @@ class Task:
         """The file of the task's variant, where it doesn't hold these settings already."""
         text = OmegaConf.to_yaml(OmegaConf.create(self.changes))
         if not self.variant.is_file() or self.variant.read_text(encoding="utf-8") != text:  # it may be read-only
-            self.variant.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.variant, text)
+            write_file(self.variant, text)
 
 
 class Experiment:

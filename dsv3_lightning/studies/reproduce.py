@@ -3,7 +3,8 @@
 import platform
 from pathlib import Path
 
-from dsv3_lightning.common.files import write_whole
+from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.config.overrides import text_override
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
@@ -58,10 +59,9 @@ def reproduce(overrides: list[str], folder: Path, out: Path | None, jobs: int, q
                 refuse_other_settings(task)
     path = out or folder / "reproduction.md"
     pictures = path.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
     for name, groups in experiments.items():  # speeds of runs beside each other say nothing
-        curves_by_group(groups, leave_out=(SPEED,)).savefig(pictures / f"{name}.png", dpi=70)
-    write_whole(path, report(experiments, words, pictures.name))
+        save_figure(curves_by_group(groups, leave_out=(SPEED,)), pictures / f"{name}.png", dpi=70)
+    write_file(path, report(experiments, words, pictures.name))
     print(f"report: {path}")
     return code
 

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from dsv3_lightning.model.balance import batch_loss
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 from dsv3_lightning.model.transformer import Losses, Transformer
-
-BATCH_WISE = ("batch", "switch")  # their frequencies are the whole step's
 
 
 class BalanceTerm:
@@ -28,7 +27,7 @@ class BalanceTerm:
 
     @property
     def needs_counts(self) -> bool:
-        return any(name in BATCH_WISE for name in self.factors)
+        return any(BALANCE_LOSSES[name].whole_batch for name in self.factors)
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +46,7 @@ class BalanceTerm:
             term = losses.balance.get(name)
             if term is None:
                 continue  # a model without experts
-            if name in BATCH_WISE:
+            if BALANCE_LOSSES[name].whole_batch:
                 assert counts_LE is not None, "the caller counts where `needs_counts` says so"
                 term = batch_loss(term, counts_LE, self.experts_per_token) * parts
             total = total + self.scale * factor * term.sum()

@@ -1,11 +1,15 @@
 """The settings of optimization and of the loss. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 
-BalanceName = Literal["sequence", "batch", "expert", "device", "communication", "switch", "z", "none"]
+if TYPE_CHECKING:
+    BalanceName = str
+else:
+    BalanceName = Literal[(*BALANCE_LOSSES, "none")]
 
 
 @dataclass(frozen=True, kw_only=True)

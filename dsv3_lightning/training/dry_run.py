@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,10 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3_lightning.model import experts, losses
+from dsv3_lightning.model import cpu
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer
-from dsv3_lightning.parallel.dispatch import AllToAll, Sent
+from dsv3_lightning.parallel.dispatch import AllToAll, Exchange
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.parallel.sharding import shard_model
@@ -59,7 +59,8 @@ def dry_run(
             module = Transformer(model, checkpointing)
         parameters = sum(parameter.numel() for parameter in module.parameters())
         shard_model(module, build_meshes(shape, "cpu"), strategy, str(plugin.precision), EvenLoads)
-        with as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+        compute_as_on_a_gpu(module)
+        with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
             module.to_empty(device="cpu")
             module.tie_weights()
             weights = counter.now
@@ -77,7 +78,7 @@ def step(module: Transformer, adamw: torch.optim.Optimizer, plugin: Precision, s
     targets = torch.zeros(samples, 1 + depth, length, dtype=torch.int64)
     with plugin.forward_context():
         result = module.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
-    (result.nll_K.sum() + sum(term.sum() for term in result.balance.values())).backward()
+    (result.nll_P.sum() + sum(term.sum() for term in result.balance.values())).backward()
     adamw.step()
 
 
@@ -91,20 +92,21 @@ def pretended_processes(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Without what the model does for the sake of CPUs."""
-    with patch.object(losses, "LOGITS_HELD_CPU", losses.LOGITS_HELD), patch.object(experts, "ROWS_AT_ONCE", 1):
-        yield
+def compute_as_on_a_gpu(model: Transformer) -> None:
+    """Leaves out what the model does for the sake of CPUs."""
+    model.lm_head.logits_held = cpu.LOGITS_HELD
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.row_multiple = 1
 
 
 class EvenLoads(AllToAll):
-    """Every rank's experts get equally many slots."""
+    """Every rank's experts get equally many routed tokens."""
 
-    def send(self, x_SD: Tensor, counts_E: Tensor) -> Sent:
-        ranks, slots = self.group.size(), len(x_SD)
-        each = [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
-        return Sent(all_to_all_single_autograd(x_SD, each, each, self.group), counts_E.view(ranks, -1), each, each)
+    def exchange(self, x_RD: Tensor, counts_E: Tensor) -> Exchange:
+        ranks, tokens = self.group.size(), len(x_RD)
+        each = [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
+        return Exchange(all_to_all_single_autograd(x_RD, each, each, self.group), counts_E.view(ranks, -1), each, each)
 
 
 class Counter(TorchDispatchMode):
@@ -166,6 +168,6 @@ class Counter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def grouped_shape(a: Tensor, b: Tensor, ends_E: Tensor, *more: Any) -> tuple[int, ...]:
+def grouped_shape(a: Tensor, b: Tensor, offsets_E: Tensor, *more: Any) -> tuple[int, ...]:
     """Of a grouped product, which torch knows without numbers for bf16 alone."""
-    return (len(a), b.shape[-1]) if b.dim() == 3 else (len(ends_E), len(a), b.shape[-1])
+    return (len(a), b.shape[-1]) if b.dim() == 3 else (len(offsets_E), len(a), b.shape[-1])

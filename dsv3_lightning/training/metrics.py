@@ -35,23 +35,23 @@ def add_up(value: Tensor, group: Any = None) -> list[Tensor]:
 class TokenLoss(Sums):
     """Mean loss per token of each head, [1 + mtp_depth]: Σ nll / Σ valid targets, NaN where there is none.
 
-    update: nll_K (sums) and targets_BKT int64 with IGNORE.
+    update: nll_P (sums) and targets_BPT int64 with IGNORE.
     """
 
-    nll_K: Tensor
-    count_K: Tensor
+    nll_P: Tensor
+    count_P: Tensor
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.add_sum("nll_K", heads, dtype=torch.float64)
-        self.add_sum("count_K", heads, dtype=torch.int64)
+        self.add_sum("nll_P", heads, dtype=torch.float64)
+        self.add_sum("count_P", heads, dtype=torch.int64)
 
-    def update(self, nll_K: Tensor, targets_BKT: Tensor) -> None:
-        self.nll_K += nll_K.detach()
-        self.count_K += (targets_BKT != IGNORE).sum((0, 2))
+    def update(self, nll_P: Tensor, targets_BPT: Tensor) -> None:
+        self.nll_P += nll_P.detach()
+        self.count_P += (targets_BPT != IGNORE).sum((0, 2))
 
     def compute(self) -> Tensor:
-        return self.nll_K / self.count_K
+        return self.nll_P / self.count_P
 
 
 class BitsPerByte(Sums):
@@ -80,30 +80,30 @@ class Acceptance(Sums):
     """What greedy speculative decoding would keep of the MTP modules' guesses, by depth: shares [mtp_depth], fp64.
 
     Module k at place i guesses the token k + 1 places on, which the main model chooses at place i + k. A guess counts
-    as kept where it and all shallower ones from the same place are the main model's own choice. update: guesses_BKT
-    and targets_BKT, int64, main head first; only places count where both have a target.
+    as kept where it and all shallower ones from the same place are the main model's own choice. update: drafts_BPT
+    and targets_BPT, int64, main head first; only places count where both have a target.
     """
 
-    kept_K: Tensor
-    guessed_K: Tensor
+    accepted: Tensor
+    drafted: Tensor
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.add_sum("kept_K", depth, dtype=torch.int64)
-        self.add_sum("guessed_K", depth, dtype=torch.int64)
+        self.add_sum("accepted", depth, dtype=torch.int64)
+        self.add_sum("drafted", depth, dtype=torch.int64)
 
-    def update(self, guesses_BKT: Tensor, targets_BKT: Tensor) -> None:
-        depth, T = guesses_BKT.shape[1] - 1, guesses_BKT.shape[2]
-        kept_BT = torch.ones_like(guesses_BKT[:, 0], dtype=torch.bool)
-        valid_BKT = targets_BKT != IGNORE
+    def update(self, drafts_BPT: Tensor, targets_BPT: Tensor) -> None:
+        depth, T = drafts_BPT.shape[1] - 1, drafts_BPT.shape[2]
+        kept_BT = torch.ones_like(drafts_BPT[:, 0], dtype=torch.bool)
+        valid_BPT = targets_BPT != IGNORE
         for k in range(1, depth + 1):
-            kept_BT = kept_BT[:, : T - k] & (guesses_BKT[:, k, : T - k] == guesses_BKT[:, 0, k:])
-            valid_BT = valid_BKT[:, k, : T - k] & valid_BKT[:, 0, k:]
-            self.kept_K[k - 1] += (kept_BT & valid_BT).sum()
-            self.guessed_K[k - 1] += valid_BT.sum()
+            kept_BT = kept_BT[:, : T - k] & (drafts_BPT[:, k, : T - k] == drafts_BPT[:, 0, k:])
+            valid_BT = valid_BPT[:, k, : T - k] & valid_BPT[:, 0, k:]
+            self.accepted[k - 1] += (kept_BT & valid_BT).sum()
+            self.drafted[k - 1] += valid_BT.sum()
 
     def compute(self) -> Tensor:
-        return self.kept_K / self.guessed_K.double()
+        return self.accepted / self.drafted.double()
 
 
 class MaxVio(Sums):

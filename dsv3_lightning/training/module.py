@@ -11,7 +11,8 @@ from torch import Tensor
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Losses, Transformer, fill
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -108,11 +109,11 @@ class PretrainModule(pl.LightningModule):
         )
         # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        mean_K = losses.nll_K / batch["target_counts"].clamp(min=1) * parts
-        loss = mean_K[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
-        if len(mean_K) > 1:
-            loss = loss + self.mtp_weight * mean_K[1:].mean()
-        self.train_loss.update(losses.nll_K, batch["targets"])
+        mean_P = losses.nll_P / batch["target_counts"].clamp(min=1) * parts
+        loss = mean_P[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
+        if len(mean_P) > 1:
+            loss = loss + self.mtp_weight * mean_P[1:].mean()
+        self.train_loss.update(losses.nll_P, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
@@ -192,12 +193,12 @@ class PretrainModule(pl.LightningModule):
             del self.scalars[name]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        guess, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
-        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], guess, documents_BS)
-        if losses.guesses_BKT is not None:
-            self.val_acceptance.update(losses.guesses_BKT, batch["targets"])
-        self.val_loss.update(losses.nll_K, batch["targets"])
-        self.val_bpb.update(losses.nll_K[0], batch["target_bytes"])
+        draft, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
+        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], draft, documents_BS)
+        if losses.drafts_BPT is not None:
+            self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
+        self.val_loss.update(losses.nll_P, batch["targets"])
+        self.val_bpb.update(losses.nll_P[0], batch["target_bytes"])
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
@@ -234,7 +235,7 @@ class PretrainModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
-        sums = torch.stack([self.train_loss.nll_K, self.train_loss.count_K.double()])
+        sums = torch.stack([self.train_loss.nll_P, self.train_loss.count_P.double()])
         balance = {"names": self.balance.names, "balance": self.summed(self.balance.packed())}
         checkpoint["since_log"] = {"loss": self.summed(sums), **balance}
         checkpoint["settings"] = self.settings
@@ -253,9 +254,9 @@ class PretrainModule(pl.LightningModule):
             if isinstance(callback, Timer):  # or a run whose time was up would never make another step
                 checkpoint["callbacks"].pop(callback.state_key, None)
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
-            nll_K, count_K = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
-            self.train_loss.nll_K += nll_K
-            self.train_loss.count_K += count_K.long()
+            nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
+            self.train_loss.nll_P += nll_P
+            self.train_loss.count_P += count_P.long()
             if checkpoint["since_log"]["names"] == self.balance.names:  # else the losses are others from here on
                 self.balance.unpack(checkpoint["since_log"]["balance"])
         for state in checkpoint["lr_schedulers"]:

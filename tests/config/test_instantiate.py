@@ -193,7 +193,7 @@ def test_a_dispatcher_of_ones_own_takes_tokens_to_their_experts():
     block = {"kind": "fsdp2_ep", "dispatcher": "benchmarks.scaling.AllGather"}
     assert build_strategy(config(strategy=block)).dispatcher.__name__ == "AllGather"
     for name, expected in (
-        ("json.JSONDecoder", "is not a Dispatcher (dsv3_lightning.model.experts)"),
+        ("json.JSONDecoder", "is not a Dispatcher (dsv3_lightning.model.dispatch)"),
         ("deep_ep.Exchange", "No module named 'deep_ep'"),
     ):
         with pytest.raises(ConfigError) as caught:

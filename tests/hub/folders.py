@@ -9,7 +9,8 @@ from dsv3_lightning.hub.export import DTYPES, reader, write_folder, write_weight
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.hub.tokens import write_json
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.transformer import Transformer, fill
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.model.transformer import Transformer
 from tests.model.small import small_config, small_model
 
 V2 = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 16.0}

@@ -79,13 +79,13 @@ def make_targets(tokens_BS: Tensor, depth: int, ignored: Tensor | None = None) -
     """[B, 1 + depth, T] token by token: head k at place i is asked for token i + 1 + k. `ignored` [B, S] bool."""
     B, S = tokens_BS.shape
     T = S - 1 - depth
-    targets_BKT = torch.full((B, 1 + depth, T), IGNORE)
+    targets_BPT = torch.full((B, 1 + depth, T), IGNORE)
     for b in range(B):
         for k in range(1 + depth):
             for i in range(T):
                 if ignored is None or not ignored[b, i + 1 + k]:
-                    targets_BKT[b, k, i] = tokens_BS[b, i + 1 + k]
-    return targets_BKT
+                    targets_BPT[b, k, i] = tokens_BS[b, i + 1 + k]
+    return targets_BPT
 
 
 def small_batch(config: ModelConfig, B: int = 2, T: int = 12, seed: int = 0, padding: tuple[int, ...] = ()) -> Batch:
@@ -134,8 +134,8 @@ def smallest_gap(model: Transformer, batch: Batch) -> float:
     return min(gaps)
 
 
-def total_loss(losses: Losses, targets_BKT: Tensor, mtp_weight: float = 0.3, balance_factor: float = 0.5) -> Tensor:
+def total_loss(losses: Losses, targets_BPT: Tensor, mtp_weight: float = 0.3, balance_factor: float = 0.5) -> Tensor:
     """V3 eq. 17, 24, 25 from the sums; a large balance factor, so that its gradient counts."""
-    mean_K = losses.nll_K / (targets_BKT != IGNORE).sum((0, 2))
-    loss = mean_K[0] + balance_factor * losses.balance["sequence"].sum()
-    return loss + mtp_weight * mean_K[1:].mean() if len(mean_K) > 1 else loss
+    mean_P = losses.nll_P / (targets_BPT != IGNORE).sum((0, 2))
+    loss = mean_P[0] + balance_factor * losses.balance["sequence"].sum()
+    return loss + mtp_weight * mean_P[1:].mean() if len(mean_P) > 1 else loss

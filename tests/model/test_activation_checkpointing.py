@@ -36,7 +36,7 @@ def losses_and_gradients(policy: str, autocast: bool = False) -> tuple[Losses, d
 def test_losses_gradients_and_counts_are_those_without(policy, autocast):
     plain, plain_gradients = losses_and_gradients("none", autocast)
     losses, gradients = losses_and_gradients(policy, autocast)
-    assert torch.equal(losses.nll_K, plain.nll_K)
+    assert torch.equal(losses.nll_P, plain.nll_P)
     assert torch.equal(losses.balance["sequence"], plain.balance["sequence"])
     assert torch.equal(losses.counts_LE, plain.counts_LE)  # recomputation doesn't count twice
     for name, gradient in gradients.items():
@@ -118,17 +118,17 @@ def test_four_micro_batches_add_up_to_the_large_batch(policy):
     model = small_model(CONFIG, activation_checkpointing=policy)
     batch = clear_batch(model, B=8, padding=(0, 4, 0, 0, 9, 0, 0, 1))
     whole = model.losses(*batch)
-    (whole.nll_K.sum() + whole.balance["sequence"].sum()).backward()
+    (whole.nll_P.sum() + whole.balance["sequence"].sum()).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
     parts = []
     for start in range(0, 8, 2):
         part = model.losses(*(t[start : start + 2] for t in batch))
-        (part.nll_K.sum() + part.balance["sequence"].sum() / 4).backward()  # the balance loss is a mean over sequences
+        (part.nll_P.sum() + part.balance["sequence"].sum() / 4).backward()  # the balance loss is a mean over sequences
         parts.append(part)
     assert torch.equal(torch.stack([part.counts_LE for part in parts]).sum(0), whole.counts_LE)
-    torch.testing.assert_close(torch.stack([part.nll_K for part in parts]).sum(0), whole.nll_K, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.stack([part.nll_P for part in parts]).sum(0), whole.nll_P, rtol=1e-6, atol=0)
     torch.testing.assert_close(
         torch.stack([part.balance["sequence"] for part in parts]).mean(0), whole.balance["sequence"]
     )

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_lightning.model.balance import LOSSES, Choices, balance_terms, batch_loss
+from dsv3_lightning.model.balance import Choices, balance_terms, batch_loss, check_complete
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 
 from .small import clear_batch, small_config, small_model
 
 E, K, G, M = 6, 2, 3, 2  # experts, of which a token gets two, out of at most two of three groups
-BATCH_WISE = ("batch", "switch")
-NAMES = tuple(LOSSES)
+NAMES = tuple(BALANCE_LOSSES)
+WHOLE_BATCH = [loss.name for loss in BALANCE_LOSSES.values() if loss.whole_batch]
 
 
 def random_choices(lengths: list[int], scoring: str = "sigmoid", seed: int = 0) -> Choices:
@@ -42,7 +43,7 @@ def counts(choices: Choices) -> Tensor:
 def value(name: str, choices: Choices, counts_E: Tensor | None = None) -> Tensor:
     """The loss as training puts it together; counts_E: those of the whole step."""
     term = balance_terms((name,), choices)[name]
-    if name not in BATCH_WISE:
+    if name not in WHOLE_BATCH:
         return term
     return batch_loss(term[None], (counts(choices) if counts_E is None else counts_E)[None], K)[0]
 
@@ -54,7 +55,7 @@ def reference(name: str, choices: Choices) -> Tensor:
          for t in range(choices.mask_BT.shape[1]) if choices.mask_BT[b, t]]
         for b in range(len(choices.mask_BT))
     ]  # fmt: skip
-    if name in BATCH_WISE:
+    if name in WHOLE_BATCH:
         return of_tokens(name, [token for sequence in tokens for token in sequence])
     return sum(of_tokens(name, sequence) for sequence in tokens) / len(tokens)
 
@@ -110,7 +111,7 @@ def test_micro_batches_and_ranks_add_up_to_the_whole_batch(name, parts, lengths)
     (expected,) = torch.autograd.grad(whole, choices.logits_BTE, retain_graph=True)
     size, counts_E = 4 // parts, counts(choices)
     losses = [value(name, rows(choices, slice(b, b + size)), counts_E) for b in range(0, 4, size)]
-    total = sum(losses) if name in BATCH_WISE else sum(losses) / parts
+    total = sum(losses) if name in WHOLE_BATCH else sum(losses) / parts
     (grad,) = torch.autograd.grad(total, choices.logits_BTE)
     torch.testing.assert_close(total, whole)
     torch.testing.assert_close(grad, expected)
@@ -166,6 +167,15 @@ def test_fp32_under_autocast():
         assert math.isfinite(plain[name].sum())
 
 
+@pytest.mark.parametrize("extra", [{"new": None}, {}])
+def test_a_loss_without_a_function_and_a_function_without_a_loss_are_errors(extra):
+    functions = dict.fromkeys(NAMES) | extra
+    table = NAMES if extra else (*NAMES, "new")
+    with pytest.raises(AssertionError, match="new"):
+        check_complete(functions, table)
+    check_complete(NAMES, NAMES)
+
+
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_recomputation_changes_no_loss_and_no_gradient(policy):
     config = small_config(num_nextn_predict_layers=1)
@@ -174,7 +184,7 @@ def test_recomputation_changes_no_loss_and_no_gradient(policy):
         model = small_model(config, activation_checkpointing=name, balance=NAMES)
         losses = model.losses(*clear_batch(model))
         assert {name: tuple(term.shape) for name, term in losses.balance.items()} == {
-            name: (3, 8) if name in BATCH_WISE else (3,) for name in NAMES
+            name: (3, 8) if name in WHOLE_BATCH else (3,) for name in NAMES
         }
         weight_LE = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
         sum((weight_LE * term).sum() if term.dim() == 2 else term.sum() for term in losses.balance.values()).backward()

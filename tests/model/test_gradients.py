@@ -54,8 +54,8 @@ def fp64_kept(monkeypatch):
         yield
 
 
-def loop_over_experts(x_SD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    parts = x_SD.tensor_split(ends_E[:-1].tolist())
+def loop_over_experts(x_RD: Tensor, weight_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+    parts = x_RD.tensor_split(offsets_E[:-1].tolist())
     return torch.cat([part @ weight for part, weight in zip(parts, weight_EDF, strict=True)])
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3_lightning.model.attention import GroupedQueryAttention
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.rope import rotation
 from dsv3_lightning.planning.memory import cache_per_token
 

@@ -36,15 +36,15 @@ def pack(parts: list[Tensor], depth: int, padding: int = 5) -> Packed:
     """No document predicts into another one."""
     T = sum(map(len, parts)) + padding
     tokens_S = torch.full((T + 1 + depth,), 3)
-    document_S, targets_KT = torch.full_like(tokens_S, -1), torch.full((1 + depth, T), IGNORE)
+    document_S, targets_PT = torch.full_like(tokens_S, -1), torch.full((1 + depth, T), IGNORE)
     begin = 0
     for number, part in enumerate(parts):
         end = begin + len(part)
         tokens_S[begin:end], document_S[begin:end] = part, number
         for k in range(1 + depth):
-            targets_KT[k, begin : max(begin, end - 1 - k)] = part[1 + k :]
+            targets_PT[k, begin : max(begin, end - 1 - k)] = part[1 + k :]
         begin = end
-    return Packed(*(x[None] for x in (tokens_S, document_S >= 0, targets_KT, document_S)))
+    return Packed(*(x[None] for x in (tokens_S, document_S >= 0, targets_PT, document_S)))
 
 
 def documents(vocab: int, seed: int = 0) -> list[Tensor]:
@@ -61,16 +61,16 @@ def losses(model: torch.nn.Module, packed: Packed, isolated: bool = True):
 def test_losses_and_gradients_are_those_of_each_document_alone(name: str) -> None:
     model, depth = small_model(MODELS[name]), MODELS[name].mtp_depth
     parts = documents(61)
-    together = losses(model, pack(parts, depth)).nll_K
+    together = losses(model, pack(parts, depth)).nll_P
     (together * torch.tensor([1.0, 0.3, 0.2])[: 1 + depth]).sum().backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    alone = torch.stack([losses(model, pack([part], depth, padding=0)).nll_K for part in parts])
+    alone = torch.stack([losses(model, pack([part], depth, padding=0)).nll_P for part in parts])
     torch.testing.assert_close(together, alone.sum(0), rtol=1e-5, atol=1e-5)
     (alone.sum(0) * torch.tensor([1.0, 0.3, 0.2])[: 1 + depth]).sum().backward()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
-    seen = losses(model, pack(parts, depth), isolated=False).nll_K
+    seen = losses(model, pack(parts, depth), isolated=False).nll_P
     assert ((seen - together).abs() > 0.1).all()  # it isn't the same without
 
 
@@ -85,9 +85,9 @@ def test_no_token_of_another_document_matters(name: str) -> None:
     begin, end = LENGTHS[0], LENGTHS[0] + LENGTHS[1]
     own = torch.full_like(first.targets, IGNORE)
     own[..., begin:end] = first.targets[..., begin:end]
-    found = [losses(model, packed._replace(targets=own)).nll_K for packed in (first, second)]
+    found = [losses(model, packed._replace(targets=own)).nll_P for packed in (first, second)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(*(losses(model, p._replace(targets=own), isolated=False).nll_K for p in (first, second)))
+    assert not torch.allclose(*(losses(model, p._replace(targets=own), isolated=False).nll_P for p in (first, second)))
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
@@ -95,9 +95,9 @@ def test_recomputation_keeps_every_bit(how: str) -> None:
     found = []
     for checkpointing in ("none", how):
         model = small_model(MODELS["mla"], activation_checkpointing=checkpointing)
-        nll_K = losses(model, pack(documents(61), 2)).nll_K
-        nll_K.sum().backward()
-        found.append([nll_K, *(parameter.grad for parameter in model.parameters())])
+        nll_P = losses(model, pack(documents(61), 2)).nll_P
+        nll_P.sum().backward()
+        found.append([nll_P, *(parameter.grad for parameter in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

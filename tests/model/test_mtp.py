@@ -11,18 +11,18 @@ from dsv3_lightning.model.transformer import Transformer
 from .small import Batch, clear_batch, make_targets, small_batch, small_config, small_model
 
 
-def losses_per_position(model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, targets_BKT: Tensor) -> Tensor:
+def losses_per_position(model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, targets_BPT: Tensor) -> Tensor:
     """[1 + depth, T] of sample 0: all targets but one are ignored, one after another."""
-    _, heads, T = targets_BKT.shape
-    nll_KT = torch.empty(heads, T)
+    _, heads, T = targets_BPT.shape
+    nll_PT = torch.empty(heads, T)
     for k in range(heads):
         for i in range(T):
-            only = torch.full_like(targets_BKT, IGNORE)
-            only[0, k, i] = targets_BKT[0, k, i]
-            nll_K = model.losses(tokens_BS, mask_BS, only).nll_K
-            assert nll_K.count_nonzero() <= 1
-            nll_KT[k, i] = nll_K[k]
-    return nll_KT
+            only = torch.full_like(targets_BPT, IGNORE)
+            only[0, k, i] = targets_BPT[0, k, i]
+            nll_P = model.losses(tokens_BS, mask_BS, only).nll_P
+            assert nll_P.count_nonzero() <= 1
+            nll_PT[k, i] = nll_P[k]
+    return nll_PT
 
 
 @torch.no_grad()
@@ -32,17 +32,17 @@ def test_module_k_at_i_sees_the_tokens_up_to_i_plus_k_and_is_judged_by_the_next(
     depth, T = 2, 6
     model = small_model(small_config(num_nextn_predict_layers=depth))
     batch = small_batch(model.config, B=1, T=T)
-    before_KT = losses_per_position(model, *batch)
+    before_PT = losses_per_position(model, *batch)
     for j in range(T + 1 + depth):
         tokens_BS = batch.tokens.clone()
         tokens_BS[0, j] = (tokens_BS[0, j] + 7) % model.config.vocab_size
-        moved_KT = (losses_per_position(model, tokens_BS, batch.mask, batch.targets) - before_KT).abs()
+        moved_PT = (losses_per_position(model, tokens_BS, batch.mask, batch.targets) - before_PT).abs()
         for k in range(1 + depth):
             for i in range(T):
                 if j <= i + k:
-                    assert moved_KT[k, i] > 1e-4, (j, k, i)
+                    assert moved_PT[k, i] > 1e-4, (j, k, i)
                 else:
-                    assert moved_KT[k, i] < 1e-5, (j, k, i)
+                    assert moved_PT[k, i] < 1e-5, (j, k, i)
 
         # Targets made from the tokens move exactly one place of each head: i = j - k - 1.
         expected = [[k, j - k - 1] for k in range(1 + depth) if 0 <= j - k - 1 < T]
@@ -116,7 +116,7 @@ def test_losses_equal_the_equations(depth, T):
     model = small_model(small_config(num_nextn_predict_layers=depth))
     batch = clear_batch(model, T=T)
     losses = model.losses(*batch)
-    assert losses.nll_K.tolist() == pytest.approx(composed_losses(model, batch), rel=2e-6)
+    assert losses.nll_P.tolist() == pytest.approx(composed_losses(model, batch), rel=2e-6)
     assert len(losses.counts_LE) == len(losses.balance["sequence"]) == 2 + depth  # the modules' routers report, too
     assert losses.counts_LE.sum(1).tolist() == [2 * T * 3] * (2 + depth)
 
@@ -139,7 +139,7 @@ def test_heads_before_the_last_do_not_depend_on_the_depth():
     deepest = models[2].losses(*batch)
     for depth in (0, 1):
         losses = models[depth].losses(batch.tokens, batch.mask, batch.targets[:, : 1 + depth])
-        assert torch.equal(losses.nll_K, deepest.nll_K[: 1 + depth])
+        assert torch.equal(losses.nll_P, deepest.nll_P[: 1 + depth])
         assert torch.equal(losses.counts_LE, deepest.counts_LE[: 2 + depth])
 
 
@@ -155,7 +155,7 @@ def test_embedding_and_head_are_one_parameter_for_all_depths(tied):
     model = small_model(model.config)
     batch = small_batch(model.config, B=1, T=4)
     batch.tokens[0] = torch.arange(7)
-    model.losses(*batch).nll_K[2].backward()
+    model.losses(*batch).nll_P[2].backward()
     rows_V = model.embed_tokens.weight.grad.abs().sum(1) > 0
     assert rows_V[:6].all()  # i + 2 for the last i, 3
     assert model.lm_head.weight.grad.abs().min(1).values.min() > 0
@@ -184,21 +184,21 @@ def test_sums_over_uneven_samples_add_up_to_the_batchs():
     config = small_config(num_nextn_predict_layers=2)
     model = small_model(config)
     batch = clear_batch(model, B=4, T=11, padding=(2, 10, 12, 13))
-    valid_BK = (batch.targets != IGNORE).sum(-1)
-    assert valid_BK.tolist() == [[11, 10, 9], [3, 2, 1], [1, 0, 0], [0, 0, 0]]
+    valid_BP = (batch.targets != IGNORE).sum(-1)
+    assert valid_BP.tolist() == [[11, 10, 9], [3, 2, 1], [1, 0, 0], [0, 0, 0]]
     whole = model.losses(*batch)
     # 12, 4, 2 and 1 real tokens: those that module k adds at its places, k on, count for its router.
     assert whole.counts_LE.sum(1).tolist() == [3 * (11 + 4 + 2 + 1)] * 2 + [3 * (11 + 3 + 1), 3 * (10 + 2)]
-    whole.nll_K.sum().backward()
+    whole.nll_P.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
     parts = [model.losses(*(t[b : b + 1] for t in batch)) for b in range(4)]
     for part in parts:
-        part.nll_K.sum().backward()
-        assert torch.isfinite(part.nll_K).all()
-    torch.testing.assert_close(torch.stack([part.nll_K for part in parts]).sum(0), whole.nll_K, rtol=1e-6, atol=0)
-    assert parts[2].nll_K[1:].tolist() == [0, 0] and parts[3].nll_K.tolist() == [0, 0, 0]
+        part.nll_P.sum().backward()
+        assert torch.isfinite(part.nll_P).all()
+    torch.testing.assert_close(torch.stack([part.nll_P for part in parts]).sum(0), whole.nll_P, rtol=1e-6, atol=0)
+    assert parts[2].nll_P[1:].tolist() == [0, 0] and parts[3].nll_P.tolist() == [0, 0, 0]
     assert torch.equal(torch.stack([part.counts_LE for part in parts]).sum(0), whole.counts_LE)
     for name, parameter in model.named_parameters():
         difference = (parameter.grad - gradients[name]).abs().max()
@@ -209,10 +209,10 @@ def test_a_sample_without_any_target_gives_zero_gradients():
     model = small_model(small_config(num_nextn_predict_layers=2))
     batch = small_batch(model.config, B=1, T=5, padding=(8,))
     losses = model.losses(*batch)
-    (losses.nll_K.sum() + losses.balance["sequence"].sum()).backward()
+    (losses.nll_P.sum() + losses.balance["sequence"].sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().sum() == 0, name
-    assert losses.nll_K.tolist() == [0, 0, 0] and losses.counts_LE.sum() == 0
+    assert losses.nll_P.tolist() == [0, 0, 0] and losses.counts_LE.sum() == 0
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def test_parallel_heads_are_a_block_each_on_the_trunks_output():
     """arXiv 2404.19737 §2: head k guesses token i + k + 1 from h_0 at i, and from no token after i."""
     model = small_model(small_config(num_nextn_predict_layers=2, mtp_kind="parallel"))
     batch = clear_batch(model, T=11)
-    losses = model.losses(*batch, guess=True)
+    losses = model.losses(*batch, draft=True)
     at, head_VD = rotation(model.config, torch.arange(11)), model.lm_head.weight
     h_BTD = model.trunk(batch.tokens[:, :11], batch.mask[:, :11])[0]
     logits = [h_BTD @ head_VD.T]
@@ -228,20 +228,20 @@ def test_parallel_heads_are_a_block_each_on_the_trunks_output():
         out_BTD = module.block(h_BTD, at, batch.mask[:, :11])[0]  # of h_0, not of the head before
         logits.append(rms_norm(out_BTD, module.norm.weight) @ head_VD.T)
     expected = [cross_entropy(logits[k], batch.tokens[:, k + 1 : k + 12]) for k in range(3)]
-    assert losses.nll_K.tolist() == pytest.approx(expected, rel=2e-6)
-    assert torch.equal(losses.guesses_BKT, torch.stack(logits, 1).argmax(-1))
+    assert losses.nll_P.tolist() == pytest.approx(expected, rel=2e-6)
+    assert torch.equal(losses.drafts_BPT, torch.stack(logits, 1).argmax(-1))
     assert "eh_proj" not in "".join(dict(model.named_parameters())) and len(losses.counts_LE) == 2 + 2
     later = batch.tokens.clone()
     later[:, 11:] = (later[:, 11:] + 1) % 61  # what sequential modules embed
-    assert torch.equal(model.losses(later, batch.mask, None, guess=True).guesses_BKT, losses.guesses_BKT)
+    assert torch.equal(model.losses(later, batch.mask, None, draft=True).drafts_BPT, losses.drafts_BPT)
 
 
 @torch.no_grad()
 def test_guesses_are_the_heads_most_likely_tokens_and_need_no_targets():
     model = small_model(small_config(num_nextn_predict_layers=1))
     batch = clear_batch(model, T=11)
-    with_targets, without = model.losses(*batch, guess=True), model.losses(batch.tokens, batch.mask, None, guess=True)
-    assert torch.equal(with_targets.guesses_BKT, without.guesses_BKT)
-    assert torch.equal(without.guesses_BKT[:, 0], model(batch.tokens[:, :11]).argmax(-1))
-    assert torch.equal(with_targets.counts_LE, without.counts_LE) and len(without.nll_K) == 0
-    assert model.losses(*batch).guesses_BKT is None
+    with_targets, without = model.losses(*batch, draft=True), model.losses(batch.tokens, batch.mask, None, draft=True)
+    assert torch.equal(with_targets.drafts_BPT, without.drafts_BPT)
+    assert torch.equal(without.drafts_BPT[:, 0], model(batch.tokens[:, :11]).argmax(-1))
+    assert torch.equal(with_targets.counts_LE, without.counts_LE) and len(without.nll_P) == 0
+    assert model.losses(*batch).drafts_BPT is None

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.model.experts import Experts, Here, grouped_linear
+from dsv3_lightning.model.dispatch import LocalDispatcher
+from dsv3_lightning.model.experts import Experts, grouped_linear
 from dsv3_lightning.model.moe import MoE
 
 from .small import routers, small_batch, small_config, small_model
@@ -25,6 +26,13 @@ def expert_loop(x_ND, experts_NK, gates_NK, gate_up, down) -> Tensor:
             row = row + gates_NK[n, k] * ((F.silu(gate) * up) @ down[e])
         rows.append(row)
     return torch.stack(rows)
+
+
+def routed(module: Experts, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+    """What MoE.forward does between the router and the shared experts."""
+    dispatcher = LocalDispatcher(module.num_experts)
+    sent = dispatcher.dispatch(x_ND, experts_NK, gates_NK)
+    return dispatcher.combine(module(*dispatcher.receive(sent)), sent)
 
 
 def same_for_all(*experts: int) -> Tensor:
@@ -63,7 +71,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype):
 
     inputs = [x_ND, gates_NK, module.gate_up_proj, module.down_proj]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        out_ND = module(x_ND, experts_NK, gates_NK)
+        out_ND = routed(module, x_ND, experts_NK, gates_NK)
     assert out_ND.dtype == dtype
     out_ND = out_ND.float()
     gradients = torch.autograd.grad(out_ND, inputs, grad_ND)
@@ -83,9 +91,8 @@ def test_the_first_half_of_gate_up_is_the_one_that_is_activated():
     with torch.no_grad():
         module.gate_up_proj.copy_(torch.cat((torch.eye(8), 2 * torch.eye(8)), 1).expand(E, -1, -1))
         module.down_proj.copy_(torch.eye(8).expand(E, -1, -1))
-        out = module(
-            torch.tensor([[1.0, -1.0, 0.0, 3.0, 0.5, 2.0, -2.0, -3.0]]), torch.tensor([[2]]), torch.tensor([[1.0]])
-        )
+        x_ND = torch.tensor([[1.0, -1.0, 0.0, 3.0, 0.5, 2.0, -2.0, -3.0]])
+        out = routed(module, x_ND, torch.tensor([[2]]), torch.tensor([[1.0]]))
     # silu(x) · 2x; the other way round silu(2x) · x is 0.88 · 2 / 1 for x = 1
     expected = [2 * x * x / (1 + torch.tensor(-x).exp().item()) for x in (1.0, -1.0, 0.0, 3.0, 0.5, 2.0, -2.0, -3.0)]
     assert out[0].tolist() == pytest.approx(expected)
@@ -131,20 +138,21 @@ def test_counts_add_up_to_the_tokens_times_k(skewed):
     assert counts_E[0] == 21 or not skewed
 
 
-class Counting(Here):
-    """Nothing travels, and the slots that go in and come out are counted."""
+class Counting(LocalDispatcher):
+    """Nothing travels, and the routed tokens that go in and come out are counted."""
 
-    def __init__(self) -> None:
-        self.sent, self.collected = [], []
+    def __init__(self, num_experts) -> None:
+        super().__init__(num_experts)
+        self.received, self.combined = [], []
 
-    def send(self, x_SD, counts_E):
-        self.sent.append((len(x_SD), counts_E.tolist()))
-        return super().send(x_SD, counts_E)
+    def receive(self, sent):
+        x_RD, offsets_E = super().receive(sent)
+        self.received.append((len(x_RD), offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()))
+        return x_RD, offsets_E
 
-    def collect(self, sent, compute):
-        y_SD = super().collect(sent, compute)
-        self.collected.append(int(y_SD.detach().abs().amax(1).gt(0).sum()))  # what comes back is not nothing
-        return y_SD
+    def combine(self, y_RD, sent):
+        self.combined.append(int(y_RD.detach().abs().amax(1).gt(0).sum()))  # what comes back is not nothing
+        return super().combine(y_RD, sent)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -153,15 +161,15 @@ def test_every_layer_serves_every_token_when_all_want_one_expert(training):
     model = small_model(config).train(training)
     for router in routers(model):
         router.expert_bias.zero_()[5] = 100.0
-    counters = [Counting() for _ in range(config.num_moe_layers)]
-    for module, counter in zip((m for m in model.modules() if isinstance(m, Experts)), counters, strict=True):
+    counters = [Counting(8) for _ in range(config.num_moe_layers)]
+    for module, counter in zip((m for m in model.modules() if isinstance(m, MoE)), counters, strict=True):
         module.dispatcher = counter
     batch = small_batch(config, B=3, T=40)
     losses = model.losses(*batch)
     all_on_one = [0] * 5 + [3 * 40] + [0] * 2
     assert losses.counts_LE.tolist() == [all_on_one] * 3  # two layers and the MTP module's
     for counter in counters:
-        assert counter.sent == [(3 * 40, all_on_one)] and counter.collected == [3 * 40]
+        assert counter.received == [(3 * 40, all_on_one)] and counter.combined == [3 * 40]
 
 
 def test_what_a_token_gets_does_not_depend_on_its_company():
@@ -178,16 +186,16 @@ def test_what_a_token_gets_does_not_depend_on_its_company():
 
 def test_the_grouped_product_of_empty_groups_is_the_loops():
     generator = torch.Generator().manual_seed(0)
-    x_SD = torch.randn(10, 8, generator=generator, requires_grad=True)
+    x_RD = torch.randn(10, 8, generator=generator, requires_grad=True)
     weight_EDF = torch.randn(5, 8, 12, generator=generator, requires_grad=True)
-    ends_E = torch.tensor([0, 4, 4, 10, 10])
-    y_SF = grouped_linear(x_SD, weight_EDF, ends_E)
-    expected = torch.cat((x_SD[:4] @ weight_EDF[1], x_SD[4:] @ weight_EDF[3]))
-    torch.testing.assert_close(y_SF, expected)
+    offsets_E = torch.tensor([0, 4, 4, 10, 10])
+    y_RF = grouped_linear(x_RD, weight_EDF, offsets_E)
+    expected = torch.cat((x_RD[:4] @ weight_EDF[1], x_RD[4:] @ weight_EDF[3]))
+    torch.testing.assert_close(y_RF, expected)
     grad = torch.randn(10, 12, generator=generator)
-    inputs = (x_SD, weight_EDF)
+    inputs = (x_RD, weight_EDF)
     for got, want in zip(
-        torch.autograd.grad(y_SF, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+        torch.autograd.grad(y_RF, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         torch.testing.assert_close(got, want)
 

@@ -49,8 +49,8 @@ def fp32_and_bf16(request):
 
 def test_losses_and_gradients_are_within_the_noise_of_bf16(fp32_and_bf16):
     (full, full_gradients, _, batch), (half, half_gradients, _, _) = fp32_and_bf16
-    tokens_K = (batch.targets != IGNORE).sum((0, 2))
-    assert ((full.nll_K - half.nll_K) / tokens_K).abs().max() < 0.01  # of 4: bf16 keeps 2^-9 of each product
+    tokens_P = (batch.targets != IGNORE).sum((0, 2))
+    assert ((full.nll_P - half.nll_P) / tokens_P).abs().max() < 0.01  # of 4: bf16 keeps 2^-9 of each product
     assert (full.balance["sequence"] / half.balance["sequence"] - 1).abs().max() < 0.02
     assert (full.counts_LE - half.counts_LE).abs().sum() <= 0.03 * full.counts_LE.sum()
     for name, gradient in half_gradients.items():
@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_within_the_noise_of_bf16(fp32_and_bf16):
 
 def test_losses_counts_and_biases_keep_their_dtypes(fp32_and_bf16):
     for losses, gradients, model, _ in fp32_and_bf16:
-        assert losses.nll_K.dtype == losses.balance["sequence"].dtype == torch.float32
+        assert losses.nll_P.dtype == losses.balance["sequence"].dtype == torch.float32
         assert losses.counts_LE.dtype == torch.int64
         for name, parameter in model.named_parameters():
             assert gradients[name].dtype == parameter.dtype
@@ -73,8 +73,8 @@ def test_losses_are_summed_in_fp32_under_autocast():
     model = small_model(small_config())
     batch = clear_batch(model, B=64, T=64, gap=0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        whole = model.losses(*batch).nll_K[0]
-        parts = sum(model.losses(*(t[b : b + 1] for t in batch)).nll_K[0].double() for b in range(64))
+        whole = model.losses(*batch).nll_P[0]
+        parts = sum(model.losses(*(t[b : b + 1] for t in batch)).nll_P[0].double() for b in range(64))
     assert whole > 10_000
     assert whole.item() == pytest.approx(parts.item(), rel=1e-4)
 

@@ -112,7 +112,7 @@ def test_loss_of_the_first_mtp_module_equals_transformers():
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 2).double(), batch.targets.flatten(), ignore_index=IGNORE, reduction="none"
         )
-        ours = model.losses(*batch).nll_K
+        ours = model.losses(*batch).nll_P
     torch.testing.assert_close(ours.double(), nll.unflatten(0, (2, 2, 30)).sum((0, 2)), rtol=1e-6, atol=0)
 
 

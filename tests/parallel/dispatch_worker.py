@@ -7,46 +7,56 @@ import gc
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.router import Router
-from dsv3_lightning.parallel.dispatch import AllToAll, Sent
+from dsv3_lightning.parallel.dispatch import AllToAll, Exchange, Sent
 from tests.parallel.small import EXPERTS, K, config, tokens_and_choices
 
 
-def spread(experts: Experts, rank: int, ranks: int) -> Experts:
-    """The rank's part of the experts, with a way to the others."""
-    own = Experts(config(n_routed_experts=experts.num_experts))
-    share = experts.num_experts // ranks
-    for name, weight in experts.named_parameters():
-        setattr(own, name, torch.nn.Parameter(weight.detach()[rank * share : (rank + 1) * share].clone()))
-    own.dispatcher = Watched(dist.group.WORLD)
-    return own
+def spread(whole: MoE, rank: int, ranks: int) -> MoE:
+    """A layer with the rank's part of the experts, and a dispatcher to the others."""
+    part = MoE(whole.config)
+    experts = whole.experts.num_experts
+    share = experts // ranks
+    for name, weight in whole.experts.named_parameters():
+        setattr(part.experts, name, torch.nn.Parameter(weight.detach()[rank * share : (rank + 1) * share].clone()))
+    part.dispatcher = Watched(dist.group.WORLD, experts)
+    return part
+
+
+def routed(moe: MoE, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> tuple[Tensor, bool]:
+    """The routed experts' output, and whether the tokens were still on their way when `dispatch` returned."""
+    sent = moe.dispatcher.dispatch(x_ND, experts_NK, gates_NK)
+    travelling = still_on_their_way(sent)
+    return moe.dispatcher.combine(moe.experts(*moe.dispatcher.receive(sent)), sent), travelling
 
 
 def check(case: str) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    whole = Experts(config())
-    for weight in whole.parameters():
+    whole = MoE(config())
+    for weight in whole.experts.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     part = spread(whole, rank, ranks)
     inputs = [tokens_and_choices(case, r) for r in range(ranks)]
     x_ND, experts_NK, gates_NK = (torch.cat(parts) for parts in zip(*inputs, strict=True))
-    expected_ND = whole(x_ND.requires_grad_(), experts_NK, gates_NK)
+    expected_ND, _ = routed(whole, x_ND.requires_grad_(), experts_NK, gates_NK)
     expected_ND.square().sum().backward()
     mine_ND = inputs[rank][0].clone().requires_grad_()
-    actual_ND = part(mine_ND, *inputs[rank][1:], meanwhile=lambda: still_on_their_way(part) * mine_ND * 2)
-    (actual_ND - 2 * mine_ND).square().sum().backward()
+    actual_ND, travelling = routed(part, mine_ND, *inputs[rank][1:])
+    assert travelling
+    actual_ND.square().sum().backward()
 
     start = sum(len(inputs[r][0]) for r in range(rank))
     own = slice(start, start + len(mine_ND))
-    torch.testing.assert_close(actual_ND, expected_ND[own] + 2 * x_ND[own])
+    torch.testing.assert_close(actual_ND, expected_ND[own])
     torch.testing.assert_close(mine_ND.grad, x_ND.grad[own])
     share = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
-    for name, weight in part.named_parameters():
-        expected = whole.get_parameter(name).grad[share]
+    for name, weight in part.experts.named_parameters():
+        expected = whole.experts.get_parameter(name).grad[share]
         torch.testing.assert_close(torch.zeros_like(expected) if weight.grad is None else weight.grad, expected)
     assert experts_NK.shape[1] == K
 
@@ -58,31 +68,31 @@ def check_node_limit(allowed: int) -> None:
     router = Router(config(n_routed_experts=32, num_experts_per_tok=8, n_group=ranks, topk_group=allowed))
     torch.nn.init.normal_(router.weight)
     router.expert_bias.normal_()
-    whole = Experts(config(n_routed_experts=32))
-    for weight in whole.parameters():
+    whole = MoE(config(n_routed_experts=32))
+    for weight in whole.experts.parameters():
         torch.nn.init.normal_(weight)
     part = spread(whole, rank, ranks)
     generator = torch.Generator().manual_seed(rank)
     reached = []
     for _ in range(40):  # of every rank a token at a time
         x_1D = torch.randn(1, 16, generator=generator)
-        part(x_1D, *router(x_1D)[:2])
+        routed(part, x_1D, *router(x_1D)[:2])
         arrived = [torch.zeros(ranks, dtype=torch.int64) for _ in range(ranks)]
-        dist.all_gather(arrived, torch.tensor(part.dispatcher.sent.received))
+        dist.all_gather(arrived, torch.tensor(part.dispatcher.exchanged.received))
         reached += (torch.stack(arrived) > 0).sum(0).tolist()
     assert max(reached) == allowed, reached
 
 
 class Watched(AllToAll):
-    def send(self, *slots) -> Sent:
-        self.sent = super().send(*slots)
-        return self.sent
+    def exchange(self, *tokens) -> Exchange:
+        self.exchanged = super().exchange(*tokens)
+        return self.exchanged
 
 
-def still_on_their_way(experts: Experts) -> int:
-    """1 where nobody has waited for the slots yet."""
-    x_RD = experts.dispatcher.sent.x_RD
-    return int(isinstance(x_RD, AsyncCollectiveTensor) and not x_RD.completed)
+def still_on_their_way(sent: object) -> bool:
+    """Whether nobody has waited for the tokens yet."""
+    x_RD = sent.exchange.x_RD if isinstance(sent, Sent) else None
+    return isinstance(x_RD, AsyncCollectiveTensor) and not x_RD.completed
 
 
 if __name__ == "__main__":

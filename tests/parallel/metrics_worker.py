@@ -81,7 +81,7 @@ def check_calls() -> None:
     assert float(loss.compute()) == 13 / 5 and calls == [1, 1]
     own = [dist.new_group([number]) for number in range(dist.get_world_size())]
     loss.sync(process_group=own[rank])
-    assert int(loss.count_K) == 2 + rank
+    assert int(loss.count_P) == 2 + rank
     loss.unsync()
 
 

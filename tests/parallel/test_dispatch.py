@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_lightning.parallel.dispatch import slots_by_rank
+from dsv3_lightning.parallel.dispatch import tokens_by_rank
 from tests.parallel.conftest import on_ranks
 from tests.parallel.small import EXPERTS
 
@@ -18,6 +18,6 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks, tmp_path):
     on_ranks(ranks, tmp_path / "run", ["tests.parallel.dispatch_worker"])
 
 
-def test_slots_are_counted_by_the_rank_of_their_expert():
+def test_routed_tokens_are_counted_by_the_rank_of_their_expert():
     counts_E = torch.arange(EXPERTS)  # 0 1 | 2 3 | 4 5 | 6 7
-    assert slots_by_rank(counts_E, 4).tolist() == [1, 5, 9, 13]
+    assert tokens_by_rank(counts_E, 4).tolist() == [1, 5, 9, 13]

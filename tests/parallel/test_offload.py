@@ -31,7 +31,7 @@ def test_buffers_metrics_and_the_module_are_on_the_gpu_and_parameters_on_the_hos
     assert sum(name.endswith("expert_bias") for name in buffers) == 3
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
     assert set(buffers) - set(module.state_dict()) == set()  # still buffers, and saved
-    assert module.train_loss.nll_K.is_meta and module.val_bpb.nll.is_meta
+    assert module.train_loss.nll_P.is_meta and module.val_bpb.nll.is_meta
     assert module.device == GPU  # where sums over ranks are made, and batches go
 
 

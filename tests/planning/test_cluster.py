@@ -10,7 +10,7 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.model import losses
+from dsv3_lightning.model import cpu
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning.cluster import (
     LOGITS_HELD,
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest
 
 
 def test_the_loss_holds_as_many_logits_as_are_planned():
-    assert LOGITS_HELD == losses.LOGITS_HELD
+    assert LOGITS_HELD == cpu.LOGITS_HELD
 
 
 def test_a_step_divides_into_equal_parts():

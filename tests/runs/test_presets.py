@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose, presets
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.model import experts
 from dsv3_lightning.model.losses import IGNORE
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.training.dry_run import compute_as_on_a_gpu
 from tests.conftest import Run
 
 LARGE = ("moonlight", "v2-lite", "v3", "llm-7b", "llm-67b")
@@ -90,19 +90,19 @@ def test_a_large_presets_own_shapes_fit_each_other(name, monkeypatch):
         return values.new_zeros(minlength)
 
     monkeypatch.setattr(torch, "bincount", bincount)
-    monkeypatch.setattr(experts, "ROWS_AT_ONCE", 1)  # fills up experts' parts, by numbers too
     config = check(compose([name]).tree)
     depth, T = config.model.mtp_depth, 64
     with FakeTensorMode():
         model = Transformer(config.model, config.compute.activation_checkpointing)
+        compute_as_on_a_gpu(model)  # on a CPU experts' rows are padded, which depends on numbers
         assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(config.model).total
         tokens = torch.zeros(1, T + 1 + depth, dtype=torch.int64)
         targets = torch.full((1, 1 + depth, T), IGNORE)
         with torch.autocast("cpu", torch.bfloat16):  # the presets' bf16-mixed
             losses = model.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
-        (losses.nll_K.sum() + sum(term.sum() for term in losses.balance.values())).backward()
+        (losses.nll_P.sum() + sum(term.sum() for term in losses.balance.values())).backward()
     moe_layers = config.model.num_hidden_layers - config.model.first_k_dense_replace + depth
-    assert losses.nll_K.shape == (1 + depth,)
+    assert losses.nll_P.shape == (1 + depth,)
     assert losses.counts_LE.shape == (moe_layers, config.model.n_routed_experts)
     assert all(parameter.grad is not None for parameter in model.parameters())
 

@@ -56,6 +56,6 @@ def test_states_are_summed_over_ranks():
         reduction is torch.sum or reduction.__name__ == "dim_zero_sum" for reduction in ranks[0]._reductions.values()
     )
     summed = TokenLoss(1)
-    summed.nll_K = sum(rank.nll_K for rank in ranks)
-    summed.count_K = sum(rank.count_K for rank in ranks)
+    summed.nll_P = sum(rank.nll_P for rank in ranks)
+    summed.count_P = sum(rank.count_P for rank in ranks)
     assert float(summed.compute()) == 7 / 4

@@ -105,4 +105,4 @@ def test_acceptance_is_of_chains_and_at_the_main_models_own_place():
     targets[0, 1, 0] = ignored  # no such token: a document's end
     targets[0, 0, 4] = ignored
     metric.update(guesses, targets)
-    assert metric.kept_K.tolist() == [3 + 1, 2 + 1] and metric.guessed_K.tolist() == [4 + 2, 3 + 2]
+    assert metric.accepted.tolist() == [3 + 1, 2 + 1] and metric.drafted.tolist() == [4 + 2, 3 + 2]

@@ -6,7 +6,6 @@ The folder is built under another name and renamed when everything is on the dis
 """
 
 import os
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from dsv3_lightning.common.files import readable, sync_folder
+from dsv3_lightning.common.files import readable, reason_of, remove_leftovers, whole
 from dsv3_lightning.data.batches.packing import PackedIndex, pack
 from dsv3_lightning.data.text.build import SPLITS
 from dsv3_lightning.data.text.prepare import locked
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile
+from dsv3_lightning.errors import WriteError
 
 FORMAT = 1
 MILLION = 10**6
@@ -67,34 +67,27 @@ def prepare_index(folder: Path, sequence_length: int, mtp_depth: int, masked: bo
                 with locked(index_folder(folder, split, *shape)):
                     if open_index(folder, split, *shape) is None:  # another process may have finished it meanwhile
                         build_index(folder, split, *shape)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, WriteError) as error:
+        reason = error.reason if isinstance(error, WriteError) else reason_of(error)
         say(f"{readable(folder)}: {reason}; every process packs the documents, and holds the index in its memory")
 
 
 def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> None:
-    """One process at a time. Raises OSError."""
+    """One process at a time. Raises WriteError."""
     final = index_folder(folder, split, sequence_length, mtp_depth, masked)
-    partial = final.with_name(f"{final.name}.partial")
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
+    remove_leftovers(final.parent, final.name)
     file = TokenFile(folder, split)
     if (documents := len(file.offsets()) - 1) >= 10 * MILLION:
         say(f"packing {documents / MILLION:,.0f} million documents: about {SECONDS * documents / MILLION:.0f} s")
-    pack(
-        file.offsets(), sequence_length, mtp_depth, masked, file.answers(),
-        make=lambda name, shape, dtype: new_file(partial / f"{name}.npy", shape, dtype),
-    )  # fmt: skip
-    for path in partial.iterdir():
-        if path.stem in ARRAYS:
-            with open(path, "rb") as written:
-                os.fsync(written.fileno())
-        else:
-            path.unlink()  # what only packing needs
-    sync_folder(partial)
-    os.rename(partial, final)
-    sync_folder(final.parent)
+    with whole(final) as beside:
+        beside.mkdir()
+        pack(
+            file.offsets(), sequence_length, mtp_depth, masked, file.answers(),
+            make=lambda name, shape, dtype: new_file(beside / f"{name}.npy", shape, dtype),
+        )  # fmt: skip
+        for path in beside.iterdir():
+            if path.stem not in ARRAYS:  # what only packing needs
+                path.unlink()
 
 
 def new_file(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import shutil
-import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_lightning.common.files import readable, sync_folder
+from dsv3_lightning.common.files import readable
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import Message, conversation
 from dsv3_lightning.data.text.corpus import Source, Tally, main_origins, read_documents
-from dsv3_lightning.data.text.progress import progress, say
+from dsv3_lightning.data.text.progress import progress
 from dsv3_lightning.data.text.store import FORMAT, TokenWriter, token_dtype, write_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -58,17 +55,9 @@ class Document(NamedTuple):
 
 def build(
     folder: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None, inputs: dict[str, Any]
-) -> None:
-    """Writes the token files, tokenizer and manifest; `folder` appears when all is there. One process at a time.
-
-    Raises ConfigError if there is no text.
-    """
-    begun = time.monotonic()
-    partial = folder.with_name(f"{folder.name}.partial")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-
+) -> dict[str, Any]:
+    """Makes the folder with token files, tokenizer and manifest, which it returns. Raises ConfigError without text."""
+    folder.mkdir()
     tally = Tally()
     with progress("reading", None) as advance:
         hashes, text_bytes = survey(read_hashed(sources, config, tally), advance)
@@ -84,7 +73,7 @@ def build(
             texts = training_texts(documents, last_validation, TRAINING_BYTES / text_bytes, advance)
             tokenizer = Tokenizer.train(texts, config.vocab_size).ending_with(config.end_token)
     with progress("encoding", text_bytes) as advance:
-        encoded = encode(read_hashed(sources, config), last_validation, tokenizer, partial, advance)
+        encoded = encode(read_hashed(sources, config), last_validation, tokenizer, folder, advance)
     manifest = {
         "format": FORMAT,
         "dtype": token_dtype(tokenizer.vocab_size),
@@ -95,11 +84,9 @@ def build(
         **encoded,
         "inputs": inputs,
     }
-    manifest["files"] |= tokenizer.save(partial)
-    write_manifest(partial, manifest)
-    os.rename(partial, folder)
-    sync_folder(folder.parent)
-    say(summary(manifest, folder, time.monotonic() - begun))
+    manifest["files"] |= tokenizer.save(folder)
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:

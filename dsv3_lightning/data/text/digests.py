@@ -7,11 +7,11 @@ again within the clock's tick, or by the clock of another machine.
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
-from dsv3_lightning.common.files import digest, readable, write_synced
+from dsv3_lightning.common.files import digest, readable, write_file
+from dsv3_lightning.errors import WriteError
 
 LARGE = 1 << 20  # bytes; smaller files are read in no time
 SETTLED = 60.0  # seconds
@@ -44,8 +44,5 @@ class Digests:
         """The whole file anew. Of two processes at the same time the last one's stays; the other's is read again."""
         if not self.changed:
             return
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_synced(beside, json.dumps(self.known, indent=0).encode())
-            os.replace(beside, self.path)
+        with contextlib.suppress(WriteError):
+            write_file(self.path, json.dumps(self.known, indent=0))

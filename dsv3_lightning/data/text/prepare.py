@@ -6,6 +6,7 @@ is built under another name and renamed when everything is on the disk, so a fol
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsv3_lightning.common.files import readable
+from dsv3_lightning.common.files import readable, remove_leftovers, whole
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.build import build
+from dsv3_lightning.data.text.build import build, summary
 from dsv3_lightning.data.text.corpus import Source, find_sources, unreadable
 from dsv3_lightning.data.text.digests import Digests
 from dsv3_lightning.data.text.progress import say
@@ -50,10 +51,21 @@ def prepare(config: DataConfig) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             if not is_complete(folder):  # another process may have finished it meanwhile
-                build(folder, config, sources, tokenizer, inputs)
+                build_whole(folder, config, sources, tokenizer, inputs)
     except OSError as error:
         raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
     return folder
+
+
+def build_whole(
+    folder: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None, inputs: dict[str, Any]
+) -> None:
+    """The folder appears when all is there. One process at a time."""
+    begun = time.monotonic()
+    remove_leftovers(folder.parent, folder.name)
+    with whole(folder) as beside:
+        manifest = build(beside, config, sources, tokenizer, inputs)
+    say(summary(manifest, folder, time.monotonic() - begun))
 
 
 def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:

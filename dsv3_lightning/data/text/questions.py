@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3_lightning.common.files import write_synced
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.text.corpus import find_sources
 
@@ -57,8 +57,7 @@ def write(path: Path) -> int:
     for number, messages in enumerate(conversations()):
         system = [{"role": "system", "content": SYSTEM}] if number % 10 == 0 else []
         lines.append(json.dumps({"messages": [*system, *messages]}, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(path, "".join(lines).encode("utf-8", "replace"))
+    write_file(path, "".join(lines).encode("utf-8", "replace"))
     return len(lines)
 
 

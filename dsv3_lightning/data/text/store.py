@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_lightning.common.files import FileRecord, sync_folder, write_synced
+from dsv3_lightning.common.files import FileRecord, write_file
 from dsv3_lightning.errors import ConfigError
 
 FORMAT = 2
@@ -70,13 +70,12 @@ class TokenWriter:
         origins = np.array(self.origins, dtype="<u2").tobytes()
         files: dict[str, FileRecord] = {
             f"{self.split}/00000.bin": {"bytes": size, "sha256": self.sha256.hexdigest()},
-            f"{self.split}/00000.idx": write_synced(self.folder / self.split / "00000.idx", index),
-            f"{self.split}/00000.src": write_synced(self.folder / self.split / "00000.src", origins),
+            f"{self.split}/00000.idx": write_file(self.folder / self.split / "00000.idx", index),
+            f"{self.split}/00000.src": write_file(self.folder / self.split / "00000.src", origins),
         }
         if list(self.answers) not in ([], [0, self.offsets[-1]]):
             answers = np.frombuffer(self.answers, dtype=np.uint64).astype("<u8").tobytes()
-            files[f"{self.split}/00000.ans"] = write_synced(self.folder / self.split / "00000.ans", answers)
-        sync_folder(self.folder / self.split)
+            files[f"{self.split}/00000.ans"] = write_file(self.folder / self.split / "00000.ans", answers)
         return files
 
 
@@ -117,8 +116,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_synced(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-    sync_folder(folder)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from dsv3_lightning.common.files import FileRecord, write_synced
+from dsv3_lightning.common.files import FileRecord, write_file
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.errors import ConfigError
 
@@ -117,7 +117,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         files = {"tokenizer.json": self.serialized, "tokenizer_config.json": json.dumps(config, ensure_ascii=False)}
-        return {name: write_synced(folder / name, text.encode()) for name, text in files.items()}
+        return {name: write_file(folder / name, text) for name, text in files.items()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without begin and end; never a special token's."""

@@ -1,6 +1,5 @@
 """Checkpoint files: written beside and renamed, read without running code from them, judged before they are used."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from zipfile import ZipFile
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dsv3_lightning.common.files import put_in_place
+from dsv3_lightning.common.files import whole
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints import shards
 
@@ -31,14 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint exists whole or not at all, also after a power cut. Loads with `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".new")
-        with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(beside, path)
+        with whole(Path(path)) as beside:
+            shards.write(checkpoint, beside)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True, mmap: bool = False

@@ -6,7 +6,6 @@ all. Tensors are named by what they are (`model/<name>`, `optimizer/<number>/<pa
 `callback/<whose>/<what>/<parameter's name>` for what callbacks keep of the model's parameters), never by rank.
 """
 
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dsv3_lightning.common.files import put_in_place, remove
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.common.files import os_error, put_in_place, reason_of, remove, sync_all
+from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
 from dsv3_lightning.parallel.tensors import like, local
 
 SHARDS, REST = "shards", "rest.pt"
@@ -43,14 +43,10 @@ class Saver:
         self.finish()
         tensors, rest = split(checkpoint)
         beside = path.with_name(path.name + ".new")
-        if dist.get_rank() == 0:
-            remove(beside)  # of a run that was killed
-            beside.mkdir(parents=True)
-            with open(beside / REST, "wb") as file:
-                torch.save(rest, file)
-                file.flush()
-                os.fsync(file.fileno())
-        dist.barrier(self.group)
+        told: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[0] is not None:
+            raise could_not_write(path, 0, told[0])
         written: Any = dcp.async_save(
             tensors, checkpoint_id=beside / SHARDS, process_group=self.group, async_stager=self.stager
         )
@@ -63,11 +59,50 @@ class Saver:
             pending.result()
 
 
+def begin(beside: Path, rest: dict[str, Any]) -> str | None:
+    """Makes the folder, with all but the tensors in it. Why that failed, or None."""
+    try:
+        remove(beside)  # of a run that was killed
+        beside.mkdir(parents=True)
+        write(rest, beside / REST)
+        sync_all(beside / REST)
+    except (OSError, RuntimeError) as error:
+        return reason(error)
+    return None
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """A file that torch.load reads. Raises OSError, or what torch makes of it."""
+    with open(path, "wb") as file:  # by its path torch would write it without telling what the system said
+        torch.save(content, file)
+
+
 def commit(written: Future[Any], beside: Path, path: Path) -> None:
-    """The first rank renames the folder when every rank has written its part."""
-    written.result()
+    """The first rank renames the folder when every rank has written its part. Raises WriteError where one could not."""
+    try:
+        written.result()
+    except CheckpointException as error:
+        if dist.get_rank() == 0:
+            remove(beside)
+        rank, (failure, _) = min(error.failures.items(), key=lambda item: item[0])
+        raise could_not_write(path, rank, reason(failure)) from error
     if dist.get_rank() == 0:
-        put_in_place(beside, path)
+        try:
+            put_in_place(beside, path)
+        except OSError as error:
+            raise could_not_write(path, 0, reason_of(error)) from error
+
+
+def could_not_write(path: Path, rank: int, why: str) -> Exception:
+    """The error of the rank that failed; the others stop and name it."""
+    if dist.get_rank() == rank:
+        return WriteError(path, why)
+    return RunStopped(f"rank {dist.get_rank()} stops: rank {rank} could not write {path} ({why})")
+
+
+def reason(error: BaseException) -> str:
+    found = os_error(error)
+    return reason_of(found) if found else " ".join(str(error).split()) or type(error).__name__
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -78,25 +78,26 @@ def test_a_damaged_one_is_made_anew(own: DataConfig, make_module: Make, name: st
     assert isinstance(second._datasets["train"].index, MappedIndex)
 
 
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_where_it_cannot_be_written_every_process_packs(
-    own: DataConfig, make_module: Make, capsys: pytest.CaptureFixture[str]
+    own: DataConfig, make_module: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_module(own)
     batches, state = batches_of(first), first.state_dict()
     folder = index_folder(first.prepared, "train", own.sequence_length, 1, False)
     (folder / "starts.npy").unlink()
-    folder.with_name(f"{folder.name}.partial").touch()  # in the way
+    monkeypatch.setattr("os.posix_fallocate", full)
     capsys.readouterr()
     second = make_module(own)
-    assert "File exists; every process packs the documents" in capsys.readouterr().err
+    assert "No space left on device; every process packs the documents" in capsys.readouterr().err
     assert not isinstance(second._datasets["train"].index, MappedIndex)
     assert same(batches, batches_of(second)) and second.state_dict() == state
 
 
 def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         index.new_file(tmp_path / "x.npy", (3,), np.int64)

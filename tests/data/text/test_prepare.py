@@ -204,7 +204,7 @@ def test_a_killed_preparation_is_begun_anew(small: DataConfig) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     cache = Path(small.cache_dir)
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".partial"]
+    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".new"]
     folder = prepare(small)  # the lock died with its holder
     assert len(documents(folder, "train")) > 10 and [path for path in cache.iterdir() if path.is_dir()] == [folder]
 
