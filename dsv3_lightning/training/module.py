@@ -250,7 +250,7 @@ class PretrainModule(pl.LightningModule):
         due = step * micro_batches % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
         validate_first = due and not checkpoint["validated"]
         checkpoint["loops"] = loops_at(checkpoint["loops"], step, micro_batches, validate_first)
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):  # or a run whose time was up would never make another step
                 checkpoint["callbacks"].pop(callback.state_key, None)
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
