@@ -36,7 +36,8 @@ class Checkpoint(CheckpointBase):
     The folder itself is the record of what there is: a run that is killed at any moment has no state that disagrees.
     Every stop is saved, and one line says why: the last step; the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (on any
     rank), after the current step or validation; `trainer.max_time` and whatever else sets `trainer.should_stop`, after
-    the current step; in a run of one process also an exception between two steps. A second Ctrl-C ends it at once.
+    the current step; in a run of one process also an exception, with the last step that is done. A second Ctrl-C ends
+    it at once.
     A time limit holds for one start of the command.
     Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
     """
@@ -49,9 +50,7 @@ class Checkpoint(CheckpointBase):
         self.received = 0  # the signal that asks to stop
         self.asked = False  # to stop in mid-step: that step is finished first
         self.stopped_at: int | None = None  # the step that was saved since the run is to stop after it
-        self.rest: int | None = (
-            None  # the step whose state all callbacks have brought up to date, until the next begins
-        )
+        self.done: int | None = None  # the last step that all callbacks have finished, if it can be saved
         self.step_done = StepDone(self)
         self.handlers: dict[int, Any] = {}
         self.terminals: list[int] = []
@@ -89,9 +88,6 @@ class Checkpoint(CheckpointBase):
             if isinstance(logger, RunLogger):
                 logger.rewind(checkpoint.get("curves", {}))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.rest = None
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -103,12 +99,12 @@ class Checkpoint(CheckpointBase):
         step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
         stop = self.agreed(trainer)
         if stop or last or step % self.every_n_steps == 0:
-            self.rest = None  # what fails to be saved isn't tried again
+            self.done = None  # what fails to be saved isn't tried again
             self.save(trainer)
         if stop or last:
             self.stopped_at = step
             self.settle(trainer)
-        self.rest = step
+        self.note_done(trainer)
         if not last:
             raise_if_signal(stop, step)
 
@@ -144,14 +140,22 @@ class Checkpoint(CheckpointBase):
             print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the step that is done, where one process knows that all is: others may be anywhere."""
+        """Saves the last step that is done, in a run of one process: of several, the others may be anywhere."""
         if isinstance(exception, RunStopped | KeyboardInterrupt) or trainer.world_size > 1:
             return
-        if self.rest is not None and self.rest == trainer.global_step:
-            step, self.rest = self.rest, None
+        if self.done is not None and self.done == trainer.global_step and not getattr(pl_module, "updating", False):
+            step, self.done = self.done, None
+            for part in keepers(trainer):
+                part.take_back()
             self.save(trainer)
             self.settle(trainer)
             print(f"stopped by {type(exception).__name__} after step {step}, {GO_ON}", flush=True)
+
+    def note_done(self, trainer: Trainer) -> None:
+        self.done = trainer.global_step
+        if trainer.world_size == 1:
+            for part in keepers(trainer):
+                part.keep()
 
     def tidy(self, trainer: Trainer, step: int) -> None:
         """Points last.ckpt to the newest that is wholly there, and removes what is too old or not among the best.
@@ -172,9 +176,9 @@ class Checkpoint(CheckpointBase):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        rest, self.rest = self.rest, None
+        done, self.done = self.done, None
         self.save_if_best(trainer)
-        self.rest = rest
+        self.done = done
         if trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps:
             stop = self.agreed(trainer)
             if stop not in (0, ASKED):
@@ -207,7 +211,13 @@ class StepDone(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if stepped(trainer, batch_idx):
-            self.checkpoint.rest = trainer.global_step
+            self.checkpoint.note_done(trainer)
+
+
+def keepers(trainer: Trainer) -> list[Any]:
+    """The module and callbacks whose state a step changes before it is done: `take_back` gives that of `keep` back."""
+    parts = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
+    return [part for part in parts if hasattr(part, "keep") and hasattr(part, "take_back")]
 
 
 def raise_if_signal(stop: int, step: int) -> None:

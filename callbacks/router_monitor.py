@@ -44,6 +44,7 @@ class RouterMonitor(Callback):
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
         self.strategy: Any = None
+        self.kept: tuple[list[Tensor], Tensor | float, int] = [], 0.0, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.strategy = trainer.strategy
@@ -62,6 +63,13 @@ class RouterMonitor(Callback):
             self.window, self.micro_vio, self.micro_batches = list(counts_SLE), micro_vio, micro_batches
         else:
             self.window = list(torch.zeros_like(counts_SLE))
+
+    def keep(self) -> None:
+        self.kept = list(self.window), self.micro_vio, self.micro_batches
+
+    def take_back(self) -> None:
+        """Forgets the micro-batches since `keep`."""
+        self.window, self.micro_vio, self.micro_batches = self.kept
 
     def due(self, trainer: Trainer, step: int) -> bool:
         return step % self.every_n_steps == 0 or is_log_step(trainer, step)

@@ -28,7 +28,7 @@ from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, settings_of
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
 from dsv3_lightning.parallel.groups import start_again
 from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
 from dsv3_lightning.planning.parameters import count_parameters
@@ -205,7 +205,7 @@ def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int]
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
     if start is not None:
-        precision = str(settings_of(start[0])["trainer"]["precision"])
+        precision = str(made_with(start[0])[0]["trainer"]["precision"])
         return precision, f"precision {precision}, as in the checkpoint"
     stored = folder.stored_tree()
     while stored is None and not is_first_rank():  # the first rank is measuring for all

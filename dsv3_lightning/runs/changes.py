@@ -59,24 +59,31 @@ def shown_differences(stored: Tree, tree: Tree) -> str:
     return shown(differences(stored, tree, lambda key: rule(key).road == ALWAYS))
 
 
-def refuse_changes(path: str, stored: Tree, tree: Tree, step: int) -> None:
-    """Raises ConfigError where a checkpoint can't be gone on from with other settings. stored: its own."""
+def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step: int) -> None:
+    """Raises ConfigError where a checkpoint can't be gone on from with other settings.
+
+    stored, stateful: its own settings, and the keys of its callbacks' states.
+    """
     differing = differences(stored, tree, lambda key: rule(key).road != NEVER)
-    differing |= changed_arguments(stored["callbacks"], tree["callbacks"])
+    differing |= changed_arguments(stored["callbacks"], stateful, tree["callbacks"])
     if differing:
         raise ConfigError(f"run.resume={path}: these settings can't change in a run that goes on: {shown(differing)}")
     if step > (max_steps := tree["trainer"]["max_steps"]):
         raise ConfigError(f"run.resume={path}: is of step {step}, beyond trainer.max_steps={max_steps}")
 
 
-def changed_arguments(stored: Tree, callbacks: Tree) -> dict[str, tuple[Any, Any]]:
-    """Of callbacks of others, which may hold in their state what they were made with, as EarlyStopping its patience."""
+def changed_arguments(stored: Tree, stateful: set[str], callbacks: Tree) -> dict[str, tuple[Any, Any]]:
+    """Of callbacks of others that have a state: it may hold what they were made with, as EarlyStopping's its patience.
+
+    A Timer's state is left behind.
+    """
     return {
         f"callbacks.{name}.init_args": (old.get("init_args"), new.get("init_args"))
         for name, old in stored.items()
         if old and (new := callbacks.get(name))
         if "class_path" in old and old["class_path"] == new.get("class_path")
         if old.get("init_args") != new.get("init_args")
+        if (kind := old["class_path"].rpartition(".")[2]) != "Timer" and any(key.startswith(kind) for key in stateful)
     }
 
 

@@ -12,7 +12,7 @@ from dsv3_lightning.common.files import remove, write_file
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
-from dsv3_lightning.parallel.checkpoints.one_file import newest_good, settings_of, step_of
+from dsv3_lightning.parallel.checkpoints.one_file import made_with, newest_good, step_of
 from dsv3_lightning.runs.changes import refuse_changes, shown_differences
 
 BEGUN_FROM, SET_ASIDE = "begun_from.json", "set_aside"
@@ -99,7 +99,7 @@ class RunFolder:
                 "another run.name begins from the path"
             )
         step = step_of(path)
-        refuse_changes(wanted, settings_of(path), tree, step)
+        refuse_changes(wanted, *made_with(path), tree, step)
         return path, step
 
     def begin(self, start: tuple[Path, int]) -> None:

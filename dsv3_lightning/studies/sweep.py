@@ -67,15 +67,13 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
     with open(log, "ab") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     seconds = time.monotonic() - start
-    if code:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        print(
-            f"{task.name}: failed with exit status {code} after {seconds:.0f} s, see {log}: {' '.join(last)}",
-            flush=True,
-        )
-    else:
+    if code == 0 and report.is_file():
         print(f"{task.name}: {outcome(report)}, {seconds:.0f} s", flush=True)
-    return code
+        return 0
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    how = f"failed with exit status {code}" if code else "did not come to its last step"
+    print(f"{task.name}: {how} after {seconds:.0f} s, see {log}: {' '.join(last)}", flush=True)
+    return code or 1
 
 
 def refuse_other_settings(task: Task) -> None:

@@ -68,6 +68,8 @@ class PretrainModule(pl.LightningModule):
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
+        self.kept: tuple[Tensor, Tensor, list[float]] | None = None
+        self.updating = False
         self.settings: dict[str, Any] = {}  # of the run, for its checkpoints
         self.validated_step: int | None = None  # the step after which the last validation was
 
@@ -141,6 +143,7 @@ class PretrainModule(pl.LightningModule):
             elif gradient_clip_val:
                 torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
         self.log_step(float(norm))
+        self.updating = True  # what comes next are the weights
 
     def skip_step(self) -> None:
         """Takes the gradients away: AdamW then leaves weights and moments alone. Raises RunStopped after too many."""
@@ -232,6 +235,17 @@ class PretrainModule(pl.LightningModule):
         """Over all ranks, which must ask together."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
         return reduced.tolist()
+
+    def keep(self) -> None:
+        """Remembers what a step changes before it is done: what is averaged for the log."""
+        self.kept = self.train_loss.nll_P.clone(), self.train_loss.count_P.clone(), self.balance.packed().tolist()
+        self.updating = False
+
+    def take_back(self) -> None:
+        """Forgets the micro-batches since `keep`."""
+        assert self.kept is not None, "call keep first"
+        self.train_loss.nll_P, self.train_loss.count_P = self.kept[0].clone(), self.kept[1].clone()
+        self.balance.unpack(self.kept[2])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]

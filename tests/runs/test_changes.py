@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from dsv3_lightning.parallel.checkpoints.names import step_files
-from dsv3_lightning.runs.changes import ALWAYS, NEVER, NEW_NAME, rule, table
+from dsv3_lightning.runs.changes import ALWAYS, NEVER, NEW_NAME, changed_arguments, rule, table
 from dsv3_lightning.training.config import Phase
 from dsv3_lightning.training.schedule import lr_factor
 from tests.conftest import ROOT
@@ -13,7 +13,7 @@ from tests.runs.compare import assert_same_curves
 from tests.runs.test_stops import poison
 
 KEEP = "callbacks.checkpoint={every_n_steps: 2, keep: 9, keep_best: 0}"
-PHASES = [Phase(0.5, "constant", 1.0), Phase(1.0, "cosine", 0.0)]
+PHASES = [Phase(until=0.5, shape="constant", to=1.0), Phase(until=1.0, shape="cosine", to=0.0)]
 PHASES_TEXT = "optimizer.phases=[{until: 0.5, shape: constant, to: 1.0}, {until: 1.0, shape: cosine, to: 0.0}]"
 COMMON = ("trainer.max_steps=8", "trainer.limit_val_batches=0", "optimizer.warmup_steps=2", KEEP, PHASES_TEXT)
 
@@ -91,12 +91,20 @@ def test_what_cannot_change_is_refused_by_name_and_leaves_nothing_behind(shared,
     assert not (shared.base / "runs/refused").exists()
 
 
-def test_arguments_of_somebody_elses_callback_cannot_change_in_silence(shared, base, capsys):
-    first = shared.run("theirs", *COMMON, poison("Stop", steps=[99]), resume(base))
-    assert first.code == 0
-    capsys.readouterr()
-    assert shared.run("theirs2", *COMMON, poison("Stop", steps=[98]), resume(first, 6)).code == 2
-    assert "callbacks.poison.init_args: {'steps': [99]} there, {'steps': [98]} here" in capsys.readouterr().err
+def test_arguments_that_somebody_elses_callback_holds_in_its_state_cannot_change_in_silence():
+    """seen: EarlyStopping takes its patience from the checkpoint."""
+
+    def early(patience: int) -> dict:
+        return {
+            "early": {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"patience": patience}}
+        }
+
+    assert changed_arguments(early(1), {"EarlyStopping{'monitor': 'val/loss'}"}, early(2)) == {
+        "callbacks.early.init_args": ({"patience": 1}, {"patience": 2})
+    }
+    assert not changed_arguments(early(1), {"EarlyStopping"}, early(1))
+    assert not changed_arguments(early(1), {"EarlyStopping"}, {"early": None})
+    assert not changed_arguments(early(1), {"RunReport"}, early(2))
 
 
 def test_a_run_that_began_from_a_path_goes_on_from_its_own_newest_checkpoint(shared, base, capsys):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
+from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, resumable_files
 from tests.runs.compare import assert_same_curves, assert_same_weights
 from tests.runs.test_steps import diary
@@ -61,15 +62,37 @@ def test_a_run_that_a_validation_stops_saves_that_step_and_its_next_life_works(s
     assert_same_curves(shared.run("validated_whole", *words[:-1]), run, 0.0)
 
 
-@pytest.mark.parametrize("moment", [[3, "on_train_batch_end"], [5, "on_validation_batch_end"]])
-def test_an_exception_between_two_steps_leaves_the_last_one_saved(shared, whole, moment, capsys):
-    words = (*SHORT, SELDOM, poison("Raise", moments=[moment], kill=False))
-    with pytest.raises(RuntimeError, match="on purpose"):
-        shared.run(f"raising{moment[0]}", *words)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        [3, "on_train_batch_end"],
+        [4, "on_after_backward"],  # in step 5
+        [5, "on_validation_batch_end"],
+        [8, "log_metrics"],  # of a logger, in step 9
+    ],
+)
+def test_an_exception_leaves_the_last_step_saved_that_was_done(shared, moment, capsys, monkeypatch):
+    """With means over several steps, of which a part is in the checkpoint, and none of the step that failed."""
+    words = (*SHORT, SELDOM, "trainer.log_every_n_steps=3", "trainer.accumulate_grad_batches=2")
+    whole = shared.run("logged", *words)  # the second time it is finished
+    failing = [] if moment[1] == "log_metrics" else [poison("Raise", moments=[moment], kill=False)]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+        if not failing:
+            patch.setattr(RunLogger, "log_metrics", fail_after(moment[0]))
+        shared.run(f"raising{moment[0]}", *words, *failing)
     assert f"stopped by RuntimeError after step {moment[0]}, which is saved" in capsys.readouterr().out
-    run = shared.run(f"raising{moment[0]}", *words)
-    assert_same_curves(whole, run, 0.0)
+    run = shared.run(f"raising{moment[0]}", *words, *failing)
+    if failing:
+        assert_same_curves(whole, run, 0.0)
     assert_same_weights(whole, run, 10, exact=True)
+
+
+def fail_after(last: int):
+    def log_metrics(self, metrics, step):
+        if step > last:
+            raise RuntimeError("raised on purpose")
+
+    return log_metrics
 
 
 def test_a_lost_terminal_stops_a_run_as_sigterm_does(shared, capsys, monkeypatch):

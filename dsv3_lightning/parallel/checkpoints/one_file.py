@@ -86,11 +86,10 @@ def step_of(path: Path, thorough: bool = True) -> int:
     return checkpoint["global_step"]
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """The settings of the run that wrote the checkpoint. Raises ConfigError."""
+def made_with(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """The settings of the run that wrote the checkpoint, and the keys of its callbacks' states. Raises ConfigError."""
     content = complete(shards.read_rest(path)[0], path) if path.is_dir() else read_checkpoint(path, mmap=True)
-    settings: dict[str, Any] = content["settings"]
-    return settings
+    return content["settings"], set(content.get("callbacks", {}))
 
 
 def newest_good(paths: list[Path], thorough: bool = True) -> tuple[Path, int] | None:
