@@ -74,7 +74,7 @@ REFUSED = {
     "model.rope_theta": "1e6",
     "run.seed": "2",
     "data.batch_size": "16",
-    "data.isolate_documents": "true",
+    "data.mask_document_ends": "true",
     "data.validation_fraction": "0.5",
     "trainer.precision": "bf16-mixed",
     "callbacks.skewed_start": "{strength: 0.5}",
