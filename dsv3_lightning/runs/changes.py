@@ -27,6 +27,7 @@ CHANGES = (
     Change(("data.cache_dir", "data.num_workers"), ALWAYS, "where prepared data lie, and who reads them"),
     Change(SAME_STEPS, ALWAYS, "the same samples in each step, on other devices"),
     Change(("trainer.accumulate_grad_batches",), ALWAYS, "the same samples in each step, in other micro-batches"),
+    Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
     Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments go on"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
     Change(("compute",), NEW_NAME, "the same losses within rounding"),
