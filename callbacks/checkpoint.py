@@ -19,7 +19,7 @@ from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import latest_scalars, stepped, steps_done
+from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars, steps_done
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
@@ -91,7 +91,7 @@ class Checkpoint(CheckpointBase):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             if trainer.should_stop:
                 self.asked, trainer.should_stop = True, False
             return
@@ -210,7 +210,7 @@ class StepDone(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if stepped(trainer, batch_idx):
+        if is_last_micro_batch(trainer, batch_idx):
             self.checkpoint.note_done(trainer)
 
 

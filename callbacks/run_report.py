@@ -1,6 +1,5 @@
 """report.md and report.json: what the run did, on one page, with its pictures and the next command."""
 
-import json
 import platform
 import shlex
 import time
@@ -22,6 +21,7 @@ from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
 from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.common.plots import curves, heat_map, save_figure
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.logging import latest_scalars
@@ -69,7 +69,7 @@ class RunReport(Callback):
         if biases:
             save_figure(heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0), folder / "bias.png")
         samples = find(trainer, SampleText)
-        write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_file(folder / "report.json", strict_json(report, indent=2) + "\n")
         text = markdown(report, folder, samples.latest if samples else [], bool(biases))
         write_file(folder / "report.md", text)
         print(f"report: {display_path(folder / 'report.md')}", flush=True)
@@ -78,7 +78,7 @@ class RunReport(Callback):
         """The content of report.json."""
         scalars = latest_scalars(trainer)
         speed, router, probe = (find(trainer, kind) for kind in (Throughput, RouterMonitor, RouterProbe))
-        rates = speed.rates(speed.total, trainer.world_size) if speed and speed.total.seconds else {}
+        rates = speed.rates(speed.total, trainer.world_size) if speed else {}
         config, data = pl_module.model.config, trainer.datamodule  # type: ignore[attr-defined]
         counts = count_parameters(config)
         newest = step_files(checkpoint_folder(trainer))

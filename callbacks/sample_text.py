@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.generate import generate
-from dsv3_lightning.training.logging import stepped
+from dsv3_lightning.training.logging import is_last_micro_batch
 
 PROMPTS = ("def ", "import os\n", "class Node:\n")
 
@@ -41,7 +41,7 @@ class SampleText(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if not stepped(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+        if not is_last_micro_batch(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         limit = pl_module.model.config.max_position_embeddings

@@ -81,5 +81,5 @@ def told(counts: Drafts) -> str:
     if not counts.passes:
         return "dsv3: no room for a token, so nothing was guessed"
     shares = ", ".join("none" if share is None else f"{share:.0%}" for share in counts.acceptance())
-    tokens = counts.passes + sum(counts.kept)
-    return f"dsv3: guesses kept, by depth: {shares}; {tokens / counts.passes:.2f} tokens per pass of the main model"
+    per_pass = counts.tokens / counts.passes
+    return f"dsv3: guesses kept, by depth: {shares}; {per_pass:.2f} tokens per pass of the main model"

@@ -3,9 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
 from dsv3_lightning.common.files import write_file
+from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.model.config import ModelConfig
@@ -35,7 +34,7 @@ def import_folder(folder: Path, out: Path | None) -> int:
         "trainer": {"max_steps": 1000},
         **fitting(source.config),
     }
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = to_yaml(tree)
     write_file(target, HEAD.format(folder=source.path.resolve(), file=target) + text)
     counts = count_parameters(source.config)
     print(f"{source.path}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")

@@ -1,6 +1,5 @@
 """`dsv3 placement`: which GPU serves which experts, from the load that a run's validation text gives them."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from dsv3_lightning.common.files import make_folder, read_numbers, write_file
 from dsv3_lightning.common.plots import heat_maps, save_figure
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
@@ -44,7 +44,7 @@ def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Pat
     print(f"mean       {before_L.mean():15.3f}  {after_L.mean():5.3f}")
     content = {"gpus": gpus, "nodes": nodes, "replicas": replicas, "load": weight_LE.tolist()}
     content |= {name: table.tolist() for name, table in plan._asdict().items()}
-    write_file(target / "placement.json", json.dumps(content) + "\n")
+    write_file(target / "placement.json", strict_json(content) + "\n")
     save_figure(picture(before_LG, after_LG), target / "placement.png")
     print(f"{target}: placement.json and placement.png, {replicas} replicas of {experts} experts on {gpus} GPUs")
     return 0

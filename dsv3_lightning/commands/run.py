@@ -20,7 +20,13 @@ from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path
-from dsv3_lightning.config.instantiate import build_callbacks, build_strategy, build_trainer_arguments
+from dsv3_lightning.config.ecosystem import check_fresh
+from dsv3_lightning.config.instantiate import (
+    build_callbacks,
+    build_loggers,
+    build_strategy,
+    build_trainer_arguments,
+)
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
@@ -29,8 +35,8 @@ from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
-from dsv3_lightning.parallel.groups import start_again
-from dsv3_lightning.parallel.lost import ERRORS, what_was_lost
+from dsv3_lightning.parallel.groups import init_after_restart
+from dsv3_lightning.parallel.lost import ERRORS, peer_failure
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.training.module import PretrainModule
@@ -60,12 +66,16 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     source, notes = open_source(config)
     callbacks = in_order(build_callbacks(config), config)
     start = folder.resume_from(tree)
+    if start is None:
+        check_fresh(callbacks)
     precision, reason = resolve_precision(config, folder, start)
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
-        start_again(trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout)
+        init_after_restart(
+            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
+        )
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
@@ -107,7 +117,7 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
     started = watched.copy()
     watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
     time.sleep(0.5)  # until it is known what became of them
-    lost = what_was_lost(error, started)
+    lost = peer_failure(error, started)
     if lost is None:
         watched.extend(started)
     else:
@@ -145,15 +155,13 @@ def build_trainer(
     # Lightning counts micro-batches, we count optimizer steps, and in validation batches of data.batch_size samples.
     arguments["val_check_interval"] *= accumulate
     arguments["limit_val_batches"] = float(bool(arguments["limit_val_batches"]))  # the data module does the rest
-    more = arguments.pop("logger", None) or []
-    more_loggers = list(more) if isinstance(more, list | tuple) else [more]
     kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
     try:
         return Trainer(
             **arguments,
             strategy=build_strategy(config),
             plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
-            logger=[logger, *more_loggers],
+            logger=[logger, *build_loggers(config)],
             callbacks=callbacks,
             default_root_dir=folder.path,
             max_epochs=-1,
@@ -237,4 +245,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
     warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
+    warnings.filterwarnings("ignore", ".*fit.ckpt_path=(None|.last.)\\W+(was called|is set, but)")  # `check_fresh`
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")  # the run goes on
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

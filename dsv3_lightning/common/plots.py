@@ -60,7 +60,8 @@ def curves(series: dict[str, tuple[list[int], list[float]]], title: str) -> "Fig
         axes.plot(steps, values, label=label)
     axes.set(title=title, xlabel="optimizer step")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if series:
+        axes.legend()
     return figure
 
 

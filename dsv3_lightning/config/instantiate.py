@@ -5,20 +5,19 @@ The only file here that needs torch; `check_objects` is what `dsv3 validate` add
 
 import importlib
 import os
-import re
 import sys
-from collections.abc import Collection, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from dsv3_lightning.config.arguments import Arguments
 from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_set, check_version
 from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.wording import nearest, show
@@ -31,16 +30,44 @@ OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolv
 
 def check_objects(config: Config) -> None:
     """Everything that names a class or an argument of one. Raises ConfigError."""
-    parse(Trainer, config.trainer, "trainer", skip=("precision",))
+    Arguments(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
+    logger_classes(config)
     build_strategy(config)
     build_callbacks(config)
 
 
 def build_trainer_arguments(config: Config) -> dict[str, Any]:
-    """The `trainer` section as arguments for a Trainer, with class_path blocks built; precision is left as text."""
-    parser, parsed = parse(Trainer, config.trainer, "trainer", skip=("precision",))
-    built = instantiate(parser, parsed, "trainer")
-    return {key: built.get(key, value) for key, value in config.trainer.items()}
+    """The `trainer` section as arguments for a Trainer, with class_path blocks built; precision is left as text.
+
+    Loggers are left out: `build_loggers` makes them.
+    """
+    built = Arguments(Trainer, config.trainer, "trainer", skip=("precision", "logger")).build()
+    return {key: built.get(key, value) for key, value in config.trainer.items() if key != "logger"}
+
+
+def build_loggers(config: Config) -> list[Logger]:
+    """The loggers of `trainer.logger`, which write beside the run's own."""
+    return [build(LOGGERS, block, path) for path, block, _ in logger_classes(config)]
+
+
+def logger_classes(config: Config) -> list[tuple[str, dict[str, Any], type]]:
+    """Path, block and class of each of `trainer.logger`, without calling them: some open connections.
+
+    Raises ConfigError for one that can't be used, or whose arguments are wrong.
+    """
+    wanted = config.trainer.get("logger")
+    if wanted is False:
+        raise ConfigError("trainer.logger=false: the run's own curves are always written; leave the key out")
+    if wanted in (None, True, []):
+        return []
+    found = []
+    for number, block in enumerate(wanted if isinstance(wanted, list) else [wanted]):
+        path = f"trainer.logger[{number}]" if isinstance(wanted, list) else "trainer.logger"
+        cls, arguments, where = named(LOGGERS, block, path)
+        check_version(cls, arguments, where)
+        Arguments(cls, arguments, where)
+        found.append((path, block, cls))
+    return found
 
 
 def build_strategy(config: Config) -> str | Strategy:
@@ -66,22 +93,30 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
             built[name] = build(Callback, block, path)
         elif block is not None:
             cls = import_class(registry[name], Callback, f"{path}.class_path")
-            built[name] = instantiate(*parse(cls, block, path), path)
+            built[name] = Arguments(cls, block, path).build()
+    check_set(built, config.strategy, Path(config.run.dir) / config.run.name)
     return built
 
 
-def build(base: type, block: dict[str, Any], path: str) -> Any:
+def build(base: type | tuple[type, ...], block: dict[str, Any], path: str) -> Any:
     """The object of a block {class_path, init_args}. Raises ConfigError."""
-    if "class_path" not in block:
+    cls, arguments, path = named(base, block, path)
+    return Arguments(cls, arguments, path).build()
+
+
+def named(base: type | tuple[type, ...], block: Any, path: str) -> tuple[type, dict[str, Any], str]:
+    """The class of a block {class_path, init_args}, its arguments and their path. Raises ConfigError."""
+    if not isinstance(block, dict) or "class_path" not in block:
         raise ConfigError(f"{path}={show(block)}: needs a class_path")
     for key in block:
         if key not in ("class_path", "init_args"):
             raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
-    cls, path = import_class(block["class_path"], base, f"{path}.class_path"), f"{path}.init_args"
-    return instantiate(*parse(cls, block.get("init_args") or {}, path), path)
+    cls = import_class(block["class_path"], base, f"{path}.class_path")
+    check_class(cls, path)
+    return cls, block.get("init_args") or {}, f"{path}.init_args"
 
 
-def import_class(class_path: Any, base: type, path: str) -> type:
+def import_class(class_path: Any, base: type | tuple[type, ...], path: str) -> type:
     """A subclass of `base` (or class with its methods) from anywhere, modules of the current folder included."""
     where, (module, _, name) = f"{path}={show(class_path)}", str(class_path).rpartition(".")
     if os.getcwd() not in sys.path:
@@ -94,53 +129,8 @@ def import_class(class_path: Any, base: type, path: str) -> type:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{where}: is not a {base.__name__} ({base.__module__})")
+        first = base[0] if isinstance(base, tuple) else base
+        raise ConfigError(f"{where}: is not a {first.__name__} ({first.__module__})")
     if OUR_CALLBACKS in Path(source).resolve().parents and not module.startswith("dsv3_lightning."):
         raise ConfigError(f"{where}: write dsv3_lightning.{class_path}, or the class exists twice")
     return found
-
-
-def parse(cls: type, arguments: Any, path: str, skip: Collection[str] = ()) -> tuple[ArgumentParser, Namespace]:
-    """Checks arguments against the signature of cls, without calling it."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "it", skip=set(skip), fail_untyped=False, instantiate=cls is not Trainer)
-    valid = list(vars(parser.get_defaults().get("it", Namespace())))
-    if not isinstance(arguments, dict):
-        raise ConfigError(f"{path}={show(arguments)}: must be a section of arguments{nearest('', valid)}")
-    for key in arguments:
-        if key not in valid and key not in skip:
-            raise ConfigError(f"{path}.{key}: no such argument of {cls.__name__}{nearest(str(key), valid)}")
-    given = {key: deepcopy(value) for key, value in arguments.items() if key in valid}  # the parser converts in place
-    try:
-        return parser, parser.parse_object({"it": given})
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(reword(str(error), arguments, path)) from error
-
-
-def instantiate(parser: ArgumentParser, parsed: Namespace, path: str) -> Any:
-    try:
-        return parser.instantiate(parsed).it
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def reword(message: str, arguments: dict[str, Any], path: str) -> str:
-    """jsonargparse's message of many lines as one, with our key and value."""
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
-    message = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"\1", message)
-    if needed := re.search(r"required: it\.([\w.]+)", message):
-        return f"{path}.{needed[1]}: missing"
-    found = re.search(r'key "it\.([\w.]+)":\s+(.*)', message, re.DOTALL)
-    if found is None:
-        return f"{path}: {' '.join(message.split())}"
-    key, reason = found[1], " ".join(found[2].split())
-    value = arguments.get(key)
-    if loaded := re.search(r"Problem with given class_path '\S+': (.*?)(?: - | Given|$)", reason):
-        reason = loaded[0].removesuffix(" Given").removesuffix(" - ")
-    elif union := re.search(r"Subtypes: \[(.*?)\] Errors:", reason):
-        reason = f"must be one of {union[1]}"
-    elif single := re.fullmatch(r"Expected an? (.+?)\. Got value: (.*)", reason):
-        reason = f"must be {single[1]}" if single[2] == str(value) else reason
-    return f"{path}.{key}={show(value)}: {reason}"

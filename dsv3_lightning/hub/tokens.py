@@ -77,4 +77,4 @@ def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

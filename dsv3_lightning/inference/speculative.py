@@ -22,16 +22,20 @@ from dsv3_lightning.model.transformer import Transformer
 
 @dataclass
 class Drafts:
-    """drafted, kept: guesses by depth, and how many of them came into the text. passes: of the main model."""
+    """drafted, kept: guesses by depth, and how many of them came into the text. What was guessed behind a text's end
+    counts as neither. passes: of the main model. tokens: what came of them, end tokens included.
+    """
 
     drafted: list[int]
     kept: list[int]
     passes: int = 0
+    tokens: int = 0
 
     def __iadd__(self, other: "Drafts") -> "Drafts":
         self.drafted = [a + b for a, b in zip(self.drafted, other.drafted, strict=True)]
         self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
         self.passes += other.passes
+        self.tokens += other.tokens
         return self
 
     def acceptance(self) -> list[float | None]:
@@ -144,21 +148,25 @@ def speculate(
     decoder = Decoder(model, 1, total, depth)
     text = Speculation(decoder, list(prompt), sampling, random_stream(seed, number))
     text.begin()
-    counts.passes = 1
-    checked = len(prompt)
+    new, guesses = text.tokens[len(prompt) :], 0
+    written: list[int] = []
     while True:
-        for token in text.tokens[checked:]:
-            if token in end_ids:
-                return text.tokens[len(prompt) : checked], counts
-            checked += 1
-            if on_token is not None and on_token(token) or checked == total:
-                return text.tokens[len(prompt) : checked], counts
+        used, ended = 0, False
+        while used < len(new) and not ended:
+            token, used = new[used], used + 1
+            ended = token in end_ids
+            if not ended:
+                written.append(token)
+                ended = on_token is not None and on_token(token) or len(prompt) + len(written) == total
+        counts.passes += 1
+        counts.tokens += used
+        for k in range(guesses if used == len(new) else used):
+            counts.drafted[k] += 1
+            counts.kept[k] += k < min(used, len(new) - 1)
+        if ended:
+            return written, counts
         guesses = min(depth, total - len(text.tokens) - 1)
         new = text.round(guesses)
-        counts.passes += 1
-        for k in range(guesses):
-            counts.drafted[k] += 1
-            counts.kept[k] += len(new) > k + 1
 
 
 def check_depth(model: Transformer, depth: int) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from dsv3_lightning.common.files import remove, write_file
+from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
 from dsv3_lightning.parallel.checkpoints.one_file import made_with, newest_good, step_of
@@ -43,12 +44,12 @@ class RunFolder:
             return
         for number, source in enumerate(sources):
             write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
-        write_file(self.path / "config.yaml", yaml.safe_dump(tree, allow_unicode=True, sort_keys=False))
+        write_file(self.path / "config.yaml", to_yaml(tree))
 
     def stored_tree(self) -> dict[str, Any] | None:
         """The resolved configuration that the folder was made with."""
         path = self.path / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_stored(path) if path.is_file() else None
 
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
         if differing := shown_differences(stored, tree):
@@ -99,7 +100,8 @@ class RunFolder:
                 "another run.name begins from the path"
             )
         step = step_of(path)
-        refuse_changes(wanted, *made_with(path), tree, step)
+        stored, stateful = made_with(path)
+        refuse_changes(wanted, complete(stored), stateful, tree, step)
         return path, step
 
     def begin(self, start: tuple[Path, int]) -> None:

@@ -1,17 +1,39 @@
 """One way to log: every scalar goes to all loggers at an explicit optimizer step, so that all curves share their x."""
 
+from collections.abc import Mapping
+
+import torch
 from lightning.pytorch import Trainer
 
+SHORT = ("loss/main", "val/loss")  # what Lightning's progress bars show, which have one line for all
 
-def log_scalars(trainer: Trainer, values: dict[str, float], step: int | None = None) -> None:
-    """Logs at `step` (default: optimizer steps done), and remembers the latest values for the progress line."""
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=steps_done(trainer) if step is None else step)
-    latest_scalars(trainer).update(values)
+
+def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int | None = None) -> None:
+    """Logs at `step` (default: optimizer steps done), and remembers the latest values.
+
+    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`. None is a mean over nothing: it
+    has no point in its curve, and `latest_scalars` has no value until there is something again.
+    """
+    present = {name: value for name, value in values.items() if value is not None}
+    for logger in trainer.loggers if present else []:
+        logger.log_metrics(present, step=steps_done(trainer) if step is None else step)
+    latest = latest_scalars(trainer)
+    for name in values:
+        latest.pop(name, None)
+    latest.update(present)
+    publish(trainer, present)
+
+
+def publish(trainer: Trainer, values: dict[str, float]) -> None:
+    """Puts the values where other callbacks look for them: fp32, on the CPU, in the Trainer's own dictionaries."""
+    tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
+    trainer.progress_bar_metrics.update({name: float(tensors[name]) for name in SHORT if name in tensors})
 
 
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
-    """The last value of everything logged so far."""
+    """The last value of everything that had one when it was last logged."""
     return vars(trainer.lightning_module).setdefault("scalars", {})
 
 
@@ -24,6 +46,6 @@ def is_log_step(trainer: Trainer, step: int) -> bool:
     return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
 
 
-def stepped(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch was the last of its optimizer step. Runs are endless streams: no short last step."""
+def is_last_micro_batch(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch was the last of its optimizer step. Runs never end with a short step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -18,13 +18,11 @@ from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
-from dsv3_lightning.training.logging import is_log_step, log_scalars
+from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
 from dsv3_lightning.training.loops import loops_at
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
-
-VALIDATION = ("val/", "mtp/acceptance_", "balance/max_vio_global")  # what a validation logs
 
 
 class PretrainModule(pl.LightningModule):
@@ -168,9 +166,9 @@ class PretrainModule(pl.LightningModule):
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
-        values = {}
+        values: dict[str, float | None] = {}
         if self.balance.steps:  # none where every step since the last log was skipped
-            values = dict(zip(names, torch.atleast_1d(self.train_loss.compute()).tolist(), strict=True))
+            values = dict(zip(names, self.train_loss.compute(), strict=True))
             *sums, steps = self.summed(self.balance.packed())
             values |= {name: total / steps for name, total in zip(self.balance.names, sums, strict=True)}
         self.train_loss.reset()
@@ -185,15 +183,11 @@ class PretrainModule(pl.LightningModule):
         """What the settings say of the optimizer holds from the first step on, whatever a checkpoint says."""
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
+        publish(self.trainer, self.scalars)  # those of earlier lives: a monitored one may not be logged again for long
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning then validates once more before it stops
-
-    def on_validation_start(self) -> None:
-        """Forgets the values of the validation before: this one may lack some of them."""
-        for name in [name for name in self.scalars if name.startswith(VALIDATION)]:
-            del self.scalars[name]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draft, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
@@ -205,12 +199,12 @@ class PretrainModule(pl.LightningModule):
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
-        main, *mtp = torch.atleast_1d(self.val_loss.compute()).tolist()  # torchmetrics makes one element a scalar
-        values = {"val/loss": main, "val/bpb": float(self.val_bpb.compute())}
+        main, *mtp = self.val_loss.compute()
+        values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
         values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
         if mtp:
-            accepted = torch.atleast_1d(self.val_acceptance.compute()).tolist()
-            values |= {f"mtp/acceptance_{k}": share for k, share in enumerate(accepted, start=1)}
+            accepted = enumerate(self.val_acceptance.compute(), start=1)
+            values |= {f"mtp/acceptance_{k}": share for k, share in accepted}
             self.val_acceptance.reset()
         self.val_loss.reset()
         self.val_bpb.reset()

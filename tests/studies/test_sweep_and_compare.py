@@ -125,7 +125,10 @@ def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path
         ("config: [nano]\nvariants: {a: {}}\n", "seeds: missing"),
         ("config: [nano]\nseeds: []\nvariants: {a: {}}\n", "seeds: must not be empty"),
         ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: each once"),
-        ("config: [nano]\nseeds: [1]\nvariants: {off: {}}\n", "variants.False: must be a word"),
+        (
+            "config: [nano]\nseeds: [1]\nvariants: {1e3: {}}\n",
+            "variants.1000.0: must be a word that can name a folder, in quotes",
+        ),
         ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be a word"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {a: {model: {hiden_size: 1}}}\n",

@@ -1,0 +1,98 @@
+"""Which of Lightning's callbacks and loggers a run takes; docs/lightning.md has the whole table."""
+
+import importlib.util
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, callbacks, loggers
+
+from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.errors import ConfigError
+
+BATCH = "data.batch_size counts the samples of a step over all ranks and micro-batches"
+REFUSED: dict[type, str] = {  # these, and the classes that are made from them: what to use in their place
+    callbacks.BackboneFinetuning: "the model has no `backbone`; init_from starts from the weights of another model",
+    callbacks.BasePredictionWriter: "a run makes no predictions; dsv3 generate does",
+    callbacks.BatchSizeFinder: f"{BATCH}; dsv3 plan shows their memory, trainer.accumulate_grad_batches lowers it",
+    callbacks.GradientAccumulationScheduler: f"{BATCH}; data.batch_ramp lets it grow",
+    callbacks.LearningRateFinder: "it would train before the run, on the run's data; dsv3 sweep compares rates",
+    callbacks.ModelPruning: "it replaces the model's parameters by others, which checkpoints and exports don't know",
+    callbacks.SpikeDetection: "it can't read the state that it saves, so that the run could not go on; "
+    "optimizer.max_skipped_steps stops a run that is not finite",
+    callbacks.StochasticWeightAveraging: "it works by epochs, and a run is a single one; use callbacks.weight_average",
+}
+BASES: tuple[type, ...] = (
+    callbacks.BaseFinetuning, Callback, callbacks.Checkpoint, callbacks.ProgressBar, loggers.Logger,
+)  # fmt: skip
+LOGGERS = (loggers.Logger, loggers.LitLogger)  # which in Lightning 2.6 is not made from Logger
+PACKAGES: dict[type, tuple[str, str]] = {  # the module that a class needs beyond Lightning's own, and its package
+    callbacks.DeviceStatsMonitor: ("psutil", "psutil"),
+    loggers.CometLogger: ("comet_ml", "comet-ml"),
+    loggers.LitLogger: ("litlogger", "litlogger"),
+    loggers.MLFlowLogger: ("mlflow", "mlflow"),
+    loggers.WandbLogger: ("wandb", "wandb"),
+}
+
+
+def check_class(cls: type, path: str) -> None:
+    """Raises ConfigError where no run can have such a callback or logger, or where its package is missing."""
+    if cls in BASES:
+        raise ConfigError(f"{path}: {cls.__name__} is a base class that does nothing; name a subclass of it")
+    for refused, reason in REFUSED.items():
+        if issubclass(cls, refused):
+            raise ConfigError(f"{path}: {refused.__name__} can't be used here: {reason}")
+    for needing, (module, package) in PACKAGES.items():
+        if issubclass(cls, needing) and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{path}: {needing.__name__} needs the package {package}, which is not installed")
+
+
+def check_version(cls: type, init_args: Mapping[str, Any], path: str) -> None:
+    """Raises ConfigError for a logger that would delete, when the run goes on, what an earlier start has written."""
+    version = init_args.get("version")
+    if issubclass(cls, loggers.CSVLogger) and version is not None:
+        raise ConfigError(
+            f"{path}.version={version!r}: CSVLogger deletes the file of that version when the run goes on; "
+            "leave it out, and each start of the run writes a version of its own"
+        )
+
+
+def check_set(built: Mapping[str, Callback], strategy: Any, folder: Path) -> None:
+    """What no callback can decide alone. A ModelCheckpoint without a `dirpath` gets a folder of its own in the run's.
+
+    built: callbacks by name. folder: the run's. Raises ConfigError for two progress bars, two callbacks whose states
+    Lightning couldn't tell apart, averages of sharded weights, and files among the run's own checkpoints.
+    """
+    states: dict[str, str] = {}
+    for name, callback in built.items():
+        path = f"callbacks.{name}"
+        if isinstance(callback, callbacks.WeightAveraging) and mesh_strategy(strategy) is not None:
+            raise ConfigError(f"{path}: can't average sharded weights; callbacks.weight_average does")
+        if isinstance(callback, callbacks.ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = os.path.abspath(folder / "checkpoints" / name)
+        dirpath = getattr(callback, "dirpath", None)
+        if dirpath is not None and os.path.realpath(dirpath) == os.path.realpath(folder / "checkpoints"):
+            raise ConfigError(f"{path}.init_args.dirpath={dirpath}: is for the run's own checkpoints; use another")
+        if type(callback).state_dict is not Callback.state_dict:
+            twin = states.setdefault(callback.state_key, name)
+            if twin != name:
+                raise ConfigError(f"{path}: its saved state would have the same name as that of callbacks.{twin}")
+    bars = [name for name, callback in built.items() if isinstance(callback, callbacks.ProgressBar)]
+    if len(bars) > 1:
+        raise ConfigError(f"callbacks.{bars[-1]}: a run has one progress bar; set callbacks.{bars[0]}=null")
+
+
+def check_fresh(built: Collection[Callback]) -> None:
+    """Raises ConfigError where a run starts anew and Lightning would go on from a file that it finds by itself.
+
+    It looks for one where there is an OnExceptionCheckpoint: that one's, and the newest of each ModelCheckpoint.
+    """
+    watchers = [callback for callback in built if isinstance(callback, callbacks.OnExceptionCheckpoint)]
+    files = [Path(watcher.ckpt_path) for watcher in watchers]
+    for callback in built:
+        if watchers and isinstance(callback, callbacks.ModelCheckpoint) and callback.dirpath is not None:
+            files += Path(callback.dirpath).glob(f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}")
+    for file in files:
+        if file.exists():
+            raise ConfigError(f"{file}: Lightning would go on from it; remove it, or name it as run.resume")
