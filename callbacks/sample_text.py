@@ -46,8 +46,9 @@ class SampleText(Callback):
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         limit = pl_module.model.config.max_position_embeddings
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:limit] for prompt in self.prompts]
+        model, unused = pl_module.model, tokenizer.ids_without_text(pl_module.model.config.vocab_size)
         with trainer.precision_plugin.forward_context():
-            new = generate(pl_module.model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, seed=0)
+            new = generate(model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, 0, unused)
         self.latest = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, new, strict=True)]
         if trainer.is_global_zero:
             self.show(trainer, step)

@@ -167,6 +167,10 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", required=True, metavar="TEXT", help="what to continue; may be repeated"
     )
     parser.add_argument(
+        "--parse-special", action="store_true",
+        help="take names of control tokens in the prompt, such as <｜User｜>, for these tokens and not for text",
+    )  # fmt: skip
+    parser.add_argument(
         "--draft", type=int, default=0, metavar="N", help="let N of the model's MTP modules guess ahead; the text stays"
     )
     sampling_arguments(parser)
@@ -190,6 +194,16 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
     )
+    parser.add_argument(
+        "--body-megabytes", type=above_zero, default=8.0, metavar="X", help="longest request; default %(default)s"
+    )
+    parser.add_argument(
+        "--api-key", metavar="TEXT", help="what clients must give; default: $DSV3_API_KEY, else nothing"
+    )
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        help="let web pages from there ask, such as http://localhost:3000; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: as torch chooses")
 
 

@@ -32,7 +32,7 @@ def export(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes
         size = write_weights(config.model, part_reader(path), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
-        write_generation_config(tokenizer, folder)
+        write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.model.vocab_size))
         write_file(folder / "README.md", model_card(config, run_folder, path))
         print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 

@@ -10,13 +10,14 @@ from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import check_lengths
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.speculative import Drafts, check_depth, speculate
-from dsv3_lightning.inference.text import TextStream, encode
+from dsv3_lightning.inference.text import TextStream, prompt_ids
 from dsv3_lightning.runs.models import load
 
 
 def generate(
     checkpoint: Path,
     prompt: list[str],
+    parse_special: bool,
     draft: int,
     max_new_tokens: int,
     stop: list[str],
@@ -29,20 +30,21 @@ def generate(
     """
     how = Sampling(**sampling)
     model, tokenizer = load(checkpoint)
-    prompts = [[tokenizer.bos_id, *encode(tokenizer, text)] for text in prompt]
+    prompts = [prompt_ids(tokenizer, text, parse_special) for text in prompt]
     check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
     if draft:
         check_depth(model, draft)
     texts, ends = Texts(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
+    unused = tokenizer.ids_without_text(model.config.vocab_size)
     if not draft:
-        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push)
+        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push, unused)
         for _ in prompts:
             texts.finish()
         return 0
     counts = Drafts([0] * draft, [0] * draft)
     for number, ids in enumerate(prompts):
         show = functools.partial(texts.push, number)
-        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number)[1]
+        counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number, unused)[1]
         texts.finish()
     print(told(counts), file=sys.stderr)
     return 0

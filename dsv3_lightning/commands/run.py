@@ -32,8 +32,10 @@ from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
+from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.lost import ERRORS, peer_failure
@@ -86,12 +88,13 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps,
                           config.trainer["limit_val_batches"])  # fmt: skip
     if first_rank:
-        prepared = prepare(config.data)
+        prepared = prepare(config.data, tell=None)  # the data module tells, when training starts
+        notes += [vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")]
         folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
         banner(config, folder, start, reason)
         if start is not None:
             folder.begin(start)
-        for note in notes if start is None else []:
+        for note in filter(None, notes if start is None else []):
             print(note, flush=True)
         if start is None:
             logger.rewind({})  # of a life that left no checkpoint
@@ -134,7 +137,7 @@ def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
     return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
 
 
-def open_source(config: Config) -> tuple[HubFolder | None, list[str]]:
+def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
     """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []

@@ -1,6 +1,10 @@
 """`dsv3 serve`: an OpenAI-compatible server for one model."""
 
+import ipaddress
+import os
+import re
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -8,6 +12,8 @@ import torch
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Engine, check_engine
 from dsv3_lightning.runs.models import load
+
+KEY_VARIABLE = "DSV3_API_KEY"  # others of this machine can see a command's words, not its environment
 
 
 def serve(
@@ -20,11 +26,19 @@ def serve(
     max_waiting: int,
     timeout: float,
     threads: int | None,
+    api_key: str | None,
+    cors_origin: list[str],
+    body_megabytes: float,
 ) -> int:
-    """Until Ctrl-C."""
+    """Serves the model until Ctrl-C."""
     check_engine(slots, max_waiting, timeout)
+    key = find_key(api_key)
+    for origin in cors_origin:
+        check_origin(origin)
     try:
-        from dsv3_lightning.inference.server import Server, build_app
+        from dsv3_lightning.inference.server.app import build_app
+        from dsv3_lightning.inference.server.bodies import MEGABYTE
+        from dsv3_lightning.inference.server.run import Server
     except ImportError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'dsv3-lightning[serve]'") from None
     if threads is not None:
@@ -33,13 +47,34 @@ def serve(
         model, tokenizer = load(checkpoint)
         called = name or checkpoint.resolve().name
         engine = Engine(model, tokenizer, slots, max_waiting, timeout, context)
-        server = Server(build_app(engine, tokenizer, called))
+        body_bytes = int(body_megabytes * MEGABYTE)
+        server = Server(build_app(engine, tokenizer, called, body_bytes, key, tuple(cors_origin)))
+        if key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            print(
+                f"dsv3: --host {host} without a key: whoever reaches this machine can use the model; give --api-key, "
+                f"or set {KEY_VARIABLE}",
+                file=sys.stderr,
+            )
         print(f"{called}: {slots} texts at a time; http://{host}:{listener.getsockname()[1]}/v1", flush=True)
         try:
             server.run([listener])
         finally:
             engine.close()
     return 0
+
+
+def find_key(given: str | None) -> str | None:
+    """The key that clients must give, from the flag or the environment; None for none. Raises ConfigError."""
+    source, key = ("--api-key", given) if given is not None else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE))
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise ConfigError(f"{source}: must be of ASCII letters, digits and marks, without spaces, and not empty")
+    return key
+
+
+def check_origin(origin: str) -> None:
+    """Raises ConfigError for what no browser ever sends as an origin."""
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
+        raise ConfigError(f"--cors-origin {origin}: must be such as http://localhost:3000, without a path, or *")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -64,9 +64,10 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "prepare": config,
         "run": config,
         "validate": config,
-        "generate": f"-h --help checkpoint --prompt --draft {sampling}",
+        "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
         "chat": f"-h --help checkpoint --system --context {sampling}",
-        "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout --threads",
+        "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
+        " --body-megabytes --api-key --cors-origin --threads",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
@@ -140,7 +141,14 @@ def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
     assert cli.main(["generate", "runs/nano", "--prompt", "def ", "--temperature", "0"]) == 0
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [], "seed": 1}
     assert got == [
-        {"checkpoint": Path("runs/nano").absolute(), "prompt": ["def "], "draft": 0, "max_new_tokens": 128} | sampling
+        {
+            "checkpoint": Path("runs/nano").absolute(),
+            "prompt": ["def "],
+            "parse_special": False,
+            "draft": 0,
+            "max_new_tokens": 128,
+        }
+        | sampling
     ]
 
 
