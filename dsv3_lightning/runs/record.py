@@ -13,7 +13,6 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
-from dsv3_lightning.parallel.checkpoints.one_file import made_with, newest_good, step_of
 from dsv3_lightning.runs.changes import refuse_changes, shown_differences
 
 BEGUN_FROM, SET_ASIDE = "begun_from.json", "set_aside"
@@ -83,6 +82,12 @@ class RunFolder:
         A path counts once: when the run has a checkpoint that was made since, it goes on from that. Raises ConfigError
         where the path's checkpoint isn't there or was made with other settings than may change.
         """
+        from dsv3_lightning.parallel.checkpoints.one_file import (  # sweep and compare load no torch
+            made_with,
+            newest_good,
+            step_of,
+        )
+
         wanted, own = self.config.run.resume, resumable_files(self.path / "checkpoints")
         if wanted is False:
             return None
