@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from dsv3_lightning import __version__
 from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.launch import let_the_first_rank_speak
 
 
 class Verb(NamedTuple):
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
+        let_the_first_rank_speak(os.environ)
         print(f"dsv3: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except RunStopped as stopped:
