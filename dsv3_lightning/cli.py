@@ -372,7 +372,7 @@ VERBS = {
     "run": Verb(f"{COMMANDS}.run:run", "Train, or continue training.", config_arguments),
     "validate": Verb(f"{COMMANDS}.validate:run", "Check a config, and do nothing else.", config_arguments),
     "generate": Verb(f"{COMMANDS}.generate:generate", "Continue a text with a trained model.", generate_arguments),
-    "chat": Verb(f"{COMMANDS}.chat:chat", "Talk with a trained model, line by line.", chat_arguments),
+    "chat": Verb(f"{COMMANDS}.chat:chat", "Talk with a trained model; /reset begins anew.", chat_arguments),
     "serve": Verb(f"{COMMANDS}.serve:serve", "Serve a trained model to OpenAI clients.", serve_arguments),
     "export": Verb(f"{COMMANDS}.export:export", "Write a run's model as a Hugging Face folder.", export_arguments),
     "import": Verb(
