@@ -1,18 +1,24 @@
 """`dsv3 chat`: a conversation on the terminal, until the end of the input."""
 
+import argparse
 import io
 import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
+from dsv3_lightning.common.flags import context_argument, model_argument, sampling_arguments
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.chat import Chat
-from dsv3_lightning.inference.sampling import Sampling
-from dsv3_lightning.runs.models import load
 
 
-def chat(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model_argument(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the first turn")
+    context_argument(parser)
+    sampling_arguments(parser)
+
+
+def run(
     checkpoint: Path,
     system: str,
     context: int | None,
@@ -26,6 +32,10 @@ def chat(
     A turn that can't be answered is told. On a terminal the conversation goes on without it; a file ends there, since
     what follows is about that turn. Raises ConfigError.
     """
+    from dsv3_lightning.inference.chat import Chat
+    from dsv3_lightning.inference.sampling import Sampling
+    from dsv3_lightning.runs.models import load
+
     how = Sampling(**sampling)
     model, tokenizer = load(checkpoint, chat=True)
     talk = Chat(model, tokenizer, how, seed, system, context)
