@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
@@ -33,6 +34,10 @@ class WeightAverage(Callback):
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part
         self.loaded: dict[str, Tensor] | None = None
         self.to_save: Callable[[Tensor], Tensor] = gather_full
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"val_loss": ["val/loss_average"]}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
