@@ -1,5 +1,6 @@
 """`dsv3 serve`: an OpenAI-compatible server for one model."""
 
+import argparse
 import ipaddress
 import os
 import re
@@ -7,16 +8,33 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
+from dsv3_lightning.common.flags import above_zero, context_argument, model_argument, port, positive
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.batching import Engine, check_engine
-from dsv3_lightning.runs.models import load
 
 KEY_VARIABLE = "DSV3_API_KEY"  # others of this machine can see a command's words, not its environment
 
 
-def serve(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model_argument(parser)
+    parser.add_argument("--name", metavar="TEXT", help="what clients call the model; default: the folder's name")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any; default %(default)s")
+    parser.add_argument("--slots", type=int, default=16, metavar="N", help="texts at a time; default %(default)s")
+    context_argument(parser)
+    parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="beyond them; default %(default)s")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
+    )
+    help = "the longest request; default %(default)s"
+    parser.add_argument("--body-megabytes", type=above_zero, default=8.0, metavar="X", help=help)
+    help = "the key that clients must give; default: $DSV3_API_KEY, else none"
+    parser.add_argument("--api-key", metavar="TEXT", help=help)
+    help = "allow requests of web pages from there, such as http://localhost:3000; may be repeated"
+    parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help=help)
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: as torch chooses")
+
+
+def run(
     checkpoint: Path,
     name: str | None,
     host: str,
@@ -31,6 +49,11 @@ def serve(
     body_megabytes: float,
 ) -> int:
     """Serves the model until Ctrl-C."""
+    import torch
+
+    from dsv3_lightning.inference.batching import Engine, check_engine
+    from dsv3_lightning.runs.models import load
+
     check_engine(slots, max_waiting, timeout)
     key = find_key(api_key)
     for origin in cors_origin:
