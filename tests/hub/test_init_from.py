@@ -11,6 +11,8 @@ from dsv3_lightning.config.compose import compose
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from tests.conftest import QUIET, Nano
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["trainer.max_steps=5", "callbacks.checkpoint.every_n_steps=5", "callbacks.sample_text=null"]
 
 
