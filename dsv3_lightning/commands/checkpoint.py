@@ -8,7 +8,14 @@ from torch import Tensor
 
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, complete, read_checkpoint
+from dsv3_lightning.parallel.checkpoints.names import step_files
+from dsv3_lightning.parallel.checkpoints.one_file import (
+    AtomicCheckpointIO,
+    complete,
+    is_checkpoint,
+    newest_good,
+    read_checkpoint,
+)
 from dsv3_lightning.parallel.checkpoints.shard_reader import PREFIX, ShardReader
 
 PIECE = 2**20  # numbers
@@ -18,6 +25,7 @@ def checkpoint(action: str, path: Path, output: Path | None) -> int:
     """action: `inspect`, `verify`, or `consolidate` into the file `output`. Raises ConfigError on a bad checkpoint."""
     if (output is None) == (action == "consolidate"):
         raise ConfigError("checkpoint consolidate PATH FILE takes two names, inspect and verify take one")
+    path = newest_of_run(path)
     if output is not None:
         state = read_checkpoint(path, mmap=True)
         consolidate(state, output)
@@ -30,6 +38,16 @@ def checkpoint(action: str, path: Path, output: Path | None) -> int:
     else:
         print(f"{path}: {verified(path, state, shards)}")
     return 0
+
+
+def newest_of_run(path: Path) -> Path:
+    """The newest good checkpoint of a run's folder; any other path as it is. Raises ConfigError."""
+    if is_checkpoint(path) or not (path / "checkpoints").is_dir():
+        return path
+    found = newest_good(step_files(path / "checkpoints"), thorough=False)
+    if found is None:
+        raise ConfigError(f"{path / 'checkpoints'}: holds no checkpoint")
+    return found[0]
 
 
 def inspected(path: Path, state: dict[str, Any]) -> str:
