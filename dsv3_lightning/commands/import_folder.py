@@ -1,16 +1,20 @@
 """`dsv3 import`: checks a Hugging Face folder, and writes the YAML of a run that starts from it."""
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.data.text.token_names import absent
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.hub.folder import HubFolder
-from dsv3_lightning.hub.tokens import read_tokenizer, vocabulary_note
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.parameters import count_parameters
+
+if TYPE_CHECKING:
+    from dsv3_lightning.hub.folder import HubFolder
 
 HEAD = """\
 # A run that starts from the weights in {folder}. Complete it, then: dsv3 run {file}
@@ -18,8 +22,19 @@ HEAD = """\
 """
 
 
-def import_folder(folder: Path, out: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=path_argument, metavar="HF_FOLDER", help="with config.json and safetensors files"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="the YAML to write; default: the folder's name, here"
+    )
+
+
+def run(folder: Path, out: Path | None) -> int:
     """Every key and shape is checked, by the files' headers alone: also of 671B parameters in seconds."""
+    from dsv3_lightning.hub.folder import HubFolder
+
     source = HubFolder(folder)
     source.audit()
     missing = check_tokenizer(source)
@@ -49,8 +64,10 @@ def import_folder(folder: Path, out: Path | None) -> int:
     return 0
 
 
-def check_tokenizer(source: HubFolder) -> str | None:
+def check_tokenizer(source: "HubFolder") -> str | None:
     """Notes ids that no token has. What to say where the folder has no tokenizer.json; a bad one is a ConfigError."""
+    from dsv3_lightning.hub.tokens import read_tokenizer, vocabulary_note
+
     file = source.path / "tokenizer.json"
     if not file.exists():
         return absent(file)
