@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
 
@@ -18,6 +19,10 @@ class BalanceFactor(Callback):
     def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:
         check_schedule(schedule, by, "callbacks.balance_factor.schedule")
         self.schedule, self.by = schedule, by
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"balance_factor": ["balance/factor"]} if tree["loss"]["balance"] not in ("none", ["none"]) else {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.balance.scale = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
@@ -45,6 +46,10 @@ class ExpertBias(Callback):
         check_schedule(schedule, by, "callbacks.expert_bias.schedule")
         self.speed, self.schedule, self.by, self.rule, self.centered = speed, schedule, by, rule, centered
         self.counts_LE: Tensor | int = 0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"bias": ["balance/bias_absmax"], "bias_speed": ["balance/bias_speed"]}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

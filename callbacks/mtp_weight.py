@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
 
@@ -20,6 +21,10 @@ class MTPWeight(Callback):
         check_schedule(schedule, by, "callbacks.mtp_weight.schedule")
         self.schedule, self.by = schedule, by
         self.weight = 0.0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"mtp_weight": ["mtp/weight"]} if tree["model"]["num_nextn_predict_layers"] else {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.weight = pl_module.mtp_weight = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))

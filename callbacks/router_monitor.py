@@ -7,11 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
-from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
 from dsv3_lightning.training.router_metrics import load_statistics, relative_load
 
@@ -44,6 +45,25 @@ class RouterMonitor(Callback):
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
         self.strategy: Any = None
+        self.kept: tuple[list[Tensor], Tensor | float, int] = [], 0.0, 0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        per_layer = tree["callbacks"]["router_monitor"].get("per_layer", False)
+        loads = ("load_max", "load_p95", "load_p50", "load_p5$", "load_min")
+        return {
+            "max_vio": ["balance/max_vio$", "balance/max_vio_micro$"],
+            "max_vio_global": ["balance/max_vio_global$"],
+            "max_vio_worst": ["balance/max_vio_worst$"],
+            "load": [f"balance/{load}" for load in loads],
+            "dead_experts": ["balance/dead_experts"],
+            "unevenness": ["balance/load_cv", "balance/load_entropy"],
+            "bias": ["balance/bias_spread", "balance/bias_mean"],
+            "groups": ["balance/group_load_max"],
+            "layers_max_vio": [r"balance/max_vio_layer_\d+"] if per_layer else [],
+            "layers_max_vio_global": [r"balance/max_vio_global_layer_\d+"] if per_layer else [],
+            "grad_norm": ["balance/router_grad_norm"],
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.strategy = trainer.strategy
@@ -62,6 +82,13 @@ class RouterMonitor(Callback):
             self.window, self.micro_vio, self.micro_batches = list(counts_SLE), micro_vio, micro_batches
         else:
             self.window = list(torch.zeros_like(counts_SLE))
+
+    def keep(self) -> None:
+        self.kept = list(self.window), self.micro_vio, self.micro_batches
+
+    def take_back(self) -> None:
+        """Forgets the micro-batches since `keep`."""
+        self.window, self.micro_vio, self.micro_batches = self.kept
 
     def due(self, trainer: Trainer, step: int) -> bool:
         return step % self.every_n_steps == 0 or is_log_step(trainer, step)
@@ -153,5 +180,5 @@ def draw(
     """A map of rows × experts and a histogram of its values, at this step."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), trainer.global_step)
-            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), trainer.global_step)
+            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), steps_done(trainer))
+            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), steps_done(trainer))

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
@@ -33,6 +34,10 @@ class WeightAverage(Callback):
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part
         self.loaded: dict[str, Tensor] | None = None
         self.to_save: Callable[[Tensor], Tensor] = gather_full
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"val_loss": ["val/loss_average"]}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
@@ -79,7 +84,7 @@ class WeightAverage(Callback):
                 loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
-        log_scalars(trainer, {"val/loss_average": loss.compute()[0]}, getattr(pl_module, "steps_done", None))
+        log_scalars(trainer, {"val/loss_average": loss.compute()[0]})
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""

@@ -1,8 +1,10 @@
 """`dsv3 run`, also `lightning run`: trains, or continues training."""
 
 import argparse
+import os
 
 from dsv3_lightning.commands import settings
+from dsv3_lightning.parallel.launch import rank_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +16,7 @@ def run(words: list[str], print_config: bool) -> int:
     given = settings.read(words, print_config)
     if given is None:
         return 0
+    rank_of(given[0].trainer, os.environ)  # before Lightning is imported, which believes less of it than it reads
     from dsv3_lightning.runs.fit import fit
 
     return fit(*given)

@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from dsv3_lightning.config.arguments import Arguments
 from dsv3_lightning.config.checks import mesh_strategy
-from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_set, check_version
+from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_monitors, check_set, check_version
 from dsv3_lightning.config.registry import CALLBACKS
-from dsv3_lightning.config.schema import Config
+from dsv3_lightning.config.schema import Config, to_tree
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import Dispatcher
@@ -95,6 +95,7 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
             cls = import_class(registry[name], Callback, f"{path}.class_path")
             built[name] = Arguments(cls, block, path).build()
     check_set(built, config.strategy, Path(config.run.dir) / config.run.name)
+    check_monitors(built, to_tree(config))
     return built
 
 
