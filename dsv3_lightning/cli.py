@@ -114,7 +114,7 @@ VERBS = {
     "plan": Verb("dsv3_lightning.commands.plan", "Show parameters, FLOP, memory and a run's time, without a device."),
     "prepare": Verb("dsv3_lightning.commands.prepare", "Tokenize and pack a configuration's data."),
     "generate": Verb("dsv3_lightning.commands.generate", "Continue a text with a trained model."),
-    "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model, line by line."),
+    "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model; /reset begins anew."),
     "serve": Verb("dsv3_lightning.commands.serve", "Serve a trained model to OpenAI clients."),
     "export": Verb("dsv3_lightning.commands.export", "Write a run's model as a Hugging Face folder."),
     "import": Verb("dsv3_lightning.commands.import_folder", "Check a Hugging Face folder to start runs from."),
