@@ -4,8 +4,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
+from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
 
 
 class BalanceFactor(Callback):
@@ -19,9 +20,17 @@ class BalanceFactor(Callback):
         check_schedule(schedule, by, "callbacks.balance_factor.schedule")
         self.schedule, self.by = schedule, by
 
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"balance_factor": ["balance/factor"]} if tree["loss"]["balance"] not in ("none", ["none"]) else {}
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.balance.scale = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
+        pl_module.balance.scale = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.balance.factors and stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+        if (
+            pl_module.balance.factors
+            and is_last_micro_batch(trainer, batch_idx)
+            and is_log_step(trainer, trainer.global_step)
+        ):
             log_scalars(trainer, {"balance/factor": float(pl_module.balance.scale)})

@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
 
 
 class Balanced(Protocol):
@@ -46,14 +47,18 @@ class ExpertBias(Callback):
         self.speed, self.schedule, self.by, self.rule, self.centered = speed, schedule, by, rule, centered
         self.counts_LE: Tensor | int = 0
 
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"bias": ["balance/bias_absmax"], "bias_speed": ["balance/bias_speed"]}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.counts_LE = self.counts_LE + outputs["expert_counts"]
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         counts_LE, self.counts_LE = trainer.strategy.reduce(self.counts_LE, reduce_op="sum"), 0
-        speed = self.speed * value_at(self.schedule, place_of(trainer, trainer.global_step - 1, self.by))
+        speed = self.speed * value_at(self.schedule, progress(trainer, trainer.global_step - 1, self.by))
         routers = list(routers_of(pl_module))
         if not getattr(pl_module, "step_skipped", False):
             for router, counts_E in zip(routers, counts_LE, strict=True):

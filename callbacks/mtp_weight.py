@@ -4,8 +4,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
+from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
 
 
 class MTPWeight(Callback):
@@ -21,10 +22,14 @@ class MTPWeight(Callback):
         self.schedule, self.by = schedule, by
         self.weight = 0.0
 
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"mtp_weight": ["mtp/weight"]} if tree["model"]["num_nextn_predict_layers"] else {}
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.weight = pl_module.mtp_weight = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
+        self.weight = pl_module.mtp_weight = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         depth = pl_module.model.config.mtp_depth
-        if depth and stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+        if depth and is_last_micro_batch(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
             log_scalars(trainer, {"mtp/weight": self.weight})

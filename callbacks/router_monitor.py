@@ -7,11 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
 from dsv3_lightning.training.router_metrics import load_statistics, relative_load
 
@@ -44,6 +45,25 @@ class RouterMonitor(Callback):
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
         self.strategy: Any = None
+        self.kept: tuple[list[Tensor], Tensor | float, int] = [], 0.0, 0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        per_layer = tree["callbacks"]["router_monitor"].get("per_layer", False)
+        loads = ("load_max", "load_p95", "load_p50", "load_p5$", "load_min")
+        return {
+            "max_vio": ["balance/max_vio$", "balance/max_vio_micro$"],
+            "max_vio_global": ["balance/max_vio_global$"],
+            "max_vio_worst": ["balance/max_vio_worst$"],
+            "load": [f"balance/{load}" for load in loads],
+            "dead_experts": ["balance/dead_experts"],
+            "unevenness": ["balance/load_cv", "balance/load_entropy"],
+            "bias": ["balance/bias_spread", "balance/bias_mean"],
+            "groups": ["balance/group_load_max"],
+            "layers_max_vio": [r"balance/max_vio_layer_\d+"] if per_layer else [],
+            "layers_max_vio_global": [r"balance/max_vio_global_layer_\d+"] if per_layer else [],
+            "grad_norm": ["balance/router_grad_norm"],
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.strategy = trainer.strategy
@@ -57,11 +77,18 @@ class RouterMonitor(Callback):
         self.recent = state_dict["recent"]
         if state_dict["window"] is None:
             return
-        counts_SLE, micro_vio, micro_batches = state_dict["window"]
+        counts_by_step, micro_vio, micro_batches = state_dict["window"]
         if self.strategy.is_global_zero:
-            self.window, self.micro_vio, self.micro_batches = list(counts_SLE), micro_vio, micro_batches
+            self.window, self.micro_vio, self.micro_batches = list(counts_by_step), micro_vio, micro_batches
         else:
-            self.window = list(torch.zeros_like(counts_SLE))
+            self.window = list(torch.zeros_like(counts_by_step))
+
+    def keep(self) -> None:
+        self.kept = list(self.window), self.micro_vio, self.micro_batches
+
+    def take_back(self) -> None:
+        """Forgets the micro-batches since `keep`."""
+        self.window, self.micro_vio, self.micro_batches = self.kept
 
     def due(self, trainer: Trainer, step: int) -> bool:
         return step % self.every_n_steps == 0 or is_log_step(trainer, step)
@@ -78,22 +105,22 @@ class RouterMonitor(Callback):
         self.step_counts = self.step_counts + counts_LE
         self.micro_vio = self.micro_vio + max_vio(counts_LE).mean()
         self.micro_batches += 1
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         assert isinstance(self.step_counts, Tensor)
         self.window.append(self.step_counts)
         self.step_counts = 0
         if not self.due(trainer, trainer.global_step):
             return
-        counts_SLE, micro_vio, micro_batches = self.summed_window()
+        counts_by_step, micro_vio, micro_batches = self.summed_window()
         self.window.clear()
-        vio_SL, counts_LE = max_vio(counts_SLE), counts_SLE.sum(0)
+        vio_by_step, counts_LE = max_vio(counts_by_step), counts_by_step.sum(0)
         bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
         groups = getattr(getattr(getattr(pl_module, "model", None), "config", None), "n_group", 1)
         values = {
-            "max_vio": vio_SL.mean(),
+            "max_vio": vio_by_step.mean(),
             "max_vio_micro": micro_vio / micro_batches,
-            "max_vio_worst": vio_SL.mean(0).amax(),
+            "max_vio_worst": vio_by_step.mean(0).amax(),
             "bias_spread": (bias_LE.amax(1) - bias_LE.amin(1)).mean(),
             "bias_mean": bias_LE.mean(),
             **{name: value_L.mean() for name, value_L in load_statistics(counts_LE, groups).items()},
@@ -101,10 +128,10 @@ class RouterMonitor(Callback):
         if self.grad_norm is not None:
             values["router_grad_norm"] = self.grad_norm
         if self.per_layer:
-            values |= {f"max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_SL.mean(0))}
+            values |= {f"max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_by_step.mean(0))}
         numbers = torch.stack([torch.as_tensor(value).double() for value in values.values()]).tolist()
         log_scalars(trainer, {f"balance/{name}": number for name, number in zip(values, numbers, strict=True)})
-        self.recent = [*self.recent, *vio_SL.mean(1).tolist()][-50:]
+        self.recent = [*self.recent, *vio_by_step.mean(1).tolist()][-50:]
         self.micro_vio, self.micro_batches, self.grad_norm = 0.0, 0, None
         if trainer.global_step % self.every_n_steps == 0:
             draw(trainer, "router/load", relative_load(counts_LE).cpu(), "load, 1 = fair share", 1.0)
@@ -114,12 +141,12 @@ class RouterMonitor(Callback):
         """Over all ranks: counts of the steps since the last log [S, L, E] int64, MaxVio of their micro-batches, number
         of these."""
         device = self.window[-1].device  # those before may be loaded ones
-        counts_SLE = torch.stack([counts_LE.to(device) for counts_LE in self.window])
+        counts_by_step = torch.stack([counts_LE.to(device) for counts_LE in self.window])
         micro = torch.tensor([0.0, self.micro_batches], dtype=torch.float64, device=device)
         micro[0] += self.micro_vio
-        packed = torch.cat([counts_SLE.flatten().double(), micro])  # counts are exact up to 2^53
+        packed = torch.cat([counts_by_step.flatten().double(), micro])  # counts are exact up to 2^53
         packed = self.strategy.reduce(packed, reduce_op="sum")
-        return packed[:-2].long().view_as(counts_SLE), float(packed[-2]), int(packed[-1])
+        return packed[:-2].long().view_as(counts_by_step), float(packed[-2]), int(packed[-1])
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.val_max_vio = None
@@ -153,5 +180,5 @@ def draw(
     """A map of rows × experts and a histogram of its values, at this step."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), trainer.global_step)
-            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), trainer.global_step)
+            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), steps_done(trainer))
+            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), steps_done(trainer))

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.router_monitor import draw
 from dsv3_lightning.training.logging import log_scalars
+from dsv3_lightning.training.metrics import mean_present
 from dsv3_lightning.training.router_metrics import (
     ChoiceStatistics,
     relative_coactivation,
@@ -35,7 +36,18 @@ class RouterProbe(Callback):
         self.handles: list[RemovableHandle] = []
         self.masks_LN: list[Tensor] = []
         self.origins_LN: list[Tensor | None] = []
-        self.specialization: list[float] | None = None  # by layer, for the report
+        self.specialization: list[float | None] | None = None  # by layer, for the report
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        model = tree["model"]
+        open_experts = model["n_routed_experts"] // model["n_group"] * model["topk_group"]
+        return {
+            "margin": ["balance/margin"] if open_experts > model["num_experts_per_tok"] else [],
+            "groups": ["balance/groups_per_token"],
+            "coactivation": ["balance/coactivation_max"],
+            "specialization": ["balance/specialization"] if origins > 1 else [],
+        }
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.statistics = ChoiceStatistics(pl_module.model.config, len(origins_of(trainer))).to(pl_module.device)
@@ -67,27 +79,45 @@ class RouterProbe(Callback):
         self.handles = []
         if self.statistics is None or trainer.sanity_checking:
             return
-        margin_L, groups_L, together_LEE, counts_LSE = self.statistics.compute()
+        margins, groups, together_LEE, counts_LOE = self.statistics.compute()
         relative_LEE = relative_coactivation(together_LEE)
-        values = torch.stack([margin_L.mean(), groups_L.mean(), relative_LEE.amax((1, 2)).mean()]).tolist()
-        names = ("balance/margin", "balance/groups_per_token", "balance/coactivation_max")
-        log_scalars(trainer, {name: value for name, value in zip(names, values, strict=True) if value == value})
-        layer = int(relative_LEE.amax((1, 2)).argmax())
-        title = f"experts chosen together in MoE layer {layer}, 1 = by chance"
-        draw(trainer, "router/coactivation", relative_LEE[layer].cpu(), title, 1.0, "expert")
-        if counts_LSE.shape[1] > 1:
-            self.compare_origins(trainer, counts_LSE)
+        strongest = [
+            float(relative_EE.max()) if chosen else None
+            for relative_EE, chosen in zip(relative_LEE, together_LEE.sum((1, 2)).tolist(), strict=True)
+        ]
+        by_layer = {
+            "balance/margin": margins,
+            "balance/groups_per_token": groups,
+            "balance/coactivation_max": strongest,
+        }
+        log_scalars(trainer, {name: mean_present(values) for name, values in by_layer.items()})
+        if (layer := place_of_largest(strongest)) is not None:
+            title = f"experts chosen together in MoE layer {layer}, 1 = by chance"
+            draw(trainer, "router/coactivation", relative_LEE[layer].cpu(), title, 1.0, "expert")
+        if counts_LOE.shape[1] > 1:
+            self.compare_origins(trainer, counts_LOE)
         self.statistics = None
 
-    def compare_origins(self, trainer: Trainer, counts_LSE: Tensor) -> None:
-        values_L = specialization(counts_LSE)
-        self.specialization = values_L.tolist()
-        log_scalars(trainer, {"balance/specialization": float(values_L.mean())})
-        layer, tokens_S = int(values_L.argmax()), counts_LSE[0].sum(1)
-        seen = tokens_S.nonzero().flatten().tolist()
+    def compare_origins(self, trainer: Trainer, counts_LOE: Tensor) -> None:
+        pairs = zip(specialization(counts_LOE).tolist(), counts_LOE.sum((1, 2)).tolist(), strict=True)
+        self.specialization = [value if chosen else None for value, chosen in pairs]
+        log_scalars(trainer, {"balance/specialization": mean_present(self.specialization)})
+        if (layer := place_of_largest(self.specialization)) is None:
+            return
+        seen = counts_LOE[layer].sum(1).nonzero().flatten().tolist()
         title = f"load by origin of the text in MoE layer {layer}, 1 = fair share"
         names = [origins_of(trainer)[origin] for origin in seen]
-        draw(trainer, "router/specialization", relative_load(counts_LSE[layer, seen]).cpu(), title, 1.0, names)
+        draw(trainer, "router/specialization", relative_load(counts_LOE[layer, seen]).cpu(), title, 1.0, names)
+
+
+def place_of_largest(values: list[float | None]) -> int | None:
+    """Where the largest value stands; None where there is none.
+
+    >>> place_of_largest([1.0, None, 2.0]), place_of_largest([None])
+    (2, None)
+    """
+    present = {place: value for place, value in enumerate(values) if value is not None}
+    return max(present, key=present.__getitem__, default=None)
 
 
 def origins_of(trainer: Trainer) -> list[str]:

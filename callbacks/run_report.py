@@ -1,6 +1,5 @@
 """report.md and report.json: what the run did, on one page, with its pictures and the next command."""
 
-import json
 import platform
 import shlex
 import time
@@ -22,6 +21,7 @@ from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
 from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.common.plots import curves, heat_map, save_figure
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.logging import latest_scalars
@@ -69,8 +69,10 @@ class RunReport(Callback):
         if biases:
             save_figure(heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0), folder / "bias.png")
         samples = find(trainer, SampleText)
-        write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
-        text = markdown(report, folder, samples.latest if samples else [], bool(biases))
+        write_file(folder / "report.json", strict_json(report, indent=2) + "\n")
+        learned = trainer.datamodule.manifest["splits"]["train"]  # type: ignore[attr-defined]
+        command = next_command(folder, samples.prompts if samples else [], "answer_bytes" in learned)
+        text = markdown(report, folder, samples.latest if samples else [], bool(biases), command)
         write_file(folder / "report.md", text)
         print(f"report: {display_path(folder / 'report.md')}", flush=True)
 
@@ -78,7 +80,7 @@ class RunReport(Callback):
         """The content of report.json."""
         scalars = latest_scalars(trainer)
         speed, router, probe = (find(trainer, kind) for kind in (Throughput, RouterMonitor, RouterProbe))
-        rates = speed.rates(speed.total, trainer.world_size) if speed and speed.total.seconds else {}
+        rates = speed.rates(speed.total, trainer.world_size) if speed else {}
         config, data = pl_module.model.config, trainer.datamodule  # type: ignore[attr-defined]
         counts = count_parameters(config)
         newest = step_files(checkpoint_folder(trainer))
@@ -86,6 +88,7 @@ class RunReport(Callback):
         return {
             "steps": steps,
             "tokens": data.tokens_before(steps),
+            "passes": data.passes(steps),
             "wall_seconds": self.wall_seconds,
             "tokens_per_second": rates.get("tokens_per_second"),
             "model_flops_per_second": rates.get("model_flops_per_second"),
@@ -119,7 +122,7 @@ def find(trainer: Trainer, kind: type) -> Any | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
-def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool) -> str:
+def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool, command: str) -> str:
     """report.md: the numbers that matter first, each with its meaning."""
 
     def show(value: Any, form: str = "{:.3f}") -> str:
@@ -138,6 +141,7 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
         ("MaxVio of a batch, mean of the last 50 steps", show(report["max_vio_batch"], "{:.2f}")),
         ("parameters, all and active", f"{report['parameters']:,} and {report['active_parameters']:,}"),
         ("steps and tokens", f"{report['steps']:,} and {report['tokens']:,}"),
+        ("passes over the training data", show(report["passes"], "{:,.3g}")),
         ("wall time", f"{report['wall_seconds']:.0f} s"),
         ("tokens per second", show(report["tokens_per_second"], "{:,.0f}")),
         ("model FLOP/s and share of the device's peak (MFU)", f"{show(report['model_flops_per_second'], '{:.3g}')}, "
@@ -150,10 +154,18 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     pictures = "![loss](loss.png)\n" + ("\n![expert bias](bias.png)\n" if has_bias else "")
-    written = "\n\n".join(f"```\n{text}\n```" for text in samples)
+    written = "".join(f"```\n{text}\n```\n\n" for text in samples)
     return (
         f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{pictures}\n"
-        f"## What it writes\n\n{written}\n\n"
-        f'## Next\n\n`dsv3 generate {shlex.quote(str(folder))} --prompt "def "` continues a prompt; '
-        f"`tensorboard --logdir {shlex.quote(str(folder.parent))}` shows every curve.\n"
+        + (f"## What it writes\n\n{written}" if samples else "")
+        + f"## Next\n\n{command}; `tensorboard --logdir {shlex.quote(str(folder.parent))}` shows every curve.\n"
     )
+
+
+def next_command(folder: Path, prompts: list[str], conversations: bool) -> str:
+    """What to do with the model: what it was trained on says whether to talk with it or to let it continue."""
+    name = shlex.quote(str(folder))
+    if conversations:
+        return f"`dsv3 chat {name}` talks with it"
+    prompt = shlex.quote(prompts[0].strip("\n")) if prompts and prompts[0].strip() else '"Once upon a time"'
+    return f"`dsv3 generate {name} --prompt {prompt}` continues a prompt"

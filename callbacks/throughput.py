@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
 
 
@@ -36,6 +37,16 @@ class Throughput(Callback):
         self.batch_start = 0.0
         self.waited_before = 0.0
 
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {
+            "tokens": ["throughput/tokens_per_second"],
+            "flops": ["throughput/model_flops_per_second"],
+            "mfu": ["throughput/mfu"],
+            "data_wait": ["throughput/data_wait_share"],
+            "memory": ["throughput/memory_bytes"],
+        }
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.flops_per_token = pl_module.flops_per_token
         if self.measure:
@@ -54,21 +65,23 @@ class Throughput(Callback):
         for window in (self.window, self.total):
             window.add(tokens, elapsed, waited - self.waited_before)
         self.waited_before = waited
-        if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+        if is_last_micro_batch(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
             rates = self.rates(self.window, trainer.world_size)
             log_scalars(trainer, {f"throughput/{name}": value for name, value in rates.items()})
             self.window = Window()
 
-    def rates(self, window: "Window", world_size: int) -> dict[str, float]:
-        """The rates of the logged names, without their group."""
+    def rates(self, window: "Window", world_size: int) -> dict[str, float | None]:
+        """The rates of the logged names, without their group; None where no time has passed."""
+        rates: dict[str, float | None] = {"memory_bytes": float(peak_memory())}
+        if not window.seconds:
+            return rates | dict.fromkeys(("tokens_per_second", "model_flops_per_second", "mfu", "data_wait_share"))
         assert self.peak_flops is not None, "set when training starts"
         flops = window.tokens / window.seconds * self.flops_per_token
-        return {
+        return rates | {
             "tokens_per_second": window.tokens / window.seconds,
             "model_flops_per_second": flops,
             "mfu": flops / (self.peak_flops * world_size),
             "data_wait_share": window.waited / window.seconds,
-            "memory_bytes": float(peak_memory()),
         }
 
 

@@ -8,10 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.parallel.tensors import like, local, part, whole
-from dsv3_lightning.training.logging import log_scalars, stepped
+from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
+from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
 from dsv3_lightning.training.metrics import TokenLoss
 
 
@@ -32,11 +33,15 @@ class WeightAverage(Callback):
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part
         self.loaded: dict[str, Tensor] | None = None
-        self.to_save: Callable[[Tensor], Tensor] = whole
+        self.to_save: Callable[[Tensor], Tensor] = gather_full
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"val_loss": ["val/loss_average"]}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
-        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else whole
+        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else gather_full
 
     def adopt(self, pl_module: Any) -> None:
         """Takes the weights, or what a checkpoint held, as the average; once, when there are weights."""
@@ -47,7 +52,7 @@ class WeightAverage(Callback):
         if self.loaded is None:
             self.average = {name: own_copy(weight) for name, weight in self.weights.items()}
         else:
-            self.average = {name: part(self.loaded[name], weight).cpu() for name, weight in self.weights.items()}
+            self.average = {name: local_shard(self.loaded[name], weight).cpu() for name, weight in self.weights.items()}
             self.loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +61,7 @@ class WeightAverage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx) or getattr(pl_module, "step_skipped", False):
+        if not is_last_micro_batch(trainer, batch_idx) or getattr(pl_module, "step_skipped", False):
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
@@ -79,13 +84,12 @@ class WeightAverage(Callback):
                 loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
-        main = torch.atleast_1d(loss.compute())[0]  # torchmetrics makes one element a scalar
-        log_scalars(trainer, {"val/loss_average": float(main)}, getattr(pl_module, "steps_done", None))
+        log_scalars(trainer, {"val/loss_average": loss.compute()[0]})
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""
         average = {
-            name: self.to_save(like(weight, self.average[name].to(local(weight).device)))
+            name: self.to_save(as_dtensor_like(weight, self.average[name].to(local(weight).device)))
             for name, weight in self.weights.items()
         }
         return {"updates": self.updates, "average": average}

@@ -14,8 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.config.overrides import apply_override, plain
-from dsv3_lightning.config.wording import explain, first_line, nearest
+from dsv3_lightning.common.yaml import dumps, loads
+from dsv3_lightning.config.overrides import apply_override, escape_text, plain
+from dsv3_lightning.config.wording import explain, first_line, nearest, show
 from dsv3_lightning.errors import ConfigError
 
 PRESETS = resources.files("dsv3_lightning.configs")
@@ -85,7 +86,14 @@ def gather(path: Path, read: dict[Path, dict[str, Any]], chain: tuple[Path, ...]
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file's top-level mapping, unresolved. UTF-8 whatever the locale, with or without a byte-order mark."""
     try:
-        tree = plain(OmegaConf.create(path.read_text(encoding="utf-8-sig")))
+        tree = loads(path.read_text(encoding="utf-8-sig"))
+        if tree is None:
+            return {}
+        if not isinstance(tree, dict):
+            found = "a list" if isinstance(tree, list) else show(tree)
+            raise ConfigError(f"{path}: must hold sections such as `model:`, not {found}")
+        OmegaConf.create(tree)  # every interpolation can be read
+        return tree
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except YAMLError as error:
@@ -93,9 +101,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{f':{mark.line + 1}' if mark else ''}: {explain(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {first_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections such as `model:`, not a list")
-    return tree
 
 
 def merge(merged: DictConfig, tree: dict[str, Any], path: Path) -> DictConfig:
@@ -137,7 +142,7 @@ def unset(node: Any, path: str = "") -> str:
 
 def to_yaml(tree: dict[str, Any]) -> str:
     """YAML that composes to the same tree again."""
-    return OmegaConf.to_yaml(OmegaConf.create(escape(tree)))
+    return dumps(escape(tree))
 
 
 def escape(node: Any) -> Any:
@@ -146,4 +151,4 @@ def escape(node: Any) -> Any:
         return {key: escape(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [escape(value) for value in node]
-    return node.replace("${", "\\${") if isinstance(node, str) else node
+    return escape_text(node) if isinstance(node, str) else node

@@ -5,24 +5,21 @@ The only file here that needs torch; `check_objects` is what `dsv3 validate` add
 
 import importlib
 import os
-import re
 import sys
-from collections.abc import Collection, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from dsv3_lightning.config.arguments import Arguments
 from dsv3_lightning.config.checks import mesh_strategy
-from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_set, check_version
+from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_monitors, check_set, check_version
 from dsv3_lightning.config.registry import CALLBACKS
-from dsv3_lightning.config.schema import Config
+from dsv3_lightning.config.schema import Config, to_tree
 from dsv3_lightning.config.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import Dispatcher
@@ -33,7 +30,7 @@ OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolv
 
 def check_objects(config: Config) -> None:
     """Everything that names a class or an argument of one. Raises ConfigError."""
-    parse(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
+    Arguments(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
     logger_classes(config)
     build_strategy(config)
     build_callbacks(config)
@@ -44,8 +41,7 @@ def build_trainer_arguments(config: Config) -> dict[str, Any]:
 
     Loggers are left out: `build_loggers` makes them.
     """
-    parser, parsed = parse(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
-    built = instantiate(parser, parsed, "trainer")
+    built = Arguments(Trainer, config.trainer, "trainer", skip=("precision", "logger")).build()
     return {key: built.get(key, value) for key, value in config.trainer.items() if key != "logger"}
 
 
@@ -69,7 +65,7 @@ def logger_classes(config: Config) -> list[tuple[str, dict[str, Any], type]]:
         path = f"trainer.logger[{number}]" if isinstance(wanted, list) else "trainer.logger"
         cls, arguments, where = named(LOGGERS, block, path)
         check_version(cls, arguments, where)
-        parse(cls, arguments, where)
+        Arguments(cls, arguments, where)
         found.append((path, block, cls))
     return found
 
@@ -97,15 +93,16 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
             built[name] = build(Callback, block, path)
         elif block is not None:
             cls = import_class(registry[name], Callback, f"{path}.class_path")
-            built[name] = instantiate(*parse(cls, block, path), path)
+            built[name] = Arguments(cls, block, path).build()
     check_set(built, config.strategy, Path(config.run.dir) / config.run.name)
+    check_monitors(built, to_tree(config))
     return built
 
 
 def build(base: type | tuple[type, ...], block: dict[str, Any], path: str) -> Any:
     """The object of a block {class_path, init_args}. Raises ConfigError."""
     cls, arguments, path = named(base, block, path)
-    return instantiate(*parse(cls, arguments, path), path)
+    return Arguments(cls, arguments, path).build()
 
 
 def named(base: type | tuple[type, ...], block: Any, path: str) -> tuple[type, dict[str, Any], str]:
@@ -138,49 +135,3 @@ def import_class(class_path: Any, base: type | tuple[type, ...], path: str) -> t
     if OUR_CALLBACKS in Path(source).resolve().parents and not module.startswith("dsv3_lightning."):
         raise ConfigError(f"{where}: write dsv3_lightning.{class_path}, or the class exists twice")
     return found
-
-
-def parse(cls: type, arguments: Any, path: str, skip: Collection[str] = ()) -> tuple[ArgumentParser, Namespace]:
-    """Checks arguments against the signature of cls, without calling it."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "it", skip=set(skip), fail_untyped=False, instantiate=cls is not Trainer)
-    valid = list(vars(parser.get_defaults().get("it", Namespace())))
-    if not isinstance(arguments, dict):
-        raise ConfigError(f"{path}={show(arguments)}: must be a section of arguments{nearest('', valid)}")
-    for key in arguments:
-        if key not in valid and key not in skip:
-            raise ConfigError(f"{path}.{key}: no such argument of {cls.__name__}{nearest(str(key), valid)}")
-    given = {key: deepcopy(value) for key, value in arguments.items() if key in valid}  # the parser converts in place
-    try:
-        return parser, parser.parse_object({"it": given})
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(reword(str(error), arguments, path)) from error
-
-
-def instantiate(parser: ArgumentParser, parsed: Namespace, path: str) -> Any:
-    try:
-        return parser.instantiate(parsed).it
-    except ConfigError:
-        raise
-    except (ImportError, TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def reword(message: str, arguments: dict[str, Any], path: str) -> str:
-    """jsonargparse's message of many lines as one, with our key and value."""
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
-    message = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"\1", message)
-    if needed := re.search(r"required: it\.([\w.]+)", message):
-        return f"{path}.{needed[1]}: missing"
-    found = re.search(r'key "it\.([\w.]+)":\s+(.*)', message, re.DOTALL)
-    if found is None:
-        return f"{path}: {' '.join(message.split())}"
-    key, reason = found[1], " ".join(found[2].split())
-    value = arguments.get(key)
-    if loaded := re.search(r"Problem with given class_path '\S+': (.*?)(?: - | Given|$)", reason):
-        reason = loaded[0].removesuffix(" Given").removesuffix(" - ")
-    elif union := re.search(r"Subtypes: \[(.*?)\] Errors:", reason):
-        reason = f"must be one of {union[1]}"
-    elif single := re.fullmatch(r"Expected an? (.+?)\. Got value: (.*)", reason):
-        reason = f"must be {single[1]}" if single[2] == str(value) else reason
-    return f"{path}.{key}={show(value)}: {reason}"

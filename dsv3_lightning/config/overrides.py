@@ -1,6 +1,5 @@
 """`a.b=value` on the command line changes one place of the tree."""
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dsv3_lightning.common.yaml import loads, quoted
 from dsv3_lightning.config.wording import explain, first_line
 from dsv3_lightning.errors import ConfigError
 
@@ -25,13 +25,10 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def apply_override(merged: DictConfig, override: str) -> None:
-    """Sets `a.b=value`, `a.list[1]=value` or `a.list.1=value`; the value is read as OmegaConf reads YAML.
-
-    Raises ConfigError.
-    """
+    """Sets `a.b=value`, `a.list[1]=value` or `a.list.1=value`; the value is read as YAML. Raises ConfigError."""
     key, _, text = override.partition("=")
     try:
-        value = plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        value = loads(text)
         check_reachable(plain(merged), key)
         OmegaConf.update(merged, key, value, merge=True)
     except YAMLError as error:
@@ -41,9 +38,24 @@ def apply_override(merged: DictConfig, override: str) -> None:
 
 
 def text_override(key: str, text: str) -> str:
-    """The override that sets a key to this very text, whatever YAML or interpolation would make of it."""
-    escaped = text.replace("${", "\\${")
-    return f"{key}={json.dumps(escaped, ensure_ascii=False)}"
+    """The override that sets a key to just this text, in quotes where it would be read as something else."""
+    literal = escape_text(text)
+    try:
+        plain_text = loads(literal) == literal
+    except YAMLError:
+        plain_text = False
+    return f"{key}={literal if plain_text else quoted(literal)}"
+
+
+def escape_text(text: str) -> str:
+    r"""Text with its `${` and `???` marked as literal, so that neither is replaced.
+
+    >>> print(escape_text("${x}"), escape_text(r"\${x}"), escape_text("???"))
+    \${x} \\\${x} \???
+    """
+    if re.fullmatch(r"\\*\?\?\?", text):  # alone it stands for a value that is still missing
+        return f"\\{text}"
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # backslashes count in pairs before an interpolation
 
 
 def check_reachable(tree: Any, key: str) -> None:

@@ -1,12 +1,14 @@
 """The model as a state that grows: tokens go in, the hidden states of the new ones come out."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
-from dsv3_lightning.inference.layers import Guesser, Layer, Norm
+from dsv3_lightning.inference.layers import DraftModule, Layer, Norm
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import rotation
 from dsv3_lightning.model.transformer import Transformer
@@ -18,6 +20,7 @@ class Decoder:
     lengths: tokens in the cache of each row; lowering one forgets the tokens after it. mtp_lengths: the same of the MTP
     modules' caches, by module and row. A row never holds padding: rows go through the model with as many tokens as each
     other, and a prompt goes alone. lower: what to lower where the cache doesn't fit, which is a ConfigError.
+    unused: ids that no token has; their logits are -inf, of the MTP modules too, so that none is ever drawn.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class Decoder:
         capacity: int,
         mtp_depth: int = 0,
         lower: str = "the number of texts, or their length",
+        unused: Sequence[int] = (),
     ) -> None:
         self.model, self.config, self.capacity = model, model.config, capacity
         layers = self.config.num_hidden_layers + mtp_depth
@@ -35,7 +39,8 @@ class Decoder:
         self.rotations = rotation(self.config, torch.arange(capacity, device=self.device))
         with torch.no_grad():
             self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
-            self.guessers = [Guesser(module) for module in model.mtp[:mtp_depth]]
+            self.draft_modules = [DraftModule(module) for module in model.mtp[:mtp_depth]]
+        self.unused = torch.tensor(unused, dtype=torch.int64, device=self.device)
         self.lengths = [0] * rows
         self.mtp_lengths = [[0] * rows for _ in range(mtp_depth)]
 
@@ -44,21 +49,21 @@ class Decoder:
         return self.cache.entries.device
 
     @torch.inference_mode()
-    def extend(self, tokens_RT: Tensor, first: int = 0) -> Tensor:
-        """The next T tokens of R rows from `first` on: their hidden states after the final norm, [R, T, D]."""
-        step = self.step(self.lengths, first, tokens_RT.shape[1], len(tokens_RT))
-        h_RTD = self.model.embed_tokens(tokens_RT)
-        for layer, entries_BSC in zip(self.layers, self.entries):
-            h_RTD = layer(h_RTD, entries_BSC, step)
-        return self.norm(h_RTD)
+    def extend(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
+        """The next T tokens of B rows from `first` on: their hidden states after the final norm, [B, T, D]."""
+        step = self.step(self.lengths, first, tokens_BT.shape[1], len(tokens_BT))
+        h_BTD = self.model.embed_tokens(tokens_BT)
+        for layer, entries_BUC in zip(self.layers, self.entries):
+            h_BTD = layer(h_BTD, entries_BUC, step)
+        return self.norm(h_BTD)
 
     @torch.inference_mode()
-    def extend_mtp(self, k: int, h_RTD: Tensor, tokens_RT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
+    def extend_mtp(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
         """Module k (from 1) at the next T positions: from h_{k-1} there and the tokens k places on, h_k before its
         norm; of the last position alone where no other module needs the rest."""
-        step = self.step(self.mtp_lengths[k - 1], first, tokens_RT.shape[1], len(tokens_RT))
-        entries_BSC = self.entries[len(self.layers) + k - 1]
-        return self.guessers[k - 1](self.model.embed_tokens(tokens_RT), h_RTD, entries_BSC, step, only_last)
+        step = self.step(self.mtp_lengths[k - 1], first, tokens_BT.shape[1], len(tokens_BT))
+        entries_BUC = self.entries[len(self.layers) + k - 1]
+        return self.draft_modules[k - 1](self.model.embed_tokens(tokens_BT), h_BTD, entries_BUC, step, only_last)
 
     def step(self, lengths: list[int], first: int, T: int, rows: int) -> Step:
         assert max(lengths[first : first + rows]) + T <= self.capacity, "the cache is full"
@@ -68,10 +73,10 @@ class Decoder:
         return step
 
     @torch.inference_mode()
-    def logits(self, h_RTD: Tensor, k: int = 0) -> Tensor:
-        """Of what `extend` gave, or `extend_mtp` of module k: fp32 [R, T, V]."""
-        h_RTD = self.guessers[k - 1].norm(h_RTD) if k else h_RTD
-        return F.linear(h_RTD, self.model.lm_head.weight).float()
+    def logits(self, h_BTD: Tensor, k: int = 0) -> Tensor:
+        """Of what `extend` gave, or `extend_mtp` of module k: fp32 [B, T, V]."""
+        h_BTD = self.draft_modules[k - 1].norm(h_BTD) if k else h_BTD
+        return without(F.linear(h_BTD, self.model.lm_head.weight).float(), self.unused)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -79,6 +84,11 @@ class Decoder:
         self.cache.move(source, target)
         for lengths in (self.lengths, *self.mtp_lengths):
             lengths[target] = lengths[source]
+
+
+def without(logits_V: Tensor, unused: Tensor) -> Tensor:
+    """The logits [..., V], in place, with -inf for the unused ids (int64 [n])."""
+    return logits_V.index_fill_(-1, unused, -torch.inf) if len(unused) else logits_V
 
 
 def context_of(config: ModelConfig, wanted: int | None) -> int:

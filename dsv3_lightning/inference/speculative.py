@@ -8,7 +8,7 @@ not kept is replaced by a draw from max(p - q, 0), which leaves exactly p (arXiv
 An index of a module's cache stays only if all tokens it was made of are certain; the others are made again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,16 +22,20 @@ from dsv3_lightning.model.transformer import Transformer
 
 @dataclass
 class Drafts:
-    """drafted, kept: guesses by depth, and how many of them came into the text. passes: of the main model."""
+    """drafted, kept: guesses by depth, and how many of them came into the text. What was guessed behind a text's end
+    counts as neither. passes: of the main model. tokens: what came of them, end tokens included.
+    """
 
     drafted: list[int]
     kept: list[int]
     passes: int = 0
+    tokens: int = 0
 
     def __iadd__(self, other: "Drafts") -> "Drafts":
         self.drafted = [a + b for a, b in zip(self.drafted, other.drafted, strict=True)]
         self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
         self.passes += other.passes
+        self.tokens += other.tokens
         return self
 
     def acceptance(self) -> list[float | None]:
@@ -43,31 +47,31 @@ class Drafts:
 class Speculation:
     """One text in the making. `tokens` are certain; the main model's cache holds all of them but the last.
 
-    waiting_1ID: by module, h_{k-1} of the indices that it has yet to see for good.
+    waiting_1TD: by module, h_{k-1} of the indices that it has yet to see for good.
     """
 
     decoder: Decoder
     tokens: list[int]
     sampling: Sampling
     generator: torch.Generator
-    waiting_1ID: list[Tensor] = field(default_factory=list)
+    waiting_1TD: list[Tensor] = field(default_factory=list)
 
     def begin(self) -> None:
         """The prompt goes in, and its first continuation is certain."""
         h_1TD = self.decoder.extend(self.tensor(self.tokens))
-        self.waiting_1ID = [h_1TD, *(h_1TD[:, :0] for _ in self.decoder.mtp_lengths[1:])]
+        self.waiting_1TD = [h_1TD, *(h_1TD[:, :0] for _ in self.decoder.mtp_lengths[1:])]
         self.tokens.append(self.sampling.pick(self.decoder.logits(h_1TD[:, -1:])[:, 0], [self.generator])[0])
 
     def round(self, depth: int) -> list[int]:
         """Up to 1 + depth tokens more."""
-        drafts, q_KV = self.draft(depth)
+        drafts, q_TV = self.draft(depth)
         h_1TD = self.decoder.extend(self.tensor([self.tokens[-1], *drafts]))
-        new = self.verify(drafts, q_KV, self.decoder.logits(h_1TD)[0])
+        new = self.verify(drafts, q_TV, self.decoder.logits(h_1TD)[0])
         kept = len(new) - 1
         self.decoder.lengths[0] -= len(drafts) - kept
-        if self.waiting_1ID:
+        if self.waiting_1TD:
             seen = h_1TD[:, : kept + 1]
-            self.waiting_1ID[0] = seen if depth else torch.cat((self.waiting_1ID[0], seen), 1)
+            self.waiting_1TD[0] = seen if depth else torch.cat((self.waiting_1TD[0], seen), 1)
         self.tokens += new
         return new
 
@@ -75,43 +79,43 @@ class Speculation:
         """Guesses, and for sampling what each was drawn from."""
         n, lengths = len(self.tokens) - 1, self.decoder.mtp_lengths
         guesses: list[int] = []
-        q_KV: list[Tensor] = []
+        q_TV: list[Tensor] = []
         for k in range(1, depth + 1):
             start = lengths[k - 1][0]  # the first index that it has not seen for good
             tokens = [*self.tokens, *guesses][start + k : n + k]
-            deepest = k == len(self.waiting_1ID)
-            h_1ID = self.decoder.extend_mtp(k, self.waiting_1ID[k - 1], self.tensor(tokens), only_last=deepest)
-            logits_1V = self.decoder.logits(h_1ID[:, -1:], k)[:, 0]
+            deepest = k == len(self.waiting_1TD)
+            h_1TD = self.decoder.extend_mtp(k, self.waiting_1TD[k - 1], self.tensor(tokens), only_last=deepest)
+            logits_1V = self.decoder.logits(h_1TD[:, -1:], k)[:, 0]
             if self.sampling.temperature == 0:
                 guesses.append(int(logits_1V.argmax()))
             else:
-                q_KV.append(self.sampling.probabilities(logits_1V)[0].cpu())
-                guesses.append(draw(q_KV[-1], self.generator))
+                q_TV.append(self.sampling.probabilities(logits_1V)[0].cpu())
+                guesses.append(draw(q_TV[-1], self.generator))
             certain = max(n - k + 1, 0)  # indices i with i + k <= n
             lengths[k - 1][0] = certain
             if not deepest:
                 following = lengths[k][0]
-                h_1ID = torch.cat((self.waiting_1ID[k][:, : start - following], h_1ID), 1)
-                self.waiting_1ID[k] = h_1ID
+                h_1TD = torch.cat((self.waiting_1TD[k][:, : start - following], h_1TD), 1)
+                self.waiting_1TD[k] = h_1TD
             if k > 1:  # of what module k has used, the certain part that it will see again
-                used = self.waiting_1ID[k - 1]
-                self.waiting_1ID[k - 1] = used[:, certain - start : max(n - k + 2, 0) - start]
-        return guesses, q_KV
+                used = self.waiting_1TD[k - 1]
+                self.waiting_1TD[k - 1] = used[:, certain - start : max(n - k + 2, 0) - start]
+        return guesses, q_TV
 
-    def verify(self, drafts: list[int], q_KV: list[Tensor], logits_TV: Tensor) -> list[int]:
+    def verify(self, drafts: list[int], q_TV: list[Tensor], logits_TV: Tensor) -> list[int]:
         if self.sampling.temperature == 0:
             own = logits_TV.argmax(1).tolist()
             kept = next((k for k, guess in enumerate(drafts) if guess != own[k]), len(drafts))
             return [*drafts[:kept], own[kept]]
-        return accept(drafts, q_KV, self.sampling.probabilities(logits_TV).cpu(), self.generator)
+        return accept(drafts, q_TV, self.sampling.probabilities(logits_TV).cpu(), self.generator)
 
     def tensor(self, tokens: list[int]) -> Tensor:
         return torch.tensor([tokens], device=self.decoder.device)
 
 
-def accept(drafts: list[int], q_KV: list[Tensor], p_TV: Tensor, generator: torch.Generator) -> list[int]:
+def accept(drafts: list[int], q_TV: list[Tensor], p_TV: Tensor, generator: torch.Generator) -> list[int]:
     """The drafts that are kept, and one token more. p_TV: the main model's, after each draft and before the first."""
-    for k, (guess, q_V) in enumerate(zip(drafts, q_KV, strict=True)):
+    for k, (guess, q_V) in enumerate(zip(drafts, q_TV, strict=True)):
         chance = torch.rand((), dtype=torch.float64, generator=generator) * q_V[guess]
         if not chance < p_TV[k, guess]:
             return [*drafts[:k], draw((p_TV[k] - q_V).clamp(min=0), generator)]
@@ -128,11 +132,12 @@ def speculate(
     depth: int,
     on_token: Callable[[int], bool] | None = None,
     number: int = 0,
+    unused: Sequence[int] = (),
 ) -> tuple[list[int], Drafts]:
     """The new tokens, as `decode` gives them for one prompt, and what became of the guesses of `depth` modules.
 
     on_token(token): True ends the text with this token. number: which of several prompts this is, each with random
-    numbers of its own. Raises ConfigError.
+    numbers of its own. unused: ids that no token has, which are neither drafted nor drawn. Raises ConfigError.
     """
     check_depth(model, depth)
     limit = model.config.max_position_embeddings
@@ -141,24 +146,28 @@ def speculate(
     total = min(len(prompt) + max_new_tokens, limit)
     if total == len(prompt):
         return [], counts
-    decoder = Decoder(model, 1, total, depth)
+    decoder = Decoder(model, 1, total, depth, unused=unused)
     text = Speculation(decoder, list(prompt), sampling, random_stream(seed, number))
     text.begin()
-    counts.passes = 1
-    checked = len(prompt)
+    new, guesses = text.tokens[len(prompt) :], 0
+    written: list[int] = []
     while True:
-        for token in text.tokens[checked:]:
-            if token in end_ids:
-                return text.tokens[len(prompt) : checked], counts
-            checked += 1
-            if on_token is not None and on_token(token) or checked == total:
-                return text.tokens[len(prompt) : checked], counts
+        used, ended = 0, False
+        while used < len(new) and not ended:
+            token, used = new[used], used + 1
+            ended = token in end_ids
+            if not ended:
+                written.append(token)
+                ended = on_token is not None and on_token(token) or len(prompt) + len(written) == total
+        counts.passes += 1
+        counts.tokens += used
+        for k in range(guesses if used == len(new) else used):
+            counts.drafted[k] += 1
+            counts.kept[k] += k < min(used, len(new) - 1)
+        if ended:
+            return written, counts
         guesses = min(depth, total - len(text.tokens) - 1)
         new = text.round(guesses)
-        counts.passes += 1
-        for k in range(guesses):
-            counts.drafted[k] += 1
-            counts.kept[k] += len(new) > k + 1
 
 
 def check_depth(model: Transformer, depth: int) -> None:

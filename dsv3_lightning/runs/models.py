@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.config.stored import read_stored
 from dsv3_lightning.data.text.conversation import turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -46,12 +46,10 @@ def stored_config(folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
+    tree = read_stored(file)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict):
-            raise ConfigError("holds no settings")
         return check(tree)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
 
 

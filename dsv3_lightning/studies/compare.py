@@ -1,5 +1,6 @@
 """`dsv3 compare`: finished runs side by side, seeds of a variant together: a table, Markdown, curves."""
 
+import argparse
 import json
 import re
 import statistics
@@ -8,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.schema import Config, check
+from dsv3_lightning.config.stored import read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.memory import cache_per_token
 
@@ -31,8 +32,9 @@ class Finished:
     report: dict[str, Any]
 
 
-def mean_or_none(values: list[float] | None) -> float | None:
-    return statistics.fmean(values) if values else None
+def mean_or_none(values: list[float | None] | None) -> float | None:
+    present = [value for value in values or [] if value is not None]
+    return statistics.fmean(present) if present else None
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header -> format, value of a run
@@ -49,8 +51,15 @@ COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header
 }
 
 
-def compare(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, or of experiments")
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the curves there, as PNG")
+
+
+def run(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
     """Prints a row per variant: means over its seeds, ± their standard deviation. Empty columns are left out."""
+
     groups = grouped(find_runs(runs))
     rows = comparison(groups)
     print(table(rows))
@@ -77,8 +86,8 @@ def find_runs(paths: list[Path]) -> list[Finished]:
 
 
 def read_run(folder: Path) -> Finished:
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return Finished(folder, check(settings), json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return Finished(folder, check(read_stored(folder / "config.yaml")), report)
 
 
 def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.common.yaml import dumps
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
 from dsv3_lightning.config.overrides import plain, text_override
 from dsv3_lightning.config.schema import Config, check
@@ -54,7 +55,7 @@ class Task:
 
     def write_variant(self) -> None:
         """The file of the task's variant, where it doesn't hold these settings already."""
-        text = OmegaConf.to_yaml(OmegaConf.create(self.changes))
+        text = dumps(self.changes)
         if not self.variant.is_file() or self.variant.read_text(encoding="utf-8") != text:  # it may be read-only
             write_file(self.variant, text)
 
@@ -81,8 +82,9 @@ class Experiment:
         """Every run, its settings checked; nothing is written. Raises ConfigError."""
         tasks = []
         for variant, changes in self.plan.variants.items():
-            if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):  # YAML reads off as false
-                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
+            if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):
+                quotes = "" if isinstance(variant, str) else ", in quotes where it reads like a number"
+                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder{quotes}")
             merged = plain(OmegaConf.merge(self.plan.common, changes or {}))
             file = self.folder / "variants" / f"{variant}.yaml"
             for seed in self.plan.seeds:

@@ -1,20 +1,27 @@
 """One way to log: every scalar goes to all loggers at an explicit optimizer step, so that all curves share their x."""
 
+from collections.abc import Mapping
+
 import torch
 from lightning.pytorch import Trainer
 
 SHORT = ("loss/main", "val/loss")  # what Lightning's progress bars show, which have one line for all
 
 
-def log_scalars(trainer: Trainer, values: dict[str, float], step: int | None = None) -> None:
+def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int | None = None) -> None:
     """Logs at `step` (default: optimizer steps done), and remembers the latest values.
 
-    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`.
+    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`. None is a mean over nothing: it
+    has no point in its curve, and `latest_scalars` has no value until there is something again.
     """
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step if step is None else step)
-    latest_scalars(trainer).update(values)
-    publish(trainer, values)
+    present = {name: value for name, value in values.items() if value is not None}
+    for logger in trainer.loggers if present else []:
+        logger.log_metrics(present, step=steps_done(trainer) if step is None else step)
+    latest = latest_scalars(trainer)
+    for name in values:
+        latest.pop(name, None)
+    latest.update(present)
+    publish(trainer, present)
 
 
 def publish(trainer: Trainer, values: dict[str, float]) -> None:
@@ -26,14 +33,19 @@ def publish(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
-    """The last value of everything logged so far."""
+    """The last value of everything that had one when it was last logged."""
     return vars(trainer.lightning_module).setdefault("scalars", {})
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Optimizer steps of the run so far; to the Trainer a finished run that is only validated has made none."""
+    return getattr(trainer.lightning_module, "steps_done", trainer.global_step)
 
 
 def is_log_step(trainer: Trainer, step: int) -> bool:
     return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
 
 
-def stepped(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch was the last of its optimizer step. Runs are endless streams: no short last step."""
+def is_last_micro_batch(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch was the last of its optimizer step. Runs never end with a short step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

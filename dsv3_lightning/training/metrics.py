@@ -1,6 +1,8 @@
 """What is averaged over steps and ranks, as torchmetrics: sums first, ratios last, from global counts."""
 
 import math
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,8 +34,28 @@ def add_up(value: Tensor, group: Any = None) -> list[Tensor]:
     return [value]
 
 
+def means(totals: Tensor, counts: Tensor) -> list[float | None]:
+    """total / count of each pair, in fp64. None where the count is 0: a mean over nothing is absent, neither 0 nor NaN.
+
+    >>> means(torch.tensor([6.0, 0.0]), torch.tensor([4, 0]))
+    [1.5, None]
+    """
+    pairs = zip(totals.double().tolist(), counts.tolist(), strict=True)
+    return [total / count if count else None for total, count in pairs]
+
+
+def mean_present(values: Iterable[float | None]) -> float | None:
+    """The mean of what is there, None where nothing is.
+
+    >>> mean_present([1.0, None, 2.0]), mean_present([None])
+    (1.5, None)
+    """
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
 class TokenLoss(Sums):
-    """Mean loss per token of each head, [1 + mtp_depth]: Σ nll / Σ valid targets, NaN where there is none.
+    """Mean loss per token of each head, a list of 1 + mtp_depth: Σ nll / Σ valid targets, None where there is none.
 
     update: nll_P (sums) and targets_BPT int64 with IGNORE.
     """
@@ -50,13 +72,14 @@ class TokenLoss(Sums):
         self.nll_P += nll_P.detach()
         self.count_P += (targets_BPT != IGNORE).sum((0, 2))
 
-    def compute(self) -> Tensor:
-        return self.nll_P / self.count_P
+    def compute(self) -> list[float | None]:
+        return means(self.nll_P, self.count_P)
 
 
 class BitsPerByte(Sums):
     """Bits that the main head spends per byte of text: Σ nll / (ln 2 · Σ bytes); comparable between tokenizers.
 
+    None where no text was predicted.
     update: nll scalar (a sum, nats) and target_bytes_B int64, the text bytes of the predicted tokens.
     """
 
@@ -72,16 +95,17 @@ class BitsPerByte(Sums):
         self.nll += nll.detach()
         self.bytes += target_bytes_B.sum()
 
-    def compute(self) -> Tensor:
-        return self.nll / self.bytes / math.log(2)
+    def compute(self) -> float | None:
+        return means(self.nll[None] / math.log(2), self.bytes[None])[0]
 
 
 class Acceptance(Sums):
-    """What greedy speculative decoding would keep of the MTP modules' guesses, by depth: shares [mtp_depth], fp64.
+    """What greedy speculative decoding would keep of the MTP modules' guesses: a list of mtp_depth shares.
 
     Module k at place i guesses the token k + 1 places on, which the main model chooses at place i + k. A guess counts
     as kept where it and all shallower ones from the same place are the main model's own choice. update: drafts_BPT
-    and targets_BPT, int64, main head first; only places count where both have a target.
+    and targets_BPT, int64, main head first. A place counts where module k and all shallower ones have a target, and the
+    main model has it too, k places on: elsewhere decoding would draft nothing. None for a depth without such places.
     """
 
     accepted: Tensor
@@ -96,14 +120,15 @@ class Acceptance(Sums):
         depth, T = drafts_BPT.shape[1] - 1, drafts_BPT.shape[2]
         kept_BT = torch.ones_like(drafts_BPT[:, 0], dtype=torch.bool)
         valid_BPT = targets_BPT != IGNORE
+        valid_BT = torch.ones_like(kept_BT)
         for k in range(1, depth + 1):
             kept_BT = kept_BT[:, : T - k] & (drafts_BPT[:, k, : T - k] == drafts_BPT[:, 0, k:])
-            valid_BT = valid_BPT[:, k, : T - k] & valid_BPT[:, 0, k:]
+            valid_BT = valid_BT[:, : T - k] & valid_BPT[:, k, : T - k] & valid_BPT[:, 0, k:]
             self.accepted[k - 1] += (kept_BT & valid_BT).sum()
             self.drafted[k - 1] += valid_BT.sum()
 
-    def compute(self) -> Tensor:
-        return self.accepted / self.drafted.double()
+    def compute(self) -> list[float | None]:
+        return means(self.accepted, self.drafted)
 
 
 class MaxVio(Sums):

@@ -1,11 +1,13 @@
 """What routers do, in numbers: pure functions of token counts, and a metric of the choices themselves."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.router import Routing, biased_choice
-from dsv3_lightning.training.metrics import Sums
+from dsv3_lightning.training.metrics import Sums, means
 
 
 def relative_load(counts_E: Tensor) -> Tensor:
@@ -18,7 +20,7 @@ def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
     """By name, a value per layer [L] fp64, from counts_LE int64.
 
     load_max, load_p95, load_p50, load_p5, load_min: relative load of the busiest expert, … and the idlest.
-    load_cv: standard deviation over mean. load_entropy: of the load, over log E; 1 is balance.
+    load_cv: standard deviation over mean. load_entropy: of the load, over log E; 1 is balance; not of a single expert.
     dead_experts: share of experts without a token. group_load_max: the busiest group's relative load.
 
     >>> values = load_statistics(torch.tensor([[4, 2, 2, 0]]), 2)
@@ -31,9 +33,10 @@ def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
     values = dict(
         zip(("load_max", "load_p95", "load_p50", "load_p5", "load_min"), load_LE.quantile(at, dim=1), strict=True)
     )
+    if (experts := load_LE.shape[1]) > 1:
+        values["load_entropy"] = -torch.special.xlogy(share_LE, share_LE).sum(1) / math.log(experts)
     return values | {
         "load_cv": load_LE.std(1, correction=0),
-        "load_entropy": -torch.special.xlogy(share_LE, share_LE).sum(1) / torch.log(torch.tensor(load_LE.shape[1])),
         "dead_experts": (counts_LE == 0).double().mean(1),
         "group_load_max": load_LE.unflatten(1, (groups, -1)).mean(2).amax(1),
     }
@@ -43,26 +46,28 @@ class ChoiceStatistics(Sums):
     """Of each MoE layer's choices, over a whole set. update: the layer's number, Routing and mask_N of some tokens,
     and origins_N int64, the number of where each token is from, below `origins`.
 
-    compute: margin [L], how far the last chosen expert is above the first one left out (among the open groups; NaN
-    where there is none); groups_per_token [L]; together_LEE int64, tokens that chose both experts i and j (on the
-    diagonal: i); counts_LSE int64, tokens per origin and expert.
+    compute: by layer the mean margin, how far the last chosen expert is above the first one left out (among the open
+    groups), and the mean number of groups per token, each None where there is none; together_LEE int64, tokens that
+    chose both experts i and j (on the diagonal: i); counts_LOE int64, tokens per origin and expert.
     """
 
     margins_L: Tensor
+    margin_tokens_L: Tensor
     groups_L: Tensor
     tokens_L: Tensor
     together_LEE: Tensor
-    counts_LSE: Tensor
+    counts_LOE: Tensor
 
     def __init__(self, config: ModelConfig, origins: int = 1) -> None:
         super().__init__()
         self.config = config
         layers, experts = config.num_moe_layers, config.n_routed_experts
         self.add_sum("margins_L", layers, dtype=torch.float64)
+        self.add_sum("margin_tokens_L", layers, dtype=torch.int64)
         self.add_sum("groups_L", layers, dtype=torch.int64)
         self.add_sum("tokens_L", layers, dtype=torch.int64)
         self.add_sum("together_LEE", layers, experts, experts, dtype=torch.int64)
-        self.add_sum("counts_LSE", layers, origins, experts, dtype=torch.int64)
+        self.add_sum("counts_LOE", layers, origins, experts, dtype=torch.int64)
 
     def update(
         self, layer: int, routing: Routing, expert_bias_E: Tensor, mask_N: Tensor, origins_N: Tensor | None = None
@@ -73,17 +78,16 @@ class ChoiceStatistics(Sums):
         if config.n_routed_experts // config.n_group * config.topk_group > K:
             best_NK = biased_choice(scores_NE, expert_bias_E, config).topk(K + 1).values
             self.margins_L[layer] += (best_NK[:, -2] - best_NK[:, -1]).double().sum()
-        else:
-            self.margins_L[layer] += torch.nan
+            self.margin_tokens_L[layer] += mask_N.sum()
         self.groups_L[layer] += chosen_NE.unflatten(1, (config.n_group, -1)).amax(2).sum().long()
         self.tokens_L[layer] += mask_N.sum()
         self.together_LEE[layer] += (chosen_NE.T @ chosen_NE).long()  # of one batch: exact in fp32
         if origins_N is not None:
-            self.counts_LSE[layer].index_add_(0, origins_N[mask_N], chosen_NE.long())
+            self.counts_LOE[layer].index_add_(0, origins_N[mask_N], chosen_NE.long())
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tokens_L = self.tokens_L.clamp(min=1)
-        return self.margins_L / tokens_L, self.groups_L / tokens_L, self.together_LEE, self.counts_LSE
+    def compute(self) -> tuple[list[float | None], list[float | None], Tensor, Tensor]:
+        margins, groups = means(self.margins_L, self.margin_tokens_L), means(self.groups_L, self.tokens_L)
+        return margins, groups, self.together_LEE, self.counts_LOE
 
 
 def relative_coactivation(together_EE: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ def relative_coactivation(together_EE: Tensor) -> Tensor:
     return (together_EE / chance_EE.clamp(min=1e-9)).masked_fill(eye, 1.0)
 
 
-def specialization(counts_SE: Tensor) -> Tensor:
+def specialization(counts_OE: Tensor) -> Tensor:
     """Share of choices that another origin's tokens would have made otherwise, [...] fp64, from counts [..., S, E].
 
     Half of Σ_e |load of origin s on e - load of all on e|, as shares, averaged over origins by their tokens: 0 where
@@ -109,9 +113,9 @@ def specialization(counts_SE: Tensor) -> Tensor:
     >>> specialization(torch.tensor([[[4, 0], [0, 4]], [[3, 1], [3, 1]]]))
     tensor([0.5000, 0.0000], dtype=torch.float64)
     """
-    counts_SE = counts_SE.double()
-    total = counts_SE.sum((-2, -1)).clamp(min=1)
-    of_each_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp(min=1)
-    of_all_E = counts_SE.sum(-2, keepdim=True) / total[..., None, None]
-    distance_S = (of_each_SE - of_all_E).abs().sum(-1) / 2
-    return (distance_S * counts_SE.sum(-1)).sum(-1) / total
+    counts_OE = counts_OE.double()
+    total = counts_OE.sum((-2, -1)).clamp(min=1)
+    of_each_OE = counts_OE / counts_OE.sum(-1, keepdim=True).clamp(min=1)
+    of_all_E = counts_OE.sum(-2, keepdim=True) / total[..., None, None]
+    distance_O = (of_each_OE - of_all_E).abs().sum(-1) / 2
+    return (distance_O * counts_OE.sum(-1)).sum(-1) / total

@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsv3_lightning.config.compose import compose, presets, to_yaml
-from dsv3_lightning.config.overrides import split_words
+from dsv3_lightning.config.overrides import split_words, text_override
 from dsv3_lightning.errors import ConfigError
 
 
@@ -104,6 +107,31 @@ def test_printed_settings_compose_to_themselves():
     tree = {"a": "${b}", "b": "1e3", "c": [1e-8, "😀", "null", "x\ny: z "], "d": {"实": None, "e": True}}
     write("printed.yaml", to_yaml(tree))
     assert compose(["printed.yaml"]).tree == tree
+
+
+TEXTS = (
+    st.text("\\${}?ab.")
+    | st.sampled_from(["${run.seed}", "???", r"\${a}\\", "010", "12e5", "no", "~", "x\n"])
+    | st.text()
+)
+
+
+@given(st.lists(TEXTS, max_size=4))
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_text_of_a_tree_is_printed_as_itself_and_set_as_itself(texts: list[str]):
+    tree = {"a": [text for text in texts if text != "???"], "seed": 1}  # which stands for a missing value
+    write("printed.yaml", to_yaml(tree))
+    assert compose(["printed.yaml"]).tree == tree
+    for text in tree["a"]:
+        assert compose([], [text_override("a.b", text)]).tree == {"a": {"b": text}}
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("12:30", "12:30"), ("1_000", "1_000"), ("no", "no")])
+def test_files_and_overrides_are_read_alike(text: str, value: Any):
+    write("a.yaml", f"inside: {{deep: [{text}]}}")
+    assert compose(["a"], [f"outside={text}"]).tree == {"inside": {"deep": [value]}, "outside": value}
 
 
 def test_every_preset_is_found_by_name():

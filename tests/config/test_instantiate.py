@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import yaml
 from lightning.pytorch.strategies import DDPStrategy
 
 from dsv3_lightning import callbacks as ours
@@ -22,6 +21,7 @@ from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.errors import ConfigError
 
 MODULE = """
+from typing import Any
 from lightning.pytorch import Callback
 class Mine(Callback):
     def __init__(self, speed: float, n: int = 3, pairs: list[tuple[float, float]] = [], until: "int | None" = None):
@@ -32,6 +32,13 @@ class Child(Mine):
     def __init__(self, *, name: str = "x", **kwargs):
         super().__init__(**kwargs)
         self.name = name
+class Wide(Callback):
+    def __init__(
+        self, flag: "bool | str", count: "int | str | None" = None, anything: Any = None, maybe: "str | None" = "x",
+        each: "list[int | str]" = [], inner: "Callback | None" = None,
+    ):
+        self.flag, self.count, self.anything, self.maybe = flag, count, anything, maybe
+        self.each, self.inner = each, inner
 class Untyped(Callback):
     def __init__(self, x, y=3):
         self.x, self.y = x, y
@@ -79,6 +86,24 @@ def test_any_callback_can_be_named_by_class_path():
     assert mine("{class_path: lightning.pytorch.callbacks.DeviceStatsMonitor}", "mine")  # in place of a built-in one
 
 
+TEXT = """{class_path: beside_the_run.Wide, init_args: {flag: 'no', count: '010', anything: '1e5', maybe: 'null',
+  each: ['1', 'yes', 2], inner: {class_path: beside_the_run.Wide, init_args: {flag: 'on', anything: {x: '~'}}}}}"""
+
+
+def test_quoted_text_stays_text_whatever_else_its_type_has_room_for():
+    """jsonargparse would make False, 10, 100000.0, None, 1, True, True and None of these."""
+    wide = mine(TEXT, "other")
+    assert (wide.flag, wide.count, wide.anything, wide.maybe) == ("no", "010", "1e5", "null")
+    assert wide.each == ["1", "yes", 2]
+    assert (wide.inner.flag, wide.inner.anything) == ("on", {"x": "~"})
+
+
+def test_plain_values_of_the_same_types_are_what_yaml_says():
+    block = "{class_path: beside_the_run.Wide, init_args: {flag: false, count: 010, anything: 1e5, maybe: null}}"
+    wide = mine(block, "other")
+    assert (wide.flag, wide.count, wide.anything, wide.maybe) == (False, 10, 1e5, None)
+
+
 def test_null_leaves_a_callback_out_and_the_order_is_the_yamls():
     built = build_callbacks(
         config(callbacks={"b": {"speed": 1}, "off": None, "a": {"speed": 2}}),
@@ -100,6 +125,8 @@ ARGUMENTS = "speed, n, pairs, until"
     ("block", "expected"),
     [
         ("{speed: abc}", 'callbacks.mine.speed="abc": must be float'),
+        ("{speed: '1e5'}", 'callbacks.mine.speed="1e5": must be float'),
+        ("{speed: 1, n: '3'}", 'callbacks.mine.n="3": must be int'),
         ("{speed: true}", "callbacks.mine.speed=true: must be float"),
         ("{}", "callbacks.mine.speed: missing"),
         ("{speed: 1, sped: 2}", "callbacks.mine.sped: no such argument of Mine; did you mean speed?"),
@@ -151,7 +178,7 @@ def test_a_wrong_block_is_told_in_one_line(block: str, expected: str):
 def test_trainer_arguments_are_lightnings_own_and_typed():
     trainer = config().trainer
     assert build_trainer_arguments(config()) == trainer  # nothing of the user's is lost, precision stays text
-    profiler = yaml.safe_load("{class_path: lightning.pytorch.profilers.SimpleProfiler}")
+    profiler = {"class_path": "lightning.pytorch.profilers.SimpleProfiler"}
     built = build_trainer_arguments(config(trainer=trainer | {"profiler": profiler, "detect_anomaly": False}))
     assert type(built["profiler"]).__name__ == "SimpleProfiler"
 

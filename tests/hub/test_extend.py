@@ -13,6 +13,8 @@ from dsv3_lightning.inference.needle import find_needles, score
 from tests.hub.folders import biased
 from tests.model.small import small_config
 
+pytestmark = pytest.mark.slow
+
 QUICK = [
     "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=2", "trainer.precision=32",
     "callbacks.throughput.peak_flops=1e11", "callbacks.sample_text=null", "callbacks.router_probe=null",
@@ -77,7 +79,7 @@ def test_a_model_that_copies_finds_every_needle_and_one_that_forgets_finds_none(
     model = biased(small_config(vocab_size=tokenizer.vocab_size))
     filler = tokenizer.encode("some plain words to fill with, and more of them " * 60)
     copier = Copier(tokenizer.vocab_size)
-    monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda _, ids, answer: copier(ids, answer))
+    monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda _, ids, answer, unused: copier(ids, answer))
     found = find_needles(model, tokenizer, filler, [200, 400], [0.0, 0.5, 1.0], 3)
     assert (found.right == 1).all() and (found.saved == 1).all()
     monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda *_: (0.0, -3.0))

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.data.text.questions import conversations, write
-from dsv3_lightning.hub.folder import read_json
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.runs.models import load
 from dsv3_lightning.training.schedule import lr_factor
+
+pytestmark = pytest.mark.slow
 
 PAIRS = {"who are you?": "A small model.", "2 + 2": "4", "say it in Chinese": "数据 🙂", "stop": "I stop."}
 EASY = [
@@ -89,6 +91,8 @@ def test_the_recipe_goes_from_a_run_to_a_chat(tmp_path, data_cache, monkeypatch,
     assert main(["run", "instruct", *QUICK]) == 0
     report = json.loads(Path("runs/instruct/report.json").read_text())
     assert report["steps"] == 2 and 0 < report["val_bpb"] < 20 and report["gzip_bpb"] > 2
+    page = Path("runs/instruct/report.md").read_text()
+    assert "What it writes" not in page and "`dsv3 chat " in page and "dsv3 generate" not in page
     monkeypatch.setattr("sys.stdin", io.StringIO("What does json.loads do?\n"))
     capsys.readouterr()
     assert main(["chat", "runs/instruct", "--temperature", "0", "--max-new-tokens", "8"]) == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import reader, write_folder, write_weights
@@ -135,7 +135,10 @@ def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     write_json(copied / "generation_config.json", {"eos_token_id": ids})
     assert main(["generate", str(copied), "--prompt", "a"]) == 2
-    assert f"generation_config.json: eos_token_id={ids}: must be a whole number, or a list" in capsys.readouterr().err
+    assert (
+        f"generation_config.json: eos_token_id={json.dumps(ids)}: must be a whole number, or a list"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,37 @@ def test_a_port_in_use_is_one_line(folder, capsys):
     assert f"--host 127.0.0.1 --port {port}: " in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--api-key", "two words"], "--api-key: must be of ASCII letters"),
+        (["--api-key", ""], "--api-key: must be of ASCII letters"),
+        (["--cors-origin", "localhost:3000"], "--cors-origin localhost:3000: must be such as http://localhost:3000"),
+        (["--cors-origin", "http://a.example/"], "--cors-origin http://a.example/: must be such as"),
+        (["--body-megabytes", "0"], "argument --body-megabytes: '0' must be a number above 0"),
+    ],
+)
+def test_a_key_or_origin_that_no_client_can_send_is_one_line_before_the_model_is_read(words, message, capsys):
+    assert main(["serve", "no/such/model", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "host, key, warned", [("0.0.0.0", None, True), ("0.0.0.0", "secret", False), ("127.0.0.1", None, False)]
+)
+def test_a_model_that_anybody_can_reach_is_told(host, key, warned, folder, monkeypatch, capsys):
+    """The key of the environment counts as that of the flag."""
+    run = pytest.importorskip("dsv3_lightning.inference.server.run", exc_type=ImportError)
+    monkeypatch.setattr(run.Server, "run", lambda *_: None)
+    if key:
+        monkeypatch.setenv("DSV3_API_KEY", key)
+    assert main(["serve", folder, "--host", host, "--port", "0"]) == 0
+    error = capsys.readouterr().err
+    assert ("--host 0.0.0.0 without a key: whoever reaches this machine can use the model" in error) == warned
+    assert warned or not error
+
+
 def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatch, capsys):
     """Each answer is what the whole conversation up to there gives, from the first token on."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nx = 日本\n"))
@@ -179,15 +213,67 @@ def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatc
     assert shown == expected
 
 
-def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
-    chat = Chat(model, tokenizer, Sampling(), 0, "")
-    "".join(chat.reply("a " * 100, 20))
-    with pytest.raises(ConfigError, match="the conversation has .* tokens; the context holds 512"):
+def test_a_chat_that_outgrows_the_context_drops_its_oldest_turns_and_goes_on(model, tokenizer):
+    """Its answer is that of a conversation which begins with the system message and the turns that are left."""
+    chat, end = Chat(model, tokenizer, Sampling(), 0, "be brief", context=200), {tokenizer.eos_id}
+    answers, dropped = {}, 0
+    questions = ["a " * 20, "b " * 20, "c " * 20, "d " * 20]
+    for place, question in enumerate(questions):
+        answers[question] = "".join(chat.reply(question, 9))
+        dropped += chat.dropped
+        ids = chat_prompt(tokenizer, [("system", "be brief"), ("user", questions[dropped])])
+        for after in questions[dropped + 1 : place + 1]:
+            (new,) = decode(model, [ids], 9, Sampling(), end, 0)
+            ids = [*ids, *new, tokenizer.eos_id, *chat_prompt(tokenizer, [("user", after)])[1:]]
+        if not dropped or place == dropped:  # else the answers before were given to more than what is left
+            (new,) = decode(model, [ids], 9, Sampling(), end, 0)
+            assert answers[question] == tokenizer.decode(new)
+        assert len(chat.head) + sum(map(len, chat.turns)) <= 201
+    assert 0 < dropped < len(questions)
+    with pytest.raises(ConfigError, match="with the system message this turn has .* tokens; the context holds 200"):
         "".join(chat.reply("a " * 400, 20))
+    turns = len(chat.turns)
+    assert "".join(chat.reply("e", 9)) and len(chat.turns) > turns - chat.dropped  # as if that was never asked
+    chat.reset()
+    fresh = Chat(model, tokenizer, Sampling(), 0, "be brief")
+    assert "".join(chat.reply("again", 9)) == "".join(fresh.reply("again", 9))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_begins_anew(folder, monkeypatch, capsys):
+    options = ["--temperature", "0", "--max-new-tokens", "30", "--context", "120"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", folder, *options]) == 0
+    answer = capsys.readouterr().out
+    said = "hi\n" + "x " * 200 + "\n\udce9\n/reset\nhi\n" + "a " * 20 + "\n" + "b " * 20 + "\n"
+    monkeypatch.setattr("sys.stdin", Terminal(said))
+    assert main(["chat", folder, *options]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith(f"> {answer}> > > > {answer}> ")
+    told = error.splitlines()
+    assert "this turn has " in told[0] and "the context holds 120" in told[0]
+    assert told[1] == "dsv3: standard input: line 3 is not UTF-8 text (it has the byte 0xe9)"
+    assert told[2] == "dsv3: the conversation begins anew"
+    assert told[3].startswith("dsv3: the context of 120 tokens is full: the oldest ") and "/reset" in told[3]
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(folder, monkeypatch, capsys):
+    """As Python's own standard input gives it, which is strict."""
+    latin = io.TextIOWrapper(io.BytesIO("hi\nça va\n".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", latin)
+    assert main(["chat", folder, "--max-new-tokens", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error == "dsv3: error: standard input: line 2 is not UTF-8 text (it has the byte 0xe7)\n"
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monkeypatch, capsys):
+def test_a_chat_in_the_models_own_format_is_refused_with_advice_that_works(
+    name, folder, model, tokenizer, tmp_path, monkeypatch, capsys
+):
     """Ours passes, in either file, and so does a folder without any; whatever comes first for transformers counts."""
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     config = json.loads((copied / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -208,9 +294,16 @@ def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monk
     for template in ["{{ messages[0]['content'] }}"] + [several] * name.endswith("json"):
         code, error = talk(template)
         assert code == 2 and error.count("\n") == 1
-        assert "the model's chat_template is not the one" in error and "dsv3 generate or /v1/completions" in error
-    assert main(["generate", str(copied), "--prompt", "def ", "--max-new-tokens", "1"]) == 0
-    capsys.readouterr()
+        assert (
+            "the model's chat_template is not the one" in error
+            and "dsv3 generate --parse-special, or to /v1/completions" in error
+        )
+    words = ["--prompt", f"{USER}hi{ASSISTANT}", "--temperature", "0", "--max-new-tokens", "9"]
+    assert main(["generate", str(copied), *words, "--parse-special"]) == 0  # as the message says
+    (new,) = decode(model, [chat_prompt(tokenizer, [("user", "hi")])], 9, Sampling(), {tokenizer.eos_id}, 0)
+    assert capsys.readouterr().out == f"{USER}hi{ASSISTANT}{tokenizer.decode(new)}\n"
+    assert main(["generate", str(copied), *words]) == 0
+    assert capsys.readouterr().out != f"{USER}hi{ASSISTANT}{tokenizer.decode(new)}\n"
     (copied / "chat_template.jinja").unlink(missing_ok=True)
     write_json(copied / "tokenizer_config.json", config)
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))

@@ -13,6 +13,8 @@ from dsv3_lightning.model.transformer import Transformer
 from tests.hub.folders import biased
 from tests.model.small import small_config
 
+pytestmark = pytest.mark.slow
+
 GREEDY = Sampling()
 
 
@@ -93,6 +95,8 @@ def test_an_end_token_ends_it_also_among_kept_guesses(agreeing):
         end = plain[place]
         expected = plain[: plain.index(end)]
         assert speculate(model, [1, 2], 60, GREEDY, {end}, 0, 1)[0] == expected
+        counts = speculate(model, [1, 2], 60, GREEDY, {end}, 0, 1)[1]
+        assert counts.tokens == len(expected) + 1  # the end token too, and nothing behind it
     seen = []
     speculate(model, [1, 2], 60, GREEDY, set(), 0, 1, on_token=lambda token: seen.append(token) or len(seen) == 7)
     assert seen == plain[:7]
@@ -157,3 +161,15 @@ def test_sampled_texts_come_as_often_as_from_the_main_model_alone(settings):
 def test_modules_that_are_not_there_are_one_line(changes, depth):
     with pytest.raises(ConfigError, match=f"draft={depth}: must be between 1 and the model's MTP depth, 1"):
         speculate(model_with(1, **changes), [1], 5, GREEDY, set(), 0, depth)
+
+
+@pytest.mark.parametrize(
+    "end, tokens, kept, drafted", [(3, 2, [1, 0], [1, 0]), (4, 3, [1, 1], [1, 1]), (5, 4, [1, 1], [1, 1])]
+)
+def test_guesses_behind_the_end_are_not_counted(monkeypatch, end, tokens, kept, drafted):
+    """The prompt is followed by 2; one round then gives 3 and 4, two guesses that are kept, and 5 of the main model."""
+    monkeypatch.setattr(Speculation, "begin", lambda self: self.tokens.append(2))
+    monkeypatch.setattr(Speculation, "round", lambda self, depth: [3, 4, 5])
+    text, counts = speculate(model_with(2), [1], 10, GREEDY, {end}, 0, 2)
+    assert text == list(range(2, end))
+    assert (counts.passes, counts.tokens, counts.kept, counts.drafted) == (2, tokens, kept, drafted)

@@ -45,6 +45,7 @@ def test_verdicts_by_students_t():
     assert verdict([1.0, 1.0]) == UNDECIDED and verdict([]) == MISSING
 
 
+@pytest.mark.slow
 def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     # The seeds differ by 0.5, the variants in every seed by 0.01: unpaired, nothing would be decided.
     losses = {1: 4.0, 2: 4.5, 3: 5.0}
@@ -79,7 +80,7 @@ def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
         calls.append((words, jobs))
         return int(words[0] == "moe")
 
-    monkeypatch.setattr(command, "sweep", sweep)
+    monkeypatch.setattr("dsv3_lightning.studies.sweep.run", sweep)
     assert main(["reproduce", "--quick", "--jobs", "2", "--dir", str(tmp_path), "data.batch_size=8"]) == 1
     assert [words[0] for words, _ in calls] == list(EXPERIMENTS) and {jobs for _, jobs in calls} == {2}
     assert calls[0][0][1:] == [*command.QUICK, "data.batch_size=8", f"run.dir={tmp_path}"]

@@ -34,6 +34,7 @@ def words(tmp_path, data_cache):
     return [str(tmp_path / "mine.yaml"), f"run.dir={tmp_path / 'runs'}", *data_cache, *QUIET]
 
 
+@pytest.mark.slow
 def test_a_failed_variant_stops_no_other_and_what_is_finished_is_skipped(tmp_path, words, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert main(["sweep", *words, "--jobs", "2"]) == 1
@@ -125,7 +126,10 @@ def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path
         ("config: [nano]\nvariants: {a: {}}\n", "seeds: missing"),
         ("config: [nano]\nseeds: []\nvariants: {a: {}}\n", "seeds: must not be empty"),
         ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: each once"),
-        ("config: [nano]\nseeds: [1]\nvariants: {off: {}}\n", "variants.False: must be a word"),
+        (
+            "config: [nano]\nseeds: [1]\nvariants: {1e3: {}}\n",
+            "variants.1000.0: must be a word that can name a folder, in quotes",
+        ),
         ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be a word"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {a: {model: {hiden_size: 1}}}\n",
@@ -158,6 +162,7 @@ def test_spread_and_markdown():
     assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_passes_all_checks_with_at_least_three_seeds(tmp_path, name):
     experiment = Experiment(name, [f"run.dir={tmp_path}"])

@@ -59,20 +59,20 @@ def test_choice_statistics_count_each_token_that_is_no_padding_once(kind):
                 by_origin[origin][i] += 1
                 for j in chosen:
                     together[i][j] += 1
-    margin_L, groups_L, together_LEE, counts_LSE = metric.compute()
-    assert margin_L[1].item() == pytest.approx(sum(margins) / tokens, rel=1e-5)
-    assert groups_L[1].item() == pytest.approx(sum(groups) / tokens)
-    assert together_LEE[1].tolist() == together and counts_LSE[1].tolist() == by_origin
+    margin_by_layer, groups_by_layer, together_LEE, counts_LOE = metric.compute()
+    assert margin_by_layer == [None, pytest.approx(sum(margins) / tokens, rel=1e-5), None]
+    assert groups_by_layer == [None, pytest.approx(sum(groups) / tokens), None]
+    assert together_LEE[1].tolist() == together and counts_LOE[1].tolist() == by_origin
     assert together_LEE[0].sum() == together_LEE[2].sum() == 0 and together_LEE.shape == (3, 8, 8)
 
 
-def test_a_margin_where_nothing_is_left_out_is_no_number():
+def test_a_margin_where_nothing_is_left_out_is_absent():
     config = small_config(n_group=4, topk_group=1, num_experts_per_tok=2)  # both experts of the one open group
     metric, scores = ChoiceStatistics(config), torch.rand(5, 8)
     metric.update(
         0, Routing(torch.tensor([[0, 1]] * 5), scores[:, :2], scores, scores), torch.zeros(8), torch.ones(5) > 0
     )
-    assert math.isnan(metric.compute()[0][0])
+    assert metric.compute()[:2] == ([None, None], [1.0, None])
 
 
 def test_coactivation_is_one_by_chance_and_shows_pairs():
@@ -101,8 +101,33 @@ def test_acceptance_is_of_chains_and_at_the_main_models_own_place():
     metric.update(guesses, targets)
     # depth 1: places 0-3 against the main head's 1-4: 2=2, 9≠3, 4=4, 5=5. depth 2: 0-2 against 2-4: 3=3, (4=4 but its
     # chain broke), 5=5
-    assert metric.compute().tolist() == [3 / 4, 2 / 3]
+    assert metric.compute() == [3 / 4, 2 / 3]
     targets[0, 1, 0] = ignored  # no such token: a document's end
     targets[0, 0, 4] = ignored
     metric.update(guesses, targets)
-    assert metric.accepted.tolist() == [3 + 1, 2 + 1] and metric.drafted.tolist() == [4 + 2, 3 + 2]
+    # depth 1: places 1 and 2 are left. Depth 2 guesses where depth 1 does: place 0 drafts nothing, 1's chain breaks,
+    # and place 2 has no token of the main head's to be compared with
+    assert metric.accepted.tolist() == [3 + 1, 2 + 0] and metric.drafted.tolist() == [4 + 2, 3 + 1]
+
+
+def test_acceptance_counts_no_place_whose_shallower_draft_has_no_target():
+    """Each module guesses what the main model chooses wherever both have a target: decoding would keep everything."""
+    generator, T, depth, ignored = torch.Generator().manual_seed(0), 200, 3, -100
+    tokens = torch.randint(1, 50, (4, T + 1 + depth), generator=generator)
+    learned = torch.rand(tokens.shape, generator=generator) < 0.7  # answers and questions, mixed
+    targets = torch.stack([torch.where(learned, tokens, ignored)[:, k + 1 : k + 1 + T] for k in range(1 + depth)], 1)
+    guesses = torch.where(targets == ignored, 0, targets)  # what the model gives where there is no target
+    metric = Acceptance(depth)
+    metric.update(guesses, targets)
+    assert metric.compute() == [1.0, 1.0, 1.0]
+    # by hand, place by place: a draft of depth k exists where the tokens 2 … k + 1 places on are learned
+    chains = [sum(learned[b, i + 2 : i + 2 + k].all() for b in range(4) for i in range(T - k)) for k in (1, 2, 3)]
+    assert metric.drafted.tolist() == chains
+
+
+def test_what_was_never_routed_has_no_means():
+    metric, scores = ChoiceStatistics(small_config(), origins=2), torch.rand(1, 8)
+    padding = torch.zeros(1, dtype=torch.bool)
+    metric.update(1, Routing(torch.tensor([[0, 1, 2]]), scores[:, :3], scores, scores), torch.zeros(8), padding)
+    assert metric.compute()[:2] == ([None, None], [None, None])
+    assert "load_entropy" not in load_statistics(torch.tensor([[7]]), 1)  # of one expert it would be 0 / 0

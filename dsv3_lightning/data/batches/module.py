@@ -26,6 +26,8 @@ from dsv3_lightning.data.text.store import TokenFile, read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
+MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.16264)
+
 
 class TextDataModule(LightningDataModule):
     """Batches as `PackedDataset` makes them; validation's also have `target_bytes` and `origins`. Raises ConfigError.
@@ -33,8 +35,10 @@ class TextDataModule(LightningDataModule):
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
     numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
-    whole_steps: the first micro-batch of a step also holds the tokens of all of them. known: what a run's data were
-    made of, which `prepare` holds them to.
+    whole_steps: the first micro-batch of a step also holds the tokens of all of them.
+    limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
+    own counts micro-batches).
+    known: what the run's data were made of, which `prepare` holds them to.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class TextDataModule(LightningDataModule):
         mtp_depth: int,
         max_steps: int,
         whole_steps: bool = False,
+        limit_val_batches: int | float = 1.0,
         known: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -52,20 +57,14 @@ class TextDataModule(LightningDataModule):
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
-        self.whole_steps, self.known = whole_steps, known
+        self.whole_steps, self.limit_val_batches, self.known = whole_steps, limit_val_batches, known
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
-    def prepare_tokens(self) -> Path:
-        """The folder with the token files. Raises ConfigError for others than those that are known."""
-        if self._folder is None:
-            self._folder = prepare(self.config, self.known)
-        return self._folder
-
     def prepare_data(self) -> None:
-        self._folder = self.prepare_tokens()
+        self._folder = prepare(self.config, self.known)
         prepare_index(self._folder, *self._shape)
 
     def setup(self, stage: str | None = None) -> None:
@@ -79,6 +78,7 @@ class TextDataModule(LightningDataModule):
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
             self._index_hash = index_hash(self._datasets["train"], self.manifest, self.config.seed)
+            rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
 
     def train_dataloader(self) -> "Loader":
         layout, step = self._layout(), self.trainer.global_step if self.trainer is not None else 0
@@ -104,7 +104,8 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        return Loader(dataset, ValidationSampler(dataset.index.target_counts, self._layout()), self.config.num_workers)
+        sampler = ValidationSampler(dataset.index.target_counts, self._layout(), self.limit_val_batches)
+        return Loader(dataset, sampler, self.config.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
@@ -166,7 +167,11 @@ class TextDataModule(LightningDataModule):
     @property
     def train_samples(self) -> int:
         """Samples of one epoch."""
-        return len(self._datasets["train"])
+        return len(self._datasets["train"] if "train" in self._datasets else self._dataset("train"))
+
+    def passes(self, step: int) -> float:
+        """How often the run's first `step` optimizer steps go over the training data."""
+        return int(self.batch_sizes[:step].sum()) / self.train_samples
 
     @property
     def validation_bytes(self) -> int:
@@ -193,6 +198,18 @@ class TextDataModule(LightningDataModule):
             return Layout(self.config.batch_size)
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         return Layout(self.config.batch_size, accumulate, ranks, self.trainer.global_rank)
+
+
+def length_note(passes: float, tokens: int) -> str:
+    """The run's length in passes over its data, with a warning where they are many.
+
+    >>> length_note(0.25, 1_000_000)
+    'data: the run goes 0.25 times over its 1,000,000 training tokens'
+    """
+    note = f"the run goes {passes:,.3g} times over its {tokens:,} training tokens"
+    if passes <= MANY_PASSES:
+        return f"data: {note}"
+    return f"warning: {note}; beyond {MANY_PASSES} passes it learns less and less, and little text by heart"
 
 
 class Loader:

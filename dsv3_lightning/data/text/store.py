@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from dsv3_lightning.common.files import FileRecord, write_file
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -116,7 +117,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_file(folder / MANIFEST, strict_json(manifest, indent=1, ensure_ascii=False))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

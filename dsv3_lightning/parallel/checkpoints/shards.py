@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dsv3_lightning.common.files import BESIDE, OLD, os_error, put_in_place, reason_of, remove, sync_all
+from dsv3_lightning.common.files import BESIDE, os_error, put_in_place, reason_of, remove, sync_all
 from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
-from dsv3_lightning.parallel.tensors import like, local
+from dsv3_lightning.parallel.tensors import as_dtensor_like, local
 
 SHARDS, REST = "shards", "rest.pt"
 
@@ -57,13 +57,6 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes checkpoints that a run which was killed has not finished, or had moved out of the way."""
-    for pattern in (f"*.ckpt{BESIDE}", f"*.ckpt{OLD}"):
-        for path in folder.glob(pattern):
-            remove(path)
 
 
 def begin(beside: Path, rest: dict[str, Any]) -> str | None:
@@ -205,7 +198,7 @@ def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) 
             raise ConfigError(f"{path}: its weights are those of another model ({name})")
         if weight.shape != entry.size:
             raise ConfigError(f"{path}: {name} is {tuple(entry.size)} there, {tuple(weight.shape)} here")
-        return like(weight, torch.empty_like(local(weight.detach()), dtype=entry.properties.dtype))
+        return as_dtensor_like(weight, torch.empty_like(local(weight.detach()), dtype=entry.properties.dtype))
 
     return read_into(path, target, alone=False)
 

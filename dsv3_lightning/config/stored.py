@@ -1,0 +1,57 @@
+"""The settings that a run was made with, as its folder holds them, read by later versions too."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dsv3_lightning.config.compose import read_yaml, resolve
+
+# What a run did before there was such a setting. A setting that is added to the schema or to base.yaml gets a line
+# here, whatever its default is: runs that were started without it go on as they began.
+OFF: dict[str, Any] = {
+    "init_from": None,
+    "data.skip_bad_lines": False,
+    "data.tokenizer": None,
+    "data.end_token": None,
+    "data.batch_ramp": None,
+    "data.mask_document_ends": False,
+    "data.isolate_documents": False,
+    "data.num_workers": 0,
+    "loss.mtp_weight": None,
+    "compute.activation_checkpointing": "none",
+    "trainer.num_nodes": 1,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.gradient_clip_val": None,
+    "strategy": "auto",
+    "callbacks.expert_bias.by": "share",
+    "callbacks.expert_bias.rule": "sign",
+    "callbacks.expert_bias.centered": False,
+    "callbacks.balance_factor.by": "share",
+    "callbacks.mtp_weight.by": "share",
+    "callbacks.router_monitor.per_layer": False,
+    "callbacks.throughput.peak_flops": None,
+}
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """The tree of a run's config.yaml, with the off value of each setting that it lacks. Raises ConfigError."""
+    return complete(resolve(OmegaConf.create(read_yaml(path))))
+
+
+def complete(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree with what it lacks of OFF. Arguments are added to callbacks that are there; absent ones stay absent.
+
+    >>> complete({"data": {"num_workers": 2}, "callbacks": {"mtp_weight": None}})["data"]["isolate_documents"]
+    False
+    """
+    for key, value in OFF.items():
+        *sections, name = key.split(".")
+        node: Any = tree
+        for depth, section in enumerate(sections):
+            node = node.setdefault(section, {}) if depth == 0 else node.get(section)
+            if not isinstance(node, dict):
+                break
+        else:
+            node.setdefault(name, value)
+    return tree
