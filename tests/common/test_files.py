@@ -14,8 +14,8 @@ import torch
 from dsv3_lightning.common.files import os_error, put_in_place, remove_leftovers, whole, write_file
 from dsv3_lightning.common.numbers import read_numbers, write_numbers
 from dsv3_lightning.errors import WriteError
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 from dsv3_lightning.parallel.checkpoints.names import remove_unfinished
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
