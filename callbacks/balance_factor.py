@@ -4,8 +4,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from dsv3_lightning.callbacks.settings import BalanceFactorSettings
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
+from dsv3_lightning.training.schedule import Schedule, place_of, value_at
 
 
 class BalanceFactor(Callback):
@@ -16,7 +17,7 @@ class BalanceFactor(Callback):
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:
-        check_schedule(schedule, by, "callbacks.balance_factor.schedule")
+        BalanceFactorSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from dsv3_lightning.callbacks.settings import MTPWeightSettings
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, check_schedule, place_of, value_at
+from dsv3_lightning.training.schedule import Schedule, place_of, value_at
 
 
 class MTPWeight(Callback):
@@ -17,7 +18,7 @@ class MTPWeight(Callback):
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 0.3), (0.676, 0.1)), by: str = "share") -> None:
-        check_schedule(schedule, by, "callbacks.mtp_weight.schedule")
+        MTPWeightSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
         self.weight = 0.0
 

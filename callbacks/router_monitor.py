@@ -8,8 +8,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
-from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
 from dsv3_lightning.training.metrics import MaxVio, max_vio
@@ -32,8 +32,7 @@ class RouterMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, per_layer: bool = False) -> None:
-        if every_n_steps < 1:
-            raise ConfigError(f"callbacks.router_monitor.every_n_steps={every_n_steps}: must be at least 1")
+        RouterMonitorSettings(every_n_steps=every_n_steps, per_layer=per_layer)
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self.step_counts: Tensor | int = 0
         self.window: list[Tensor] = []  # a step's [L, E] each, since the last log

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import like, local, part, whole
 from dsv3_lightning.training.logging import log_scalars, stepped
@@ -26,8 +26,7 @@ class WeightAverage(Callback):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.weight_average.decay={decay}: must be at least 0 and below 1")
+        WeightAverageSettings(decay=decay)
         self.decay, self.updates = decay, 0
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part

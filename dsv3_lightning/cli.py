@@ -96,12 +96,15 @@ def run_with_config(verb: Verb, words: list[str], print_config: bool, **options:
     from dsv3_lightning.config.compose import compose, to_yaml
     from dsv3_lightning.config.overrides import split_words
     from dsv3_lightning.config.schema import check, to_tree
+    from dsv3_lightning.config.start import check_start
 
     files, overrides = split_words(words)
     if not files:
         raise ConfigError("no config named; give a file or a preset, such as laptop")
     composed = compose(files, overrides)
     config = check(composed.tree, mesh=options.get("gpus") is None)
+    if not print_config and verb in (VERBS["run"], VERBS["validate"]):
+        check_start(config)
     if print_config:
         print(to_yaml(to_tree(config)), end="")
         return 0
