@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_lightning.commands.export import export
+from dsv3_lightning.commands import export
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.sampling import Sampling
@@ -44,7 +44,7 @@ def main() -> None:
     model, tokenizer = load(arguments.run)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
     with tempfile.TemporaryDirectory() as folder:
-        export(arguments.run, f"{folder}/out", "float32", False, 5.0)
+        export.run(Path(arguments.run), Path(folder) / "out", "float32", False, 5.0)
         theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
         kept = drafted = 0
 

@@ -33,7 +33,7 @@ from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharding import shard_model
-from dsv3_lightning.parallel.tensors import place
+from dsv3_lightning.parallel.tensors import fill_shard
 from dsv3_lightning.training.dry_run import EvenLoads
 from dsv3_lightning.training.optimizer import build_optimizer
 
@@ -111,7 +111,7 @@ def build(way: str, ranks: int, pretended: bool) -> tuple[nn.Module, Any]:
     dispatcher = EvenLoads if pretended else AllGather if way == "all-gather" else AllToAll
     meshes = build_meshes(mesh_shape(strategy, ranks, ranks, config.model), "cpu")
     shard_model(transformer, meshes, strategy, False, dispatcher)
-    transformer.to_empty(device="cpu").init_weights(1, place)
+    transformer.to_empty(device="cpu").init_weights(1, fill_shard)
     return Model(transformer), config
 
 

@@ -17,7 +17,7 @@ from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import latest_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -56,7 +56,7 @@ class Checkpoint(CheckpointBase):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         step = trainer.global_step
         received = torch.tensor(self.received, device=trainer.strategy.root_device)

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from dsv3_lightning.callbacks.settings import ExpertBiasSettings
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, place_of, value_at
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class Balanced(Protocol):
@@ -48,10 +48,10 @@ class ExpertBias(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.counts_LE = self.counts_LE + outputs["expert_counts"]
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         counts_LE, self.counts_LE = trainer.strategy.reduce(self.counts_LE, reduce_op="sum"), 0
-        speed = self.speed * value_at(self.schedule, place_of(trainer, trainer.global_step - 1, self.by))
+        speed = self.speed * value_at(self.schedule, progress(trainer, trainer.global_step - 1, self.by))
         routers = list(routers_of(pl_module))
         if not getattr(pl_module, "step_skipped", False):
             for router, counts_E in zip(routers, counts_LE, strict=True):

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from dsv3_lightning.callbacks.settings import MTPWeightSettings
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
-from dsv3_lightning.training.schedule import Schedule, place_of, value_at
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class MTPWeight(Callback):
@@ -23,9 +23,9 @@ class MTPWeight(Callback):
         self.weight = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.weight = pl_module.mtp_weight = value_at(self.schedule, place_of(trainer, trainer.global_step, self.by))
+        self.weight = pl_module.mtp_weight = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         depth = pl_module.model.config.mtp_depth
-        if depth and stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+        if depth and is_last_micro_batch(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
             log_scalars(trainer, {"mtp/weight": self.weight})

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from dsv3_lightning.training.logging import is_log_step, latest_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, latest_scalars
 
 COLUMNS = {  # logged name -> (label, format)
     "loss/main": ("loss", "{:.3f}"),
@@ -44,7 +44,9 @@ class Progress(ProgressBar):
     ) -> None:
         step = trainer.global_step
         last = step == trainer.max_steps
-        if not (stepped(trainer, batch_idx) and trainer.is_global_zero and (last or is_log_step(trainer, step))):
+        if not (
+            is_last_micro_batch(trainer, batch_idx) and trainer.is_global_zero and (last or is_log_step(trainer, step))
+        ):
             return
         scalars = latest_scalars(trainer)
         parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in COLUMNS.items() if name in scalars]

@@ -11,7 +11,7 @@ from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.parallel.tensors import global_norm
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.metrics import MaxVio, max_vio
 from dsv3_lightning.training.router_metrics import load_statistics, relative_load
 
@@ -77,7 +77,7 @@ class RouterMonitor(Callback):
         self.step_counts = self.step_counts + counts_LE
         self.micro_vio = self.micro_vio + max_vio(counts_LE).mean()
         self.micro_batches += 1
-        if not stepped(trainer, batch_idx):
+        if not is_last_micro_batch(trainer, batch_idx):
             return
         assert isinstance(self.step_counts, Tensor)
         self.window.append(self.step_counts)

@@ -86,6 +86,7 @@ class RunReport(Callback):
         return {
             "steps": steps,
             "tokens": data.tokens_before(steps),
+            "passes": data.passes(steps),
             "wall_seconds": self.wall_seconds,
             "tokens_per_second": rates.get("tokens_per_second"),
             "model_flops_per_second": rates.get("model_flops_per_second"),
@@ -138,6 +139,7 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
         ("MaxVio of a batch, mean of the last 50 steps", show(report["max_vio_batch"], "{:.2f}")),
         ("parameters, all and active", f"{report['parameters']:,} and {report['active_parameters']:,}"),
         ("steps and tokens", f"{report['steps']:,} and {report['tokens']:,}"),
+        ("passes over the training data", show(report["passes"], "{:,.3g}")),
         ("wall time", f"{report['wall_seconds']:.0f} s"),
         ("tokens per second", show(report["tokens_per_second"], "{:,.0f}")),
         ("model FLOP/s and share of the device's peak (MFU)", f"{show(report['model_flops_per_second'], '{:.3g}')}, "

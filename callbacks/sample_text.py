@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dsv3_lightning.callbacks.settings import PROMPTS, SampleTextSettings
 from dsv3_lightning.inference.generate import generate
-from dsv3_lightning.training.logging import stepped
+from dsv3_lightning.training.logging import is_last_micro_batch
 
 
 class SampleText(Callback):
@@ -34,13 +34,14 @@ class SampleText(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if not stepped(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+        if not is_last_micro_batch(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         limit = pl_module.model.config.max_position_embeddings
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:limit] for prompt in self.prompts]
+        model, unused = pl_module.model, tokenizer.ids_without_text(pl_module.model.config.vocab_size)
         with trainer.precision_plugin.forward_context():
-            new = generate(pl_module.model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, seed=0)
+            new = generate(model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, 0, unused)
         self.latest = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, new, strict=True)]
         if trainer.is_global_zero:
             self.show(trainer, step)

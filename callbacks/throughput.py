@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.settings import ThroughputSettings
-from dsv3_lightning.training.logging import is_log_step, log_scalars, stepped
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
 
 
@@ -53,7 +53,7 @@ class Throughput(Callback):
         for window in (self.window, self.total):
             window.add(tokens, elapsed, waited - self.waited_before)
         self.waited_before = waited
-        if stepped(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
+        if is_last_micro_batch(trainer, batch_idx) and is_log_step(trainer, trainer.global_step):
             rates = self.rates(self.window, trainer.world_size)
             log_scalars(trainer, {f"throughput/{name}": value for name, value in rates.items()})
             self.window = Window()

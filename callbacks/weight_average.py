@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.parallel.tensors import like, local, part, whole
-from dsv3_lightning.training.logging import log_scalars, stepped
+from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
+from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
 from dsv3_lightning.training.metrics import TokenLoss
 
 
@@ -31,11 +31,11 @@ class WeightAverage(Callback):
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part
         self.loaded: dict[str, Tensor] | None = None
-        self.to_save: Callable[[Tensor], Tensor] = whole
+        self.to_save: Callable[[Tensor], Tensor] = gather_full
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
-        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else whole
+        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else gather_full
 
     def adopt(self, pl_module: Any) -> None:
         """Takes the weights, or what a checkpoint held, as the average; once, when there are weights."""
@@ -46,7 +46,7 @@ class WeightAverage(Callback):
         if self.loaded is None:
             self.average = {name: own_copy(weight) for name, weight in self.weights.items()}
         else:
-            self.average = {name: part(self.loaded[name], weight).cpu() for name, weight in self.weights.items()}
+            self.average = {name: local_shard(self.loaded[name], weight).cpu() for name, weight in self.weights.items()}
             self.loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +55,7 @@ class WeightAverage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not stepped(trainer, batch_idx) or getattr(pl_module, "step_skipped", False):
+        if not is_last_micro_batch(trainer, batch_idx) or getattr(pl_module, "step_skipped", False):
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
@@ -83,7 +83,7 @@ class WeightAverage(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""
         average = {
-            name: self.to_save(like(weight, self.average[name].to(local(weight).device)))
+            name: self.to_save(as_dtensor_like(weight, self.average[name].to(local(weight).device)))
             for name, weight in self.weights.items()
         }
         return {"updates": self.updates, "average": average}

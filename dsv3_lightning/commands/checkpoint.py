@@ -1,21 +1,34 @@
 """`dsv3 checkpoint`: what is in a checkpoint, whether all of it is sound, and one file of many."""
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, complete, read_checkpoint
-from dsv3_lightning.parallel.checkpoints.shard_reader import PREFIX, ShardReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
 
 PIECE = 2**20  # numbers
 
 
-def checkpoint(action: str, path: Path, output: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("inspect", "verify", "consolidate"), help="consolidate makes one file of it")
+    parser.add_argument("path", type=path_argument, metavar="CKPT", help="a file, or a folder of shards")
+    parser.add_argument(
+        "output", type=path_argument, metavar="FILE", nargs="?", help="of consolidate: the file to write"
+    )
+
+
+def run(action: str, path: Path, output: Path | None) -> int:
     """action: `inspect`, `verify`, or `consolidate` into the file `output`. Raises ConfigError on a bad checkpoint."""
+    from dsv3_lightning.parallel.checkpoints.one_file import complete, read_checkpoint
+    from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
+
     if (output is None) == (action == "consolidate"):
         raise ConfigError("checkpoint consolidate PATH FILE takes two names, inspect and verify take one")
     if output is not None:
@@ -57,11 +70,15 @@ def described(tensors: Any) -> str:
     return f"{len(tensors):,} tensors, {sum(t.numel() for t in tensors):,} numbers, {kinds}"
 
 
-def verified(path: Path, state: dict[str, Any], shards: ShardReader | None) -> str:
+def verified(path: Path, state: dict[str, Any], shards: "ShardReader | None") -> str:
     """Reads every number: all finite, moments for all, biases fp32. Raises ConfigError with the first that is not.
 
     state: of shards the outline; their numbers are read by the part that a rank wrote, one at a time.
     """
+    import torch
+
+    from dsv3_lightning.parallel.checkpoints.shard_reader import PREFIX
+
     named = named_tensors(path, state)
     for name, value in named.items():
         if name.endswith("expert_bias") and value.dtype != torch.float32:
@@ -74,7 +91,7 @@ def verified(path: Path, state: dict[str, Any], shards: ShardReader | None) -> s
     return f"sound, {len(named):,} tensors read, all finite; step {state['global_step']:,}"
 
 
-def named_tensors(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+def named_tensors(path: Path, state: dict[str, Any]) -> "dict[str, Tensor]":
     """Named as in shards, but the model's by their own names. Raises ConfigError for a parameter without moments."""
     named: dict[str, Tensor] = dict(state["state_dict"])
     for number, optimizer in enumerate(state["optimizer_states"]):
@@ -92,14 +109,18 @@ def named_tensors(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     return named
 
 
-def check_finite(path: Path, name: str, value: Tensor) -> None:
+def check_finite(path: Path, name: str, value: "Tensor") -> None:
     """By the piece, as isfinite takes several times the memory of what it looks at."""
+    import torch
+
     if not all(bool(torch.isfinite(piece).all()) for piece in value.reshape(-1).split(PIECE)):
         raise ConfigError(f"{path}: {name} holds numbers that are not finite")
 
 
-def tensors_of(kept: Any) -> list[tuple[str, Tensor]]:
+def tensors_of(kept: Any) -> "list[tuple[str, Tensor]]":
     """Those that a callback keeps by name."""
+    import torch
+
     return [(name, v) for name, v in kept.items() if torch.is_tensor(v)] if isinstance(kept, dict) else []
 
 
@@ -107,4 +128,6 @@ def consolidate(state: dict[str, Any], output: Path) -> None:
     """Writes the checkpoint as one file, as a run on one process would. Raises ConfigError if something is there."""
     if output.exists():
         raise ConfigError(f"{output}: is there already; choose another name")
+    from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
+
     AtomicCheckpointIO().save_checkpoint(state, output)

@@ -1,5 +1,6 @@
 """`dsv3 doctor`: what this machine and installation can do, in one table. Changes nothing."""
 
+import argparse
 import os
 import platform
 import shutil
@@ -8,14 +9,19 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dsv3_lightning import __version__
 from dsv3_lightning.common.table import si
-from dsv3_lightning.training.precision import measure_gemm
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = "torch lightning torchmetrics omegaconf jsonargparse tokenizers tensorboard numpy".split()
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """None: it shows everything."""
 
 
 def run() -> int:
@@ -48,14 +54,18 @@ def memory() -> str:
         return "unknown"
 
 
-def devices() -> Iterator[torch.device]:
+def devices() -> "Iterator[torch.device]":
+    import torch
+
     yield torch.device("cpu")
     if torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):
             yield torch.device(torch.accelerator.current_accelerator().type, index)  # type: ignore[union-attr]
 
 
-def describe(device: torch.device) -> str:
+def describe(device: "torch.device") -> str:
+    import torch
+
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{device}: {properties.name}, {si(properties.total_memory, 'B')}"
@@ -64,8 +74,12 @@ def describe(device: torch.device) -> str:
     return str(device)
 
 
-def speed(device: torch.device) -> str:
+def speed(device: "torch.device") -> str:
     """fp32 against bf16, which decides what `precision: auto` takes."""
+    import torch
+
+    from dsv3_lightning.training.precision import measure_gemm
+
     full, half = (measure_gemm(dtype, device) for dtype in (torch.float32, torch.bfloat16))
     return f"fp32 {si(full, 'FLOP/s')}, bf16 {si(half, 'FLOP/s')}: bf16 is {half / full:.2g} times as fast"
 

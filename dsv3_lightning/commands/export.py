@@ -1,26 +1,47 @@
 """`dsv3 export`: a run's model as a Hugging Face folder."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.flags import above_zero, run_argument
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import DTYPES, check_free, write_folder, write_weights
-from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
-from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference, verification_tokens, write_logits
-from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.parameters import count_parameters
-from dsv3_lightning.runs.models import find_checkpoint, load_hub_folder, load_model, part_reader, stored_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dsv3_lightning.model.transformer import Transformer
 
 
-def export(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: float) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to make")
+    types = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=types, default="float32", help="of the weights; default %(default)s")
+    parser.add_argument(
+        "--verify", type=path_argument, nargs="?", const=True, default=False, metavar="TOKENS.npy",
+        help="write the model's logits to verify/ beside OUT, read OUT back and compare; of these, or random tokens",
+    )  # fmt: skip
+    parser.add_argument(
+        "--file-gigabytes", type=above_zero, default=5.0, metavar="X", help="largest file; default %(default)s"
+    )
+
+
+def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: float) -> int:
     """Writes the folder, whole or not at all. verify: whether its logits are compared, or a file of tokens for it."""
+    from dsv3_lightning.data.text.tokenizer import Tokenizer
+    from dsv3_lightning.hub.config import to_json
+    from dsv3_lightning.hub.export import DTYPES, check_free, write_folder, write_weights
+    from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
+    from dsv3_lightning.hub.verify import all_logits, verification_tokens, write_logits
+    from dsv3_lightning.runs.models import find_checkpoint, load_model, part_reader, stored_config
+
     check_free(out)
     path, run_folder = find_checkpoint(run)
     config, tokenizer = stored_config(run_folder), Tokenizer.from_file(run_folder)
@@ -32,7 +53,7 @@ def export(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes
         size = write_weights(config.model, part_reader(path), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
-        write_generation_config(tokenizer, folder)
+        write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.model.vocab_size))
         write_file(folder / "README.md", model_card(config, run_folder, path))
         print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 
@@ -45,8 +66,13 @@ def export(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes
     return 0 if tokens is None else compare(out, model, tokens, expected, DTYPES[dtype])
 
 
-def compare(folder: Path, model: Transformer, tokens: Tensor, expected: tuple, dtype: torch.dtype) -> int:
+def compare(folder: Path, model: "Transformer", tokens: "Tensor", expected: tuple, dtype: "torch.dtype") -> int:
     """Reads the folder back. Its logits must be those of the model with weights of that precision."""
+    import torch
+
+    from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference
+    from dsv3_lightning.runs.models import load_hub_folder
+
     again = load_hub_folder(folder)
     rounded = largest_difference(expected, all_logits(again, tokens))
     with torch.no_grad():

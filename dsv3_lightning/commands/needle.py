@@ -1,18 +1,32 @@
 """`dsv3 needle`: the needle-in-a-haystack check of a run's model, on its validation text, with a heat map."""
 
+import argparse
 from pathlib import Path
 
-from dsv3_lightning.commands.placement import validation_batches
 from dsv3_lightning.common.files import make_folder, write_file
+from dsv3_lightning.common.flags import positive, run_argument
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import heat_map, save_figure
 from dsv3_lightning.common.strict_json import strict_json
-from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.inference.needle import find_needles
-from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
 
 
-def needle(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", metavar="N", help="default: 1/4, 1/2, all of the context"
+    )
+    parser.add_argument("--depths", type=positive, default=5, metavar="N", help="of the needle; default %(default)s")
+    parser.add_argument("--texts", type=positive, default=8, metavar="N", help="for each; default %(default)s")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: needle/ in the run's folder")
+
+
+def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path | None) -> int:
     """Prints what the needle is worth by length and depth; writes needle.json and needle.png."""
+    from dsv3_lightning.commands.placement import validation_batches
+    from dsv3_lightning.data.text.tokenizer import Tokenizer
+    from dsv3_lightning.inference.needle import find_needles
+    from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
+
     path, folder = find_checkpoint(run)
     config = stored_config(folder)
     target = folder / "needle" if out is None else out

@@ -1,30 +1,44 @@
 """`dsv3 placement`: which GPU serves which experts, from the load that a run's validation text gives them."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from dsv3_lightning.common.files import make_folder, read_numbers, write_file
+from dsv3_lightning.common.files import make_folder, write_file
+from dsv3_lightning.common.flags import positive, run_argument
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import heat_maps, save_figure
 from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
-from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 BATCHES = 16  # of validation text
 
 
-def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | None, out: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    run_argument(parser)
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs that serve it, of all nodes")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default %(default)s")
+    parser.add_argument("--replicas", type=positive, metavar="N", help="experts of a layer on all GPUs together")
+    parser.add_argument(
+        "--loads",
+        type=path_argument,
+        metavar="FILE.npy",
+        help="tokens [layers, experts]; default: counted on validation text",
+    )
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: placement/ in the run's folder")
+
+
+def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | None, out: Path | None) -> int:
     """Prints max/mean GPU load by layer before and after; writes placement.json and placement.png."""
+    from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
+    from dsv3_lightning.runs.models import find_checkpoint, stored_config
+
     path, folder = find_checkpoint(run)
     config = stored_config(folder)
     if not config.model.num_moe_layers:
@@ -50,37 +64,47 @@ def placement(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Pat
     return 0
 
 
-def picture(before_LG: Tensor, after_LG: Tensor) -> "Figure":
+def picture(before_LG: "Tensor", after_LG: "Tensor") -> "Figure":
     """Every GPU's load as a multiple of its layer's mean, before and after, by tokens per layer and GPU."""
     before, after = (loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG))
     return heat_maps({"GPU load over its mean, before": before, "after": after}, 1.0, columns="GPU")
 
 
-@torch.no_grad()
-def count_load(config: Config, path: Path) -> Tensor:
+def count_load(config: Config, path: Path) -> "Tensor":
     """Tokens per expert, int64 [L, E], of some validation batches."""
+    import torch
+
+    from dsv3_lightning.runs.models import load_model
+
     model = load_model(path, config.model)
     counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
     for batch, _ in zip(validation_batches(config), range(BATCHES)):
         documents_BS = batch.get("documents")
-        counts_LE += model.losses(batch["tokens"], batch["mask"], None, documents_BS=documents_BS).counts_LE
+        with torch.no_grad():
+            counts_LE += model.losses(batch["tokens"], batch["mask"], None, documents_BS=documents_BS).counts_LE
     if not counts_LE.any():
         raise ConfigError("data.validation_fraction: the run has no validation text to count on; give --loads FILE.npy")
     return counts_LE
 
 
-def validation_batches(config: Config) -> Iterable[dict[str, Tensor]]:
-    """As the run validates on."""
+def validation_batches(config: Config) -> "Iterable[dict[str, Tensor]]":
+    """The batches that the run validates on."""
+    from dsv3_lightning.data.batches.module import TextDataModule
+
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
     data.prepare_data()
     data.setup("validate")
     return data.val_dataloader()
 
 
-def read_loads(path: Path, config: Config) -> Tensor:
-    """fp64 [L, E]. Raises ConfigError."""
+def read_loads(path: Path, config: Config) -> "Tensor":
+    """The loads in an .npy file, fp64 [L, E]. Raises ConfigError."""
+    import torch
+
+    from dsv3_lightning.common.numbers import read_numbers
+
     array = read_numbers("--loads", path)
     shape = (config.model.num_moe_layers, config.model.n_routed_experts)
     if array.shape != shape:
         raise ConfigError(f"--loads {path}: is {list(array.shape)}, must be {list(shape)} (MoE layers, routed experts)")
-    return torch.from_numpy(array.astype(np.float64))
+    return torch.from_numpy(array).double()

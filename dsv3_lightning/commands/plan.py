@@ -1,11 +1,12 @@
 """`dsv3 plan`: parameters by part, FLOP and memory of a config, by arithmetic alone; only --dry-run imports torch."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
+from dsv3_lightning.commands import settings
 from dsv3_lightning.commands.plan_cluster import cluster_tables
+from dsv3_lightning.common.flags import above_zero, positive, share
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
@@ -17,10 +18,29 @@ from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import Count, add, count_parameters
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    settings.arguments(
+        parser, "[--gpus N [--gpu KIND] [--inside X] [--between X] [--efficiency X] [--dry-run]] "
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--gpus", type=positive, metavar="N", help="plan one rank of N, and the whole run's time")
+    add("--gpu", default="h100", metavar="KIND", help="a100, h100, h200, h800, b200; default %(default)s")
+    for name, where in (("inside", "within a node"), ("between", "between nodes")):
+        help = f"into a GPU {where}, in each direction; default: the data sheet's"
+        add(f"--{name}", type=above_zero, metavar="GB/s", help=help)
+    help = "share of the peak that computing alone is assumed to reach; default %(default)s"
+    add("--efficiency", type=share, default=0.45, metavar="X", help=help)
+    add("--dry-run", action="store_true", help="also count what a rank's step holds, without numbers")
+
+
 def run(
-    config: Config, tree: dict[str, Any], files: list[Path], gpus: int | None, gpu: str, inside: float | None,
-    between: float | None, efficiency: float, dry_run: bool,
+    words: list[str], print_config: bool, gpus: int | None, gpu: str, inside: float | None, between: float | None,
+    efficiency: float, dry_run: bool,
 ) -> int:  # fmt: skip
+    given = settings.read(words, print_config, mesh=gpus is None)
+    if given is None:
+        return 0
+    config = given.config
     if dry_run and gpus is None:
         raise ConfigError("--dry-run: of one rank of how many? add --gpus N")
     tables = [parameter_table(config), flop_table(config)]

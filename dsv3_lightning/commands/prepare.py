@@ -1,16 +1,24 @@
 """`dsv3 prepare`: reads, tokenizes and cuts a config's data ahead of the run, which would do it otherwise."""
 
-from pathlib import Path
-from typing import Any
+import argparse
 
+from dsv3_lightning.commands import settings
 from dsv3_lightning.common.table import si, table
-from dsv3_lightning.config.schema import Config
-from dsv3_lightning.data.batches.index import prepare_index
-from dsv3_lightning.data.text.prepare import prepare
-from dsv3_lightning.data.text.store import read_manifest
 
 
-def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    settings.arguments(parser)
+
+
+def run(words: list[str], print_config: bool) -> int:
+    given = settings.read(words, print_config)
+    if given is None:
+        return 0
+    from dsv3_lightning.data.batches.index import prepare_index
+    from dsv3_lightning.data.text.prepare import prepare
+    from dsv3_lightning.data.text.store import read_manifest
+
+    config = given.config
     folder = prepare(config.data)
     prepare_index(folder, config.data.sequence_length, config.model.mtp_depth, config.data.mask_document_ends)
     manifest = read_manifest(folder)

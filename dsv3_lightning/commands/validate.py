@@ -1,14 +1,23 @@
 """`dsv3 validate`: everything that can be wrong with a config, without touching data, weights or a device."""
 
-from pathlib import Path
-from typing import Any
+import argparse
 
+from dsv3_lightning.commands import settings
 from dsv3_lightning.config.checks import names_classes
-from dsv3_lightning.config.schema import Config
+from dsv3_lightning.config.start import check_start
 from dsv3_lightning.planning.parameters import count_parameters
 
 
-def run(config: Config, tree: dict[str, Any], files: list[Path]) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    settings.arguments(parser)
+
+
+def run(words: list[str], print_config: bool) -> int:
+    given = settings.read(words, print_config)
+    if given is None:
+        return 0
+    config = given.config
+    check_start(config)
     if names_classes(config.trainer, config.strategy, config.callbacks):
         from dsv3_lightning.config.instantiate import check_objects  # imports torch
 

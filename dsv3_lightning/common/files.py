@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from tokenize import TokenError
 from typing import TypedDict
-
-import numpy as np
 
 from dsv3_lightning.errors import ConfigError, WriteError
 
@@ -176,26 +173,6 @@ def make_folder(flag: str, path: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{flag} {path}: must be a folder that can be written to ({error.strerror})") from error
-
-
-def read_numbers(flag: str, path: Path) -> np.ndarray:
-    """The array of an .npy file. Raises ConfigError."""
-    try:
-        with open(path, "rb") as file:  # np.load would also take .npz files and pickles
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:  # a header is Python code
-        raise ConfigError(f"{flag} {path}: not a readable .npy file ({error})") from error
-    if array.dtype.kind not in "iuf":
-        raise ConfigError(f"{flag} {path}: must hold whole or real numbers, holds {array.dtype}")
-    return array
-
-
-def write_numbers(path: Path, array: np.ndarray) -> None:
-    """An .npy file, whole. Raises WriteError."""
-    array = np.asarray(array, order="C")
-    with whole(path) as beside, open(beside, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)  # np.save wouldn't tell what the system said
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from dsv3_lightning.common.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 
-def heat_map(values: ArrayLike, title: str, center: float, rows: str | list[str] = "MoE layer") -> "Figure":
+def heat_map(values: "ArrayLike", title: str, center: float, rows: str | list[str] = "MoE layer") -> "Figure":
     """Rows × experts: blue below `center`, white there, red above.
 
     center 0: even around it. center 1: of ratios, from 0 to the largest, at least 2. rows: what they are, or a name
@@ -23,10 +21,11 @@ def heat_map(values: ArrayLike, title: str, center: float, rows: str | list[str]
 
 
 def heat_maps(
-    panels: Mapping[str, ArrayLike], center: float, rows: str | list[str] = "MoE layer", columns: str = "expert"
+    panels: "Mapping[str, ArrayLike]", center: float, rows: str | list[str] = "MoE layer", columns: str = "expert"
 ) -> "Figure":
     """Heat maps of the same rows side by side, by title, in the colors of one scale. columns: what they are; each map
     counts its own from 0."""
+    import numpy as np
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

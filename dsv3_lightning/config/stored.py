@@ -11,6 +11,7 @@ from dsv3_lightning.config.compose import read_yaml, resolve
 # here, whatever its default is: runs that were started without it go on as they began.
 OFF: dict[str, Any] = {
     "init_from": None,
+    "data.skip_bad_lines": False,
     "data.tokenizer": None,
     "data.end_token": None,
     "data.batch_ramp": None,

@@ -38,9 +38,10 @@ class BatchRamp:
 class DataConfig:
     """Text to packed samples. Raises ConfigError.
 
-    paths: `.txt`, `.md`, `.py` files, folders of them, `.jsonl[.gz|.zst]`, and package:NAME for the sources of an
-        installed package; empty: the Python interpreter's own standard-library sources.
+    paths: `.txt`, `.md`, `.py` and `.jsonl` files, also as `.gz` or `.zst`; folders of them; package:NAME for the
+        sources of an installed package; empty: the Python interpreter's own standard-library sources.
     text_key: the field of a jsonl line that holds the text, or a conversation as a list of {role, content} messages.
+    skip_bad_lines: whether jsonl lines that can't be used are left out and counted; otherwise they are refused.
     cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
     tokenizer: a `tokenizer.json` to use; null trains a byte-level BPE on the training documents.
     end_token: the control token that ends a document and what the assistant says; None: the tokenizer's own.
@@ -57,6 +58,7 @@ class DataConfig:
 
     paths: list[SourceText]
     text_key: str
+    skip_bad_lines: bool
     cache_dir: PathText
     tokenizer: PathText | None
     end_token: str | None

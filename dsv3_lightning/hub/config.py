@@ -6,7 +6,9 @@ What such a file can say and our model doesn't do is refused; what it leaves out
 from dataclasses import MISSING, asdict, fields
 from typing import Any, NamedTuple
 
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.fields import fit, section, typed
 from dsv3_lightning.model.config import ModelConfig, Yarn
 
 SHAPE = (
@@ -106,23 +108,23 @@ def from_json(content: dict[str, Any], where: str) -> Described:
     """where: the file, for messages. Raises ConfigError where the model would not be ours."""
     try:
         described = describe(content)
-    except (ValueError, TypeError, AttributeError) as error:  # also of values of another type than they should have
+    except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return described._replace(notes=[f"{where}: {note}" for note in described.notes])
 
 
 def describe(content: dict[str, Any]) -> Described:
     kind = content.get("model_type")
-    if kind not in FAMILIES:
-        raise ConfigError(f"model_type={kind}: must be {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError(f"model_type={kind if isinstance(kind, str) else shown(kind)}: must be {', '.join(FAMILIES)}")
     for name, value in FIXED.items():
-        if content.get(name, value) != value:
-            raise ConfigError(f"{name}={content[name]}: only {value} is supported")
+        if content.get(name) is not None and content[name] != value:
+            found = content[name] if isinstance(content[name], str) else shown(content[name])
+            raise ConfigError(f"{name}={found}: only {value} is supported")
     known = {*SHAPE, *LATENT, *EXPERTS, *FIXED, *OTHERS}
     unread = sorted(name for name in content if name not in known)
     notes = [f"not used: {', '.join(unread)}"] if unread else []
-    theta, yarn = rope_from_json(content)
-    given = {name: content[name] for name in SHAPE if name in content} | {"rope_theta": theta, "rope_scaling": yarn}
+    given = {name: content[name] for name in SHAPE if name in content}
     if kind == "llama":
         given |= llama_fields(content)
         interleaved = False
@@ -131,51 +133,73 @@ def describe(content: dict[str, Any]) -> Described:
         given.setdefault("scoring_func", "sigmoid" if kind == "deepseek_v3" else "softmax")
         given.setdefault("topk_method", "noaux_tc" if kind == "deepseek_v3" else "greedy")
         given.setdefault("norm_topk_prob", kind == "deepseek_v3")
-        if "num_mtp_layers" in content:
+        if content.get("num_mtp_layers") is not None:
             given.setdefault("num_nextn_predict_layers", content["num_mtp_layers"])
+        if "n_shared_experts" in content:  # where it is null there are none
+            given.setdefault("n_shared_experts", 0)
         if given["topk_method"] == "greedy":  # which ignores groups, also where the file names some
             given |= {"n_group": 1, "topk_group": 1}
-        interleaved = bool(content.get("rope_interleave", True))
+        interleaved = fit(content.get("rope_interleave", True), bool, "rope_interleave")
     needed = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.name not in given]
     if needed:
         raise ConfigError(f"lacks {', '.join(needed)}")
+    given = typed(ModelConfig, given)
+    theta, yarn, more = rope_from_json(content, kind)
+    given |= {"rope_theta": theta, "rope_scaling": yarn}
     absent = [] if kind == "llama" else [n for n in (*SHAPE, *EXPERTS) if n not in content and n != "rope_theta"]
     config = ModelConfig(**given, rope_interleave=interleaved)
+    if config.attention == "mla" and content.get("num_key_value_heads") not in (None, config.num_attention_heads):
+        raise ConfigError(
+            f"num_key_value_heads={shown(content['num_key_value_heads'])}: must be "
+            f"num_attention_heads={config.num_attention_heads}, since MLA has keys for each"
+        )
+    notes += more
     if absent:
         notes.append("absent, so taken as " + ", ".join(f"{n}={getattr(config, n)}" for n in absent))
     return Described(config, interleaved, notes)
 
 
 def llama_fields(content: dict[str, Any]) -> dict[str, Any]:
-    heads = content.get("num_attention_heads", 0)
-    if not heads or "hidden_size" not in content or "num_hidden_layers" not in content:
-        raise ConfigError("lacks num_attention_heads, hidden_size or num_hidden_layers")
-    size = content.get("head_dim") or content["hidden_size"] // heads
+    names = ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    if absent := [name for name in names if content.get(name) is None]:
+        raise ConfigError(f"lacks {', '.join(absent)}")
+    heads, hidden, layers = (fit(content[name], int, name) for name in names)
+    if heads < 1:
+        raise ConfigError(f"num_attention_heads={heads}: must be at least 1")
+    size = content.get("head_dim") or hidden // heads
     return {
         "attention": "gqa",
         "num_key_value_heads": content.get("num_key_value_heads") or heads,
         "qk_nope_head_dim": 0,
-        "qk_rope_head_dim": size,
+        "qk_rope_head_dim": fit(size, int, "head_dim"),
         "v_head_dim": size,
-        "first_k_dense_replace": content["num_hidden_layers"],
+        "first_k_dense_replace": layers,
     }
 
 
-def rope_from_json(content: dict[str, Any]) -> tuple[float, Yarn | None]:
-    """Base and YaRN: `rope_theta` and `rope_scaling`, or `rope_parameters`, as transformers 5 writes."""
-    given = dict(content.get("rope_scaling") or {}) | dict(content.get("rope_parameters") or {})
-    theta = float(given.pop("rope_theta", None) or content.get("rope_theta", 10000.0))
-    kinds = {given.pop(name) for name in ("type", "rope_type") if name in given}
-    if kinds <= {"default"}:
-        return theta, None
-    if kinds != {"yarn"} or content["model_type"] == "llama":
-        raise ConfigError(f"rope_scaling type {', '.join(sorted(kinds))}: only MLA's yarn is supported")
-    if given.pop("truncate", True) is not True:
-        raise ConfigError("rope_scaling.truncate=false: is not supported")
+def rope_from_json(content: dict[str, Any], kind: str) -> tuple[float, Yarn | None, list[str]]:
+    """Base and YaRN, and what to tell: `rope_theta` and `rope_scaling`, or `rope_parameters`, as transformers 5 writes.
+
+    As there, YaRN's original length is max_position_embeddings where none is given.
+    """
+    given = section(content, "rope_scaling") | section(content, "rope_parameters")
+    theta = fit(given.pop("rope_theta", content.get("rope_theta", 10000.0)), float, "rope_theta")
+    kinds = [given.pop(name) for name in ("type", "rope_type") if given.get(name) is not None]
+    if all(word == "default" for word in kinds):
+        return theta, None, []
+    if any(word != "yarn" for word in kinds) or kind == "llama":
+        words = sorted({word if isinstance(word, str) else shown(word) for word in kinds})
+        raise ConfigError(f"rope_scaling type {', '.join(words)}: only MLA's yarn is supported")
+    given = {name: value for name, value in given.items() if value is not None}
+    if (truncate := given.pop("truncate", True)) is not True:
+        raise ConfigError(f"rope_scaling.truncate={shown(truncate)}: is not supported")
     names = {field.name for field in fields(Yarn)}
-    if unknown := sorted(name for name, value in given.items() if name not in names and value is not None):
+    if unknown := sorted(name for name in given if name not in names):
         raise ConfigError(f"rope_scaling.{unknown[0]}: is not supported")
-    try:
-        return theta, Yarn(**{name: value for name, value in given.items() if value is not None})
-    except TypeError as error:
-        raise ConfigError("rope_scaling lacks factor or original_max_position_embeddings") from error
+    if "factor" not in given:
+        raise ConfigError("rope_scaling lacks factor")
+    notes = []
+    if "original_max_position_embeddings" not in given:
+        length = given["original_max_position_embeddings"] = content["max_position_embeddings"]
+        notes.append(f"rope_scaling.original_max_position_embeddings is absent, so taken as {length}")
+    return theta, Yarn(**typed(Yarn, given, "rope_scaling.")), notes

@@ -1,35 +1,25 @@
-"""A Hugging Face folder: its files are read one tensor at a time, and FP8 blocks become numbers on the way."""
+"""A Hugging Face folder, of which one tensor is read at a time; FP8 blocks become numbers on the way."""
 
-import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import EXPERTS, Described, from_json
+from dsv3_lightning.hub.fp8 import SCALE, block_size, check_scales, dequantize
 from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation, stored_shape
-from dsv3_lightning.hub.weights import READ_ERRORS, Weights, open_weights
+from dsv3_lightning.hub.weights import NARROW, READ_ERRORS, WIDE, choose_weights, open_weights
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer
 
-SCALE = "_scale_inv"
 NO_WEIGHTS = ("rotary_emb.inv_freq",)  # older files of the Llama-shaped family hold the rotary angles
 Place = Callable[[Tensor, int | None, Callable[[], Tensor]], None]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', 0) or error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a JSON object")
-    return content
 
 
 class HubFolder:
@@ -37,20 +27,29 @@ class HubFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
-        self.content = read_json(self.path / "config.json")
-        described = from_json(self.content, str(self.path / "config.json"))
-        self.notes = list(described.notes)
+        file = self.path / "config.json"
+        content = read_json(file)
+        described = from_json(content, str(file))
+        try:
+            self.block = block_size(content)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        chosen = choose_weights(self.path)
+        self.files = open_weights(self.path, chosen.names)
+        self.notes = [*described.notes, *chosen.notes]
         self.described = self.without_absent_mtp(described)
         self.config = self.described.config
 
     @cached_property
-    def files(self) -> dict[str, Weights]:
-        return open_weights(self.path)
-
-    @cached_property
     def keys(self) -> dict[str, str]:
-        """The file of every tensor that is there."""
-        return {key: name for name, file in self.files.items() for key in file.keys()}  # noqa: SIM118
+        """The file of every tensor that is there. Raises ConfigError for one that is there twice."""
+        found: dict[str, str] = {}
+        for name, file in self.files.items():
+            for key in file.keys():  # noqa: SIM118
+                if key in found:
+                    raise ConfigError(f"{self.path}: {key} is in {found[key]} and in {name}")
+                found[key] = name
+        return found
 
     def without_absent_mtp(self, described: Described) -> Described:
         """Some conversions keep config.json's MTP modules and leave out their weights."""
@@ -64,8 +63,7 @@ class HubFolder:
 
     def audit(self) -> None:
         """Every tensor there has a place in the model, with its shape, and every place its tensor."""
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in Transformer(self.config).state_dict().items()}
+        shapes = self.shapes()
         expected = {stored.key: stored for stored in layout(self.config)}
         scales = {key + SCALE for key in expected if key + SCALE in self.keys}
         found = {key for key in self.keys if key not in scales and not key.endswith(NO_WEIGHTS)}
@@ -80,23 +78,63 @@ class HubFolder:
             wanted = stored_shape(expected[key], shapes[expected[key].name])
             if shape != wanted:
                 raise ConfigError(f"{self.path}: {key} is {list(shape)}, config.json makes it {list(wanted)}")
+            self.check_numbers(key)
+        self.tell_unused(sorted(key for key in scales if not self.is_narrow(key.removesuffix(SCALE))))
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The model's parameters and buffers. Raises ConfigError before it makes more layers than there are weights."""
+        config = self.config
+        for kind, name, wanted in (
+            (r"model\.layers\.(\d{1,9})\.", "num_hidden_layers", config.num_hidden_layers + config.mtp_depth),
+            (r"\.experts\.(\d{1,9})\.", "n_routed_experts", config.n_routed_experts if config.num_moe_layers else 0),
+        ):
+            there = 1 + max((int(match[1]) for key in self.keys if (match := re.search(kind, key))), default=-1)
+            if wanted > there:
+                modules = f" and {config.mtp_depth} MTP modules" if "layers" in name and config.mtp_depth else ""
+                what = f"{name}={getattr(config, name)}{modules}"
+                raise ConfigError(f"{self.path / 'config.json'}: {what}: the weights hold {there}")
+        try:
+            with torch.device("meta"):
+                return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+        except RuntimeError as error:
+            raise ConfigError(f"{self.path / 'config.json'}: no tensors have such sizes ({error})") from error
+
+    def is_narrow(self, key: str) -> bool:
+        return key in self.keys and self.files[self.keys[key]].dtype(key) in NARROW
+
+    def check_numbers(self, key: str) -> None:
+        """Raises ConfigError for a tensor that holds no real numbers, or FP8 ones without a scale for each block."""
+        file = self.files[self.keys[key]]
+        if self.is_narrow(key):
+            scales = self.keys.get(key + SCALE)
+            if scales is None:
+                raise ConfigError(f"{self.path}: {key} is FP8 ({file.dtype(key)}), and there is no {key}{SCALE}")
+            if self.files[scales].dtype(key + SCALE) not in WIDE:
+                raise ConfigError(
+                    f"{self.path}: {key}{SCALE} is {self.files[scales].dtype(key + SCALE)}, not real numbers"
+                )
+            try:
+                check_scales(key, file.shape(key), self.files[scales].shape(key + SCALE), self.block)
+            except ConfigError as error:
+                raise ConfigError(f"{self.path}: {error}") from error
+        elif file.dtype(key) not in WIDE:
+            raise ConfigError(f"{self.path}: {key} is {file.dtype(key)}; read are {', '.join((*WIDE, *NARROW))}")
+
+    def tell_unused(self, scales: list[str]) -> None:
+        """Conversions to wider numbers often leave the scales of the FP8 ones behind."""
+        if scales:
+            note = f"{self.path}: not used: {len(scales)} scales of numbers that are not FP8, such as {scales[0]}"
+            self.notes += [note] if note not in self.notes else []
 
     def read(self, key: str) -> Tensor:
         """The tensor, dequantized to fp32 where it is FP8, else as stored."""
         try:
             tensor = self.files[self.keys[key]].tensor(key)
-            if key + SCALE in self.keys:
-                scales = self.files[self.keys[key + SCALE]].tensor(key + SCALE)
-                return dequantize(tensor, scales, self.block_size(), key)
+            if not self.is_narrow(key):
+                return tensor
+            return dequantize(tensor, self.files[self.keys[key + SCALE]].tensor(key + SCALE), self.block)
         except READ_ERRORS as error:
             raise ConfigError(f"{self.path}: {key} can't be read ({error})") from error
-        if tensor.dtype.itemsize == 1:
-            raise ConfigError(f"{self.path}: {key} is {tensor.dtype}, and there is no {key}{SCALE}")
-        return tensor
-
-    def block_size(self) -> tuple[int, int]:
-        rows, columns = (self.content.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-        return rows, columns
 
     @torch.no_grad()
     def load_into(self, model: Transformer, place: Place) -> None:
@@ -129,16 +167,6 @@ class HubFolder:
         original = {s.name: s.key for s in layout(self.config) if not s.copy and s.expert is None}[stored.name]
         if stored.key in self.keys and not torch.equal(self.read(stored.key), self.read(original)):
             raise ConfigError(f"{self.path}: {stored.key} differs from {original}; here they are one parameter")
-
-
-def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int], key: str) -> Tensor:
-    """fp32: each number times the scale of its block (the released weights' README; the last blocks may be cut)."""
-    rows, columns = weight.shape
-    wanted = (-(-rows // block[0]), -(-columns // block[1]))
-    if tuple(scales.shape) != wanted:
-        raise ConfigError(f"{key}{SCALE}: is {list(scales.shape)}, blocks of {list(block)} make it {list(wanted)}")
-    wide = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * wide
 
 
 # What a run may set otherwise than the folder it starts from: it changes no tensor, or says which are new.

@@ -1,14 +1,16 @@
 """Tokenizer files with the chat's format, and generation_config.json: begin, end and padding are the same in all."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.json_files import read_json, read_text
 from dsv3_lightning.data.text.conversation import CHAT_TEMPLATE
+from dsv3_lightning.data.text.token_names import FILES_WITH_IDS, existing, id_list
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.hub.folder import read_json
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -48,32 +50,34 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def end_ids(folder: Path) -> set[int]:
     """Where transformers stops, beside the tokenizer's end: an instruct model often has an end of turn, too."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        given: Any = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = [] if given is None else given if isinstance(given, list) else [given]
-        if any(type(token) is not int for token in ids):
-            raise ConfigError(f"{folder / name}: eos_token_id={given}: must be a whole number, or a list of them")
-        found.update(ids)
-    return found
+    return {index for file in existing(folder, FILES_WITH_IDS) for index in id_list(read_json(file), file)}
 
 
 def chat_template(folder: Path) -> str | None:
     """What transformers writes conversations with, if anything; its own file counts before the field."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'chat_template.jinja'}: can't be read ({error})") from error
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja")
     file = folder / "tokenizer_config.json"
     given: Any = read_json(file).get("chat_template") if file.is_file() else None
     return given if given is None or isinstance(given, str) else json.dumps(given)  # several, by name: none is ours
 
 
-def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
-    """Without the end token transformers would never stop."""
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(tokenizer)})
+def vocabulary_note(tokenizer: Tokenizer, rows: int, where: str | Path) -> str | None:
+    """What to tell where a model has more rows than its tokenizer ids. Raises ConfigError where it has fewer."""
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1:,}, and the model has "
+            f"vocab_size={rows:,} rows; it needs at least {tokenizer.vocab_size:,}"
+        )
+    if len(tokenizer.ids) == rows:
+        return None
+    return f"{where}: {len(tokenizer.ids):,} of the model's {rows:,} ids have a token; the others are never drawn"
+
+
+def write_generation_config(tokenizer: Tokenizer, folder: Path, unused: Sequence[int] = ()) -> None:
+    """Without the end token transformers would never stop; unused ids it must not draw."""
+    suppressed = {"suppress_tokens": list(unused)} if unused else {}
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(tokenizer), **suppressed})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.files import make_folder, read_numbers, remove, write_numbers
+from dsv3_lightning.common.files import make_folder, remove
+from dsv3_lightning.common.numbers import read_numbers, write_numbers
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.mtp import MTPModule

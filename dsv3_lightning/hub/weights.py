@@ -1,16 +1,19 @@
 """The weight files of a Hugging Face folder: safetensors, or the pickled ones of older releases (DeepSeek LLM)."""
 
-import json
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dsv3_lightning.common.json_files import read_json, refuse_pointer, shown
 from dsv3_lightning.errors import ConfigError
 
 NAMES = ("model.safetensors", "pytorch_model.bin")  # the first that is there, whole or by an index, is taken
+WIDE = ("F64", "F32", "F16", "BF16")  # numbers that mean themselves, by the names of the safetensors format
+NARROW = ("F8_E4M3", "F8_E5M2")  # numbers that mean something with a scale
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Weights(Protocol):
@@ -19,6 +22,8 @@ class Weights(Protocol):
     def keys(self) -> list[str]: ...
 
     def shape(self, key: str) -> tuple[int, ...]: ...
+
+    def dtype(self, key: str) -> str: ...
 
     def tensor(self, key: str) -> Tensor: ...
 
@@ -33,6 +38,9 @@ class Safetensors:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.file.get_slice(key).get_shape())
 
+    def dtype(self, key: str) -> str:
+        return str(self.file.get_slice(key).get_dtype())
+
     def tensor(self, key: str) -> Tensor:
         return self.file.get_tensor(key)
 
@@ -42,6 +50,8 @@ class Pickled:
 
     def __init__(self, path: Path) -> None:
         self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(self.tensors, dict) or not all(map(torch.is_tensor, self.tensors.values())):
+            raise ConfigError("it holds other things than tensors by name")
 
     def keys(self) -> list[str]:
         return list(self.tensors)
@@ -49,23 +59,63 @@ class Pickled:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.tensors[key].shape)
 
+    def dtype(self, key: str) -> str:
+        return DTYPES.get(self.tensors[key].dtype, str(self.tensors[key].dtype))
+
     def tensor(self, key: str) -> Tensor:
         return self.tensors[key]
 
 
-def open_weights(folder: Path) -> dict[str, Weights]:
-    """Every weight file of the folder, by name. Raises ConfigError."""
-    name = next((n for n in NAMES if (folder / n).is_file() or index_of(folder, n).is_file()), NAMES[0])
-    kind = Safetensors if name.endswith(".safetensors") else Pickled
+class Chosen(NamedTuple):
+    """The weight files that count, by name, and what to tell of the others."""
+
+    names: list[str]
+    notes: list[str]
+
+
+def choose_weights(folder: Path) -> Chosen:
+    """As transformers chooses: safetensors before pickled ones. Raises ConfigError, also for two sets of one kind."""
+    name = next((n for n in NAMES if (folder / n).exists() or index_of(folder, n).exists()), NAMES[0])
     index = index_of(folder, name)
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [name]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index}: is no index of weight files ({error})") from error
+    names = names_in(index) if index.exists() else [name]
+    if (folder / name).exists() and name not in names:
+        raise ConfigError(
+            f"{folder / name}: there is another set of weights, since {index} names {names[0]}"
+            f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; remove the file, or the index with its files"
+        )
+    weights = {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)}
+    left = sorted(weights - set(names))
+    taken = index.name if index.exists() else name
+    more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+    note = f"{folder}: weights of {taken}, as transformers takes them; not used: {', '.join(left[:4])}{more}"
+    return Chosen(names, [note] if left else [])
+
+
+def names_in(index: Path) -> list[str]:
+    """The files that an index names. Raises ConfigError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ConfigError(
+            f"{index}: is no index of weight files (weight_map={shown(places)}: must be an object of file names)"
+        )
+    for key, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"{index}: weight_map.{key}={shown(name)}: must be the name of a file in the folder")
+    return sorted(set(places.values()))
+
+
+def open_weights(folder: Path, names: list[str]) -> dict[str, Weights]:
+    """The weight files, by name. Raises ConfigError."""
     opened: dict[str, Weights] = {}
     for name in names:
         try:
-            opened[name] = kind(folder / name)
+            refuse_pointer(folder / name)
+            opened[name] = Safetensors(folder / name) if name.endswith(".safetensors") else Pickled(folder / name)
+        except ConfigError as error:
+            named = str(error).startswith(str(folder))
+            raise ConfigError(str(error) if named else f"{folder / name}: can't be read ({error})") from error
+        except OSError as error:
+            raise ConfigError(f"{folder / name}: can't be read ({error.strerror or error})") from error
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
             reason = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
             raise ConfigError(f"{folder / name}: can't be read ({reason})") from error

@@ -64,7 +64,8 @@ class Engine:
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.limit = context_of(model.config, context)
         self.max_waiting, self.seconds = waiting, seconds
-        self.decoder = Decoder(model, rows, self.limit, lower="--context or --slots")
+        unused = tokenizer.ids_without_text(model.config.vocab_size)
+        self.decoder = Decoder(model, rows, self.limit, lower="--context or --slots", unused=unused)
         self.queue: deque[Job] = deque()
         self.running: list[Job] = []  # by row
         self.changed = threading.Condition()
@@ -74,9 +75,7 @@ class Engine:
 
     def submit(self, jobs: list[Job]) -> None:
         """All of them, or none. Raises ConfigError for an impossible one, Busy where too many wait already."""
-        if len(jobs) > self.rows + self.max_waiting:  # not Busy: no later time is better
-            most = f"slots={self.rows} and max_waiting={self.max_waiting} hold {self.rows + self.max_waiting} at most"
-            raise ConfigError(f"{len(jobs)} texts in one request: {most}")
+        self.check_count(len(jobs))
         for job in jobs:
             check_lengths([len(job.prompt)], job.max_new_tokens, self.limit)
             job.deadline = time.monotonic() + self.seconds
@@ -87,6 +86,12 @@ class Engine:
                 raise Busy
             self.queue.extend(jobs)
             self.changed.notify()
+
+    def check_count(self, texts: int) -> None:
+        """Raises ConfigError for more in one request than ever fit; not Busy, since no later time is better."""
+        if texts > self.rows + self.max_waiting:
+            most = f"slots={self.rows} and max_waiting={self.max_waiting} hold {self.rows + self.max_waiting} at most"
+            raise ConfigError(f"{texts} texts in one request: {most}")
 
     def cancel(self, job: Job) -> None:
         """Nothing more is delivered; its row is free after the current step."""

@@ -38,7 +38,8 @@ class Chat:
         self.tokenizer, self.sampling = tokenizer, sampling
         _, self.assistant = turn_ids(tokenizer)
         self.limit = context_of(model.config, context)
-        self.decoder = Decoder(model, 1, self.limit, lower="--context")
+        unused = tokenizer.ids_without_text(model.config.vocab_size)
+        self.decoder = Decoder(model, 1, self.limit, lower="--context", unused=unused)
         self.generator = random_stream(seed)
         self.pending = conversation(tokenizer, [("system", encode(tokenizer, system))]).ids  # not in the cache yet
 

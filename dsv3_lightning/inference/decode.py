@@ -1,6 +1,6 @@
 """Continues prompts of different lengths together, a token each at a time; a row that ends makes room."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,19 +20,21 @@ def decode(
     end_ids: set[int],
     seed: int,
     on_token: Stop | None = None,
+    unused: Sequence[int] = (),
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and without an end token, or the context limit. Raises ConfigError.
 
     Each prompt has random numbers of its own, from the seed and the prompt's number, so its text doesn't depend on
     those beside it, and two prompts that are alike have different texts.
     on_token(prompt's number, token): called for every new token; True ends that text, with this token.
+    unused: ids that no token has, which are never drawn.
     """
     limit = model.config.max_position_embeddings
     check_lengths([len(prompt) for prompt in prompts], max_new_tokens, limit)
     if not max_new_tokens:
         return [[] for _ in prompts]
     capacity = min(max(len(prompt) for prompt in prompts) + max_new_tokens, limit)
-    decoder = Decoder(model, len(prompts), capacity)
+    decoder = Decoder(model, len(prompts), capacity, unused=unused)
     generators = [random_stream(seed, number) for number in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
     running: list[int] = []  # which prompt each row holds

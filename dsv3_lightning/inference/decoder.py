@@ -1,5 +1,7 @@
 """The model as a state that grows: tokens go in, the hidden states of the new ones come out."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ class Decoder:
     lengths: tokens in the cache of each row; lowering one forgets the tokens after it. mtp_lengths: the same of the MTP
     modules' caches, by module and row. A row never holds padding: rows go through the model with as many tokens as each
     other, and a prompt goes alone. lower: what to lower where the cache doesn't fit, which is a ConfigError.
+    unused: ids that no token has; their logits are -inf, of the MTP modules too, so that none is ever drawn.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class Decoder:
         capacity: int,
         mtp_depth: int = 0,
         lower: str = "the number of texts, or their length",
+        unused: Sequence[int] = (),
     ) -> None:
         self.model, self.config, self.capacity = model, model.config, capacity
         layers = self.config.num_hidden_layers + mtp_depth
@@ -36,6 +40,7 @@ class Decoder:
         with torch.no_grad():
             self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
             self.guessers = [Guesser(module) for module in model.mtp[:mtp_depth]]
+        self.unused = torch.tensor(unused, dtype=torch.int64, device=self.device)
         self.lengths = [0] * rows
         self.mtp_lengths = [[0] * rows for _ in range(mtp_depth)]
 
@@ -71,7 +76,7 @@ class Decoder:
     def logits(self, h_RTD: Tensor, k: int = 0) -> Tensor:
         """Of what `extend` gave, or `extend_mtp` of module k: fp32 [R, T, V]."""
         h_RTD = self.guessers[k - 1].norm(h_RTD) if k else h_RTD
-        return F.linear(h_RTD, self.model.lm_head.weight).float()
+        return without(F.linear(h_RTD, self.model.lm_head.weight).float(), self.unused)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -79,6 +84,11 @@ class Decoder:
         self.cache.move(source, target)
         for lengths in (self.lengths, *self.mtp_lengths):
             lengths[target] = lengths[source]
+
+
+def without(logits_V: Tensor, unused: Tensor) -> Tensor:
+    """The logits [..., V], in place, with -inf for the unused ids (int64 [n])."""
+    return logits_V.index_fill_(-1, unused, -torch.inf) if len(unused) else logits_V
 
 
 def context_of(config: ModelConfig, wanted: int | None) -> int:

@@ -1,8 +1,10 @@
 """Continues prompts by running the whole context through the model for each new token, also a sharded one."""
 
+from collections.abc import Sequence
+
 import torch
 
-from dsv3_lightning.inference.decoder import check_lengths
+from dsv3_lightning.inference.decoder import check_lengths, without
 from dsv3_lightning.inference.sampling import Sampling, random_stream
 from dsv3_lightning.model.transformer import Transformer
 
@@ -15,11 +17,13 @@ def generate(
     temperature: float,
     eos_id: int,
     seed: int,
+    unused: Sequence[int] = (),
 ) -> list[list[int]]:
     """The new tokens of each prompt (ids, at least one each), up to and without the end token or the context limit.
 
     temperature 0 is greedy. Each prompt has random numbers of its own, from the seed and the prompt's number. Prompts
     of different lengths are padded on the right, which a causal model doesn't see.
+    unused: ids that no token has, which are never drawn.
     Raises ConfigError for an impossible argument or a prompt that fills the context.
     """
     limit = model.config.max_position_embeddings
@@ -33,10 +37,11 @@ def generate(
         row[: len(prompt)] = torch.tensor(prompt, device=device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     rows = torch.arange(len(prompts), device=device)
+    unused_N = torch.tensor(unused, dtype=torch.int64, device=device)
     for _ in range(max_new_tokens):
         context = tokens_BT[:, : int(lengths.max())]
         logits_BV = model(context, lengths - 1).float()  # as a call, which gathers weights that are sharded
-        chosen = torch.tensor(sampling.pick(logits_BV, generators), device=device)
+        chosen = torch.tensor(sampling.pick(without(logits_BV, unused_N), generators), device=device)
         running = running & (chosen != eos_id) & (lengths < limit)
         if not running.any():
             break

@@ -5,6 +5,7 @@ digits after them. A small model won't answer, so beside the share of digits tha
 the needle is worth: nats per token that it saves, against the same text with another number in its place.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def find_needles(
 ) -> Found:
     """depths: 0 is the beginning, 1 the end. Means over `texts` numbers and pieces of filler. Raises ConfigError."""
     limit = model.config.max_position_embeddings
-    ask = tokenizer.encode(ASK)
+    ask, unused = tokenizer.encode(ASK), tokenizer.ids_without_text(model.config.vocab_size)
     right, saved = torch.zeros(2, len(lengths), len(depths), dtype=torch.float64).unbind()
     for row, length in enumerate(lengths):
         if length > limit:
@@ -51,7 +52,7 @@ def find_needles(
                     start = text * 997 % (len(filler) - room + 1)
                     hay, place = filler[start : start + room], round(depth * room)
                     ids = [tokenizer.bos_id, *hay[:place], *line, *hay[place:], *tail]
-                    scores.append(score(model, ids, len(number)))
+                    scores.append(score(model, ids, len(number), unused))
                 right[row, column] += scores[0][0] / texts
                 saved[row, column] += (scores[0][1] - scores[1][1]) / texts
     return Found(right, saved)
@@ -63,9 +64,12 @@ def secret(text: int, which: int) -> int:
     return int("".join(str((int(digit) + 5 * which) % 10) for digit in f"1{digits[1:]}"))
 
 
-def score(model: Transformer, ids: list[int], answer: int) -> tuple[float, float]:
-    """Of the last `answer` tokens: the share that is the likeliest, and the mean log-probability."""
-    decoder = Decoder(model, 1, len(ids))
+def score(model: Transformer, ids: list[int], answer: int, unused: Sequence[int] = ()) -> tuple[float, float]:
+    """Of the last `answer` tokens: the share that is the likeliest, and the mean log-probability.
+
+    unused: ids that no token has, which get no probability.
+    """
+    decoder = Decoder(model, 1, len(ids), unused=unused)
     h_1TD = decoder.extend(torch.tensor([ids], device=decoder.device))
     logits_AV = decoder.logits(h_1TD[:, -answer - 1 : -1])[0]
     wanted_A = torch.tensor(ids[-answer:], device=decoder.device)

@@ -8,7 +8,7 @@ not kept is replaced by a draw from max(p - q, 0), which leaves exactly p (arXiv
 An index of a module's cache stays only if all tokens it was made of are certain; the others are made again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -132,11 +132,12 @@ def speculate(
     depth: int,
     on_token: Callable[[int], bool] | None = None,
     number: int = 0,
+    unused: Sequence[int] = (),
 ) -> tuple[list[int], Drafts]:
     """The new tokens, as `decode` gives them for one prompt, and what became of the guesses of `depth` modules.
 
     on_token(token): True ends the text with this token. number: which of several prompts this is, each with random
-    numbers of its own. Raises ConfigError.
+    numbers of its own. unused: ids that no token has, which are neither drafted nor drawn. Raises ConfigError.
     """
     check_depth(model, depth)
     limit = model.config.max_position_embeddings
@@ -145,7 +146,7 @@ def speculate(
     total = min(len(prompt) + max_new_tokens, limit)
     if total == len(prompt):
         return [], counts
-    decoder = Decoder(model, 1, total, depth)
+    decoder = Decoder(model, 1, total, depth, unused=unused)
     text = Speculation(decoder, list(prompt), sampling, random_stream(seed, number))
     text.begin()
     new, guesses = text.tokens[len(prompt) :], 0

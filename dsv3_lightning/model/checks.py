@@ -29,8 +29,11 @@ def check_yarn(yarn: Yarn) -> None:
             f"model.rope_scaling.original_max_position_embeddings={yarn.original_max_position_embeddings}: "
             "must be at least 1"
         )
-    if yarn.beta_fast <= yarn.beta_slow:
-        raise ConfigError(f"model.rope_scaling.beta_fast={yarn.beta_fast}: must be above beta_slow={yarn.beta_slow}")
+    for name in ("beta_fast", "beta_slow"):
+        if not getattr(yarn, name) > 0:
+            raise ConfigError(f"model.rope_scaling.{name}={getattr(yarn, name)}: must be above 0")
+    if yarn.beta_fast < yarn.beta_slow:
+        raise ConfigError(f"model.rope_scaling.beta_fast={yarn.beta_fast}: must be at least beta_slow={yarn.beta_slow}")
 
 
 def check_model(model: ModelConfig) -> None:

@@ -47,7 +47,8 @@ def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None, device: torch
 
     low = max(math.floor(pair_that_rotates(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_rotates(yarn.beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+    # A width of 0.001 in place of 0; below 0, where no pair turns so often, nothing is divided: as in transformers.
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
     slow = ramp.clamp(0, 1)
     return frequencies * (1 - slow) + frequencies / yarn.factor * slow
 

@@ -1,4 +1,4 @@
-"""The mesh as process groups."""
+"""The process groups of a mesh."""
 
 import os
 from datetime import timedelta
@@ -12,10 +12,11 @@ from dsv3_lightning.parallel.mesh import MeshShape
 
 
 class Meshes(NamedTuple):
-    """dense: over which everything but experts is sharded, [dp_replicate, dp_shard], or [dp_shard] without replicas.
+    """Three views of the same ranks.
 
-    experts: the same ranks for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
-    ep: the ranks that hold different experts; None where every rank computes with all of them.
+    dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
+    experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
+    ep: for the ranks that hold different experts; None where every rank computes with all of them.
     """
 
     dense: DeviceMesh
@@ -23,11 +24,11 @@ class Meshes(NamedTuple):
     ep: DeviceMesh | None
 
 
-def start_again(backend: str, timeout: timedelta) -> None:
-    """Starts the process group of a restart by torchrun; of a first start Lightning does.
+def init_after_restart(backend: str, timeout: timedelta) -> None:
+    """Initializes the process group after a restart by torchrun; at the first start Lightning does it.
 
-    torchrun's store outlives a restart (seen in torch 2.13): under their old names it still has the addresses of the
-    processes that died, and the new ones would wait for those.
+    torchrun's store outlives a restart (seen in torch 2.13): under the old names it still has the addresses of the
+    processes that died, and the new processes would wait for those.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or dist.is_initialized():
@@ -38,9 +39,11 @@ def start_again(backend: str, timeout: timedelta) -> None:
 
 
 def build_meshes(shape: MeshShape, device_type: str, timeout: timedelta | None = None) -> Meshes:
-    """Needs a default process group of `shape.ranks`. The ranks of an ep group are neighbors.
+    """The meshes over the default process group, which must have `shape.ranks` ranks. Those of an ep group are
+    neighbors.
 
-    timeout: of every group's collectives; torch gives the groups of a mesh its own, not the default group's.
+    timeout: for the collectives of every group; without it torch gives the groups of a mesh its own default, not the
+        default group's timeout.
     """
     meshes = lay_out(shape, device_type)
     if timeout is not None:

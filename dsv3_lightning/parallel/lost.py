@@ -1,4 +1,4 @@
-"""What a rank sees when another one dies or hangs, told in one line."""
+"""One line for what a rank sees when another rank dies or hangs."""
 
 import signal
 import subprocess
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-# What may reach a run's main thread: a collective's failure, or that of a checkpoint written in the background.
+# The errors that may reach a run's main thread: of a collective, or of a checkpoint written in the background.
 ERRORS = (RuntimeError, CheckpointException)
 CLOSED = ("gloo", "Connection closed by peer", "Connection reset by peer", "caused pair closure")
 
 
-def what_was_lost(error: BaseException, started: Sequence[subprocess.Popen]) -> str | None:
-    """What became of another rank, if the error came of that; None for any other error.
+def peer_failure(error: BaseException, started: Sequence[subprocess.Popen]) -> str | None:
+    """What happened to another rank, if that caused the error; None for any other error.
 
     started: the processes that this one has started, ranks 1, 2, ...
     """

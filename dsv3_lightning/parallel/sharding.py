@@ -114,10 +114,10 @@ def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:
     """
     shards, first = meshes.experts.size(-1), 0 if meshes.ep is None else 1
 
-    def place(weight: Tensor) -> Shard:
+    def placement(weight: Tensor) -> Shard:
         return Shard(next((dim for dim in range(first, 3) if weight.shape[dim] % shards == 0), first))
 
-    return place
+    return placement
 
 
 def prefetch(order: list[Block], ahead: int) -> None:

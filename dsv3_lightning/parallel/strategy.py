@@ -18,7 +18,7 @@ from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model
-from dsv3_lightning.parallel.tensors import like, local, part, place, whole
+from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -59,7 +59,7 @@ class MeshStrategy(ModelParallelStrategy):
     def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
         """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
         shard_model(model, self.meshes, self.config, str(self.precision_plugin.precision), self.dispatcher)
-        return place
+        return fill_shard
 
     def model_to_device(self) -> None:
         """Weights were made where they belong; what is left are metrics and, where it is offloaded, buffers."""
@@ -87,7 +87,7 @@ class MeshStrategy(ModelParallelStrategy):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
-            state["state"][index] = {k: self.to_save(like(weight, v)) for k, v in values.items()}
+            state["state"][index] = {k: self.to_save(as_dtensor_like(weight, v)) for k, v in values.items()}
         del state["masters"]  # they are the weights
         return self.on_first_rank(state)
 
@@ -95,7 +95,7 @@ class MeshStrategy(ModelParallelStrategy):
         """Its part; or, for a single file, the whole of it on the first rank and nothing on the others."""
         if self.saver is not None:
             return tensor.detach()
-        gathered = whole(tensor)
+        gathered = gather_full(tensor)
         return gathered if self.is_global_zero else gathered.new_empty(0)
 
     def on_first_rank(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -123,14 +123,14 @@ class MeshStrategy(ModelParallelStrategy):
             raise ConfigError(f"{checkpoint_path}: its weights are those of another model ({different})")
         with torch.no_grad():
             for name, value in checkpoint["state_dict"].items():
-                local(own[name]).copy_(part(value, own[name]))
+                local(own[name]).copy_(local_shard(value, own[name]))
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
             weights = weights_of(optimizer)
             for index, weight in enumerate(weights):
-                state["state"][index] = {k: part(v, weight) for k, v in state["state"][index].items()}
+                state["state"][index] = {k: local_shard(v, weight) for k, v in state["state"][index].items()}
             with torch.no_grad():
                 for weight, master in zip(weights, state.pop("masters", [])):  # of one process, whose weights are bf16
-                    local(weight).copy_(part(master, weight))
+                    local(weight).copy_(local_shard(master, weight))
             optimizer.load_state_dict(state)
         return checkpoint
 

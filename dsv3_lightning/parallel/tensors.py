@@ -1,4 +1,4 @@
-"""This rank's part of a sharded tensor: where it lies in the whole, and norms over all parts."""
+"""A rank's shards of tensors: taking, filling and gathering them, and norms over all of them."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,60 +11,64 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor on this rank, a view; a plain tensor itself."""
+    """This rank's shard of a DTensor, as a view; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def region(tensor: DTensor) -> tuple[slice, ...]:
-    """Where this rank's part lies in the whole."""
+def shard_slices(tensor: DTensor) -> tuple[slice, ...]:
+    """The slice of each dim of the full tensor that this rank's shard is."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, on the CPU; every rank must ask."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """The full tensor, on the CPU. A collective for a DTensor: every rank must call it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
-def like(weight: Tensor, own: Tensor) -> Tensor:
-    """A tensor of which this rank has a part as of the weight; scalars are their own whole.
+def as_dtensor_like(weight: Tensor, shard: Tensor) -> Tensor:
+    """The DTensor whose local shard, laid out as the weight's, is `shard`; a scalar stays what it is.
 
-    The part stays where it is: `DTensor.from_local` would take an offloaded one to the mesh's GPU.
+    The shard stays on its device: `DTensor.from_local` would take an offloaded one to the mesh's GPU.
     """
-    if not isinstance(weight, DTensor) or own.dim() == 0:
-        return own
-    meta = TensorMeta(weight.shape, weight.stride(), own.dtype)
+    if not isinstance(weight, DTensor) or shard.dim() == 0:
+        return shard
+    meta = TensorMeta(weight.shape, weight.stride(), shard.dtype)
     spec = DTensorSpec(weight.device_mesh, weight.placements, tensor_meta=meta)
-    return DTensor(own.detach(), spec, requires_grad=False)
+    return DTensor(shard.detach(), spec, requires_grad=False)
 
 
-def part(value: Tensor, weight: Tensor) -> Tensor:
-    """Of a whole tensor, or of one laid out alike, what this rank has of the weight; scalars are their own part."""
+def local_shard(value: Tensor, weight: Tensor) -> Tensor:
+    """This rank's shard, laid out as the weight's, of a full tensor or of a DTensor; a scalar stays what it is."""
     if isinstance(value, DTensor):
         return value.to_local()
-    return value[region(weight)].clone() if isinstance(weight, DTensor) and value.dim() else value
+    return value[shard_slices(weight)].clone() if isinstance(weight, DTensor) and value.dim() else value
 
 
 @torch.no_grad()
-def place(parameter: Tensor, expert: int | None, draw: Callable[[], Tensor]) -> None:
-    """Writes this rank's part of a matrix, of `expert` in stacked weights; draws none that has no part here."""
+def fill_shard(parameter: Tensor, expert: int | None, draw: Callable[[], Tensor]) -> None:
+    """Writes this rank's shard of the matrix that `draw` makes, which is that of one expert in stacked weights.
+
+    Calls `draw` only where this rank has a part of that matrix.
+    """
     if not isinstance(parameter, DTensor):
         (parameter if expert is None else parameter[expert]).copy_(draw())
         return
-    own, where = parameter.to_local(), region(parameter)
+    shard, slices = parameter.to_local(), shard_slices(parameter)
     if expert is not None:
-        if not where[0].start <= expert < where[0].stop:
+        if not slices[0].start <= expert < slices[0].stop:
             return
-        own, where = own[expert - where[0].start], where[1:]
-    if own.numel():
-        own.copy_(draw()[where])
+        shard, slices = shard[expert - slices[0].start], slices[1:]
+    if shard.numel():
+        shard.copy_(draw()[slices])
 
 
 @torch.no_grad()
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, each element once, whatever meshes they are spread over: fp32 scalar.
+    """The 2-norm of all gradients together, whatever meshes they are sharded over: fp32 scalar.
 
-    Each rank adds up its parts, divided by the number of ranks that hold the same ones; one all-reduce joins them.
+    Each rank sums the squares of its shards, divided by the number of ranks that hold the same shard; one all-reduce
+    adds these sums up.
     """
     gradients = list(gradients)
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
@@ -78,7 +82,7 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def copies_of(tensor: Tensor) -> int:
-    """Ranks that hold the same part: all of them, of a plain tensor."""
+    """The number of ranks that hold the same shard: all of them for a plain tensor."""
     if not isinstance(tensor, DTensor):
         return dist.get_world_size()
     copies = 1

@@ -12,7 +12,6 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.stored import read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import step_files
-from dsv3_lightning.parallel.checkpoints.one_file import newest_good, step_of
 
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
 FREE = (
@@ -70,6 +69,8 @@ class RunFolder:
 
     def resume_from(self) -> tuple[Path, int] | None:
         """The checkpoint to go on from and its step. The same on every rank: a function of the files alone."""
+        from dsv3_lightning.parallel.checkpoints.one_file import newest_good, step_of  # sweep and compare load no torch
+
         wanted = self.config.run.resume
         if isinstance(wanted, str) and wanted != "auto":
             if not Path(wanted).exists():

@@ -1,5 +1,6 @@
 """`dsv3 compare`: finished runs side by side, seeds of a variant together: a table, Markdown, curves."""
 
+import argparse
 import json
 import re
 import statistics
@@ -10,6 +11,7 @@ from typing import Any
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.schema import Config, check
@@ -49,8 +51,15 @@ COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header
 }
 
 
-def compare(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, or of experiments")
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the curves there, as PNG")
+
+
+def run(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
     """Prints a row per variant: means over its seeds, ± their standard deviation. Empty columns are left out."""
+
     groups = grouped(find_runs(runs))
     rows = comparison(groups)
     print(table(rows))

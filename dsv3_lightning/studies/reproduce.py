@@ -1,12 +1,16 @@
 """`dsv3 reproduce`: runs the experiments that the papers' claims need, and writes down what came of each."""
 
+import argparse
 import platform
 from pathlib import Path
 
 from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.flags import jobs_argument
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.config.overrides import text_override
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.studies import sweep
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
 from dsv3_lightning.studies.compare import (
     SPEED,
@@ -18,7 +22,7 @@ from dsv3_lightning.studies.compare import (
     markdown_table,
 )
 from dsv3_lightning.studies.experiment import Experiment, find_experiment
-from dsv3_lightning.studies.sweep import refuse_other_settings, sweep
+from dsv3_lightning.studies.sweep import refuse_other_settings
 
 QUICK = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=8")
 SCALE = (
@@ -41,15 +45,36 @@ COLUMNS_MEAN = (
 Groups = dict[str, list[Finished]]
 
 
-def reproduce(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: bool, report_only: bool) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    parser.add_argument(
+        "--dir",
+        type=path_argument,
+        dest="folder",
+        default="runs/reproduce",
+        metavar="FOLDER",
+        help="default %(default)s",
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="the report; default: reproduction.md in that folder"
+    )
+    jobs_argument(parser)
+    parser.add_argument("--quick", action="store_true", help="30 steps a run: whether it works, not what it shows")
+    parser.add_argument(
+        "--report", dest="report_only", action="store_true", help="run nothing, report what is finished"
+    )
+
+
+def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: bool, report_only: bool) -> int:
     """Runs what isn't finished below `folder`, and writes the report of what is. Returns 0 if no run failed.
 
     quick: a few steps only, to see that everything works. Raises ConfigError where there is nothing to report, or a
     run was made with other settings than the command that the report would print.
     """
+
     code, words = 0, [*(QUICK if quick else ()), *overrides]
     for name in () if report_only else EXPERIMENTS:
-        code |= sweep([name, *words, text_override("run.dir", str(folder))], jobs, None, False)
+        code |= sweep.run([name, *words, text_override("run.dir", str(folder))], jobs, None, False)
     experiments = {name: groups for name in EXPERIMENTS if (groups := finished_runs(folder, name))}
     if not experiments:
         raise ConfigError(f"{folder}: holds no finished run of {', '.join(EXPERIMENTS)}")

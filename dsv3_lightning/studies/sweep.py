@@ -1,5 +1,6 @@
 """`dsv3 sweep`: the runs of an experiment, one after another or some at a time, here or as a SLURM array."""
 
+import argparse
 import json
 import os
 import shlex
@@ -9,19 +10,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dsv3_lightning.common.flags import jobs_argument
 from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.runs.record import RunFolder, shown_differences
 from dsv3_lightning.studies.experiment import Experiment, Task
 
 
-def sweep(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="a file, or one of ours; then key=value for all")
+    jobs_argument(parser)
+    parser.add_argument("--task", type=int, metavar="N", help="only the run of that number, from 0")
+    parser.add_argument("--slurm", action="store_true", help="print a SLURM batch script, and do nothing")
+
+
+def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
     """Runs what isn't finished; returns 0 if everything is, else 1. words: the experiment, then key=value overrides.
 
     Each run is a process of its own with an equal share of the cores, and writes to `<run>.log` beside its folder. One
     that fails doesn't stop the others. task: only the run of that number, from 0. slurm: print a batch script,
     and write nothing.
     """
+
     experiment = Experiment(words[0], words[1:])
     tasks = experiment.tasks()
     if slurm:

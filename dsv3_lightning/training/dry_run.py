@@ -38,7 +38,7 @@ from dsv3_lightning.training.precision import precision_plugin
 
 
 @dataclass(frozen=True)
-class Dry:
+class MemoryCount:
     """Bytes on the first rank: what it always has, and the most of a step. parameters: of the whole model."""
 
     weights: int
@@ -51,10 +51,10 @@ class Dry:
 def dry_run(
     model: ModelConfig, optimizer: OptimizerConfig, strategy: StrategyConfig, shape: MeshShape, samples: int,
     sequence_length: int, precision: str, checkpointing: str,
-) -> Dry:  # fmt: skip
+) -> MemoryCount:  # fmt: skip
     """Two steps of one micro-batch of `samples` samples on the first of `shape.ranks` ranks."""
     plugin = precision_plugin(precision, torch.device("cpu"))
-    with pretended_processes(shape.ranks):
+    with fake_process_group(shape.ranks):
         with torch.device("meta"):
             module = Transformer(model, checkpointing)
         parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -69,7 +69,7 @@ def dry_run(
             for _ in range(2):  # moments are made in the first, whose gradients stay: as between micro-batches
                 step(module, adamw, plugin, samples, sequence_length)
             gradients = sum(local(p.grad).nbytes for p in module.parameters() if p.grad is not None)
-            return Dry(weights, gradients, counter.now - weights - gradients, counter.peak, parameters)
+            return MemoryCount(weights, gradients, counter.now - weights - gradients, counter.peak, parameters)
 
 
 def step(module: Transformer, adamw: torch.optim.Optimizer, plugin: Precision, samples: int, length: int) -> None:
@@ -83,7 +83,7 @@ def step(module: Transformer, adamw: torch.optim.Optimizer, plugin: Precision, s
 
 
 @contextmanager
-def pretended_processes(ranks: int) -> Iterator[None]:
+def fake_process_group(ranks: int) -> Iterator[None]:
     """This process is the first of so many; what it sends goes nowhere."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:

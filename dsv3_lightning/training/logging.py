@@ -41,6 +41,6 @@ def is_log_step(trainer: Trainer, step: int) -> bool:
     return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
 
 
-def stepped(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch was the last of its optimizer step. Runs are endless streams: no short last step."""
+def is_last_micro_batch(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch was the last of its optimizer step. Runs never end with a short step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -54,8 +54,8 @@ def value_at(schedule: Schedule, place: float) -> float:
     return value
 
 
-def place_of(trainer: "Trainer", step: int, by: str) -> float:
-    """Where a run is after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
+def progress(trainer: "Trainer", step: int, by: str) -> float:
+    """A run's progress after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
     if by == "share":
         return step / trainer.max_steps
     return step if by == "steps" else trainer.datamodule.tokens_before(step)  # type: ignore[attr-defined]

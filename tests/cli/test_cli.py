@@ -1,5 +1,6 @@
 """The command line: help without torch, one-line errors, exit codes, and names in any script under any locale."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def test_help_plan_and_print_config_import_no_torch():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_studies_load_no_torch():
+    """`compare` reads JSON and `sweep` starts processes."""
+    code = "import dsv3_lightning.studies.compare, dsv3_lightning.studies.sweep, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_help_of_run_says_what_intervals_count_and_where_the_settings_are(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", "--help"])
@@ -54,19 +61,20 @@ def test_help_of_run_says_what_intervals_count_and_where_the_settings_are(capsys
 def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
     """A new one should be seen in review."""
     options = {}
-    for verb, (_, _, arguments) in cli.VERBS.items():
-        parser = cli.Parser(verb, "", "")
-        arguments(parser)
-        options[verb] = " ".join(name for action in parser._actions for name in action.option_strings or [action.dest])
+    for name, verb in cli.VERBS.items():
+        parser = cli.Parser(name, "", "")
+        importlib.import_module(verb.module).arguments(parser)
+        options[name] = " ".join(flag for action in parser._actions for flag in action.option_strings or [action.dest])
     config = "-h --help words --print-config"
     sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
         "prepare": config,
         "run": config,
         "validate": config,
-        "generate": f"-h --help checkpoint --prompt --draft {sampling}",
+        "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
         "chat": f"-h --help checkpoint --system --context {sampling}",
-        "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout --threads",
+        "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
+        " --body-megabytes --api-key --cors-origin --threads",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
@@ -108,39 +116,45 @@ def test_an_unknown_verb_and_none(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_multi_line_error_becomes_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def stop(*_):
+    def stop(**_):
         raise cli.ConfigError("one\ntwo")
 
-    monkeypatch.setattr(cli, "resolve", lambda _: stop)
+    monkeypatch.setattr("dsv3_lightning.commands.validate.run", stop)
     assert cli.main(["validate", "nano"]) == 2
     assert capsys.readouterr().err == "dsv3: error: one two\n"
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*_):
+    def interrupt(**_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "resolve", lambda _: interrupt)
+    monkeypatch.setattr("dsv3_lightning.commands.validate.run", interrupt)
     assert cli.main(["validate", "nano"]) == 130
 
 
-def test_a_verb_gets_settings_tree_and_files(monkeypatch: pytest.MonkeyPatch):
+def test_a_run_gets_settings_tree_and_files(monkeypatch: pytest.MonkeyPatch):
     got = []
-    monkeypatch.setattr(cli, "resolve", lambda target: lambda *given: got.append((target, *given)) or 7)
+    monkeypatch.setattr("dsv3_lightning.runs.fit.fit", lambda *given: got.append(given) or 7)
     assert cli.main(["run", "run.seed=5", "nano", "trainer.max_steps=1e1"]) == 7
-    ((target, config, tree, files),) = got
-    assert target == "dsv3_lightning.commands.run:run"
+    ((config, tree, files),) = got
     assert (config.run.seed, tree["run"]["seed"], tree["trainer"]["max_steps"]) == (5, 5, 10)
     assert [file.name for file in files] == ["base.yaml", "nano.yaml"]
 
 
 def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
     got = []
-    monkeypatch.setattr(cli, "resolve", lambda target: lambda **given: got.append(given) or 0)
+    monkeypatch.setattr("dsv3_lightning.commands.generate.run", lambda **given: got.append(given) or 0)
     assert cli.main(["generate", "runs/nano", "--prompt", "def ", "--temperature", "0"]) == 0
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [], "seed": 1}
     assert got == [
-        {"checkpoint": Path("runs/nano").absolute(), "prompt": ["def "], "draft": 0, "max_new_tokens": 128} | sampling
+        {
+            "checkpoint": Path("runs/nano").absolute(),
+            "prompt": ["def "],
+            "parse_special": False,
+            "draft": 0,
+            "max_new_tokens": 128,
+        }
+        | sampling
     ]
 
 

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_lightning.common.files import (
-    os_error,
-    put_in_place,
-    read_numbers,
-    remove_leftovers,
-    whole,
-    write_file,
-    write_numbers,
-)
+from dsv3_lightning.common.files import os_error, put_in_place, remove_leftovers, whole, write_file
+from dsv3_lightning.common.numbers import read_numbers, write_numbers
 from dsv3_lightning.errors import WriteError
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 

@@ -24,6 +24,7 @@ def make_config() -> Callable[..., DataConfig]:
         config = DataConfig(
             paths=[str(folder / "corpus")],
             text_key="text",
+            skip_bad_lines=False,
             cache_dir=str(folder / "cache"),
             tokenizer=None,
             end_token=None,

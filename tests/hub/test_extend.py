@@ -77,7 +77,7 @@ def test_a_model_that_copies_finds_every_needle_and_one_that_forgets_finds_none(
     model = biased(small_config(vocab_size=tokenizer.vocab_size))
     filler = tokenizer.encode("some plain words to fill with, and more of them " * 60)
     copier = Copier(tokenizer.vocab_size)
-    monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda _, ids, answer: copier(ids, answer))
+    monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda _, ids, answer, unused: copier(ids, answer))
     found = find_needles(model, tokenizer, filler, [200, 400], [0.0, 0.5, 1.0], 3)
     assert (found.right == 1).all() and (found.saved == 1).all()
     monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda *_: (0.0, -3.0))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.data.text.questions import conversations, write
-from dsv3_lightning.hub.folder import read_json
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling

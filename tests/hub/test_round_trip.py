@@ -279,7 +279,7 @@ def one_file(tmp_path, **changes):
         ),
         (
             lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
-            "lm_head.weight is torch.float8_e4m3fn, and there is no lm_head.weight_scale_inv",
+            r"lm_head.weight is FP8 \(F8_E4M3\), and there is no lm_head.weight_scale_inv",
         ),
     ],
 )

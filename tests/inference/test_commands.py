@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
 from dsv3_lightning.hub.export import reader, write_folder, write_weights
@@ -135,7 +135,10 @@ def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     write_json(copied / "generation_config.json", {"eos_token_id": ids})
     assert main(["generate", str(copied), "--prompt", "a"]) == 2
-    assert f"generation_config.json: eos_token_id={ids}: must be a whole number, or a list" in capsys.readouterr().err
+    assert (
+        f"generation_config.json: eos_token_id={json.dumps(ids)}: must be a whole number, or a list"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,37 @@ def test_a_port_in_use_is_one_line(folder, capsys):
     assert f"--host 127.0.0.1 --port {port}: " in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--api-key", "two words"], "--api-key: must be of ASCII letters"),
+        (["--api-key", ""], "--api-key: must be of ASCII letters"),
+        (["--cors-origin", "localhost:3000"], "--cors-origin localhost:3000: must be such as http://localhost:3000"),
+        (["--cors-origin", "http://a.example/"], "--cors-origin http://a.example/: must be such as"),
+        (["--body-megabytes", "0"], "argument --body-megabytes: '0' must be a number above 0"),
+    ],
+)
+def test_a_key_or_origin_that_no_client_can_send_is_one_line_before_the_model_is_read(words, message, capsys):
+    assert main(["serve", "no/such/model", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "host, key, warned", [("0.0.0.0", None, True), ("0.0.0.0", "secret", False), ("127.0.0.1", None, False)]
+)
+def test_a_model_that_anybody_can_reach_is_told(host, key, warned, folder, monkeypatch, capsys):
+    """The key of the environment counts as that of the flag."""
+    run = pytest.importorskip("dsv3_lightning.inference.server.run", exc_type=ImportError)
+    monkeypatch.setattr(run.Server, "run", lambda *_: None)
+    if key:
+        monkeypatch.setenv("DSV3_API_KEY", key)
+    assert main(["serve", folder, "--host", host, "--port", "0"]) == 0
+    error = capsys.readouterr().err
+    assert ("--host 0.0.0.0 without a key: whoever reaches this machine can use the model" in error) == warned
+    assert warned or not error
+
+
 def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatch, capsys):
     """Each answer is what the whole conversation up to there gives, from the first token on."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nx = 日本\n"))
@@ -187,7 +221,9 @@ def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monkeypatch, capsys):
+def test_a_chat_in_the_models_own_format_is_refused_with_advice_that_works(
+    name, folder, model, tokenizer, tmp_path, monkeypatch, capsys
+):
     """Ours passes, in either file, and so does a folder without any; whatever comes first for transformers counts."""
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     config = json.loads((copied / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -208,9 +244,16 @@ def test_a_chat_in_the_models_own_format_is_refused(name, folder, tmp_path, monk
     for template in ["{{ messages[0]['content'] }}"] + [several] * name.endswith("json"):
         code, error = talk(template)
         assert code == 2 and error.count("\n") == 1
-        assert "the model's chat_template is not the one" in error and "dsv3 generate or /v1/completions" in error
-    assert main(["generate", str(copied), "--prompt", "def ", "--max-new-tokens", "1"]) == 0
-    capsys.readouterr()
+        assert (
+            "the model's chat_template is not the one" in error
+            and "dsv3 generate --parse-special, or to /v1/completions" in error
+        )
+    words = ["--prompt", f"{USER}hi{ASSISTANT}", "--temperature", "0", "--max-new-tokens", "9"]
+    assert main(["generate", str(copied), *words, "--parse-special"]) == 0  # as the message says
+    (new,) = decode(model, [chat_prompt(tokenizer, [("user", "hi")])], 9, Sampling(), {tokenizer.eos_id}, 0)
+    assert capsys.readouterr().out == f"{USER}hi{ASSISTANT}{tokenizer.decode(new)}\n"
+    assert main(["generate", str(copied), *words]) == 0
+    assert capsys.readouterr().out != f"{USER}hi{ASSISTANT}{tokenizer.decode(new)}\n"
     (copied / "chat_template.jinja").unlink(missing_ok=True)
     write_json(copied / "tokenizer_config.json", config)
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))

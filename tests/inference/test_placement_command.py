@@ -84,8 +84,7 @@ def test_loads_that_can_not_be_used_are_one_line(save, message, run, tmp_path, c
 )
 @pytest.mark.parametrize("place", ["", "/inside"])
 def test_a_result_without_a_folder_is_refused_before_the_work(verb, place, run, tmp_path, capsys, monkeypatch):
-    for name in ("placement.load_model", "needle.load_model"):
-        monkeypatch.setattr(f"dsv3_lightning.commands.{name}", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("dsv3_lightning.runs.models.load_model", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").write_text("mine")
     out = f"{tmp_path / 'file'}{place}"
     assert main([verb[0], str(run.folder), *verb[1:], "--out", out]) == 2

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, Shard
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.parallel.strategy import MeshStrategy, move_all_but_parameters
-from dsv3_lightning.parallel.tensors import like, local
-from dsv3_lightning.training.dry_run import pretended_processes
+from dsv3_lightning.parallel.tensors import as_dtensor_like, local
+from dsv3_lightning.training.dry_run import fake_process_group
 from dsv3_lightning.training.module import PretrainModule
 
 GPU = torch.device("meta")
@@ -49,11 +49,11 @@ def test_the_strategy_moves_them_so_where_it_offloads(module, monkeypatch):
 
 def test_a_part_on_the_host_stays_there_when_it_is_joined_to_the_others():
     """Moments of AdamW, for a checkpoint: all of them at once would not fit the GPU."""
-    with pretended_processes(2):
+    with fake_process_group(2):
         mesh = init_device_mesh("cuda", (2,))
         nowhere = torch.empty(2, 4, device="meta")
         weight = DTensor.from_local(nowhere, mesh, [Shard(0)], run_check=False, shape=(4, 4), stride=(4, 1))
         moment = torch.arange(8.0).view(2, 4)
-        joined = like(weight, moment)
+        joined = as_dtensor_like(weight, moment)
         assert isinstance(joined, DTensor) and joined.shape == (4, 4) and joined.placements == (Shard(0),)
         assert local(joined).data_ptr() == moment.data_ptr()

@@ -79,7 +79,7 @@ def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
         calls.append((words, jobs))
         return int(words[0] == "moe")
 
-    monkeypatch.setattr(command, "sweep", sweep)
+    monkeypatch.setattr("dsv3_lightning.studies.sweep.run", sweep)
     assert main(["reproduce", "--quick", "--jobs", "2", "--dir", str(tmp_path), "data.batch_size=8"]) == 1
     assert [words[0] for words, _ in calls] == list(EXPERIMENTS) and {jobs for _, jobs in calls} == {2}
     assert calls[0][0][1:] == [*command.QUICK, "data.batch_size=8", f"run.dir={tmp_path}"]

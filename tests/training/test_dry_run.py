@@ -93,7 +93,7 @@ def test_no_parameter_is_left_unsharded(monkeypatch):
 def test_all_that_is_sharded_is_offloaded_where_that_is_asked_for():
     model = check(compose(["nano"]).tree).model
     strategy = StrategyConfig(kind="fsdp2_ep", cpu_offload=True)
-    with dry.pretended_processes(2), torch.device("meta"):
+    with dry.fake_process_group(2), torch.device("meta"):
         module = Transformer(model)
         shard_model(module, build_meshes(MeshShape(1, 2, 2), "cpu"), strategy, "bf16-true")
     groups = [unit._get_fsdp_state()._fsdp_param_group for unit in module.modules() if isinstance(unit, FSDPModule)]

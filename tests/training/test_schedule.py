@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
-from dsv3_lightning.training.schedule import check_schedule, lr_factor, place_of, value_at
+from dsv3_lightning.training.schedule import check_schedule, lr_factor, progress, value_at
 
 STEPS = 14_800  # a step is 1e9 tokens
 V3 = [  # arXiv 2412.19437 §4.2, in shares of 14.8T tokens
@@ -63,7 +63,7 @@ def test_linear_and_cosine_points_are_approached_from_the_point_before():
 
 def test_a_place_is_counted_in_shares_steps_or_tokens():
     trainer = SimpleNamespace(max_steps=40, datamodule=SimpleNamespace(tokens_before=lambda step: 1000 * step))
-    assert [place_of(trainer, 10, by) for by in ("share", "steps", "tokens")] == [0.25, 10, 10_000]
+    assert [progress(trainer, 10, by) for by in ("share", "steps", "tokens")] == [0.25, 10, 10_000]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from dsv3_lightning.data.text.store import TokenFile, read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
+MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.16264)
+
 
 class TextDataModule(LightningDataModule):
     """Batches as `PackedDataset` makes them; validation's also have `target_bytes` and `origins`. Raises ConfigError.
@@ -65,6 +67,7 @@ class TextDataModule(LightningDataModule):
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
             self._index_hash = index_hash(self._datasets["train"], self.manifest, self.config.seed)
+            rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
 
     def train_dataloader(self) -> "Loader":
         layout, step = self._layout(), self.trainer.global_step if self.trainer is not None else 0
@@ -152,7 +155,11 @@ class TextDataModule(LightningDataModule):
     @property
     def train_samples(self) -> int:
         """Samples of one epoch."""
-        return len(self._datasets["train"])
+        return len(self._datasets["train"] if "train" in self._datasets else self._dataset("train"))
+
+    def passes(self, step: int) -> float:
+        """How often the run's first `step` optimizer steps go over the training data."""
+        return int(self.batch_sizes[:step].sum()) / self.train_samples
 
     @property
     def validation_bytes(self) -> int:
@@ -179,6 +186,18 @@ class TextDataModule(LightningDataModule):
             return Layout(self.config.batch_size)
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         return Layout(self.config.batch_size, accumulate, ranks, self.trainer.global_rank)
+
+
+def length_note(passes: float, tokens: int) -> str:
+    """The run's length in passes over its data, with a warning where they are many.
+
+    >>> length_note(0.25, 1_000_000)
+    'data: the run goes 0.25 times over its 1,000,000 training tokens'
+    """
+    note = f"the run goes {passes:,.3g} times over its {tokens:,} training tokens"
+    if passes <= MANY_PASSES:
+        return f"data: {note}"
+    return f"warning: {note}; beyond {MANY_PASSES} passes it learns less and less, and little text by heart"
 
 
 class Loader:

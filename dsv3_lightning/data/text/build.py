@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import logging
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,11 @@ import numpy as np
 from dsv3_lightning.common.files import readable
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import Message, conversation
-from dsv3_lightning.data.text.corpus import Source, Tally, main_origins, read_documents
+from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.progress import progress
+from dsv3_lightning.data.text.sources import Source, main_origins
 from dsv3_lightning.data.text.store import FORMAT, TokenWriter, token_dtype, write_manifest
+from dsv3_lightning.data.text.tally import Tally, notes
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -25,18 +26,17 @@ HASHES = 1 << 64
 BATCH = 1 << 22  # bytes of text that are encoded together
 TRAINING_BYTES = 1 << 31  # the tokenizer learns from so much at most: the library's 32-bit pair counts would overflow
 
-log = logging.getLogger(__name__)
-
 
 class Document(NamedTuple):
     """A text or a conversation, and its hash below HASHES: the same in every process and on every machine.
 
-    texts: the text, or what each message says. size: their bytes in UTF-8. answers: the bytes that are learned.
-    origin: number of where it is from, among those of the manifest.
+    texts: the text, or what each message says. learned: which of the assistant's messages are. size: their bytes in
+    UTF-8. answers: the bytes that are learned. origin: number of where it is from, among those of the manifest.
     """
 
     roles: list[str] | None
     texts: list[str]
+    learned: list[bool]
     size: int
     answers: bytes
     hash: int
@@ -46,31 +46,41 @@ class Document(NamedTuple):
     def of(cls, found: str | list[Message], origin: int) -> "Document":
         if isinstance(found, str):
             utf8 = found.encode()
-            return cls(None, [found], len(utf8), utf8, hash_of(utf8), origin)
+            return cls(None, [found], [], len(utf8), utf8, hash_of(utf8), origin)
         roles, texts = [message.role for message in found], [message.text for message in found]
-        answers = "".join(message.text for message in found if message.role == "assistant").encode()
+        learned = [message.learned for message in found if message.role == "assistant"]
+        answers = "".join(message.text for message in found if message.learned).encode()
         size = sum(len(text.encode()) for text in texts)
-        return cls(roles, texts, size, answers, hash_of(json.dumps(found).encode()), origin)
+        said = json.dumps(list(zip(roles, texts)))  # alike whatever of it is learned: it stays on one side of the split
+        return cls(roles, texts, learned, size, answers, hash_of(said.encode()), origin)
 
 
 def build(
-    folder: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None, inputs: dict[str, Any]
+    folder: Path,
+    config: DataConfig,
+    sources: list[Source],
+    left_out: Mapping[str, int],
+    tokenizer: Tokenizer | None,
+    inputs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Makes the folder with token files, tokenizer and manifest, which it returns. Raises ConfigError without text."""
+    """Makes the folder with token files, tokenizer and manifest, which it returns. Raises ConfigError without text.
+
+    left_out: files that are not read, by suffix, for the manifest.
+    """
     folder.mkdir()
     tally = Tally()
     with progress("reading", None) as advance:
         hashes, text_bytes = survey(read_hashed(sources, config, tally), advance)
     if not hashes:
-        raise ConfigError(f"data.paths={config.paths or 'the standard library'}: no text in {len(sources)} files")
-    if tally.repaired:
-        log.warning("data.paths: %d texts were not all UTF-8; U+FFFD stands for the rest", tally.repaired)
+        given = config.paths or "the standard library"
+        why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(tally.facts(), len(sources), {}))
+        raise ConfigError(f"data.paths={given}: no text in {len(sources)} files{why}")
     last_validation = validation_threshold(hashes, config.validation_fraction)
 
     if tokenizer is None:
         with progress("learning the tokenizer", text_bytes) as advance:
             documents = read_hashed(sources, config)
-            texts = training_texts(documents, last_validation, TRAINING_BYTES / text_bytes, advance)
+            texts = training_texts(documents, last_validation, TRAINING_BYTES / max(text_bytes, 1), advance)
             tokenizer = Tokenizer.train(texts, config.vocab_size).ending_with(config.end_token)
     with progress("encoding", text_bytes) as advance:
         encoded = encode(read_hashed(sources, config), last_validation, tokenizer, folder, advance)
@@ -78,8 +88,9 @@ def build(
         "format": FORMAT,
         "dtype": token_dtype(tokenizer.vocab_size),
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
-        "empty_documents": tally.empty,
-        "repaired_documents": tally.repaired,
+        **tally.facts(),
+        "files_read": len(sources),
+        "files_left_out": dict(left_out),
         "origins": origin_names(sources),
         **encoded,
         "inputs": inputs,
@@ -92,7 +103,7 @@ def build(
 def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:
     names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
     for source in sources:
-        for found in read_documents([source], config.text_key, tally):
+        for found in read_documents([source], config.text_key, tally, config.skip_bad_lines):
             yield Document.of(found, numbers[names[source.origin]])
 
 
@@ -160,7 +171,8 @@ def encode(
                 writers[split].add(next(words), document.origin)
             else:
                 written = conversation(tokenizer, [(role, next(words).tolist()) for role in document.roles])
-                writers[split].add_whole(np.array(written.ids), written.answers, document.origin)
+                answers = [answer for answer, learned in zip(written.answers, document.learned) if learned]
+                writers[split].add_whole(np.array(written.ids), answers, document.origin)
             text_bytes[split] += document.size
             answer_bytes[split] += len(document.answers)
             if split == "validation":

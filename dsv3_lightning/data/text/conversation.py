@@ -4,7 +4,7 @@ This file alone knows it; training data, `dsv3 chat`, the server and exports hav
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -22,8 +22,11 @@ CHAT_TEMPLATE = (
 
 
 class Message(NamedTuple):
+    """learned: whether the model is to learn to say it; only the assistant's messages are."""
+
     role: str
     text: str
+    learned: bool
 
 
 class Written(NamedTuple):
@@ -34,23 +37,7 @@ class Written(NamedTuple):
     answers: list[tuple[int, int]]
 
 
-def parse(messages: list[Any], name: str) -> list[Message]:
-    """The messages of a line of data, of each its role and content. name: the line's field. Raises ConfigError."""
-    if not messages:
-        raise ConfigError(f"{name}=[]: must hold messages, such as {{role: user, content: …}}")
-    for number, message in enumerate(messages):
-        where = f"{name}[{number}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ConfigError(f"{where}: must have a role and a content")
-        check_role(message["role"], number, f"{where}.role")
-        if not isinstance(message["content"], str):
-            raise ConfigError(f"{where}.content: must be text, is a {type(message['content']).__name__}")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ConfigError(f"{name}: has no message of the assistant, so there is nothing to learn")
-    return [Message(message["role"], message["content"]) for message in messages]
-
-
-def check_role(role: Any, number: int, name: str) -> None:
+def check_role(role: object, number: int, name: str) -> None:
     if role not in ROLES:
         raise ConfigError(f"{name}={role}: must be system, user or assistant")
     if role == "system" and number:
@@ -83,7 +70,8 @@ def turn_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     if (tokenizer.chat_template or CHAT_TEMPLATE).rstrip("\n") != CHAT_TEMPLATE:
         raise ConfigError(
             "the model's chat_template is not the one that conversations are written with here (DeepSeek's marks), so "
-            "the prompt would be a wrong one; give the whole prompt yourself, to dsv3 generate or /v1/completions"
+            "the prompt would be a wrong one; write the whole prompt yourself, with its control tokens, and give it to "
+            'dsv3 generate --parse-special, or to /v1/completions with "parse_special": true'
         )
     user, assistant = (tokenizer.backend.token_to_id(name) for name in (USER, ASSISTANT))
     if user is None or assistant is None:

@@ -1,202 +1,215 @@
-"""The documents of a corpus: text files, folders and jsonl, read as UTF-8 whatever the locale. Imports no torch.
+"""The documents of a corpus: text files and jsonl, read as UTF-8 whatever the locale. Imports no torch.
 
 A document is a text, or a conversation: a jsonl line whose field `text_key` holds a list of messages.
 """
 
 import gzip
-import importlib.util
 import json
-import os
-import sysconfig
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import zstandard
 
 from dsv3_lightning.common.files import blocks, readable
-from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.config import PACKAGE
-from dsv3_lightning.data.text.conversation import Message, parse
+from dsv3_lightning.data.text.conversation import Message
+from dsv3_lightning.data.text.messages import holds_messages, parse, short
+from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
+from dsv3_lightning.data.text.tally import Tally
 from dsv3_lightning.errors import ConfigError
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BOM = b"\xef\xbb\xbf"
-# Left out of the standard library and of packages: Debian packs the tests apart, so that corpora would differ, and
-# other people's code. Tables that a program wrote (character sets, the text of help()) are a sixth of the library's
-# bytes and a third of its tokens.
-LEFT_OUT_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-)
-
-
-class Source(NamedTuple):
-    """One file. `name` tells it apart wherever the corpus lies: the path below the folder that was given.
-
-    origin: where its text is from, for measures by origin: the path that was given, or where that is a single folder
-    (or the standard library), the first folder below it.
-    """
-
-    name: str
-    path: Path
-    origin: str = ""
-
-
-@dataclass
-class Tally:
-    """What reading met: documents, empty ones (left out), and ones whose bytes were not UTF-8 (U+FFFD put there)."""
-
-    documents: int = 0
-    empty: int = 0
-    repaired: int = 0
-
-
-def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library, and
-    package:NAME the Python files of an installed package.
-
-    Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text.
-    """
-    if not paths:
-        return by_folder(walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), LEFT_OUT_FOLDERS))
-    sources: list[Source] = []
-    for given in paths:
-        if given.startswith(PACKAGE):
-            found = walk(package_folder(given), (".py",), LEFT_OUT_FOLDERS)
-            sources += [source._replace(origin=given) for source in found]
-            continue
-        path = user_path(given)
-        if not path.exists():
-            raise ConfigError(f"data.paths: {given} does not exist")
-        if path.is_dir():
-            found = walk(path, TEXT_SUFFIXES + LINE_SUFFIXES)
-        else:
-            found = [Source(readable(path.name), path)] if path.name.endswith(TEXT_SUFFIXES + LINE_SUFFIXES) else []
-        if not found:
-            raise ConfigError(f"data.paths: {given} is no text; read are {' '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}")
-        sources += [source._replace(origin=readable(path.name)) for source in found]
-    single = len(paths) == 1 and (paths[0].startswith(PACKAGE) or user_path(paths[0]).is_dir())
-    return by_folder(sources) if single else sources
-
-
-def package_folder(given: str) -> Path:
-    """Where the installed package of `package:NAME` lies; it isn't imported. Raises ConfigError."""
-    name = given.removeprefix(PACKAGE)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"data.paths: {given} is not installed, or no package with a folder of its own")
-    return Path(spec.submodule_search_locations[0])
-
-
-def by_folder(sources: list[Source]) -> list[Source]:
-    return [source._replace(origin=first_folder(source.name)) for source in sources]
-
-
-def first_folder(name: str) -> str:
-    """The first folder of a relative path.
-
-    >>> first_folder("json/decoder.py"), first_folder("ast.py")
-    ('json', '(top level)')
-    """
-    return name.split("/", 1)[0] if "/" in name else "(top level)"
-
-
-def main_origins(sources: Sequence[Source], limit: int = 16) -> dict[str, str]:
-    """Each origin's own name, or `others` for all but the `limit - 1` with the largest files, where there are more."""
-    sizes: dict[str, int] = {}
-    for source in sources:
-        sizes[source.origin] = sizes.get(source.origin, 0) + source.path.stat().st_size
-    largest = sorted(sizes, key=lambda origin: (-sizes[origin], origin))
-    kept = largest if len(largest) <= limit else largest[: limit - 1]
-    return {origin: origin if origin in kept else "others" for origin in largest}
-
-
-def walk(folder: Path, suffixes: tuple[str, ...], leave_out: frozenset[str] = frozenset()) -> list[Source]:
-    """Files below the folder, by relative path. Leaves out what is hidden, and links to folders."""
-    found = []
-    for root, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in leave_out]
-        for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
-                path = Path(root, name)
-                found.append(Source(readable(path.relative_to(folder)), path))
-    return sorted(found)
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+SURROGATES = re.compile("[\ud800-\udfff]")
+REPLACEMENT = "\ufffd"
+MOST_BAD_LINES = 10  # that one message names
+CONVERSATIONS = ("messages", "conversations")  # the usual names of their field
 
 
 def read_documents(
-    sources: Sequence[Source], text_key: str, tally: Tally | None = None
+    sources: Sequence[Source], text_key: str, tally: Tally | None = None, skip_bad_lines: bool = False
 ) -> Iterator[str | list[Message]]:
     """The documents, a file or jsonl line each, never empty. Line ends stay as they are; a byte order mark is removed.
 
-    Raises ConfigError with the file (and line) for what can't be read.
+    skip_bad_lines: leave lines out that can't be used, and count them. Raises ConfigError with the file, and with the
+    numbers of its bad lines, for what can't be read.
     """
     tally = tally if tally is not None else Tally()
     for source in sources:
-        lines = source.name.endswith(LINE_SUFFIXES)
+        lines = source.path.name.lower().endswith(LINE_SUFFIXES)
         try:
-            for text in read_lines(source.path, text_key, tally) if lines else read_text(source.path, tally):
-                tally.documents += bool(text)
-                tally.empty += not text
-                if text:
-                    yield text
+            found = read_lines(source, text_key, tally, skip_bad_lines) if lines else read_text(source, tally)
+            for document in found:
+                if not document:
+                    tally.empty += 1
+                elif isinstance(document, list) and not any(message.learned for message in document):
+                    tally.unlearned += 1
+                else:
+                    tally.documents += 1
+                    yield document
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise unreadable(source.path, error) from error
 
 
-def read_text(path: Path, tally: Tally) -> Iterator[str]:
-    yield decode(path.read_bytes().removeprefix(BOM), tally)
+def read_text(source: Source, tally: Tally) -> Iterator[str]:
+    content = b"".join(content_of(source.path)).removeprefix(BOM)
+    where = f"data.paths: {readable(source.path)}"
+    if content.startswith(LFS_POINTER):
+        raise ConfigError(f"{where}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+    if content.startswith(UTF_16):
+        raise ConfigError(f"{where}: is UTF-16, must be UTF-8; iconv -f UTF-16 -t UTF-8 converts it")
+    if b"\0" in content:
+        raise ConfigError(f"{where}: is a binary file (it holds NUL bytes), must be text")
+    text = decode(content, source.name, tally)
+    if holds_messages(text) or holds_messages(text.lstrip().partition("\n")[0]):
+        raise ConfigError(
+            f"{where}: holds conversations as JSON, which would be learned as they are spelled; write one a line into "
+            "a file named .jsonl, and name their field by data.text_key"
+        )
+    yield text
 
 
-def read_lines(path: Path, text_key: str, tally: Tally) -> Iterator[str | list[Message]]:
-    for number, line in enumerate(lines_of(path), 1):
+class BadLines:
+    """The lines of a file that can't be used, by reason: told together, not one per start."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.numbers, self.count = source, dict[str, list[int]](), 0
+
+    def add(self, number: int, reason: str) -> None:
+        self.numbers.setdefault(reason, []).append(number)
+        self.count += 1
+
+    def error(self) -> ConfigError:
+        told = [
+            f"{'line' if len(numbers) == 1 else 'lines'} {', '.join(map(str, numbers))}: {reason}"
+            for reason, numbers in self.numbers.items()
+        ]
+        more = " (the rest of the file was not read)" if self.count >= MOST_BAD_LINES else ""
+        return ConfigError(
+            f"data.paths: {readable(self.source.path)}, {'; '.join(told)}{more}; data.skip_bad_lines=true leaves bad "
+            "lines out"
+        )
+
+
+def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool) -> Iterator[str | list[Message]]:
+    bad, first = BadLines(source), True
+    for number, line in enumerate(lines_of(source.path), 1):
         line = line.removeprefix(BOM) if number == 1 else line
         if not line.strip():
             continue
-        where = f"data.paths: {readable(path)}, line {number}"
+        if first:
+            refuse_other_layouts(source, line)
+        first = False
         try:
-            record = json.loads(decode(line, tally))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: no JSON: {error}") from error
-        text = record.get(text_key) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            yield whole(text, tally)
-        elif isinstance(text, list):
-            try:
-                yield [Message(role, whole(said, tally)) for role, said in parse(text, text_key)]
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
-        else:
-            found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ConfigError(
-                f"{where}: no text under data.text_key={text_key}, nor a list of messages; "
-                f"the line has {found or 'no keys'}"
-            )
+            document = parse_line(decode(line, source.name, tally), text_key, source.name, tally)
+        except ConfigError as error:
+            bad.add(number, str(error))
+            if skip_bad_lines:
+                tally.skipped[source.name] += 1
+            elif bad.count == MOST_BAD_LINES:
+                raise bad.error() from None
+            continue
+        yield document
+    if bad.count and not skip_bad_lines:
+        raise bad.error()
 
 
-def whole(text: str, tally: Tally) -> str:
+def refuse_other_layouts(source: Source, line: bytes) -> None:
+    """What the first line of another kind of file looks like. Raises ConfigError."""
+    where, start = f"data.paths: {readable(source.path)}", line.strip()
+    if start.startswith(LFS_POINTER):
+        raise ConfigError(f"{where}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+    if start.startswith(b"["):
+        name = readable(source.path.name)
+        raise ConfigError(f"{where}: is a JSON array, not JSON lines; jq -c '.[]' {name} writes one object a line")
+    if start == b"{":
+        raise ConfigError(
+            f"{where}: is a JSON document over several lines, not JSON lines; jq -c . writes each object on one line"
+        )
+
+
+def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[Message]:
+    """A text, which may be empty, or a conversation. Raises ConfigError without file and line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        comma = ", as a comma follows the object" if line.rstrip().endswith("},") else ""
+        raise ConfigError(f"no JSON: {error.msg} at character {error.pos + 1}{comma}") from None
+    except (ValueError, RecursionError) as error:  # too many digits, nested too deep
+        raise ConfigError(f"no JSON: {error}") from None
+    if not isinstance(record, dict) or text_key not in record:
+        found = ", ".join(record) if isinstance(record, dict) else f"no object, but {short(record)}"
+        raise ConfigError(
+            f"no text under data.text_key={text_key}, nor a list of messages; the line has {found or 'no keys'}"
+            f"{advice(record)}"
+        )
+    text = record[text_key]
+    if text is None:
+        return ""
+    if isinstance(text, str):
+        text = whole(text, file, tally)
+        if holds_messages(text):
+            raise ConfigError(f"{text_key}: is a conversation as JSON text; must be the list itself, not its spelling")
+        return text
+    if isinstance(text, list):
+        messages = parse(record, text_key, tally.unread)
+        return [message._replace(text=whole(message.text, file, tally)) for message in messages]
+    raise ConfigError(f"{text_key}={short(text)}: must be text, or a list of messages")
+
+
+def advice(record: Any) -> str:
+    """Where the line looks like one for another `data.text_key`."""
+    if not isinstance(record, dict):
+        return ""
+    for name in CONVERSATIONS:
+        if isinstance(record.get(name), list):
+            return f"; data.text_key={name} reads its conversation"
+    return "; data.text_key=text reads its text" if isinstance(record.get("text"), str) else ""
+
+
+def whole(text: str, file: str, tally: Tally) -> str:
     """JSON can spell half of a surrogate pair (\\ud83d), which UTF-8 has no bytes for."""
-    return text if text.isascii() else decode(text.encode("utf-8", "surrogatepass"), tally)
+    if text.isascii():
+        return text
+    text, number = SURROGATES.subn(REPLACEMENT, text)
+    if number:
+        tally.replaced[file] += number
+    return text
 
 
-def decode(data: bytes, tally: Tally) -> str:
+def decode(data: bytes, file: str, tally: Tally) -> str:
     """UTF-8, with U+FFFD for what is not."""
     try:
         return data.decode()
     except UnicodeDecodeError:
-        tally.repaired += 1
-        return data.decode(errors="replace")
+        text = data.decode(errors="replace")
+        tally.replaced[file] += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+        return text
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
     """The lines of a plain, gzip or zstandard file."""
-    if path.name.endswith(".zst"):
+    if path.name.lower().endswith(".zst"):
         yield from split_lines(zstandard_blocks(path))
     else:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as stream:
+        with opened(path) as stream:
             yield from stream
+
+
+def content_of(path: Path) -> Iterator[bytes]:
+    """The content of such a file in pieces."""
+    if path.name.lower().endswith(".zst"):
+        yield from zstandard_blocks(path)
+    else:
+        with opened(path) as stream:
+            yield stream.read()
+
+
+def opened(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
 def zstandard_blocks(path: Path) -> Iterator[bytes]:
@@ -223,11 +236,3 @@ def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
             yield from others[:-1]
             rest = [others[-1]]
     yield b"".join(rest)
-
-
-def unreadable(path: str | Path, error: Exception) -> ConfigError:
-    return ConfigError(f"data.paths: {readable(path)}: {getattr(error, 'strerror', None) or error}")
-
-
-def _refuse(error: OSError) -> None:
-    raise unreadable(error.filename, error) from error

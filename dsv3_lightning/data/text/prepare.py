@@ -7,7 +7,8 @@ is built under another name and renamed when everything is on the disk, so a fol
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from dsv3_lightning.common.files import readable, remove_leftovers, whole
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build, summary
-from dsv3_lightning.data.text.corpus import Source, find_sources, unreadable
 from dsv3_lightning.data.text.digests import Digests
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.store import FORMAT, is_complete
+from dsv3_lightning.data.text.sources import Source, find_sources, unreadable
+from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
+from dsv3_lightning.data.text.tally import notes
 from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
 from dsv3_lightning.errors import ConfigError
 
 
-def prepare(config: DataConfig) -> Path:
+def prepare(config: DataConfig, tell: Callable[[str], None] | None = say) -> Path:
     """The folder with the token files, built if need be; several processes may call it at the same time.
 
+    tell: gets a line for each kind of thing that was given and is not in the token files.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
     tokenizer = None
@@ -41,30 +44,38 @@ def prepare(config: DataConfig) -> Path:
             f"data.vocab_size={config.vocab_size}: the ids of data.tokenizer={config.tokenizer} go up to "
             f"{tokenizer.vocab_size - 1}; needs at least {tokenizer.vocab_size}"
         )
-    sources = find_sources(config.paths)
+    left_out: Counter[str] = Counter()
+    sources = find_sources(config.paths, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     folder = user_path(config.cache_dir) / key
-    if is_complete(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            if not is_complete(folder):  # another process may have finished it meanwhile
-                build_whole(folder, config, sources, tokenizer, inputs)
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
+    if not is_complete(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                if not is_complete(folder):  # another process may have finished it meanwhile
+                    build_whole(folder, config, sources, left_out, tokenizer, inputs)
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
+    if tell is not None:
+        for line in notes(read_manifest(folder), len(sources), left_out):
+            tell(line)
     return folder
 
 
 def build_whole(
-    folder: Path, config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None, inputs: dict[str, Any]
+    folder: Path,
+    config: DataConfig,
+    sources: list[Source],
+    left_out: Mapping[str, int],
+    tokenizer: Tokenizer | None,
+    inputs: dict[str, Any],
 ) -> None:
     """The folder appears when all is there. One process at a time."""
     begun = time.monotonic()
     remove_leftovers(folder.parent, folder.name)
     with whole(folder) as beside:
-        manifest = build(beside, config, sources, tokenizer, inputs)
+        manifest = build(beside, config, sources, left_out, tokenizer, inputs)
     say(summary(manifest, folder, time.monotonic() - begun))
 
 
@@ -83,8 +94,9 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
         "format": FORMAT,
         "files": files,
         "text_key": config.text_key,
+        "skip_bad_lines": config.skip_bad_lines,
         "validation_fraction": config.validation_fraction,
-        "tokenizer": [*tokenizer.names, tokenizer.sha256] if tokenizer else trained,
+        "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.text.corpus import find_sources
+from dsv3_lightning.data.text.sources import find_sources
 
 LONGEST = 160  # characters of an answer
 SYSTEM = "You know the Python standard library."

@@ -23,7 +23,7 @@ from dsv3_lightning.common.files import FileRecord, write_file
 from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 

@@ -1,7 +1,8 @@
 """Byte-level BPE with DeepSeek-V3's pre-tokenization and special tokens (V3 §4.1). Imports no torch.
 
-Text never turns into a control token: documents are encoded with every special token switched off, and the ids of begin
-and end are added as integers. Every string comes back unchanged: decode(encode(text)) == text.
+Text never turns into a control token: documents are encoded with every control token switched off, and the ids of begin
+and end are added as integers. Added tokens that are text, such as letters or runs of spaces, are found in it, as
+transformers does. Every string comes back unchanged: decode(encode(text)) == text.
 """
 
 import hashlib
@@ -16,10 +17,11 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Backend
 
 from dsv3_lightning.common.files import FileRecord, write_file
+from dsv3_lightning.common.json_files import read_text
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.data.text.token_names import BOS, EOS, PAD, absent, added_tokens, find_names, is_control, parse
 from dsv3_lightning.errors import ConfigError
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM, USER, ASSISTANT, "<|EOT|>")  # ids 0, 1, 2, … when trained here
@@ -52,14 +54,23 @@ class Tokenizer:
     def __init__(self, serialized: str, bos: str = BOS, eos: str = EOS, pad: str = PAD) -> None:
         self.serialized, self.names = serialized, (bos, eos, pad)
         self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
-        self.backend = backend_of(serialized)
+        description = parse(serialized)
+        self.backend = backend_of(description, self.names)
+        added = self.backend.get_added_tokens_decoder()
+        special = {token["content"] for token in added_tokens(description) if token.get("special")} | set(self.names)
+        self.added = {index: token.content for index, token in added.items()}
+        self.control_ids = {index for index, token in added.items() if token.special}  # never found in a text
+        self.special_ids = {index for index, name in self.added.items() if name in special}  # what decoding may skip
+        self.bytes_by_id: dict[int, bytes] = {}
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.ids = np.unique(np.fromiter(vocabulary.values(), dtype=np.int64, count=len(vocabulary)))
         self.bos_id, self.eos_id, self.pad_id = (vocabulary[name] for name in self.names)
         self.end_ids = {self.eos_id}  # of what a model writes; one from elsewhere may have more
         self.chat_template: str | None = None  # of a model from elsewhere, where it has one
-        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps, so not their number
+        self.vocab_size = int(self.ids[-1]) + 1  # ids may have gaps, so not their number
         ids = self.encode(PROBE)
-        if self.decode(ids) != PROBE or self.bytes_per_token()[ids].sum() != len(PROBE.encode()):
+        plain = [index for index in ids if index not in self.added]  # the library garbles added letters such as ø
+        if self.decode(ids) != PROBE or self.backend.decode(plain) != self.decode(plain):
             raise ConfigError("does not give every text back; use a byte-level BPE without normalizer or added spaces")
 
     def __reduce__(self) -> tuple[Any, ...]:  # the backend forgets when pickled that text is no control token
@@ -70,15 +81,19 @@ class Tokenizer:
         """Reads a tokenizer.json, or the one in a folder. Its end token is the one that tokenizer_config.json beside it
         names, else V3's; begin and padding are those with V3's names, else that file's, else the end serves.
 
-        Raises ConfigError.
+        Raises ConfigError that names the file.
         """
         file = user_path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.exists():
+            raise ConfigError(absent(file))
+        serialized = read_text(file)
         try:
-            serialized = file.read_text(encoding="utf-8")
-            return cls(serialized, *find_names(serialized, file.with_name("tokenizer_config.json")))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.tokenizer={path}: {getattr(error, 'strerror', None) or error}") from error
+            description = parse(serialized, file)
+            return cls(serialized, *find_names(description, file.parent))
+        except ConfigError as error:
+            named = str(error).startswith(str(file.parent))
+            raise ConfigError(str(error) if named else f"{file}: {error}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -103,7 +118,7 @@ class Tokenizer:
         """The same with another end token, or itself for None (`data.end_token`). Raises ConfigError."""
         if end is None:
             return self
-        check_end(end, [token.content for token in self.backend.get_added_tokens_decoder().values()])
+        check_end(end, [self.added[index] for index in sorted(self.control_ids)])
         return Tokenizer(self.serialized, self.names[0], end, self.names[2])
 
     def save(self, folder: Path) -> dict[str, FileRecord]:
@@ -141,62 +156,65 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text; U+FFFD where the ids stop inside a character."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        kept = [index for index in ids if not (skip_special_tokens and index in self.special_ids)]
+        return b"".join(map(self.bytes_of, kept)).decode("utf-8", "replace")
 
     def bytes_of(self, token: int) -> bytes:
-        """What stands for one id in the text; of a special token its name, of an unused id nothing."""
-        name = self.backend.id_to_token(token) or ""
-        if token in self.backend.get_added_tokens_decoder():
-            return name.encode()
-        return bytes(BYTES[character] for character in name)
+        """What stands for one id in the text; of a control token its name, of an unused id nothing."""
+        if token not in self.bytes_by_id:
+            name = self.added.get(token)
+            self.bytes_by_id[token] = (
+                plain_bytes(self.backend.id_to_token(token) or "") if name is None else name.encode()
+            )
+        return self.bytes_by_id[token]
 
     def bytes_per_token(self) -> np.ndarray:
-        """Bytes of text behind each id, int64 [vocab_size]; 0 for special tokens and unused ids."""
+        """Bytes of text behind each id, int64 [vocab_size]; 0 for control tokens and unused ids."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
-            sizes[index] = len(token)  # byte-level BPE writes each byte as one character
-        sizes[list(self.backend.get_added_tokens_decoder())] = 0
+            sizes[index] = len(plain_bytes(token))
+        for index, name in self.added.items():
+            sizes[index] = 0 if index in self.control_ids else len(name.encode())
         return sizes
 
+    def text_tokens(self) -> list[str]:
+        """The added tokens that are found in a text."""
+        return sorted(name for index, name in self.added.items() if index not in self.control_ids)
 
-def backend_of(serialized: str) -> Backend:
-    """The library's tokenizer, so that it never cuts, pads or finds an added token in the text. Raises ConfigError."""
-    description = parse(serialized) | {"truncation": None, "padding": None}
-    for token in description.get("added_tokens") or []:
-        token["special"] = True  # encode_special_tokens guards special tokens alone, and V3's <think> or FIM are not
+    def ids_without_text(self, rows: int) -> list[int]:
+        """Of a model's ids 0 to rows - 1 those that no token has."""
+        return np.setdiff1d(np.arange(rows), self.ids).tolist()
+
+
+def plain_bytes(name: str) -> bytes:
+    """The bytes that a byte-level BPE writes as one character each; as the library does, of another name its own."""
+    try:
+        return bytes([BYTES[character] for character in name])
+    except KeyError:
+        return name.encode("utf-8", "replace")
+
+
+def backend_of(description: dict[str, Any], names: Sequence[str]) -> Backend:
+    """The library's tokenizer, so that it never cuts, pads or finds a control token in the text. Raises ConfigError.
+
+    names: further control tokens.
+    """
+    guarded = [token | {"special": is_control(token)} for token in added_tokens(description)]
+    description = description | {"truncation": None, "padding": None, "added_tokens": guarded}
     try:
         backend = Backend.from_str(json.dumps(description))
     except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"no tokenizer.json: {error}") from error
+        raise ConfigError(f"no tokenizer.json that the tokenizers library reads ({error})") from error
+    backend.add_special_tokens([name for name in names if backend.token_to_id(name) is not None])
     backend.encode_special_tokens = True
     return backend
-
-
-def parse(serialized: str) -> dict[str, Any]:
-    description = json.loads(serialized)
-    if not isinstance(description, dict) or "model" not in description:
-        raise ConfigError("no tokenizer.json: it has no model")
-    return description
-
-
-def find_names(serialized: str, config_file: Path) -> tuple[str, str, str]:
-    """Names of the begin, end and padding tokens. Raises ConfigError if there is no end token."""
-    added = {token["content"] for token in parse(serialized).get("added_tokens") or []}
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-    tokens: list[Any] = [config.get(f"{role}_token") for role in ("bos", "eos", "pad")]
-    bos, eos, pad = (token["content"] if isinstance(token, dict) else token for token in tokens)
-    end = next((name for name in (eos, EOS) if name in added), None)
-    if end is None:
-        raise ConfigError(f"no end token: neither {EOS} nor an eos_token in a tokenizer_config.json beside it")
-    begin, padding = (next(name for name in names if name in added) for names in ((BOS, bos, end), (PAD, pad, end)))
-    return begin, end, padding
 
 
 def check_end(end: str, known: Sequence[str]) -> None:
     """Text can't hold a control token, so nothing but an end ever looks like one. Raises ConfigError."""
     if end not in known:
-        shown = " ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
-        raise ConfigError(f"data.end_token={end}: the tokenizer has no such control token; it has {shown}")
+        listed = " ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+        raise ConfigError(f"data.end_token={end}: the tokenizer has no such control token; it has {listed}")
 
 
 def without_endless_words(text: str, block: int = 1000) -> Iterator[str]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from dsv3_lightning.common.files import os_error, put_in_place, reason_of, remove, sync_all
 from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
-from dsv3_lightning.parallel.tensors import like, local
+from dsv3_lightning.parallel.tensors import as_dtensor_like, local
 
 SHARDS, REST = "shards", "rest.pt"
 
@@ -198,7 +198,7 @@ def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) 
             raise ConfigError(f"{path}: its weights are those of another model ({name})")
         if weight.shape != entry.size:
             raise ConfigError(f"{path}: {name} is {tuple(entry.size)} there, {tuple(weight.shape)} here")
-        return like(weight, torch.empty_like(local(weight.detach()), dtype=entry.properties.dtype))
+        return as_dtensor_like(weight, torch.empty_like(local(weight.detach()), dtype=entry.properties.dtype))
 
     return read_into(path, target, alone=False)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.sampling import Draw
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import ROLES, conversation
-from dsv3_lightning.data.text.corpus import find_sources, read_documents
+from dsv3_lightning.data.text.corpus import read_documents
+from dsv3_lightning.data.text.messages import parse
 from dsv3_lightning.data.text.prepare import prepare
+from dsv3_lightning.data.text.sources import find_sources
 from dsv3_lightning.data.text.store import TokenFile, read_manifest
+from dsv3_lightning.data.text.tally import Tally
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
 from dsv3_lightning.data.text.tokenizer import BOS as BEGIN
 from dsv3_lightning.data.text.tokenizer import EOS as END
@@ -127,7 +131,7 @@ def test_plain_text_has_no_such_file_and_the_folder_it_always_had(
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/a.txt").write_text("some text, always the same")
     folder = prepare(make_config(tmp_path, vocab_size=300))
-    assert folder.name == "2f6a1c2a75df743f" and not list(folder.rglob("*.ans"))
+    assert folder.name == "13845e6c900371c6" and not list(folder.rglob("*.ans"))
     assert TokenFile(folder, "train").answers() is None and "answer_bytes" not in str(read_manifest(folder))
 
 
@@ -174,11 +178,29 @@ def test_a_tokenizer_without_the_marks_is_one_line(config: DataConfig, tmp_path:
         ([], "messages=[]: must hold messages, such as {role: user, content: …}"),
         ([*talk("q", "a"), "text"], "messages[2]: must have a role and a content"),
         ([{"role": "user"}], "messages[0]: must have a role and a content"),
-        ([{"from": "human", "value": "x"}], "messages[0]: must have a role and a content"),
+        ([{"from": "human", "value": "x"}], "messages: has no message of the assistant, so there is nothing to learn"),
+        ([{"from": "tool", "value": "x"}], 'messages[0].from="tool": must be human, gpt or system'),
+        (
+            [{"role": "human", "content": "x"}],
+            "messages[0].role=human: must be system, user or assistant; user is probably meant",
+        ),
+        (
+            [{"role": "Assistant", "content": "x"}],
+            "messages[0].role=Assistant: must be system, user or assistant; assistant is probably meant",
+        ),
         ([{"role": "tool", "content": "x"}], "messages[0].role=tool: must be system, user or assistant"),
         ([{"role": ["user"], "content": "x"}], "messages[0].role=['user']: must be system, user or assistant"),
-        ([{"role": "user", "content": None}], "messages[0].content: must be text, is a NoneType"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content: must be text, is a list"),
+        ([{"role": "user", "content": None}], "messages[0].content: must be text, is null"),
+        (
+            [{"role": "user", "content": ["x"]}],
+            'messages[0].content[0]="x": must be {type: text, text: …}; only text is learned',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            'messages[0].content[0]={"type": "image_url", "image_url": {}}: must be {type: text, text: …}; only text '
+            "is learned",
+        ),
+        ([{"role": "user", "content": 3}], "messages[0].content: must be text, is a number"),
         (talk("q"), "messages: has no message of the assistant, so there is nothing to learn"),
         (
             [*talk("q", "a", system="s"), {"role": "system", "content": "t"}],
@@ -190,4 +212,91 @@ def test_a_bad_conversation_is_named_by_file_and_line(tmp_path: Path, messages: 
     write(tmp_path / "x.jsonl", [talk("q", "a"), messages])
     with pytest.raises(ConfigError) as error:
         list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages"))
-    assert str(error.value) == f"data.paths: {tmp_path / 'x.jsonl'}, line 2: {message}"
+    told = f"data.paths: {tmp_path / 'x.jsonl'}, line 2: {message}; data.skip_bad_lines=true leaves bad lines out"
+    assert str(error.value) == told
+
+
+def said_and_learned(line: dict[str, Any], key: str = "messages") -> tuple[list[tuple[str, str, bool]], Counter[str]]:
+    unread: Counter[str] = Counter()
+    return [tuple(message) for message in parse(line, key, unread)], unread
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"loss": 0.0}, {"loss_mask": 0}, {"trainable": False}]
+)
+def test_an_answer_that_is_marked_is_not_learned(config: DataConfig, tmp_path: Path, mark: dict[str, Any]) -> None:
+    messages = [*talk("q", "first"), *talk("r", "second")]
+    messages[1] |= mark
+    messages[3] |= {name: 1 for name in mark}
+    assert [message[2] for message in said_and_learned({"messages": messages})[0]] == [False, False, False, True]
+    write(tmp_path / "x.jsonl", [messages])
+    marked = dataclasses.replace(config, paths=[str(tmp_path / "x.jsonl")], validation_fraction=0.0)
+    folder = prepare(marked)
+    file, tokenizer, manifest = TokenFile(folder, "train"), Tokenizer.from_file(folder), read_manifest(folder)
+    bounds = file.answers()
+    assert bounds is not None
+    assert [tokenizer.decode(file.tokens[a:b].tolist()) for a, b in bounds.reshape(-1, 2)] == [f"second{END}"]
+    assert tokenizer.decode(file.tokens.tolist()) == spelled(messages)  # the first is context
+    assert manifest["splits"]["train"]["answer_bytes"] == len("second")
+
+
+def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path) -> None:
+    lines = [{"messages": talk("q", "a"), "weight": 0}, {"messages": talk("q", "b"), "train": True}]
+    lines.append({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c", "weight": 0}]})
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tally = Tally()
+    found = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages", tally))
+    assert [[message.text for message in document] for document in found] == [["q", "b"]]
+    assert tally == Tally(documents=1, unlearned=2)
+
+
+@pytest.mark.parametrize(
+    ("where", "fields", "message"),
+    [
+        (1, {"weight": 0.5}, "messages[1].weight=0.5: seems to decide what is learned; understood are weight, train,"),
+        (1, {"train_detail": [{"begin": 0}]}, "messages[1].train_detail="),
+        (1, {"masks": [0, 1]}, "messages[1].masks=[0, 1]: seems to decide what is learned"),
+        (1, {"lossMask": 1}, "messages[1].lossMask=1: seems to decide what is learned"),
+        (1, {"weight": "0"}, 'messages[1].weight="0": seems to decide what is learned'),
+        (
+            0,
+            {"weight": 1},
+            "messages[0]: a mark says that a message of the user is learned; only the assistant's can be",
+        ),
+        (1, {"tool_calls": [{"id": "1"}]}, 'messages[1].tool_calls=[{"id": "1"}]: has no place in the format'),
+        (1, {"function_call": {"name": "f"}}, "messages[1].function_call="),
+        (1, {"reasoning_content": "hm"}, 'messages[1].reasoning_content="hm": has no place in the format'),
+        (0, {"name": "Ada"}, 'messages[0].name="Ada": has no place'),
+        (0, {"images": ["a.png"]}, "messages[0].images="),
+        (1, {"prefix": True}, "messages[1].prefix=true: has no place"),
+        (None, {"tools": [{"type": "function"}]}, 'tools=[{"type": "function"}]: has no place'),
+        (None, {"images": ["a.png"]}, 'images=["a.png"]: has no place'),
+        (None, {"weight": 0.3}, "weight=0.3: seems to decide what is learned"),
+        (None, {"loss_mask": [0, 1]}, "loss_mask=[0, 1]: seems to decide what is learned"),
+    ],
+)
+def test_what_cannot_be_honored_is_refused_by_field(where: int | None, fields: dict[str, Any], message: str) -> None:
+    line: dict[str, Any] = {"messages": talk("q", "a")}
+    (line if where is None else line["messages"][where]).update(fields)
+    with pytest.raises(ConfigError) as error:
+        said_and_learned(line)
+    assert str(error.value).startswith(message)
+
+
+def test_neutral_fields_change_nothing_and_others_are_counted() -> None:
+    messages: list[dict[str, Any]] = talk("q", "a")
+    messages[1] |= {"tool_calls": [], "name": None, "reasoning_content": "", "weight": None, "id": 4}
+    found, unread = said_and_learned({"messages": messages, "tools": "[]", "source": "web", "id": 7})
+    assert found == [("user", "q", False), ("assistant", "a", True)] and unread == {"source": 1, "id": 2}
+
+
+def test_sharegpt_and_content_parts_are_the_same_conversation() -> None:
+    expected = said_and_learned({"messages": talk("q", "a b", system="s")})[0]
+    shared = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a b"}]
+    assert said_and_learned({"conversations": shared}, "conversations")[0] == expected
+    assert said_and_learned({"conversations": shared[1:], "system": "s"}, "conversations")[0] == expected
+    parts = talk("q", "", system="s")
+    parts[2]["content"] = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]  # type: ignore[assignment]
+    assert said_and_learned({"messages": parts})[0] == expected
+    with pytest.raises(ConfigError, match='^system="t": the messages have a system text too'):
+        said_and_learned({"conversations": shared, "system": "t"}, "conversations")

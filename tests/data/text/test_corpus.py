@@ -5,16 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from dsv3_lightning.data.text.corpus import Tally, find_sources, main_origins, read_documents, split_lines
+from dsv3_lightning.data.text.corpus import read_documents, split_lines
+from dsv3_lightning.data.text.sources import find_sources, main_origins
+from dsv3_lightning.data.text.tally import Tally, notes
 from dsv3_lightning.errors import ConfigError
 
 TEXTS = ["one\r\ntwo\r\n", "数据 🙂", '\ttabs \\ "quotes" \u2028 line separator', "x" * 3_000_000]
 
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 NOISE = [os.urandom(500).hex() for _ in range(1000)]
 
 
@@ -55,11 +59,90 @@ def test_odd_texts_are_counted(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"a\xff\xfeb")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
-    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d!"}\n\n  \n{"text": ""}\n')  # half a surrogate pair
+    (tmp_path / "half.jsonl").write_text(
+        '{"text": "\\ud83d!"}\n\n  \n{"text": ""}\n{"text": null}\n'
+    )  # half a surrogate pair
+    (tmp_path / "latin.txt").write_bytes("Größe \ufffd".encode() + "naïve Käse".encode("latin-1"))
     tally = Tally()
     texts = read(tmp_path, tally=tally)
-    assert texts[0] == "a\ufffd\ufffdb" and texts[1].endswith("!") and texts[1].encode()
-    assert tally == Tally(documents=2, empty=3, repaired=2)
+    assert texts == ["a\ufffd\ufffdb", "\ufffd!", "Größe \ufffdna\ufffdve K\ufffdse"]
+    replaced = {"bad.txt": 2, "half.jsonl": 1, "latin.txt": 2}  # one of latin.txt's was there before
+    assert tally == Tally(documents=3, empty=4, replaced=Counter(replaced))
+    assert notes(tally.facts(), 5, {}) == [
+        "data.paths: left out: 4 documents without text",
+        "data.paths: not UTF-8: U+FFFD stands for 5 characters: 2 in bad.txt, 2 in latin.txt, 1 in half.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "b.Md", "c.txt.gz", "d.py.ZST"])
+def test_text_is_read_whatever_the_case_and_the_compression(tmp_path: Path, name: str) -> None:
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(name.lower().split(".")[-1], bytes)
+    (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbfa\r\nb"))
+    assert read(tmp_path) == read(tmp_path / name) == ["a\r\nb"]
+
+
+def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
+    for name in ("a.txt", "d/B.JSONL", "t.csv", "u.CSV", "v.json.gz", "Makefile", ".git/x.txt", ".hidden.txt", "e.rst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}" if name == "d/B.JSONL" else "text")
+    os.mkfifo(tmp_path / "pipe.txt")  # reading it would wait for ever
+    left_out: Counter[str] = Counter()
+    assert [source.name for source in find_sources([str(tmp_path)], left_out)] == ["a.txt", "d/B.JSONL"]
+    kinds = {".csv": 2, ".json.gz": 1, "without a suffix": 1, ".rst": 1, "of no regular kind": 1}
+    assert left_out == {**kinds, "hidden": 2}
+    assert notes(Tally().facts(), 2, left_out) == [
+        "data.paths: read 2 of 8 files; not read: 2 .csv, 1 .json.gz, 1 .rst, 1 of no regular kind, 1 without a suffix"
+        "; 2 hidden files or folders left out"
+    ]
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    (corpus / "a").mkdir(parents=True)
+    (other / "deep").mkdir(parents=True)
+    (corpus / "a/x.txt").write_text("x")
+    (other / "deep/y.txt").write_text("y")
+    (corpus / "linked").symlink_to(other)
+    (corpus / "again").symlink_to(corpus / "a")
+    (other / "deep/loop").symlink_to(corpus)
+    assert [source.name for source in find_sources([str(corpus)])] == ["a/x.txt", "linked/deep/y.txt"]
+
+
+@pytest.mark.parametrize(
+    "data", ["data/train-00000.parquet", "c4.json.gz", "rows.csv", "x.JSON", "data.zst", "a.tar.gz"]
+)
+def test_a_data_set_that_cannot_be_read_is_no_corpus_of_its_card(tmp_path: Path, data: str) -> None:
+    for name in ("README.md", "LICENSE-APACHE.txt", f"{tmp_path.name}.py", data):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    with pytest.raises(ConfigError, match="holds data of kinds that aren't read .* the only text in it is .*README.md"):
+        find_sources([str(tmp_path)])
+    assert read(tmp_path / "README.md") == ["text"]  # named itself, it is meant
+    (tmp_path / "chapter.txt").write_text("text")
+    assert len(find_sources([str(tmp_path)])) == 4
+    (tmp_path / data).unlink()
+    (tmp_path / "chapter.txt").unlink()
+    assert len(find_sources([str(tmp_path)])) == 3  # without data the READMEs are the corpus
+
+
+def test_all_bad_lines_of_a_file_are_told_at_once_and_skipped_on_demand(tmp_path: Path) -> None:
+    lines = ['{"text": "a"}', "{", '{"text": 5}', '{"body": 1}', '{"text": "b"}', '{"text": 5}', '{"text": null}']
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as error:
+        read(path)
+    told = str(error.value)
+    assert told.startswith(f"data.paths: {path}, line 2: no JSON: ") and "; lines 3, 6: text=5: must be" in told
+    assert "; line 4: no text under data.text_key=text" in told and told.endswith(
+        "skip_bad_lines=true leaves bad lines out"
+    )
+    tally = Tally()
+    assert list(read_documents(find_sources([str(path)]), "text", tally, skip_bad_lines=True)) == ["a", "b"]
+    assert tally == Tally(documents=2, empty=1, skipped=Counter({"x.jsonl": 4}))
+    assert "data.paths: left out (data.skip_bad_lines): 4 bad lines: 4 in x.jsonl" in notes(tally.facts(), 1, {})
+    path.write_text('{"text": 5}\n' * 1000)
+    with pytest.raises(ConfigError, match="lines 1, 2, .*, 10: text=5: .* [(]the rest of the file was not read[)];"):
+        read(path)
 
 
 def test_folders_are_read_recursively_by_path(tmp_path: Path) -> None:
@@ -113,14 +196,39 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
             b'\n{"body": "a", "id": 1}',
             "x.jsonl, line 2: no text under data.text_key=text, nor a list of messages; the line has body, id",
         ),
-        ("x.jsonl", b'{"text": 5}', "line 1: no text under data.text_key=text"),
-        ("x.jsonl", b"[1]", "line 1: no text under data.text_key=text, nor a list of messages; the line has a list"),
+        ("x.jsonl", b'{"text": 12}', "line 1: text=12: must be text, or a list of messages"),
+        ("x.jsonl", b'{"text": {"a": false}}', 'line 1: text={"a": false}: must be text, or a list of messages'),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n[1]',
+            "line 2: no text under data.text_key=text, nor a list of messages; the line has",
+        ),
+        ("x.jsonl", b'\n[{"text": "a"},\n', "x.jsonl: is a JSON array, not JSON lines; jq -c '.[]' x.jsonl writes one"),
+        ("x.jsonl", b'{\n"text": "a"\n}', "x.jsonl: is a JSON document over several lines, not JSON lines; jq -c ."),
+        (
+            "x.jsonl",
+            b'{"text": "a"},\n{"text": "b"},',
+            "x.jsonl, lines 1, 2: no JSON: Extra data at character 14, as a comma follows the object; data.skip_bad",
+        ),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}]}',
+            "the line has messages; data.text_key=messages reads its conversation",
+        ),
+        ("x.jsonl", json.dumps({"text": json.dumps(TALK)}).encode(), "line 1: text: is a conversation as JSON text"),
+        ("x.txt", json.dumps(TALK, indent=1).encode(), "x.txt: holds conversations as JSON"),
+        ("x.md", json.dumps({"messages": TALK}).encode() + b"\n{}", "x.md: holds conversations as JSON"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "x.jsonl: is a pointer of Git LFS"),
+        ("x.txt", b"version https://git-lfs.github.com/spec/v1\noid", "x.txt: is a pointer of Git LFS"),
+        ("x.txt", b"text, then\0\0", "x.txt: is a binary file (it holds NUL bytes), must be text"),
+        ("x.txt", "text".encode("utf-16"), "x.txt: is UTF-16, must be UTF-8"),
+        ("x.txt.gz", b"plain", "x.txt.gz: Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(jsonl(NOISE))[:9999], "x.jsonl.gz: Compressed file ended"),
         ("x.jsonl.gz", b"plain", "x.jsonl.gz: Not a gzipped file"),
         ("x.jsonl.zst", zstandard.ZstdCompressor().compress(jsonl(NOISE))[:9999], "x.jsonl.zst: compressed file ended"),
         ("x.jsonl.zst", b"plain text", "x.jsonl.zst: "),
         ("x.csv", b"a,b", "x.csv is no text; read are .txt .md"),
-        ("x/y.csv", b"a,b", "x is no text"),
+        ("x/y.csv", b"a,b", "x is no text; read are .txt .md .py .jsonl, also as .gz or .zst (it holds 1 .csv)"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -161,7 +269,8 @@ text = Tokenizer.from_file(folder).decode(TokenFile(folder, "train").tokens.toli
 print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["inputs"]["files"][0][0]]))
 """
     settings = {
-        "paths": [str(folder / "ü b.txt"), str(folder)], "text_key": "text", "cache_dir": str(tmp_path / "实验"),
+        "paths": [str(folder / "ü b.txt"), str(folder)], "text_key": "text", "skip_bad_lines": False,
+        "cache_dir": str(tmp_path / "实验"),
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
         "mask_document_ends": False, "end_token": None,
         "isolate_documents": False, "seed": 0, "num_workers": 0, "batch_ramp": None,

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -246,7 +245,7 @@ def test_both_sides_hold_a_document_where_that_is_possible(hashes: list[int], fr
 def test_a_corpus_without_text_is_refused(tmp_path: Path, make_config: MakeConfig) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "empty.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"^data.paths=\['.*corpus'\]: no text in 1 files$"):
+    with pytest.raises(ConfigError, match=r"^data.paths=\['.*corpus'\]: no text in 1 files; left out: 1 document with"):
         prepare(make_config(tmp_path))
 
 
@@ -258,15 +257,40 @@ def test_a_corpus_of_one_text_has_no_validation(tmp_path: Path, make_config: Mak
     assert read_manifest(folder)["gzip_bpb"] is None
 
 
-def test_broken_text_is_warned_of_once(small: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_tokens_lack_of_the_files_is_told_at_every_start_and_recorded(small: DataConfig) -> None:
+    folder = Path(small.paths[0])
     for name in ("a", "b"):
-        (Path(small.paths[0]) / f"{name}.txt").write_bytes(b"\xff" + name.encode())
-    with caplog.at_level(logging.WARNING):
-        manifest = read_manifest(prepare(small))
-    assert [record.getMessage() for record in caplog.records] == [
-        "data.paths: 2 texts were not all UTF-8; U+FFFD stands for the rest"
+        (folder / f"{name}.txt").write_bytes(b"\xff" + name.encode())
+    (folder / "table.csv").write_text("1,2")
+    lines = [
+        "data.paths: read 22 of 23 files; not read: 1 .csv",
+        "data.paths: not UTF-8: U+FFFD stands for 2 characters: 1 in a.txt, 1 in b.txt",
     ]
-    assert manifest["repaired_documents"] == 2
+    for _ in ("prepared", "found"):
+        told: list[str] = []
+        manifest = read_manifest(prepare(small, told.append))
+        assert told == lines
+    assert manifest["replaced_characters"] == {"a.txt": 1, "b.txt": 1} and manifest["files_left_out"] == {".csv": 1}
+    (folder / "more.csv").write_text("1,2")
+    told = []
+    assert prepare(small, told.append).name == prepare(small, None).name and "2 .csv" in told[0]
+
+
+def test_bad_lines_are_skipped_in_every_pass(small: DataConfig) -> None:
+    (Path(small.paths[0]) / "x.jsonl").write_text('{"text": "good"}\n{"text": 1}\nbad\n{"text": "fine"}\n')
+    with pytest.raises(ConfigError, match="line 2: text=1"):
+        prepare(small)
+    folder = prepare(dataclasses.replace(small, skip_bad_lines=True, validation_fraction=0.0))
+    assert documents(folder, "train")[-2:] == ["good", "fine"]
+    assert read_manifest(folder)["skipped_lines"] == {"x.jsonl": 2}
+
+
+def test_conversations_without_any_text_can_be_prepared(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "corpus").mkdir()
+    line = {"text": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
+    (tmp_path / "corpus/x.jsonl").write_text(json.dumps(line))
+    manifest = read_manifest(prepare(make_config(tmp_path)))
+    assert manifest["splits"]["train"]["text_bytes"] == 0 and manifest["gzip_bpb"] is None
 
 
 def test_control_tokens_in_a_text_stay_text(small: DataConfig) -> None:

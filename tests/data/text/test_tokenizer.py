@@ -22,6 +22,8 @@ from dsv3_lightning.data.text.tokenizer import (
     without_endless_words,
 )
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.hub.tokens import write_tokenizer
+from dsv3_lightning.inference.text import TextStream
 
 STRANGE = [
     "a\r\nb\r\n", "lone\rreturn", "\t\ttabs\t", "e\u0301 is not é", "in\ufeffside", "nul\0", " leading", "trailing ",
@@ -167,6 +169,93 @@ def test_ordinary_added_tokens_are_no_way_in_either(tokenizer: Tokenizer, tmp_pa
     assert json.loads(read.serialized)["added_tokens"][3]["special"] is False  # what is saved stays the original
 
 
+LETTERS = {"ú": {}, "ü": {}, "ø": {"normalized": False}, "ö": {"single_word": True}, "  ": {}, "    ": {}, "ý": {}}
+EATING = {"À": {"lstrip": True}, "þ": {"rstrip": True}}
+WITH_LETTERS = ["Bạn … cú", "für Höhe, øya", "a    b  c   d", "ö ö-ö", "\n      return ý", "plain", "<think>ú</think>"]
+
+
+def letters_of_others(description: dict[str, Any], letters: dict[str, dict[str, bool]]) -> None:
+    """As DeepSeek LLM's and Coder's: letters, and as others have it runs of spaces, are added and not special."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    for number, (content, changed) in enumerate([*letters.items(), ("<think>", {}), ("</think>", {})]):
+        description["added_tokens"].append({"id": 340 + number, "content": content, **flags, **changed})
+
+
+@pytest.mark.parametrize("letters", [LETTERS, LETTERS | EATING])
+def test_added_tokens_that_are_text_have_the_ids_of_transformers(tokenizer, tmp_path, letters) -> None:
+    transformers = pytest.importorskip("transformers")
+    read = Tokenizer.from_file(write(tmp_path, tokenizer, lambda d: letters_of_others(d, letters)))
+    (tmp_path / "exported").mkdir()
+    write_tokenizer(read, tmp_path / "exported", 128)
+    again = Tokenizer.from_file(tmp_path / "exported")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    kinds = [
+        {token.content: token.__getstate__() for token in t.added_tokens_decoder.values()} for t in (theirs, exported)
+    ]
+    assert kinds[0] == kinds[1]
+    for text in [*WITH_LETTERS, *(["x À y", "x þ  y"] if letters is not LETTERS else [])]:
+        ids = read.encode(text)
+        assert again.encode(text) == ids
+        if "<think>" not in text:  # a mark, which text never turns into
+            assert ids == theirs.encode(text, add_special_tokens=False) == exported.encode(text)[1:], text
+        stream = TextStream(read)
+        streamed = "".join(stream.push(index) for index in ids) + stream.finish()
+        assert streamed == read.decode(ids) == read.decode(ids, skip_special_tokens=True)
+        if not set(text) & set(EATING):
+            assert streamed == text and read.bytes_per_token()[ids].sum() == len(text.encode())
+    assert len(read.encode("ú")) == 1 and len(read.encode("    ")) == 1 and len(read.encode("<think>")) > 1
+    thought = [
+        read.backend.token_to_id("<think>"),
+        *read.encode("cú"),
+    ]  # not special: decoding keeps it, as theirs does
+    assert read.decode(thought, skip_special_tokens=True) == "<think>cú"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"eos_token": "</s>"}},
+        {"tokenizer_config.json": {"eos_token": {"__type": "AddedToken", "content": "</s>"}}},
+        {"special_tokens_map.json": {"eos_token": {"content": "</s>"}}},
+        {"tokenizer_config.json": {"eos_token": None}, "config.json": {"eos_token_id": 1}},
+        {"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": [1.0, 4]}},
+    ],
+)
+def test_the_end_token_is_found_wherever_transformers_finds_it(tokenizer, tmp_path, files) -> None:
+    path = write(tmp_path, tokenizer, rename)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    assert Tokenizer.from_file(path).eos_id == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", '{"eos_token": 3}', "eos_token=3: must be text"),
+        ("tokenizer_config.json", '{"bos_token": ["a"]}', 'bos_token=["a"]: must be text'),
+        ("tokenizer_config.json", "[]", "must hold a JSON object, holds a list"),
+        ("config.json", '{"eos_token_id": true}', "eos_token_id=true: must be a whole number"),
+        ("generation_config.json", '{"eos_token_id": [1.5]}', "eos_token_id=[1.5]: must be a whole number"),
+    ],
+)
+def test_a_file_beside_that_names_no_token_is_one_line(tokenizer, tmp_path, name, content, message) -> None:
+    path = write(tmp_path, tokenizer, rename)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        Tokenizer.from_file(path)
+    assert str(error.value).startswith(f"{tmp_path / name}: ") and message in str(error.value)
+
+
+def test_ids_without_text_are_gaps_and_rows_beyond(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def shift(description: dict[str, Any]) -> None:
+        description["added_tokens"][-1]["id"] = 345
+        description["model"]["vocab"][SPECIAL_TOKENS[-1]] = 345
+
+    read = Tokenizer.from_file(write(tmp_path, tokenizer, shift))
+    assert read.ids_without_text(349) == [8, *range(340, 345), 346, 347, 348] and read.ids_without_text(8) == []
+
+
 def lower(description: dict[str, Any]) -> None:
     description["normalizer"] = {"type": "Lowercase"}
 
@@ -186,7 +275,7 @@ def without_bytes(description: dict[str, Any]) -> None:
 @pytest.mark.parametrize("change", [lower, composed, prefixed, without_bytes])
 def test_a_lossy_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path, change: Change) -> None:
     path = write(tmp_path, tokenizer, change)
-    with pytest.raises(ConfigError, match=f"^data.tokenizer={path}: does not give every text back"):
+    with pytest.raises(ConfigError, match=f"^{path}: does not give every text back"):
         Tokenizer.from_file(path)
 
 
@@ -198,7 +287,12 @@ V3_ENDS = [{"content": BOS}, {"content": EOS}]
     [
         (None, "No such file or directory"),
         ("{", "Expecting"),
-        ("[1]", "no tokenizer.json: it has no model"),
+        ("[1]", "must hold a JSON object, holds a list"),
+        ('{"model": []}', "no tokenizer.json: it has no model"),
+        ('{"model": {}, "added_tokens": {"a": 1}}', 'added_tokens={"a": 1}: must be a list'),
+        ('{"model": {}, "added_tokens": [{"content": 1}]}', 'added_tokens: {"content": 1} must be an object'),
+        ("[" * 100_000, "can't be read, it is not JSON"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer"),
         (json.dumps({"model": {"type": "BPE", "vocab": 3}, "added_tokens": V3_ENDS}), "no tokenizer.json"),
         ('{"model": {}, "added_tokens": []}', f"no end token: neither {EOS} nor an eos_token"),
     ],
@@ -209,7 +303,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, content: str | None, messa
         path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError) as error:
         Tokenizer.from_file(path)
-    assert str(error.value).startswith(f"data.tokenizer={path}: ") and message in str(error.value)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,75 @@
+"""Flags that several verbs share, and the numbers that flags take. Imports no torch."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from dsv3_lightning.common.paths import path_argument
+
+T = TypeVar("T", int, float)
+
+
+def model_argument(parser: argparse.ArgumentParser) -> None:
+    help = "a run's folder (its best checkpoint), a checkpoint file, or a Hugging Face folder"
+    parser.add_argument("checkpoint", type=path_argument, metavar="MODEL", help=help)
+
+
+def run_argument(parser: argparse.ArgumentParser) -> None:
+    help = "a run's folder (its best checkpoint), or a checkpoint file"
+    parser.add_argument("run", type=path_argument, metavar="RUN", help=help)
+
+
+def context_argument(parser: argparse.ArgumentParser) -> None:
+    help = "the most tokens that a text may have; default: the model's context"
+    parser.add_argument("--context", type=positive, metavar="N", help=help)
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default %(default)s")
+    add("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default %(default)s")
+    add("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: from all")
+    add("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest tokens that sum to X")
+    add("--min-p", type=float, default=0.0, metavar="X", help="draw from tokens at least X times as likely as the best")
+    help = "stop before this text; may be repeated; $'\\n' is a line end"
+    add("--stop", action="append", default=[], metavar="TEXT", help=help)
+    add("--seed", type=seed, default=1, metavar="N", help="the seed of the random draws; default %(default)s")
+
+
+def jobs_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; default %(default)s")
+
+
+def positive(text: str) -> int:
+    return number(int, text, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def share(text: str) -> float:
+    return number(float, text, lambda value: 0 < value <= 1, "above 0, and at most 1")
+
+
+def seed(text: str) -> int:
+    return number(int, text, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def not_negative(text: str) -> int:
+    return number(int, text, lambda value: value >= 0, "a whole number from 0 on")
+
+
+def port(text: str) -> int:
+    return number(int, text, lambda value: 0 <= value < 2**16, "a whole number from 0 to 65535")
+
+
+def above_zero(text: str) -> float:
+    return number(float, text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def number(kind: Callable[[str], T], text: str, fits: Callable[[T], bool], valid: str) -> T:
+    """Raises ArgumentTypeError with what is valid."""
+    try:
+        if fits(value := kind(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be {valid}")

@@ -1,0 +1,56 @@
+"""Text and JSON files that others wrote: what is wrong with one is said in a line. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv3_lightning.errors import ConfigError
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ConfigError for the note that Git LFS leaves in place of a large file, OSError for a file that can't be
+    opened."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises ConfigError."""
+    try:
+        refuse_pointer(path)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: can't be read (byte {error.start} is not UTF-8)") from error
+
+
+def parse_object(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object that a file's text is. Raises ConfigError."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: can't be read, it is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, holds {type_name(content)}")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError."""
+    return parse_object(read_text(path), path)
+
+
+def type_name(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as the file has it, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else text[:most] + "…"

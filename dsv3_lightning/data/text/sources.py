@@ -1,0 +1,189 @@
+"""The files of a corpus: what `data.paths` names, which of it is read, and what is left out. Imports no torch."""
+
+import importlib.util
+import os
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dsv3_lightning.common.files import readable
+from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.data.config import PACKAGE
+from dsv3_lightning.data.text.tally import HIDDEN, listed
+from dsv3_lightning.errors import ConfigError
+
+PACKED = ("", ".gz", ".zst")
+TEXT_SUFFIXES = tuple(kind + packed for kind in (".txt", ".md", ".py") for packed in PACKED)
+LINE_SUFFIXES = tuple(".jsonl" + packed for packed in PACKED)
+READ = TEXT_SUFFIXES + LINE_SUFFIXES
+READ_SHOWN = ".txt .md .py .jsonl, also as .gz or .zst"
+# Left out of the standard library and of packages: Debian packs the tests apart, so that corpora would differ, and
+# other people's code. Tables that a program wrote (character sets, the text of help()) are a sixth of the library's
+# bytes and a third of its tokens.
+LEFT_OUT_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+)
+# What lies beside the files of a downloaded data set and isn't its text.
+CARD = re.compile(
+    r"(readme|licen[sc]e|notice|citation|changelog|contributing|code_of_conduct|security|requirements|"
+    r"(data|dataset|model)[-_]?card)\b.*"
+)
+# Files that hold data, and that nothing here reads.
+DATA = frozenset(
+    ".parquet .csv .tsv .json .ndjson .arrow .feather .orc .avro .xlsx .tar .tgz .zip .7z .gz .zst .xz .bz2 .h5 .hdf5 "
+    ".npy .npz .pkl .pickle .db .sqlite .tfrecord .mds .warc .wet .bin".split()
+)
+
+
+class Source(NamedTuple):
+    """One file. `name` tells it apart wherever the corpus lies: the path below the folder that was given.
+
+    origin: where its text is from, for measures by origin: the path that was given, or where that is a single folder
+    (or the standard library), the first folder below it.
+    """
+
+    name: str
+    path: Path
+    origin: str = ""
+
+
+def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> list[Source]:
+    """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library, and
+    package:NAME the Python files of an installed package.
+
+    left_out: counts the files of given folders that aren't read, by suffix, and those that are hidden.
+    Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text, or whose
+    only text describes data that can't be read.
+    """
+    if not paths:
+        return by_folder(walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), LEFT_OUT_FOLDERS))
+    sources: list[Source] = []
+    for given in paths:
+        if given.startswith(PACKAGE):
+            found = walk(package_folder(given), (".py",), LEFT_OUT_FOLDERS)
+            sources += [source._replace(origin=given) for source in found]
+            continue
+        path = user_path(given)
+        if not path.exists():
+            raise ConfigError(f"data.paths: {given} does not exist")
+        unread: Counter[str] = Counter()
+        if path.is_dir():
+            found = walk(path, READ, unread=unread)
+        else:
+            found = [Source(readable(path.name), path)] if path.name.lower().endswith(READ) else []
+        if not found:
+            holds = f" (it holds {listed(unread)})" if unread else ""
+            raise ConfigError(f"data.paths: {given} is no text; read are {READ_SHOWN}{holds}")
+        if path.is_dir():
+            refuse_cards_alone(given, path, found, unread)
+        if left_out is not None:
+            left_out.update(unread)
+        sources += [source._replace(origin=readable(path.name)) for source in found]
+    single = len(paths) == 1 and (paths[0].startswith(PACKAGE) or user_path(paths[0]).is_dir())
+    return by_folder(sources) if single else sources
+
+
+def refuse_cards_alone(given: str, folder: Path, found: list[Source], unread: Counter[str]) -> None:
+    """A downloaded data set isn't a corpus of its README, nor of the script that loads it. Raises ConfigError."""
+    data = {label: number for label, number in unread.items() if "." + label.split(".")[-1] in DATA or first(label)}
+    script = f"{folder.name.lower()}.py"
+    names = [source.path.name.lower() for source in found]
+    if data and all(CARD.fullmatch(name) or name == script for name in names):
+        shown = ", ".join(source.name for source in found[:3]) + (" …" if len(found) > 3 else "")
+        raise ConfigError(
+            f"data.paths: {given} holds data of kinds that aren't read ({listed(data)}), and the only text in it is "
+            f"{shown}; write the data as .jsonl, or name that file itself to train on it"
+        )
+
+
+def first(label: str) -> bool:
+    """Whether a suffix such as .json.gz is one of data by its first part."""
+    return "." + label.split(".")[1] in DATA if label.startswith(".") else False
+
+
+def package_folder(given: str) -> Path:
+    """Where the installed package of `package:NAME` lies; it isn't imported. Raises ConfigError."""
+    name = given.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"data.paths: {given} is not installed, or no package with a folder of its own")
+    return Path(spec.submodule_search_locations[0])
+
+
+def by_folder(sources: list[Source]) -> list[Source]:
+    return [source._replace(origin=first_folder(source.name)) for source in sources]
+
+
+def first_folder(name: str) -> str:
+    """The first folder of a relative path.
+
+    >>> first_folder("json/decoder.py"), first_folder("ast.py")
+    ('json', '(top level)')
+    """
+    return name.split("/", 1)[0] if "/" in name else "(top level)"
+
+
+def main_origins(sources: Sequence[Source], limit: int = 16) -> dict[str, str]:
+    """Each origin's own name, or `others` for all but the `limit - 1` with the largest files, where there are more."""
+    sizes: dict[str, int] = {}
+    for source in sources:
+        sizes[source.origin] = sizes.get(source.origin, 0) + source.path.stat().st_size
+    largest = sorted(sizes, key=lambda origin: (-sizes[origin], origin))
+    kept = largest if len(largest) <= limit else largest[: limit - 1]
+    return {origin: origin if origin in kept else "others" for origin in largest}
+
+
+def walk(
+    folder: Path,
+    suffixes: tuple[str, ...],
+    leave_out: frozenset[str] = frozenset(),
+    unread: Counter[str] | None = None,
+) -> list[Source]:
+    """Files below the folder with one of the suffixes, in any case, by relative path. Leaves out what is hidden.
+
+    unread: where it is given, counts what is left out, and links to folders are followed, into each folder once.
+    """
+    found, seen, waiting = [], set(), [folder]
+    for start in waiting:  # links to folders are added behind it
+        for root, folders, names in os.walk(start, onerror=_refuse):
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            shown = [name for name in names if not name.startswith(".")]
+            if unread is not None and (hidden := len(names) - len(shown) + sum(n.startswith(".") for n in folders)):
+                unread[HIDDEN] += hidden
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in leave_out)
+            if unread is not None:
+                waiting += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
+            for name in shown:
+                path = Path(root, name)
+                irregular = path.exists() and not path.is_file()  # a pipe would be waited for
+                if name.lower().endswith(suffixes) and not irregular:
+                    found.append(Source(readable(path.relative_to(folder)), path))
+                elif unread is not None:
+                    unread["of no regular kind" if irregular else suffix_of(name)] += 1
+    return sorted(found)
+
+
+def suffix_of(name: str) -> str:
+    """A file's kind by its name, in lower case.
+
+    >>> suffix_of("c4.JSON.gz"), suffix_of("a.b.csv"), suffix_of("Makefile")
+    ('.json.gz', '.csv', 'without a suffix')
+    """
+    suffixes = Path(name.lower()).suffixes
+    packed = len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst", ".xz", ".bz2", ".zip")
+    return "".join(suffixes[-2:] if packed else suffixes[-1:]) or "without a suffix"
+
+
+def unreadable(path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"data.paths: {readable(path)}: {getattr(error, 'strerror', None) or error}")
+
+
+def _refuse(error: OSError) -> None:
+    raise unreadable(error.filename, error) from error

@@ -1,0 +1,148 @@
+"""The texts that answer one request: whole, or as server-sent events while they are written."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from dsv3_lightning.inference.batching import Engine, Finish, Job
+from dsv3_lightning.inference.server.fields import Wanted
+from dsv3_lightning.inference.server.refusals import Refused, to_json
+
+POLL = 0.2  # seconds between two looks at whether the client is still there
+
+
+class Answers:
+    """The texts of one HTTP request: pieces arrive from the engine's thread and are read in the event loop.
+
+    max_new_tokens: of each, where the request doesn't say. Raises ConfigError, and Busy, as `Engine.submit` does.
+    """
+
+    def __init__(self, engine: Engine, asked: Wanted, prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str, Finish | None]]()
+        self.engine = engine
+        seed = int.from_bytes(os.urandom(6), "big") if asked.seed is None else asked.seed % 2**64
+        count = max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
+        self.jobs = [
+            Job(prompt, count, asked.sampling, seed, asked.stop, self.deliverer(number), number)
+            for number, prompt in enumerate(prompt for prompt in prompts for _ in range(asked.copies))
+        ]
+        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        engine.submit(self.jobs)
+
+    def deliverer(self, index: int) -> Callable[[str, Finish | None], None]:
+        def deliver(piece: str, finish: Finish | None) -> None:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (index, piece, finish))
+
+        return deliver
+
+    async def pieces(self, request: Request) -> AsyncIterator[tuple[int, str, Finish | None]]:
+        """Until every text has ended. A client that goes away frees its rows. Raises Refused where one can't end."""
+        left, looked = len(self.jobs), self.loop.time()
+        try:
+            while left:
+                if time.monotonic() > request.app.state.ends:
+                    raise Refused(503, "the server is shutting down", "server_error")
+                if self.loop.time() > looked + POLL:
+                    if await request.is_disconnected():
+                        return
+                    looked = self.loop.time()
+                try:
+                    index, piece, finish = await asyncio.wait_for(self.events.get(), POLL)
+                except asyncio.TimeoutError:
+                    continue
+                if finish == "timeout":
+                    raise Refused(504, f"not finished within {self.engine.seconds:g} seconds", "timeout_error")
+                if finish == "error":
+                    raise Refused(500, "decoding failed", "server_error")
+                left -= finish is not None
+                yield index, piece, finish
+        finally:
+            for job in self.jobs:
+                self.engine.cancel(job)
+
+    def usage(self) -> dict[str, int]:
+        written = sum(job.tokens for job in self.jobs)
+        total = self.prompt_tokens + written
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
+
+
+class Form(Protocol):
+    """How one kind of answer is written."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+
+    def choice(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
+        """A whole text."""
+
+    def chunk(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
+        """A piece of one."""
+
+
+class CompletionForm:
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def choice(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+
+    chunk = choice
+
+
+class ChatForm:
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def __init__(self) -> None:
+        self.begun: set[int] = set()
+
+    def choice(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
+        return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+
+    def chunk(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
+        """The role comes once per choice, since clients join what comes."""
+        role = {} if index in self.begun else {"role": "assistant"}
+        self.begun.add(index)
+        return {"index": index, "delta": role | {"content": text}, "finish_reason": finish}
+
+
+def head(form: Form, kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"{form.prefix}-{os.urandom(12).hex()}", "object": kind, "created": int(time.time()), "model": model}
+
+
+async def collect(answers: Answers, request: Request, form: Form, model: str) -> dict[str, Any]:
+    """All texts at once."""
+    texts = [""] * len(answers.jobs)
+    ends: list[Finish | None] = [None] * len(answers.jobs)
+    async for index, piece, finish in answers.pieces(request):
+        texts[index] += piece
+        ends[index] = finish or ends[index]
+    choices = [form.choice(index, text, end) for index, (text, end) in enumerate(zip(texts, ends))]
+    return head(form, form.kind, model) | {"choices": choices, "usage": answers.usage()}
+
+
+def stream(answers: Answers, request: Request, form: Form, model: str, include_usage: bool) -> StreamingResponse:
+    """Server-sent events: a piece of a choice at a time, then the usage where it was asked for, then [DONE]."""
+    frame = head(form, form.chunk_kind, model)
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            async for index, piece, finish in answers.pieces(request):
+                yield event(frame | {"choices": [form.chunk(index, piece, finish)]})
+            if include_usage:
+                yield event(frame | {"choices": [], "usage": answers.usage()})
+        except Refused as error:
+            yield event(error.body())
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def event(content: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"

@@ -1,0 +1,216 @@
+"""The paths of the server: /v1/models, /v1/completions, /v1/chat/completions and /health.
+
+Whatever takes time with the length of a request (JSON, fields, tokenization) happens in a thread, since all clients
+share the event loop. A wrong request is a 4xx with the reason, in OpenAI's form of an error.
+"""
+
+import asyncio
+import hmac
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.inference.batching import Busy, Engine
+from dsv3_lightning.inference.chat import chat_prompt
+from dsv3_lightning.inference.server.answers import Answers, ChatForm, CompletionForm, Form, collect, stream
+from dsv3_lightning.inference.server.bodies import MEGABYTE, parse, read_body
+from dsv3_lightning.inference.server.fields import CHAT, COMPLETION, Wanted, wanted
+from dsv3_lightning.inference.server.handlers import read_fields
+from dsv3_lightning.inference.server.refusals import Json, Refused
+from dsv3_lightning.inference.text import longest_token, prompt_ids
+
+COMPLETION_TOKENS = 16  # of a completion whose request doesn't say; OpenAI's default
+
+
+@dataclass
+class Service:
+    """One model, under the name that clients give it. body_bytes: of the longest request that is read."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    name: str
+    body_bytes: int
+
+    def __post_init__(self) -> None:
+        self.started = int(time.time())
+        self.longest = longest_token(self.tokenizer)
+
+    async def health(self, request: Request) -> Response:
+        return Json({"running": len(self.engine.running), "waiting": len(self.engine.queue)})
+
+    async def models(self, request: Request) -> Response:
+        return Json({"object": "list", "data": [self.model()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self.check_model(request.path_params["name"])
+        return Json(self.model())
+
+    def model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "dsv3-lightning"}
+
+    async def completions(self, request: Request) -> Response:
+        asked, prompts = await self.read(request, self.completion_prompts)
+        return await self.answer(request, asked, prompts, COMPLETION_TOKENS, CompletionForm())
+
+    async def chat_completions(self, request: Request) -> Response:
+        asked, prompts = await self.read(request, self.chat_prompts)
+        room = max(self.engine.limit - len(prompts[0]), 1)
+        return await self.answer(request, asked, prompts, room, ChatForm())
+
+    async def read(
+        self, request: Request, prompts_of: Callable[[Any], tuple[Wanted, list[list[int]]]]
+    ) -> tuple[Wanted, list[list[int]]]:
+        """What a request asks for and its prompts' ids, made by prompts_of(JSON) outside of the event loop."""
+        body = await read_body(request, self.body_bytes)
+        return await asyncio.to_thread(lambda: prompts_of(parse(body)))
+
+    def completion_prompts(self, body: Any) -> tuple[Wanted, list[list[int]]]:
+        fields = read_fields(body, COMPLETION, ("model", "prompt"))
+        asked = wanted(fields)
+        self.check_model(asked.model)
+        self.engine.check_count(len(fields["prompt"]) * asked.copies)
+        marks = fields.get("parse_special", False)
+        return asked, [self.ids(prompt, marks) for prompt in fields["prompt"]]
+
+    def ids(self, prompt: str | list[int], marks: bool) -> list[int]:
+        if isinstance(prompt, str):
+            self.check_size("prompt", 0 if marks else 1, [prompt])
+            return prompt_ids(self.tokenizer, prompt, marks)
+        size = self.engine.model.config.vocab_size
+        if any(not 0 <= token < size for token in prompt):
+            raise Refused(400, f"prompt: a token lies outside 0 to {size - 1}", param="prompt")
+        return prompt
+
+    def chat_prompts(self, body: Any) -> tuple[Wanted, list[list[int]]]:
+        fields = read_fields(body, CHAT, ("model", "messages"))
+        asked = wanted(fields)
+        self.check_model(asked.model)
+        messages = fields["messages"]
+        self.check_size("messages", len(messages), [text for _, text in messages])
+        return asked, [chat_prompt(self.tokenizer, messages)]
+
+    def check_size(self, name: str, marks: int, texts: list[str]) -> None:
+        """Refuses, without tokenizing it, what has more tokens than the context even if all were the longest.
+
+        marks: tokens that the texts need beside their own, at least.
+        """
+        size = sum(len(text.encode()) for text in texts)
+        least = marks + -(-size // self.longest)
+        if least > self.engine.limit:
+            raise Refused(
+                400,
+                f"{name}: {size:,} bytes of text are at least {least:,} tokens, longer than the context of "
+                f"{self.engine.limit:,} tokens",
+                param=name,
+                code="context_length_exceeded",
+            )
+
+    def check_model(self, given: str) -> None:
+        if given != self.name:
+            raise Refused(
+                404, f"model {given[:100]!r}: there is only {self.name!r}", param="model", code="model_not_found"
+            )
+
+    async def answer(
+        self, request: Request, asked: Wanted, prompts: list[list[int]], max_new_tokens: int, form: Form
+    ) -> Response:
+        answers = Answers(self.engine, asked, prompts, max_new_tokens)
+        if not asked.stream:
+            return Json(await collect(answers, request, form, self.name))
+        if isinstance(form, ChatForm):
+            for index in range(asked.copies):  # as OpenAI opens a stream; its client wants to see choice 0 first
+                answers.events.put_nowait((index, "", None))
+        return stream(answers, request, form, self.name, asked.include_usage)
+
+
+def build_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    name: str,
+    body_bytes: int = 8 * MEGABYTE,
+    key: str | None = None,
+    origins: tuple[str, ...] = (),
+) -> Starlette:
+    """name: the model's, as clients give it. key: what they must give as well, None for nothing. origins: of the web
+    pages that may ask, by CORS headers."""
+    service = Service(engine, tokenizer, name, body_bytes)
+    routes = {
+        "/health": (service.health, "GET"),
+        "/v1/models": (service.models, "GET"),
+        "/v1/models/{name:path}": (service.one_model, "GET"),
+        "/v1/completions": (service.completions, "POST"),
+        "/v1/chat/completions": (service.chat_completions, "POST"),
+    }
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return error.response()
+
+    async def impossible(request: Request, error: Exception) -> Response:
+        return Refused(400, str(error)).response()
+
+    async def busy(request: Request, error: Exception) -> Response:
+        message = f"{engine.max_waiting} requests are waiting already; try again later"
+        return Refused(429, message, "rate_limit_error").response({"Retry-After": "1"})
+
+    async def no_route(request: Request, error: Exception) -> Response:
+        """An unknown path, or a known one by another method."""
+        assert isinstance(error, HTTPException)
+        asked, paths = f"{request.method} {request.url.path[:100]}", ", ".join(routes)
+        if error.status_code == 405:
+            return Refused(405, f"{asked}: the path takes {routes_method(request)}").response(dict(error.headers or {}))
+        return Refused(error.status_code, f"{asked}: no such path; there are {paths}").response()
+
+    def routes_method(request: Request) -> str:
+        return next((method for path, (_, method) in routes.items() if path == request.url.path), "GET")
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return Refused(500, "the server failed; its terminal shows why", "server_error").response()
+
+    middleware = []
+    if origins:
+        methods, headers = ("GET", "POST"), ("*",)
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers)
+        )
+    if key is not None:
+        middleware.append(Middleware(RequireKey, key=key))
+    app = Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for path, (endpoint, method) in routes.items()],
+        middleware=middleware,
+        exception_handlers={
+            Refused: refused, ConfigError: impossible, Busy: busy, HTTPException: no_route, Exception: failed,
+        },
+    )  # fmt: skip
+    app.router.redirect_slashes = False
+    app.state.ends = math.inf  # when nobody is answered any more, by time.monotonic()
+    return app
+
+
+class RequireKey:
+    """Answers 401 where a request lacks the key. /health tells nothing of what is written, so probes need none."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.wanted = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self.wanted):
+                refusal = Refused(401, "Authorization: must be `Bearer` and the server's key", code="invalid_api_key")
+                await refusal.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

@@ -1,0 +1,259 @@
+"""Every field of a request: the tables, and what a request asks for.
+
+What isn't supported stands here with the values that change nothing, since clients send their defaults: OpenAI's
+schema, then what vLLM, SGLang, llama.cpp and others add. To support a field, give it a handler and `Wanted` an entry.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3_lightning.data.text.conversation import ROLES
+from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.server.handlers import (
+    Handler,
+    anything,
+    flag,
+    number,
+    only,
+    read_fields,
+    record,
+    stop_strings,
+    text,
+    whole,
+    wrong,
+)
+from dsv3_lightning.inference.server.refusals import Refused
+
+TOKENS = whole(0, 2**53)
+STREAM_OPTIONS: dict[str, Handler] = {
+    "include_usage": flag,
+    "include_obfuscation": anything,
+    "continuous_usage_stats": only(False),
+}
+COMMON: dict[str, Handler] = {
+    "model": text,
+    "max_tokens": TOKENS,
+    "temperature": number,
+    "top_p": number,
+    "top_k": whole(-1, 2**31 - 1),
+    "min_p": number,
+    "n": whole(1, 64),
+    "stop": stop_strings,
+    "seed": whole(-(2**63), 2**63 - 1),
+    "stream": flag,
+    "stream_options": record(STREAM_OPTIONS),
+    # OpenAI
+    "presence_penalty": only(0),
+    "frequency_penalty": only(0),
+    "logit_bias": only({}),
+    "user": anything,
+    "metadata": anything,
+    "service_tier": anything,
+    "safety_identifier": anything,
+    "prompt_cache_key": anything,
+    "prompt_cache_options": anything,
+    "prompt_cache_retention": anything,
+    "response_format": only({"type": "text"}),
+    "store": only(False),
+    # vLLM, SGLang
+    "best_of": only(1),
+    "use_beam_search": only(False),
+    "length_penalty": only(1),
+    "early_stopping": only(False),
+    "repetition_penalty": only(1),
+    "ignore_eos": only(False),
+    "min_tokens": only(0),
+    "stop_token_ids": only([]),
+    "bad_words": only([]),
+    "allowed_token_ids": only([]),
+    "include_stop_str_in_output": only(False),
+    "no_stop_trim": only(False),
+    "skip_special_tokens": only(True),
+    "spaces_between_special_tokens": only(True, False),
+    "return_tokens_as_token_ids": only(False),
+    "return_token_ids": only(False),
+    "return_hidden_states": only(False),
+    "logits_processors": only([]),
+    "vllm_xargs": only({}),
+    "priority": anything,
+    "request_id": anything,
+    "rid": anything,
+    "cache_salt": anything,
+    # llama.cpp
+    "n_predict": only(-1),
+    "n_probs": only(0),
+    "n_keep": only(0),
+    "min_keep": only(0),
+    "ignore_eog": only(False),
+    "repeat_penalty": only(1),
+    "repeat_last_n": only(64, 0, -1),
+    "dry_multiplier": only(0),
+    "dynatemp_range": only(0),
+    "dynatemp_exponent": only(1),
+    "mirostat": only(0),
+    "mirostat_tau": only(5),
+    "mirostat_eta": only(0.1),
+    "tfs_z": only(1),
+    "typical_p": only(1),
+    "typ_p": only(1),
+    "top_n_sigma": only(-1, 0),
+    "top_a": only(0),
+    "xtc_probability": only(0),
+    "xtc_threshold": only(0.1),
+    "grammar": only(""),
+    "lora": only([]),
+    "post_sampling_probs": only(False),
+    "timings_per_token": only(False),
+    "return_progress": only(False),
+    "return_tokens": only(False),
+    "cache_prompt": anything,
+    "id_slot": anything,
+    # Ollama, LM Studio, OpenRouter
+    "keep_alive": anything,
+    "ttl": anything,
+    "options": only({}),
+    "transforms": only([]),
+}
+
+
+def prompts(name: str, value: Any) -> list[str | list[int]]:
+    """A text, a list of texts, the ids of one prompt, or a list of such lists."""
+    many = isinstance(value, list) and not (value and is_token(value[0]))
+    given = value if many else [value]
+    if not given:
+        raise Refused(400, f"{name}: must not be an empty list", param=name)
+    for prompt in given:
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(map(is_token, prompt))):
+            raise wrong(name, value, "must be text, ids of tokens, or a list of one of them")
+    return given
+
+
+def is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+COMPLETION = COMMON | {
+    "prompt": prompts,
+    "parse_special": flag,
+    "logprobs": only(),
+    "suffix": only(""),
+    "echo": only(False),
+    "add_special_tokens": only(True),
+}
+PART: dict[str, Handler] = {
+    "type": only("text"),
+    "text": text,
+    "annotations": only([]),
+    "cache_control": anything,
+    "prompt_cache_breakpoint": anything,
+}
+
+
+def content(name: str, value: Any) -> str:
+    """Text, or parts that are text."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong(name, value, "must be text, or a list of parts of type text")
+    parts = (read_fields(part, PART, ("type", "text"), f"{name}.{place}.") for place, part in enumerate(value))
+    return "".join(part["text"] for part in parts)
+
+
+def role(name: str, value: Any) -> str:
+    """One of the chat format's. OpenAI has a newer word for the system's."""
+    spoken = "system" if value == "developer" else value
+    if spoken not in ROLES:
+        raise wrong(name, value, f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+    return spoken
+
+
+MESSAGE: dict[str, Handler] = {
+    "role": role,  # first, so that a tool's message is refused for what it is
+    "content": content,
+    # What an answer of OpenAI's holds, which clients send back; the values of an answer that is text alone.
+    "refusal": only(""),
+    "annotations": only([]),
+    "tool_calls": only([]),
+    "reasoning": only(""),
+    "reasoning_content": only(""),
+    "reasoning_details": only([]),
+    "images": only([]),
+    "name": only(""),
+    "prefix": only(False),
+    "partial": only(False),
+    "cache_control": anything,
+}
+
+
+def messages(name: str, value: Any) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise wrong(name, value, 'must be a list of messages, such as {"role": "user", "content": "…"}')
+    read = []
+    for place, message in enumerate(value):
+        fields = read_fields(message, MESSAGE, ("role", "content"), f"{name}.{place}.")
+        read.append((fields["role"], fields["content"]))
+    return read
+
+
+CHAT = COMMON | {
+    "messages": messages,
+    "max_completion_tokens": TOKENS,
+    # OpenAI
+    "logprobs": only(False),
+    "top_logprobs": only(0),
+    "modalities": only(["text"]),
+    "tools": only([]),
+    "tool_choice": only("none", "auto"),
+    "parallel_tool_calls": only(True, False),
+    "functions": only([]),
+    "function_call": only("none", "auto"),
+    "reasoning_effort": only("none", "medium"),  # the defaults of clients
+    "verbosity": only("medium"),
+    # vLLM, SGLang, DeepSeek, Ollama
+    "echo": only(False),
+    "add_generation_prompt": only(True),
+    "continue_final_message": only(False),
+    "add_special_tokens": only(False),
+    "chat_template_kwargs": only({}),
+    "documents": only([]),
+    "include_reasoning": only(True, False),
+    "separate_reasoning": only(True, False),
+    "stream_reasoning": only(True, False),
+    "thinking": only({"type": "disabled"}),
+    "enable_thinking": only(False),
+    "think": only(False),
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What both kinds of request ask for. max_new_tokens: None for as many as the kind has by default."""
+
+    model: str
+    sampling: Sampling
+    max_new_tokens: int | None
+    copies: int
+    stop: tuple[str, ...]
+    seed: int | None
+    stream: bool
+    include_usage: bool
+
+
+def wanted(fields: Mapping[str, Any]) -> Wanted:
+    """Of a table's fields. Raises ConfigError for a value that Sampling doesn't take."""
+    return Wanted(
+        model=fields["model"],
+        sampling=Sampling(
+            temperature=fields.get("temperature", 1.0),
+            top_k=max(fields.get("top_k", 0), 0),  # -1 is vLLM's word for off
+            top_p=fields.get("top_p", 1.0),
+            min_p=fields.get("min_p", 0.0),
+        ),
+        max_new_tokens=fields.get("max_completion_tokens", fields.get("max_tokens")),
+        copies=fields.get("n", 1),
+        stop=fields.get("stop", ()),
+        seed=fields.get("seed"),
+        stream=fields.get("stream", False),
+        include_usage=fields.get("stream_options", {}).get("include_usage", False),
+    )

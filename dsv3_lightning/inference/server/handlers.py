@@ -1,0 +1,109 @@
+"""Reads the fields of a JSON object by a table: from a field's name to the handler that reads its value.
+
+A handler takes the field's name and its value and gives what the server goes on with; it raises Refused where the value
+can't be honored. A field that is in no table might change the answer, so it is refused by name and never dropped. A
+null counts as an absent field, as in OpenAI's schema.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dsv3_lightning.inference.server.refusals import Refused
+
+Handler = Callable[[str, Any], Any]
+SHOWN = 60  # characters of a value in a message
+STOPS, STOP_LENGTH = 16, 1_000  # looked for at every token, by the thread that writes all texts
+
+
+def read_fields(
+    content: Any, table: Mapping[str, Handler], required: tuple[str, ...], where: str = ""
+) -> dict[str, Any]:
+    """What the handlers give, by name. Fields are read in the table's order. where: how the object is called in front
+    of its fields, such as `messages.0.`. Raises Refused."""
+    if not isinstance(content, dict):
+        raise wrong(where.rstrip(".") or "the body", content, "must be a JSON object")
+    given = {name: value for name, value in content.items() if value is not None}
+    found = {name: read(f"{where}{name}", given.pop(name)) for name, read in table.items() if name in given}
+    for name in given:
+        near = difflib.get_close_matches(name, table, 1, cutoff=0.8)
+        meant = f"did you mean {near[0]}?" if near else "leave it out"
+        raise Refused(400, f"{where}{cut(name)}: is not supported here; {meant}", param=f"{where}{cut(name)}")
+    for name in required:
+        if name not in found:
+            raise Refused(400, f"{where}{name}: is missing", param=f"{where}{name}")
+    return found
+
+
+def only(*neutral: Any) -> Handler:
+    """A field that isn't supported, with the values of it that change nothing."""
+
+    def read(name: str, value: Any) -> None:
+        if not any(alike(value, one) for one in neutral):
+            given = ", or give " + " or ".join(json.dumps(one) for one in neutral) if neutral else ""
+            raise wrong(name, value, f"is not supported here; leave it out{given}")
+
+    return read
+
+
+def alike(value: Any, neutral: Any) -> bool:
+    """By type too: 0 == False, but logprobs=0 asks /v1/completions for the log-probability of every token."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
+
+
+def anything(name: str, value: Any) -> None:
+    """A field that never changes the answer: who asks, what may be cached, how urgent it is."""
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong(name, value, "must be text")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise wrong(name, value, "must be true or false")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """Finite; what range is valid is for Sampling to say."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
+        raise wrong(name, value, "must be a number")
+    return float(value)
+
+
+def whole(least: int, most: int) -> Handler:
+    """16.0 counts as 16: some languages have no other numbers."""
+
+    def read(name: str, value: Any) -> int:
+        is_whole = isinstance(value, int) or isinstance(value, float) and value.is_integer()
+        if isinstance(value, bool) or not is_whole or not least <= value <= most:
+            raise wrong(name, value, f"must be a whole number from {least} to {most}")
+        return int(value)
+
+    return read
+
+
+def stop_strings(name: str, value: Any) -> tuple[str, ...]:
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+        raise wrong(name, value, "must be text, or a list of texts")
+    if len(given) > STOPS or any(len(word) > STOP_LENGTH for word in given):
+        raise wrong(name, value, f"must be at most {STOPS} texts of at most {STOP_LENGTH:,} characters")
+    return tuple(given)
+
+
+def record(table: Mapping[str, Handler]) -> Handler:
+    """An object with fields of its own."""
+    return lambda name, value: read_fields(value, table, (), f"{name}.")
+
+
+def wrong(name: str, value: Any, reason: str) -> Refused:
+    return Refused(400, f"{name}={cut(json.dumps(value, ensure_ascii=False))}: {reason}", param=name)
+
+
+def cut(shown: str) -> str:
+    return shown if len(shown) <= SHOWN else shown[:SHOWN] + "…"
