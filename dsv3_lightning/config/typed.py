@@ -58,6 +58,9 @@ def fit(value: Any, hint: Any, path: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(args):
         return tuple(convert(item, arg, f"{path}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
     if (origin or hint) is dict and isinstance(value, dict):
+        for key in value if args[:1] == (str,) else ():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path}.{key}: a name must be text, in quotes where it reads like a number")
         return {key: convert(item, args[1], f"{path}.{key}") for key, item in value.items()} if args else value
     if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
