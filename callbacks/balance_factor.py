@@ -4,7 +4,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+<<<<<<< HEAD
 from dsv3_lightning.callbacks.settings import BalanceFactorSettings
+=======
+from dsv3_lightning.callbacks.charts import Charts
+>>>>>>> main
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
@@ -19,6 +23,10 @@ class BalanceFactor(Callback):
     def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:
         BalanceFactorSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"balance_factor": ["balance/factor"]} if tree["loss"]["balance"] not in ("none", ["none"]) else {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.balance.scale = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))

@@ -3,93 +3,66 @@
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
+from dsv3_lightning.callbacks.balance_factor import BalanceFactor
+from dsv3_lightning.callbacks.charts import QUESTIONS, Charts
+from dsv3_lightning.callbacks.expert_bias import ExpertBias
+from dsv3_lightning.callbacks.mtp_weight import MTPWeight
+from dsv3_lightning.callbacks.router_monitor import RouterMonitor
+from dsv3_lightning.callbacks.router_probe import RouterProbe
+from dsv3_lightning.callbacks.throughput import Throughput
+from dsv3_lightning.callbacks.weight_average import WeightAverage
+from dsv3_lightning.training.module import PretrainModule
+
 Layout = dict[str, dict[str, list[Any]]]
+LOGGING: dict[str, Any] = {  # the callbacks that log, by their names in base.yaml
+    "router_monitor": RouterMonitor,
+    "expert_bias": ExpertBias,
+    "balance_factor": BalanceFactor,
+    "router_probe": RouterProbe,
+    "mtp_weight": MTPWeight,
+    "weight_average": WeightAverage,
+    "throughput": Throughput,
+}
+VARIED = (  # settings that the shipped experiments vary, or that tell models apart
+    "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.lr", "model.expert_bias_kind",
+    "model.hidden_size", "model.moe_intermediate_size", "model.mtp_kind", "model.n_", "model.num_", "model.topk_group",
+    "model.scoring_func",
+)  # fmt: skip
+ASIDE = (  # settings that say where, how often and how much is shown: nobody compares runs by them
+    "callbacks.checkpoint", "callbacks.progress", "callbacks.router_monitor", "callbacks.run_report",
+    "callbacks.sample_text", "callbacks.throughput", "data.cache_dir", "data.num_workers", "data.paths",
+    "data.tokenizer", "data.vocab_size", "init_from", "run.", "trainer.accelerator", "trainer.devices",
+    "trainer.limit_val_batches", "trainer.log_every_n_steps", "trainer.num_nodes", "trainer.precision",
+    "trainer.val_check_interval",
+)  # fmt: skip
 
 
 def layout(tree: dict[str, Any], origins: int) -> Layout:
     """{question: {chart: [kind, tags]}} for a run's settings: as many charts for 60 layers as for three.
 
-    origins: of how many the validation text is. A chart is there where something that the run has logs its curves:
-    callbacks go by their names in base.yaml. A tag is a regular expression that must match from the tag's beginning.
-    Layers have charts of their own where the run logs their curves.
+    origins: of how many the validation text is. A chart is there where something that the run has logs its curves.
     """
-    model = tree["model"]
-    on = {name: block for name, block in tree["callbacks"].items() if block is not None}
-    monitor, probe, bias = "router_monitor" in on, "router_probe" in on, "expert_bias" in on
-    fast, per_layer = "throughput" in on, monitor and on["router_monitor"].get("per_layer", False)
-    mtp, balanced = model["num_nextn_predict_layers"] > 0, tree["loss"]["balance"] not in ("none", ["none"])
-    left_out = model["n_routed_experts"] // model["n_group"] * model["topk_group"] > model["num_experts_per_tok"]
-    questions = {
-        "is it learning": {
-            "loss: training, validation": ["loss/main", "val/loss"],
-            "bits per byte of validation text": ["val/bpb"],
-            "learning rate": ["optimizer/lr"],
-        },
-        "is it balanced": {
-            "MaxVio: a batch, a micro-batch, the validation set (0 is balance)": where(
-                monitor, "balance/max_vio$", "balance/max_vio_micro$", "balance/max_vio_global$"
-            ),
-            "MaxVio of the worst layer": where(monitor, "balance/max_vio_worst$"),
-            "busiest, typical and idlest expert (1 is a fair share)": where(
-                monitor,
-                *("balance/load_max", "balance/load_p95", "balance/load_p50", "balance/load_p5$", "balance/load_min"),
-            ),
-            "share of experts without a token": where(monitor, "balance/dead_experts"),
-            "unevenness: variation, entropy (0 and 1 are balance)": where(
-                monitor, "balance/load_cv", "balance/load_entropy"
-            ),
-            "what the bias does: spread, mean, largest": [
-                *where(monitor, "balance/bias_spread", "balance/bias_mean"),
-                *where(bias, "balance/bias_absmax"),
-            ],
-            "how fast the bias moves": where(bias, "balance/bias_speed"),
-            "balance losses": where(balanced, "loss/balance"),
-            "how strong they are: factors": where(balanced and "balance_factor" in on, "balance/factor"),
-            "how clear choices are: the last chosen over the first left out": where(
-                probe and left_out, "balance/margin"
-            ),
-            "groups: reached per token, the busiest's load": [
-                *where(probe, "balance/groups_per_token"),
-                *where(monitor, "balance/group_load_max"),
-            ],
-            "most attached pair of experts (1 is chance)": where(probe, "balance/coactivation_max"),
-            "how differently text of different origin is routed (0 is alike)": where(
-                probe and origins > 1, "balance/specialization"
-            ),
-        },
-        "which layer is it": {
-            "MaxVio of a batch": where(per_layer, r"balance/max_vio_layer_\d+"),
-            "MaxVio over the validation set": where(per_layer, r"balance/max_vio_global_layer_\d+"),
-        },
-        "is MTP helping": {
-            "loss by depth": where(mtp, r"loss/mtp_\d+", r"val/mtp_\d+"),
-            "share of guesses that decoding would keep": where(mtp, r"mtp/acceptance_\d+"),
-            "weight of the MTP loss": where(mtp and "mtp_weight" in on, "mtp/weight"),
-        },
-        "is it fast": {
-            "tokens per second": where(fast, "throughput/tokens_per_second"),
-            "FLOP per second that the model needs for them": where(fast, "throughput/model_flops_per_second"),
-            "share of the device's peak": where(fast, "throughput/mfu"),
-            "waiting for data": where(fast, "throughput/data_wait_share"),
-            "memory": where(fast, "throughput/memory_bytes"),
-        },
-        "is it healthy": {
-            "gradient norm: all, the routers'": ["optimizer/grad_norm", *where(monitor, "balance/router_grad_norm")],
-            "skipped steps": ["optimizer/skipped_steps"],
-        },
-    }
+    declared = logged_tags(tree, origins)
     drawn = {
-        question: {chart: ["Multiline", tags] for chart, tags in charts.items() if tags}
-        for question, charts in questions.items()
+        question: {title: ["Multiline", declared[key]] for key, title in charts.items() if declared.get(key)}
+        for question, charts in QUESTIONS.items()
     }
     return {question: charts for question, charts in drawn.items() if charts}
 
 
-def where(logged: bool, *tags: str) -> list[str]:
-    """The tags, or none where nothing logs them."""
-    return list(tags) if logged else []
+def logged_tags(tree: dict[str, Any], origins: int) -> Charts:
+    """{key of a chart: tags} of all that the run's module and callbacks log."""
+    declared: Charts = {}
+    sources = [PretrainModule, *(cls for name, cls in LOGGING.items() if tree["callbacks"].get(name) is not None)]
+    for source in sources:
+        for key, tags in source.charts(tree, origins).items():
+            declared.setdefault(key, []).extend(tags)
+    return declared
 
 
 class RunLogger(TensorBoardLogger):
@@ -106,11 +79,30 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         self.experiment.flush()  # the base class would also write a hparams.yaml; config.yaml holds everything
 
-    def describe(self, tree: dict[str, Any], origins: int) -> None:
-        """Writes the layout and the HParams row: once per run, in its first life."""
+    def describe(self, tree: dict[str, Any], origins: int, defaults: dict[str, Any]) -> None:
+        """Writes the layout and the HParams row: once per run, in its first life. defaults: what base.yaml holds."""
         self.experiment.add_custom_scalars(layout(tree, origins))
-        for summary in hparams(flatten(tree), {"val/loss": 0.0, "val/bpb": 0.0}):
+        for summary in hparams_row(flatten(tree), flatten(defaults)):
             self.experiment.file_writer.add_summary(summary)
+
+
+def hparams_row(settings: dict[str, Any], defaults: dict[str, Any]) -> tuple[Summary, Summary, Summary]:
+    """What the HParams tab reads. TensorBoard puts settings that `differ` first, and within both parts goes by name."""
+    experiment, start, end = hparams(settings, {"val/loss": 0.0, "val/bpb": 0.0})
+    plugin = experiment.value[0].metadata.plugin_data
+    content = metadata.parse_experiment_plugin_data(plugin.content)
+    for info in content.hparam_infos:
+        info.differs = is_compared(info.name, settings[info.name], defaults)
+    plugin.content = HParamsPluginData(experiment=content, version=metadata.PLUGIN_DATA_VERSION).SerializeToString()
+    return experiment, start, end
+
+
+def is_compared(key: str, value: Any, defaults: dict[str, Any]) -> bool:
+    """Whether people compare runs by this setting: experiments vary it, or it isn't what base.yaml says."""
+    if key.startswith((*VARIED, *ASIDE)):
+        return key.startswith(VARIED)
+    switched_off = any(other.startswith(f"{key}.") for other in defaults)  # a section that is null here
+    return switched_off or (key in defaults and value != defaults[key] and "${" not in str(defaults[key]))
 
 
 def flatten(tree: Any, key: str = "") -> dict[str, Any]:

@@ -7,7 +7,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from dsv3_lightning.callbacks.settings import ExpertBiasSettings
+=======
+from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.errors import ConfigError
+>>>>>>> main
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
@@ -43,6 +48,10 @@ class ExpertBias(Callback):
         ExpertBiasSettings(speed=speed, schedule=schedule, by=by, rule=rule, centered=centered)
         self.speed, self.schedule, self.by, self.rule, self.centered = speed, schedule, by, rule, centered
         self.counts_LE: Tensor | int = 0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"bias": ["balance/bias_absmax"], "bias_speed": ["balance/bias_speed"]}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

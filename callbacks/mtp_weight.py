@@ -4,7 +4,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+<<<<<<< HEAD
 from dsv3_lightning.callbacks.settings import MTPWeightSettings
+=======
+from dsv3_lightning.callbacks.charts import Charts
+>>>>>>> main
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
@@ -21,6 +25,10 @@ class MTPWeight(Callback):
         MTPWeightSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
         self.weight = 0.0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"mtp_weight": ["mtp/weight"]} if tree["model"]["num_nextn_predict_layers"] else {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.weight = pl_module.mtp_weight = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))

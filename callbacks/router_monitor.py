@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
@@ -43,6 +44,24 @@ class RouterMonitor(Callback):
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
         self.strategy: Any = None
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        per_layer = tree["callbacks"]["router_monitor"].get("per_layer", False)
+        loads = ("load_max", "load_p95", "load_p50", "load_p5$", "load_min")
+        return {
+            "max_vio": ["balance/max_vio$", "balance/max_vio_micro$"],
+            "max_vio_global": ["balance/max_vio_global$"],
+            "max_vio_worst": ["balance/max_vio_worst$"],
+            "load": [f"balance/{load}" for load in loads],
+            "dead_experts": ["balance/dead_experts"],
+            "unevenness": ["balance/load_cv", "balance/load_entropy"],
+            "bias": ["balance/bias_spread", "balance/bias_mean"],
+            "groups": ["balance/group_load_max"],
+            "layers_max_vio": [r"balance/max_vio_layer_\d+"] if per_layer else [],
+            "layers_max_vio_global": [r"balance/max_vio_global_layer_\d+"] if per_layer else [],
+            "grad_norm": ["balance/router_grad_norm"],
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.strategy = trainer.strategy

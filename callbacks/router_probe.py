@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.router_monitor import draw
 from dsv3_lightning.training.logging import log_scalars
@@ -36,6 +37,17 @@ class RouterProbe(Callback):
         self.masks_LN: list[Tensor] = []
         self.origins_LN: list[Tensor | None] = []
         self.specialization: list[float | None] | None = None  # by layer, for the report
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        model = tree["model"]
+        open_experts = model["n_routed_experts"] // model["n_group"] * model["topk_group"]
+        return {
+            "margin": ["balance/margin"] if open_experts > model["num_experts_per_tok"] else [],
+            "groups": ["balance/groups_per_token"],
+            "coactivation": ["balance/coactivation_max"],
+            "specialization": ["balance/specialization"] if origins > 1 else [],
+        }
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.statistics = ChoiceStatistics(pl_module.model.config, len(origins_of(trainer))).to(pl_module.device)

@@ -70,7 +70,9 @@ class RunReport(Callback):
             save_figure(heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0), folder / "bias.png")
         samples = find(trainer, SampleText)
         write_file(folder / "report.json", strict_json(report, indent=2) + "\n")
-        text = markdown(report, folder, samples.latest if samples else [], bool(biases))
+        learned = trainer.datamodule.manifest["splits"]["train"]  # type: ignore[attr-defined]
+        command = next_command(folder, samples.prompts if samples else [], "answer_bytes" in learned)
+        text = markdown(report, folder, samples.latest if samples else [], bool(biases), command)
         write_file(folder / "report.md", text)
         print(f"report: {display_path(folder / 'report.md')}", flush=True)
 
@@ -120,7 +122,7 @@ def find(trainer: Trainer, kind: type) -> Any | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
-def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool) -> str:
+def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool, command: str) -> str:
     """report.md: the numbers that matter first, each with its meaning."""
 
     def show(value: Any, form: str = "{:.3f}") -> str:
@@ -152,10 +154,18 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     pictures = "![loss](loss.png)\n" + ("\n![expert bias](bias.png)\n" if has_bias else "")
-    written = "\n\n".join(f"```\n{text}\n```" for text in samples)
+    written = "".join(f"```\n{text}\n```\n\n" for text in samples)
     return (
         f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{pictures}\n"
-        f"## What it writes\n\n{written}\n\n"
-        f'## Next\n\n`dsv3 generate {shlex.quote(str(folder))} --prompt "def "` continues a prompt; '
-        f"`tensorboard --logdir {shlex.quote(str(folder.parent))}` shows every curve.\n"
+        + (f"## What it writes\n\n{written}" if samples else "")
+        + f"## Next\n\n{command}; `tensorboard --logdir {shlex.quote(str(folder.parent))}` shows every curve.\n"
     )
+
+
+def next_command(folder: Path, prompts: list[str], conversations: bool) -> str:
+    """What to do with the model: what it was trained on says whether to talk with it or to let it continue."""
+    name = shlex.quote(str(folder))
+    if conversations:
+        return f"`dsv3 chat {name}` talks with it"
+    prompt = shlex.quote(prompts[0].strip("\n")) if prompts and prompts[0].strip() else '"Once upon a time"'
+    return f"`dsv3 generate {name} --prompt {prompt}` continues a prompt"

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+<<<<<<< HEAD
 from dsv3_lightning.callbacks.settings import ThroughputSettings
+=======
+from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.errors import ConfigError
+>>>>>>> main
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
 
@@ -34,6 +39,16 @@ class Throughput(Callback):
         self.total = Window()
         self.batch_start = 0.0
         self.waited_before = 0.0
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {
+            "tokens": ["throughput/tokens_per_second"],
+            "flops": ["throughput/model_flops_per_second"],
+            "mfu": ["throughput/mfu"],
+            "data_wait": ["throughput/data_wait_share"],
+            "memory": ["throughput/memory_bytes"],
+        }
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.flops_per_token = pl_module.flops_per_token

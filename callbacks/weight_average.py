@@ -8,7 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+<<<<<<< HEAD
 from dsv3_lightning.callbacks.settings import WeightAverageSettings
+=======
+from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.errors import ConfigError
+>>>>>>> main
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
 from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
@@ -32,6 +37,10 @@ class WeightAverage(Callback):
         self.average: dict[str, Tensor] = {}  # of each weight this rank's part
         self.loaded: dict[str, Tensor] | None = None
         self.to_save: Callable[[Tensor], Tensor] = gather_full
+
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> Charts:
+        return {"val_loss": ["val/loss_average"]}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}

@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from dsv3_lightning import __version__
 from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.launch import let_the_first_rank_speak
 
 
 class Verb(NamedTuple):
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
+        let_the_first_rank_speak(os.environ)
         print(f"dsv3: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except RunStopped as stopped:
@@ -112,7 +114,7 @@ VERBS = {
     "plan": Verb("dsv3_lightning.commands.plan", "Show parameters, FLOP, memory and a run's time, without a device."),
     "prepare": Verb("dsv3_lightning.commands.prepare", "Tokenize and pack a configuration's data."),
     "generate": Verb("dsv3_lightning.commands.generate", "Continue a text with a trained model."),
-    "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model, line by line."),
+    "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model; /reset begins anew."),
     "serve": Verb("dsv3_lightning.commands.serve", "Serve a trained model to OpenAI clients."),
     "export": Verb("dsv3_lightning.commands.export", "Write a run's model as a Hugging Face folder."),
     "import": Verb("dsv3_lightning.commands.import_folder", "Check a Hugging Face folder to start runs from."),

@@ -1,11 +1,14 @@
 """`dsv3 chat`: a conversation on the terminal, until the end of the input."""
 
 import argparse
+import io
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.common.flags import context_argument, model_argument, sampling_arguments
+from dsv3_lightning.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,11 @@ def run(
     seed: int,
     **sampling: Any,
 ) -> int:
-    """Each line is a turn; Ctrl-D ends. sampling: the fields of Sampling."""
+    """Each line is a turn, `/reset` begins the conversation anew, Ctrl-D ends. sampling: the fields of Sampling.
+
+    A turn that can't be answered is told. On a terminal the conversation goes on without it; a file ends there, since
+    what follows is about that turn. Raises ConfigError.
+    """
     from dsv3_lightning.inference.chat import Chat
     from dsv3_lightning.inference.sampling import Sampling
     from dsv3_lightning.runs.models import load
@@ -32,12 +39,45 @@ def run(
     how = Sampling(**sampling)
     model, tokenizer = load(checkpoint, chat=True)
     talk = Chat(model, tokenizer, how, seed, system, context)
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        print(prompt, end="", flush=True)
+    terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that a wrong byte is met in its line, by check_encoding
+    for number in itertools.count(1):
+        print("> " if terminal else "", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
-            return 0
-        for piece in talk.reply(line.rstrip("\r\n"), max_new_tokens, tuple(stop)):
-            print(piece, end="", flush=True)
-        print(flush=True)
+            break
+        try:
+            check_encoding(line, number)
+            if line.strip() == "/reset":
+                talk.reset()
+                note("the conversation begins anew")
+                continue
+            for piece in talk.reply(line.rstrip("\r\n"), max_new_tokens, tuple(stop)):
+                print(piece, end="", flush=True)
+            print(flush=True)
+        except ConfigError as error:
+            if not terminal:
+                raise
+            note(str(error))
+            continue
+        if talk.dropped:
+            turns = "turn was" if talk.dropped == 1 else f"{talk.dropped} turns were"
+            note(f"the context of {talk.limit} tokens is full: the oldest {turns} dropped (/reset begins anew)")
+        if talk.cut:
+            note(f"the context of {talk.limit} tokens is full: the answer ends here (/reset begins anew)")
+    return 0
+
+
+def check_encoding(line: str, number: int) -> None:
+    """Raises ConfigError for a byte that isn't of the input's encoding, which Python holds as a lone surrogate."""
+    wrong = next((character for character in line if "\udc80" <= character <= "\udcff"), None)
+    if wrong is not None:
+        encoding = (getattr(sys.stdin, "encoding", None) or "utf-8").upper()
+        raise ConfigError(
+            f"standard input: line {number} is not {encoding} text (it has the byte 0x{ord(wrong) - 0xDC00:02x})"
+        )
+
+
+def note(text: str) -> None:
+    print(f"dsv3: {text}", file=sys.stderr, flush=True)

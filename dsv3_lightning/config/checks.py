@@ -6,8 +6,12 @@ Everything here is plain arithmetic on plain values; types of the other Trainer 
 
 import difflib
 import math
+<<<<<<< HEAD
 import re
 from dataclasses import asdict
+=======
+import os
+>>>>>>> main
 from typing import Any, Literal
 
 from dsv3_lightning.callbacks.settings import CALLBACKS
@@ -24,15 +28,22 @@ from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.parallel.launch import fill_in
 from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.training.config import LossConfig
 
 TRAINER: dict[str, Any] = {  # the Trainer arguments that every config has, as base.yaml lists them
     "max_steps": int,
     "precision": Literal["auto", 32, "32", "bf16-mixed", "bf16"],
+<<<<<<< HEAD
     "accelerator": Literal[ACCELERATORS],
     "devices": int | str | list[int],
     "num_nodes": int,
+=======
+    "accelerator": str,
+    "devices": int | str | list[int] | None,
+    "num_nodes": int | None,
+>>>>>>> main
     "accumulate_grad_batches": int,
     "gradient_clip_val": float | None,
     "val_check_interval": int,
@@ -63,7 +74,10 @@ ELSEWHERE = {  # arguments of Lightning's that another setting decides
 
 
 def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
-    """The `trainer` section with known arguments converted: precision is text, counts are int. Raises ConfigError."""
+    """The `trainer` section with known arguments converted: precision is text, counts are int. Raises ConfigError.
+
+    devices and num_nodes are numbers, where it is null those of the launcher that started this process.
+    """
     for key, reason in ELSEWHERE.items():
         if key in trainer:
             raise ConfigError(f"trainer.{key}: not used here; {reason}")
@@ -77,12 +91,14 @@ def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
     trainer = {key: convert(value, known[key], f"trainer.{key}") for key, value in trainer.items()}
     check_finite(trainer, "trainer")
     for key in COUNTS:
-        check_count(f"trainer.{key}", trainer[key])
+        if trainer[key] is not None:
+            check_count(f"trainer.{key}", trainer[key])
     clip, limit = trainer["gradient_clip_val"], trainer["limit_val_batches"]
     if clip is not None and clip < 0:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: must be at least 0, or null for no clipping")
     if not (type(limit) is int and limit >= 0 or type(limit) is float and 0 <= limit <= 1):
         raise ConfigError(f"trainer.limit_val_batches={show(limit)}: must be a number of batches, or a share 0.0-1.0")
+<<<<<<< HEAD
     check_devices(trainer["devices"])
     check_duration(trainer.get("max_time"))
     for key in ("profiler", "logger"):
@@ -91,6 +107,9 @@ def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
             if isinstance(block, dict) or (key == "logger" and block is not None and not isinstance(block, bool)):
                 check_class_block(block, f"trainer.{key}[{number}]" if isinstance(blocks, list) else f"trainer.{key}")
     return trainer | {"precision": str(trainer["precision"])}
+=======
+    return fill_in(trainer | {"precision": str(trainer["precision"])}, os.environ)
+>>>>>>> main
 
 
 def check_devices(devices: int | str | list[int]) -> None:

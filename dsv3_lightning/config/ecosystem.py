@@ -2,13 +2,16 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks, loggers
 
+from dsv3_lightning.callbacks.dashboard import logged_tags
 from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.config.wording import nearest
 from dsv3_lightning.errors import ConfigError
 
 BATCH = "data.batch_size counts the samples of a step over all ranks and micro-batches"
@@ -81,6 +84,24 @@ def check_set(built: Mapping[str, Callback], strategy: Any, folder: Path) -> Non
     bars = [name for name, callback in built.items() if isinstance(callback, callbacks.ProgressBar)]
     if len(bars) > 1:
         raise ConfigError(f"callbacks.{bars[-1]}: a run has one progress bar; set callbacks.{bars[0]}=null")
+
+
+def check_monitors(built: Mapping[str, Callback], tree: dict[str, Any]) -> None:
+    """Raises ConfigError for a monitored name that nothing logs. Callbacks of others may log whatever they want."""
+    known = [name for names in logged_tags(tree, origins=2).values() for name in names]
+    own = ("lightning.", "dsv3_lightning.")
+    if any(isinstance(callback, callbacks.LearningRateMonitor) for callback in built.values()):
+        known.append("lr-.*")
+    for name, callback in built.items():
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(callback, callbacks.EarlyStopping | callbacks.ModelCheckpoint) or monitor is None:
+            continue
+        if any(re.fullmatch(tag.removesuffix("$"), monitor) for tag in (*known, "epoch", "step")):
+            continue
+        if all(type(other).__module__.startswith(own) for other in built.values()):
+            plain = [tag.removesuffix("$").replace(r"\d+", "1").replace(r"_\w+", "") for tag in known]
+            key = f"callbacks.{name}.init_args.monitor={monitor}"
+            raise ConfigError(f"{key}: nothing of that name is logged{nearest(monitor, plain)}")
 
 
 def check_fresh(built: Collection[Callback]) -> None:

@@ -31,7 +31,7 @@ def init_after_restart(backend: str, timeout: timedelta) -> None:
     processes that died, and the new processes would wait for those.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or dist.is_initialized():
+    if attempt == "0" or "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"attempt {attempt}", store)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path
+from dsv3_lightning.config.compose import PRESETS
 from dsv3_lightning.config.ecosystem import check_fresh
 from dsv3_lightning.config.instantiate import (
     build_callbacks,
@@ -37,6 +39,7 @@ from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 from dsv3_lightning.parallel.groups import init_after_restart
+from dsv3_lightning.parallel.launch import a_word_after, find_launch, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS, peer_failure
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.record import RunFolder
@@ -47,15 +50,19 @@ from dsv3_lightning.training.precision import choose_precision, precision_plugin
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     """Trains to the last step, or says that this is done. Returns the exit status."""
     quiet_libraries()
+    rank_zero_only.rank = rank_of(config.trainer, os.environ)  # type: ignore[attr-defined]  # Lightning believes RANK
     folder = RunFolder(config)
     try:
-        return train(config, tree, sources, folder)
+        with put_back(os.environ):
+            return train(config, tree, sources, folder)
     finally:  # an exception inside of Lightning keeps this frame, and the lock with it, until garbage is collected
         folder.lock.release(force=True)
 
 
 def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: RunFolder) -> int:
     first_rank = is_first_rank()
+    if not first_rank:
+        wait_for_first_rank(folder.path / "config.yaml", rank_zero_only.rank)  # type: ignore[attr-defined]
     if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)
     if folder.finished() and config.run.resume == "auto":  # seen by each rank: none waits for another that is done
@@ -92,15 +99,21 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         for note in filter(None, notes if start is None else []):
             print(note, flush=True)
         if start is None:
-            logger.describe(tree, len(read_manifest(prepared)["origins"]))
+            defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
+            logger.describe(tree, len(read_manifest(prepared)["origins"]), defaults)
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
             write_file(folder.path / file.name, file.read_bytes())
+    size = trainer.world_size
+    meeting = f"rank {trainer.global_rank} of {size} waits for the others, up to strategy.timeout_minutes (else 30)"
     try:
-        if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
-            trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
-        else:
-            trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
+        with a_word_after(30.0, meeting, unless=lambda: size == 1 or torch.distributed.is_initialized()):
+            if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
+                trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
+            else:
+                trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
     except ERRORS as error:
+        if isinstance(error, RunStopped) and not trainer.is_global_zero:
+            return error.code  # all ranks stop together, and the first one says why
         stop_if_another_died(trainer, error)
         raise
     return 0
@@ -168,7 +181,7 @@ def build_trainer(
 
 
 def is_first_rank() -> bool:
-    """Known from the launcher's environment before there is a Trainer."""
+    """Known before there is a Trainer: `run` has put it there."""
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on this function
 
 
@@ -183,11 +196,8 @@ def run_device(config: Config) -> torch.device:
 
 def refuse_taken_port(config: Config) -> None:
     """Where this process is to launch the other ranks: a port that is in use would leave them all waiting."""
-    port, launched = (
-        os.environ.get("MASTER_PORT"),
-        {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys(),
-    )
-    if port is None or launched or config.trainer["devices"] in (1, "auto"):
+    port, launched = os.environ.get("MASTER_PORT"), find_launch(os.environ).launcher or "LOCAL_RANK" in os.environ
+    if port is None or launched or config.trainer["devices"] in (1, "auto") or not is_first_rank():
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -203,10 +213,7 @@ def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
     """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
-    stored = folder.stored_tree()
-    while stored is None and not is_first_rank():  # the first rank is measuring for all
-        time.sleep(0.1)
-        stored = folder.stored_tree()
+    stored = folder.stored_tree()  # the first rank has measured for all
     if stored is not None:
         precision = str(stored["trainer"]["precision"])
         return precision, f"precision {precision}, as this run began"

@@ -65,6 +65,24 @@ class PretrainModule(pl.LightningModule):
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
 
+    @staticmethod
+    def charts(tree: dict[str, Any], origins: int) -> dict[str, list[str]]:
+        """The tags that it logs, by the charts of callbacks/charts.py."""
+        balanced, mtp = tree["loss"]["balance"] not in ("none", ["none"]), tree["model"]["num_nextn_predict_layers"] > 0
+        return {
+            "loss": ["loss/main"],
+            "val_loss": ["val/loss$"],
+            "bpb": ["val/bpb"],
+            "lr": ["optimizer/lr"],
+            "balance_loss": ["loss/balance$"] if balanced else [],
+            "balance_losses": [r"loss/balance_\w+"] if balanced else [],
+            "mtp_loss": [r"loss/mtp_\d+"] if mtp else [],
+            "val_mtp_loss": [r"val/mtp_\d+"] if mtp else [],
+            "acceptance": [r"mtp/acceptance_\d+"] if mtp else [],
+            "grad_norm": ["optimizer/grad_norm"],
+            "skipped_steps": ["optimizer/skipped_steps"],
+        }
+
     def configure_model(self) -> None:
         """Makes the initial weights: all of them, or this rank's part, the same whatever the number of ranks."""
         if not self.model.embed_tokens.weight.is_meta:

@@ -3,12 +3,19 @@
 import re
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.backend_context import _sort_and_reduce_to_hparams_limit
 
-from dsv3_lightning.callbacks.dashboard import layout
-from dsv3_lightning.config.compose import compose
+from dsv3_lightning.callbacks.charts import QUESTIONS
+from dsv3_lightning.callbacks.dashboard import LOGGING, VARIED, flatten, hparams_row, is_compared, layout
+from dsv3_lightning.config.compose import PRESETS, compose
 from dsv3_lightning.config.schema import check, to_tree
+from dsv3_lightning.training.module import PretrainModule
+
+EXPERIMENTS = PRESETS / "experiments"
 
 SHORT = ("trainer.max_steps=2", "trainer.val_check_interval=1", "trainer.limit_val_batches=1")
 RUNS = {
@@ -59,15 +66,54 @@ def test_only_what_a_run_has_is_asked():
     assert "which layer is it" in layout(settings("callbacks.router_monitor.per_layer=true"), 2)
     unwatched = layout(settings("callbacks.router_monitor=null", "callbacks.throughput=null"), 2)
     assert "is it fast" not in unwatched
-    assert "most attached pair of experts (1 is chance)" in unwatched["is it balanced"]  # the probe's
+    assert any("most attached pair of experts" in title for title in unwatched["is it balanced"])  # the probe's
+
+
+def test_every_chart_is_declared_under_a_question_and_no_key_twice():
+    keys = [key for charts in QUESTIONS.values() for key in charts]
+    assert len(set(keys)) == len(keys)
+    tree = settings("callbacks.router_monitor.per_layer=true", "callbacks.weight_average={decay: 0.9}")
+    assert {key for source in (*LOGGING.values(), PretrainModule) for key in source.charts(tree, 2)} == set(keys)
+
+
+def test_no_chart_has_curves_of_training_and_of_validation():
+    """TensorBoard draws them in one color. Nor a balance loss with its factor beside one without."""
+    for charts in layout(settings("callbacks.router_monitor.per_layer=true"), 2).values():
+        for title, (_, tags) in charts.items():
+            validation = [tag.startswith("val/") or "max_vio_global" in tag for tag in tags]
+            assert all(validation) or not any(validation), title
+            assert len({tag for tag in tags if tag.startswith("loss/balance")}) <= 1, title
+
+
+def test_hparams_open_on_what_people_compare():
+    """In the order that TensorBoard itself makes: those that differ, then by name."""
+    base = yaml.safe_load((PRESETS / "base.yaml").read_text())
+    tree = settings("callbacks.expert_bias.speed=0", "optimizer.weight_decay=0.2", "callbacks.balance_factor=null")
+    summary, *_ = hparams_row(flatten(tree), flatten(base))
+    experiment = metadata.parse_experiment_plugin_data(summary.value[0].metadata.plugin_data.content)
+    _sort_and_reduce_to_hparams_limit(experiment)
+    first = [info.name for info in experiment.hparam_infos if info.differs]
+    assert [info.name for info in experiment.hparam_infos][: len(first)] == first
+    assert first[0] == "callbacks.balance_factor" and {"callbacks.expert_bias.speed", "optimizer.lr"} < set(first)
+    assert {"optimizer.weight_decay", "model.hidden_size", "data.batch_size", "trainer.max_steps"} < set(first)
+    assert not {"run.name", "callbacks.expert_bias.by", "callbacks.sample_text.every_n_steps"} & set(first)
+    plain = [key for key, value in flatten(settings()).items() if is_compared(key, value, flatten(base))]
+    assert len(plain) < 30 and min(plain) == "callbacks.expert_bias.rule"
+
+
+def test_what_experiments_vary_is_compared():
+    for name in EXPERIMENTS.glob("*.yaml"):
+        for variant in yaml.safe_load(name.read_text())["variants"].values():
+            for key in flatten(variant or {}):
+                assert key.startswith(("callbacks", *VARIED)), key
 
 
 @pytest.mark.parametrize("preset", ["v3", "llm-7b"])
 def test_any_model_has_a_layout(preset):
     tree = to_tree(check(compose([preset], []).tree))
     sizes = {question: len(charts) for question, charts in layout(tree, 2).items()}
-    learning, health = {"is it learning": 3, "is it fast": 5}, {"is it healthy": 2}
-    assert sizes == learning | ({"is it balanced": 13, "is MTP helping": 3} if preset == "v3" else {}) | health
+    learning, health = {"is it learning": 4, "is it fast": 5}, {"is it healthy": 2}
+    assert sizes == learning | ({"is it balanced": 15, "is MTP helping": 4} if preset == "v3" else {}) | health
 
 
 def test_58_layers_have_the_charts_of_three():

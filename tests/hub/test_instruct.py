@@ -89,6 +89,8 @@ def test_the_recipe_goes_from_a_run_to_a_chat(tmp_path, data_cache, monkeypatch,
     assert main(["run", "instruct", *QUICK]) == 0
     report = json.loads(Path("runs/instruct/report.json").read_text())
     assert report["steps"] == 2 and 0 < report["val_bpb"] < 20 and report["gzip_bpb"] > 2
+    page = Path("runs/instruct/report.md").read_text()
+    assert "What it writes" not in page and "`dsv3 chat " in page and "dsv3 generate" not in page
     monkeypatch.setattr("sys.stdin", io.StringIO("What does json.loads do?\n"))
     capsys.readouterr()
     assert main(["chat", "runs/instruct", "--temperature", "0", "--max-new-tokens", "8"]) == 0

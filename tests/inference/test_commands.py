@@ -213,11 +213,61 @@ def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatc
     assert shown == expected
 
 
-def test_a_chat_that_outgrows_the_context_says_so(model, tokenizer):
-    chat = Chat(model, tokenizer, Sampling(), 0, "")
-    "".join(chat.reply("a " * 100, 20))
-    with pytest.raises(ConfigError, match="the conversation has .* tokens; the context holds 512"):
+def test_a_chat_that_outgrows_the_context_drops_its_oldest_turns_and_goes_on(model, tokenizer):
+    """Its answer is that of a conversation which begins with the system message and the turns that are left."""
+    chat, end = Chat(model, tokenizer, Sampling(), 0, "be brief", context=200), {tokenizer.eos_id}
+    answers, dropped = {}, 0
+    questions = ["a " * 20, "b " * 20, "c " * 20, "d " * 20]
+    for place, question in enumerate(questions):
+        answers[question] = "".join(chat.reply(question, 9))
+        dropped += chat.dropped
+        ids = chat_prompt(tokenizer, [("system", "be brief"), ("user", questions[dropped])])
+        for after in questions[dropped + 1 : place + 1]:
+            (new,) = decode(model, [ids], 9, Sampling(), end, 0)
+            ids = [*ids, *new, tokenizer.eos_id, *chat_prompt(tokenizer, [("user", after)])[1:]]
+        if not dropped or place == dropped:  # else the answers before were given to more than what is left
+            (new,) = decode(model, [ids], 9, Sampling(), end, 0)
+            assert answers[question] == tokenizer.decode(new)
+        assert len(chat.head) + sum(map(len, chat.turns)) <= 201
+    assert 0 < dropped < len(questions)
+    with pytest.raises(ConfigError, match="with the system message this turn has .* tokens; the context holds 200"):
         "".join(chat.reply("a " * 400, 20))
+    turns = len(chat.turns)
+    assert "".join(chat.reply("e", 9)) and len(chat.turns) > turns - chat.dropped  # as if that was never asked
+    chat.reset()
+    fresh = Chat(model, tokenizer, Sampling(), 0, "be brief")
+    assert "".join(chat.reply("again", 9)) == "".join(fresh.reply("again", 9))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_begins_anew(folder, monkeypatch, capsys):
+    options = ["--temperature", "0", "--max-new-tokens", "30", "--context", "120"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", folder, *options]) == 0
+    answer = capsys.readouterr().out
+    said = "hi\n" + "x " * 200 + "\n\udce9\n/reset\nhi\n" + "a " * 20 + "\n" + "b " * 20 + "\n"
+    monkeypatch.setattr("sys.stdin", Terminal(said))
+    assert main(["chat", folder, *options]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith(f"> {answer}> > > > {answer}> ")
+    told = error.splitlines()
+    assert "this turn has " in told[0] and "the context holds 120" in told[0]
+    assert told[1] == "dsv3: standard input: line 3 is not UTF-8 text (it has the byte 0xe9)"
+    assert told[2] == "dsv3: the conversation begins anew"
+    assert told[3].startswith("dsv3: the context of 120 tokens is full: the oldest ") and "/reset" in told[3]
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(folder, monkeypatch, capsys):
+    """As Python's own standard input gives it, which is strict."""
+    latin = io.TextIOWrapper(io.BytesIO("hi\nça va\n".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", latin)
+    assert main(["chat", folder, "--max-new-tokens", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error == "dsv3: error: standard input: line 2 is not UTF-8 text (it has the byte 0xe7)\n"
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])

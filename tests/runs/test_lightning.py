@@ -133,6 +133,14 @@ def test_a_logger_without_its_package_names_it(name, nano, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (
+            [callback("EarlyStopping", monitor="val/los")],
+            "monitor=val/los: nothing of that name is logged; did",
+        ),
+        (
+            [callback("ModelCheckpoint", monitor="balance/margin"), "callbacks.router_probe=null"],
+            "balance/margin: nothing",
+        ),
         (["trainer.logger=false"], "trainer.logger=false: the run's own curves are always written"),
         (["trainer.logger=3"], "trainer.logger=3: needs a class_path"),
         ([callback("TQDMProgressBar")], "callbacks.their_TQDMProgressBar: a run has one progress bar"),

@@ -1,0 +1,56 @@
+"""The charts of TensorBoard's custom scalars, in their order. What stands in them is declared beside what is logged.
+
+A class that logs has `charts(tree, origins)`: {key of a chart here: tags}, for the settings `tree` of a run (to_tree's)
+and the number of `origins` of its validation text. A tag is a regular expression that must match from the tag's
+beginning. Several classes may add to one chart. Curves of training and of validation have charts of their own, since
+TensorBoard draws all curves of one run in one color.
+"""
+
+Charts = dict[str, list[str]]
+
+QUESTIONS: dict[str, dict[str, str]] = {  # question: {key: title}
+    "is it learning": {
+        "loss": "training loss (nats per token)",
+        "val_loss": "validation loss (nats per token)",
+        "bpb": "bits per byte of validation text",
+        "lr": "learning rate",
+    },
+    "is it balanced": {
+        "max_vio": "MaxVio in training: of a batch and of a micro-batch (0 is balance)",
+        "max_vio_global": "MaxVio over the validation set (0 is balance)",
+        "max_vio_worst": "MaxVio of the worst layer",
+        "load": "load of the busiest, the typical and the idlest expert (1 is a fair share)",
+        "dead_experts": "share of experts without a token",
+        "unevenness": "unevenness of the load: coefficient of variation (0 is balance) and entropy (1 is balance)",
+        "bias": "expert bias: spread, mean and largest absolute value",
+        "bias_speed": "update speed of the expert bias",
+        "balance_loss": "balance loss as it is added to the training loss",
+        "balance_losses": "balance losses without their factors, mean over layers",
+        "balance_factor": "scheduled multiplier of the balance losses' factors",
+        "margin": "margin between the last expert chosen and the first one left out",
+        "groups": "expert groups: number reached per token, load of the busiest",
+        "coactivation": "how much more often than by chance the most attached pair of experts is chosen (1 is chance)",
+        "specialization": "difference in routing between texts of different origin (0 is none)",
+    },
+    "which layer is it": {
+        "layers_max_vio": "MaxVio of a batch, by layer",
+        "layers_max_vio_global": "MaxVio over the validation set, by layer",
+    },
+    "is MTP helping": {
+        "mtp_loss": "MTP training loss by depth",
+        "val_mtp_loss": "MTP validation loss by depth",
+        "acceptance": "share of MTP guesses that greedy decoding would keep",
+        "mtp_weight": "weight of the MTP loss",
+    },
+    "is it fast": {
+        "tokens": "tokens per second",
+        "flops": "FLOP per second that the model needs for them",
+        "mfu": "share of the device's peak",
+        "data_wait": "share of the time spent waiting for data",
+        "memory": "peak memory (bytes)",
+    },
+    "is it healthy": {
+        "grad_norm": "gradient norm: of all parameters, of the routers",
+        "skipped_steps": "skipped steps",
+    },
+}
