@@ -7,12 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from dsv3_lightning.callbacks.settings import ExpertBiasSettings
-=======
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.errors import ConfigError
->>>>>>> main
+from dsv3_lightning.callbacks.settings import ExpertBiasSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
 

@@ -4,11 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-<<<<<<< HEAD
-from dsv3_lightning.callbacks.settings import MTPWeightSettings
-=======
 from dsv3_lightning.callbacks.charts import Charts
->>>>>>> main
+from dsv3_lightning.callbacks.settings import MTPWeightSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
 

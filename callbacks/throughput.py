@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-<<<<<<< HEAD
-from dsv3_lightning.callbacks.settings import ThroughputSettings
-=======
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.errors import ConfigError
->>>>>>> main
+from dsv3_lightning.callbacks.settings import ThroughputSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
 

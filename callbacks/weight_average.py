@@ -8,12 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-<<<<<<< HEAD
-from dsv3_lightning.callbacks.settings import WeightAverageSettings
-=======
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.errors import ConfigError
->>>>>>> main
+from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
 from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars

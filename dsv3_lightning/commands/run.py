@@ -4,11 +4,8 @@ import argparse
 import os
 
 from dsv3_lightning.commands import settings
-<<<<<<< HEAD
 from dsv3_lightning.config.start import check_start
-=======
 from dsv3_lightning.parallel.launch import rank_of
->>>>>>> main
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +17,8 @@ def run(words: list[str], print_config: bool) -> int:
     given = settings.read(words, print_config)
     if given is None:
         return 0
-<<<<<<< HEAD
     check_start(given.config)
-=======
     rank_of(given[0].trainer, os.environ)  # before Lightning is imported, which believes less of it than it reads
->>>>>>> main
     from dsv3_lightning.runs.fit import fit
 
     return fit(*given)

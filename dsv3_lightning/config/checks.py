@@ -6,12 +6,9 @@ Everything here is plain arithmetic on plain values; types of the other Trainer 
 
 import difflib
 import math
-<<<<<<< HEAD
+import os
 import re
 from dataclasses import asdict
-=======
-import os
->>>>>>> main
 from typing import Any, Literal
 
 from dsv3_lightning.callbacks.settings import CALLBACKS
@@ -35,15 +32,9 @@ from dsv3_lightning.training.config import LossConfig
 TRAINER: dict[str, Any] = {  # the Trainer arguments that every config has, as base.yaml lists them
     "max_steps": int,
     "precision": Literal["auto", 32, "32", "bf16-mixed", "bf16"],
-<<<<<<< HEAD
     "accelerator": Literal[ACCELERATORS],
-    "devices": int | str | list[int],
-    "num_nodes": int,
-=======
-    "accelerator": str,
     "devices": int | str | list[int] | None,
     "num_nodes": int | None,
->>>>>>> main
     "accumulate_grad_batches": int,
     "gradient_clip_val": float | None,
     "val_check_interval": int,
@@ -98,18 +89,15 @@ def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: must be at least 0, or null for no clipping")
     if not (type(limit) is int and limit >= 0 or type(limit) is float and 0 <= limit <= 1):
         raise ConfigError(f"trainer.limit_val_batches={show(limit)}: must be a number of batches, or a share 0.0-1.0")
-<<<<<<< HEAD
-    check_devices(trainer["devices"])
+    if trainer["devices"] is not None:
+        check_devices(trainer["devices"])
     check_duration(trainer.get("max_time"))
     for key in ("profiler", "logger"):
         blocks = trainer.get(key)
         for number, block in enumerate(blocks if isinstance(blocks, list) else [blocks]):
             if isinstance(block, dict) or (key == "logger" and block is not None and not isinstance(block, bool)):
                 check_class_block(block, f"trainer.{key}[{number}]" if isinstance(blocks, list) else f"trainer.{key}")
-    return trainer | {"precision": str(trainer["precision"])}
-=======
     return fill_in(trainer | {"precision": str(trainer["precision"])}, os.environ)
->>>>>>> main
 
 
 def check_devices(devices: int | str | list[int]) -> None:
