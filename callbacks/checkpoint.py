@@ -1,47 +1,65 @@
-"""Nothing is lost: a checkpoint every N steps, at the end, when asked to stop, and the best by validation."""
+"""Nothing is lost: a checkpoint every N steps, wherever a run stops, and the best by validation."""
 
 import math
 import os
 import shutil
 import signal
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.callbacks.settings import CheckpointSettings
 from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import RunStopped
-from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
+from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars
+from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars, steps_done
 
-STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
+GO_ON = "which is saved; the same command goes on from there"
 
 
 class Checkpoint(CheckpointBase):
     """Writes step=<n>.ckpt into <default_root_dir>/checkpoints, and last.ckpt, a link to the newest.
 
     every_n_steps: optimizer steps between two. keep: how many of the newest stay. keep_best: how many stay of those
-    with the lowest validation loss, as best-step=<n>-loss=<x>.ckpt. With
-    strategy.sharded_checkpoints these are folders.
+    with the lowest validation loss, as best-step=<n>-loss=<x>.ckpt; a loss that is absent or not finite is no best one.
+    With strategy.sharded_checkpoints these are folders.
 
     The folder itself is the record of what there is: a run that is killed at any moment has no state that disagrees.
-    The first Ctrl-C, SIGTERM or SIGUSR1 (on any rank) ends the run after the current step, with a checkpoint; a second
-    Ctrl-C ends it at once. Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
+    Every stop is saved, and one line says why: the last step; the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (on any
+    rank), after the current step or validation; `trainer.max_time` and whatever else sets `trainer.should_stop`, after
+    the current step; in a run of one process also an exception, with the last step that is done. A second Ctrl-C ends
+    it at once.
+    A time limit holds for one start of the command.
+    Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
     """
 
     def __init__(self, every_n_steps: int = 100, keep: int = 2, keep_best: int = 1) -> None:
         CheckpointSettings(every_n_steps=every_n_steps, keep=keep, keep_best=keep_best)
         self.every_n_steps, self.keep, self.keep_best = every_n_steps, keep, keep_best
         self.received = 0  # the signal that asks to stop
+        self.asked = False  # to stop in mid-step: that step is finished first
+        self.stopped_at: int | None = None  # the step that was saved since the run is to stop after it
+        self.done: int | None = None  # the last step that all callbacks have finished, if it can be saved
+        self.step_done = StepDone(self)
         self.handlers: dict[int, Any] = {}
+        self.terminals: list[int] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in STOP}
+        self.terminals = [handle for handle in (1, 2) if os.isatty(handle)]
+        for number in STOP:
+            ignored = number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
+            if not ignored:  # as nohup does
+                self.handlers[number] = signal.signal(number, self.on_signal)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self.handlers.items():
@@ -51,33 +69,60 @@ class Checkpoint(CheckpointBase):
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == getattr(signal, "SIGHUP", None):
+            for handle in self.terminals:  # what is still written to a lost terminal would raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
         self.received = number
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["curves"] = {
+            name: size
+            for logger in trainer.loggers
+            if isinstance(logger, RunLogger)
+            for name, size in logger.position().items()
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.rewind(checkpoint.get("curves", {}))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not is_last_micro_batch(trainer, batch_idx):
+            if trainer.should_stop:
+                self.asked, trainer.should_stop = True, False
             return
-        step = trainer.global_step
-        received = torch.tensor(self.received, device=trainer.strategy.root_device)
-        stop = int(trainer.strategy.reduce(received, reduce_op="max"))  # all ranks stop at the same step
-        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
+        trainer.should_stop |= self.asked
+        step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
+        stop = self.agreed(trainer)
+        if stop or last or step % self.every_n_steps == 0:
+            self.done = None  # what fails to be saved isn't tried again
             self.save(trainer)
-        if stop or step == trainer.max_steps:
+        if stop or last:
+            self.stopped_at = step
             self.settle(trainer)
-        if stop and step < trainer.max_steps:
-            raise RunStopped(
-                f"stopped by {signal.Signals(stop).name} after step {step}, which is saved; "
-                "the same command goes on from there",
-                code=128 + stop,
-            )
+        self.note_done(trainer)
+        if not last:
+            raise_if_signal(stop, step)
+
+    def agreed(self, trainer: Trainer) -> int:
+        """The signal by which, or ASKED where, the run is to stop now; 0 for going on. The same on all ranks."""
+        asked = trainer.should_stop and trainer.fit_loop._can_stop_early  # not before trainer.min_steps
+        wanted = torch.tensor(ASKED if asked else self.received, device=trainer.strategy.root_device)
+        stop = int(trainer.strategy.reduce(wanted, reduce_op="max"))
+        trainer.should_stop |= stop == ASKED
+        return stop
 
     def save(self, trainer: Trainer) -> None:
-        folder = checkpoint_folder(trainer)
+        self.write(trainer, f"step={trainer.global_step}.ckpt")
+        self.tidy(trainer, trainer.global_step)
+
+    def write(self, trainer: Trainer, name: str) -> None:
         for logger in trainer.loggers:
             logger.save()  # a resumed run must find every curve up to the step that it resumes from
-        trainer.save_checkpoint(folder / f"step={trainer.global_step}.ckpt", weights_only=False)
-        self.tidy(trainer, trainer.global_step)
+        trainer.save_checkpoint(checkpoint_folder(trainer) / name, weights_only=False)
 
     def settle(self, trainer: Trainer) -> None:
         """Waits for what is written in the background, so that nothing is left to do."""
@@ -86,7 +131,30 @@ class Checkpoint(CheckpointBase):
         self.tidy(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step and self.stopped_at != step:  # stopped by a validation
+            self.save(trainer)
         self.settle(trainer)
+        if step and step < trainer.max_steps and trainer.is_global_zero:
+            print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves the last step that is done, in a run of one process: of several, the others may be anywhere."""
+        if isinstance(exception, RunStopped | KeyboardInterrupt) or trainer.world_size > 1:
+            return
+        if self.done is not None and self.done == trainer.global_step and not getattr(pl_module, "updating", False):
+            step, self.done = self.done, None
+            for part in keepers(trainer):
+                part.take_back()
+            self.save(trainer)
+            self.settle(trainer)
+            print(f"stopped by {type(exception).__name__} after step {step}, {GO_ON}", flush=True)
+
+    def note_done(self, trainer: Trainer) -> None:
+        self.done = trainer.global_step
+        if trainer.world_size == 1:
+            for part in keepers(trainer):
+                part.keep()
 
     def tidy(self, trainer: Trainer, step: int) -> None:
         """Points last.ckpt to the newest that is wholly there, and removes what is too old or not among the best.
@@ -96,29 +164,76 @@ class Checkpoint(CheckpointBase):
         """
         folder = checkpoint_folder(trainer)
         newest = step_files(folder, step)
-        if trainer.is_global_zero and newest:
+        if not trainer.is_global_zero:
+            return
+        if newest:
             with whole(folder / "last.ckpt") as beside:
                 beside.symlink_to(newest[0].name)
-            for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
-                remove(path)
+        for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
+            remove(path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not self.keep_best:
+        if trainer.sanity_checking:
             return
-        late = trainer.state.fn == "validate"  # of a run that was stopped between its last step and its report
-        step = trainer.max_steps if late else trainer.global_step
-        value = latest_scalars(trainer).get("val/loss")
-        if value is None or not math.isfinite(value):  # no target was validated, or the model is broken: not a best one
+        done, self.done = self.done, None
+        self.save_if_best(trainer)
+        self.done = done
+        if trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps:
+            stop = self.agreed(trainer)
+            if stop not in (0, ASKED):
+                self.save(trainer)
+                self.settle(trainer)
+                raise_if_signal(stop, trainer.global_step)
+
+    def save_if_best(self, trainer: Trainer) -> None:
+        loss = latest_scalars(trainer).get("val/loss", math.nan)
+        if not self.keep_best or not math.isfinite(loss):
             return
-        folder, loss = checkpoint_folder(trainer), f"{value:.4f}"
-        best, path = best_files(folder), folder / f"best-step={step}-loss={loss}.ckpt"
-        if len(best) >= self.keep_best and float(loss) >= best[-1][0]:  # as it is written there
+        step, folder = steps_done(trainer), checkpoint_folder(trainer)
+        best, path = best_files(folder), folder / best_name(step, loss)
+        if len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]:  # as it is written there
             return
-        if not late:
-            trainer.save_checkpoint(path, weights_only=False)
-        elif trainer.is_global_zero and not path.exists():
+        if trainer.state.fn == "fit":
+            self.write(trainer, path.name)
+        elif trainer.is_global_zero and not path.exists():  # of a run that was stopped between last step and report
             link(Path(str(trainer.ckpt_path)), path)
         self.tidy(trainer, step)
+
+
+class StepDone(Callback):
+    """Stands behind the callbacks whose state a checkpoint must hold and before those of others, which may fail."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_last_micro_batch(trainer, batch_idx):
+            self.checkpoint.note_done(trainer)
+
+
+def keepers(trainer: Trainer) -> list[Any]:
+    """The module and callbacks whose state a step changes before it is done: `take_back` gives that of `keep` back."""
+    parts = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
+    return [part for part in parts if hasattr(part, "keep") and hasattr(part, "take_back")]
+
+
+def raise_if_signal(stop: int, step: int) -> None:
+    if stop not in (0, ASKED):
+        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {GO_ON}", code=128 + stop)
+
+
+def who_stopped(trainer: Trainer) -> str:
+    """What has set trainer.should_stop, in words."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            limit = timedelta(seconds=round(callback.time_elapsed() + left, 3))
+            return f"the time limit of {limit} for one start (trainer.max_time or Timer)"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
+            return f"EarlyStopping ({callback.stopping_reason_message.split(' Signaling')[0].rstrip('.')})"
+    return "a callback that set trainer.should_stop"
 
 
 def link(path: Path, name: Path) -> None:

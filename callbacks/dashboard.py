@@ -1,8 +1,11 @@
 """How TensorBoard opens: curves grouped by question, and the run's settings in the HParams tab."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -18,6 +21,7 @@ from dsv3_lightning.callbacks.throughput import Throughput
 from dsv3_lightning.callbacks.weight_average import WeightAverage
 from dsv3_lightning.training.module import PretrainModule
 
+EVENTS = "events.out.tfevents.*"
 Layout = dict[str, dict[str, list[Any]]]
 LOGGING: dict[str, Any] = {  # the callbacks that log, by their names in base.yaml
     "router_monitor": RouterMonitor,
@@ -66,11 +70,15 @@ def logged_tags(tree: dict[str, Any], origins: int) -> Charts:
 
 
 class RunLogger(TensorBoardLogger):
-    """Event files straight in the run's folder. A resumed run purges what an earlier life logged after its step."""
+    """Event files straight in the run's folder. A resumed run purges what earlier lives logged after its step.
+
+    `purge_step` tells a dashboard that is open; `rewind` makes the files themselves agree with the checkpoint, which
+    was made before or after its step's validation."""
 
     def __init__(self, folder: str, resume_step: int | None) -> None:
         purge_step = None if resume_step is None else resume_step + 1
         super().__init__(save_dir=folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
+        self.earlier = sorted(Path(folder).glob(EVENTS))
 
     @property
     def log_dir(self) -> str:
@@ -78,6 +86,23 @@ class RunLogger(TensorBoardLogger):
 
     def save(self) -> None:
         self.experiment.flush()  # the base class would also write a hparams.yaml; config.yaml holds everything
+
+    def position(self) -> dict[str, int]:
+        """{name of an event file: bytes written so far}, on the first rank: where the curves stand."""
+        if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning hangs the rank on this function
+            return {}
+        self.save()
+        return {path.name: path.stat().st_size for path in sorted(Path(self.log_dir).glob(EVENTS))}
+
+    def rewind(self, position: dict[str, int]) -> None:
+        """Takes away what earlier lives logged after `position`, so that what is computed again isn't there twice."""
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
+            return
+        for path in self.earlier:
+            if path.name in position:
+                os.truncate(path, min(position[path.name], path.stat().st_size))
+            else:
+                path.unlink()
 
     def describe(self, tree: dict[str, Any], origins: int, defaults: dict[str, Any]) -> None:
         """Writes the layout and the HParams row: once per run, in its first life. defaults: what base.yaml holds."""

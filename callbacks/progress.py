@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, latest_scalars
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, latest_scalars, steps_done
 
 COLUMNS = {  # logged name -> (label, format)
     "loss/main": ("loss", "{:.3f}"),
@@ -59,7 +59,7 @@ class Progress(ProgressBar):
             parts = [
                 f"{label} {form.format(scalars[name])}" for name, (label, form) in VALIDATION.items() if name in scalars
             ]
-            print(f"validation after step {trainer.global_step}:", *parts, sep="  ", flush=True)
+            print(f"validation after step {steps_done(trainer)}:", *parts, sep="  ", flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from dsv3_lightning.callbacks.expert_bias import routers_of
 from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.parallel.tensors import global_norm
-from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
 from dsv3_lightning.training.router_metrics import load_statistics, relative_load
 
@@ -44,6 +44,7 @@ class RouterMonitor(Callback):
         self.val_max_vio: MaxVio | None = None
         self.max_vio_global: list[float] | None = None
         self.strategy: Any = None
+        self.kept: tuple[list[Tensor], Tensor | float, int] = [], 0.0, 0
 
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> Charts:
@@ -80,6 +81,13 @@ class RouterMonitor(Callback):
             self.window, self.micro_vio, self.micro_batches = list(counts_SLE), micro_vio, micro_batches
         else:
             self.window = list(torch.zeros_like(counts_SLE))
+
+    def keep(self) -> None:
+        self.kept = list(self.window), self.micro_vio, self.micro_batches
+
+    def take_back(self) -> None:
+        """Forgets the micro-batches since `keep`."""
+        self.window, self.micro_vio, self.micro_batches = self.kept
 
     def due(self, trainer: Trainer, step: int) -> bool:
         return step % self.every_n_steps == 0 or is_log_step(trainer, step)
@@ -171,5 +179,5 @@ def draw(
     """A map of rows × experts and a histogram of its values, at this step."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), trainer.global_step)
-            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), trainer.global_step)
+            logger.experiment.add_figure(tag, heat_map(values, title, center, rows), steps_done(trainer))
+            logger.experiment.add_histogram(f"{tag}_values", values.flatten(), steps_done(trainer))

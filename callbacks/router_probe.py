@@ -99,9 +99,8 @@ class RouterProbe(Callback):
         self.statistics = None
 
     def compare_origins(self, trainer: Trainer, counts_LSE: Tensor) -> None:
-        compared_L = (counts_LSE.sum(2) > 0).sum(1) > 1  # with text of one origin there is nothing to tell apart
-        pairs = zip(specialization(counts_LSE).tolist(), compared_L.tolist(), strict=True)
-        self.specialization = [value if compared else None for value, compared in pairs]
+        pairs = zip(specialization(counts_LSE).tolist(), counts_LSE.sum((1, 2)).tolist(), strict=True)
+        self.specialization = [value if chosen else None for value, chosen in pairs]
         log_scalars(trainer, {"balance/specialization": mean_present(self.specialization)})
         if (layer := place_of_largest(self.specialization)) is None:
             return

@@ -83,7 +83,7 @@ class WeightAverage(Callback):
                 loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
-        log_scalars(trainer, {"val/loss_average": loss.compute()[0]}, getattr(pl_module, "steps_done", None))
+        log_scalars(trainer, {"val/loss_average": loss.compute()[0]})
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank must ask: parts are put together."""

@@ -13,10 +13,11 @@ import torch
 import yaml
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path
@@ -37,7 +38,7 @@ from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import a_word_after, find_launch, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS, peer_failure
@@ -65,21 +66,21 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         wait_for_first_rank(folder.path / "config.yaml", rank_zero_only.rank)  # type: ignore[attr-defined]
     if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)
-    if folder.finished() and config.run.resume == "auto":  # seen by each rank: none waits for another that is done
+    if folder.finished() and folder.goes_on():  # seen by each rank: none waits for another that is done
         if first_rank:
             shown = display_path(folder.path)
             print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
         return 0
     refuse_taken_port(config)
     source, notes = open_source(config)
-    callbacks = build_callbacks(config)
-    start = folder.resume_from()
+    callbacks = in_order(build_callbacks(config), config)
+    start = folder.resume_from(tree)
     if start is None:
-        check_fresh(callbacks.values())
-    precision, reason = resolve_precision(config, folder)
+        check_fresh(callbacks)
+    precision, reason = resolve_precision(config, folder, start)
     tree["trainer"]["precision"] = precision
     logger = RunLogger(str(folder.path), start[1] if start else None)
-    trainer = build_trainer(config, folder, logger, list(callbacks.values()), precision)
+    trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
         init_after_restart(
             trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
@@ -89,16 +90,21 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
         source if start is None else None,
     )  # fmt: skip
+    module.settings = tree
     whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps)
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps,
+                          config.trainer["limit_val_batches"])  # fmt: skip
     if first_rank:
         prepared = prepare(config.data, tell=None)  # the data module tells, when training starts
         notes += [vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")]
         folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
         banner(config, folder, start, reason)
+        if start is not None:
+            folder.begin(start)
         for note in filter(None, notes if start is None else []):
             print(note, flush=True)
         if start is None:
+            logger.rewind({})  # of a life that left no checkpoint
             defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
             logger.describe(tree, len(read_manifest(prepared)["origins"]), defaults)
         for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
@@ -137,6 +143,13 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
         raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
 
 
+def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
+    """Ours, the note that a step is done, and those of others. Lightning moves checkpoint callbacks to the end."""
+    others = [callback for name, callback in callbacks.items() if "class_path" in (config.callbacks[name] or {})]
+    ours = [callback for callback in callbacks.values() if callback not in others]
+    return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
+
+
 def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
     """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
     if config.init_from is None:
@@ -155,10 +168,9 @@ def build_trainer(
     arguments = build_trainer_arguments(config)
     del arguments["precision"]
     accumulate = arguments["accumulate_grad_batches"]
-    # Lightning counts micro-batches, we count optimizer steps and batches of data.batch_size samples.
+    # Lightning counts micro-batches, we count optimizer steps, and in validation batches of data.batch_size samples.
     arguments["val_check_interval"] *= accumulate
-    if isinstance(arguments["limit_val_batches"], int):
-        arguments["limit_val_batches"] *= accumulate
+    arguments["limit_val_batches"] = float(bool(arguments["limit_val_batches"]))  # the data module does the rest
     kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
     try:
         return Trainer(
@@ -209,10 +221,13 @@ def refuse_taken_port(config: Config) -> None:
             ) from None
 
 
-def resolve_precision(config: Config, folder: RunFolder) -> tuple[str, str]:
+def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int] | None) -> tuple[str, str]:
     """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
+    if start is not None:
+        precision = str(made_with(start[0])[0]["trainer"]["precision"])
+        return precision, f"precision {precision}, as in the checkpoint"
     stored = folder.stored_tree()  # the first rank has measured for all
     if stored is not None:
         precision = str(stored["trainer"]["precision"])

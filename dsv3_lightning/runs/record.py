@@ -1,23 +1,21 @@
 """The run's folder: made once, never overwritten, used by one process group at a time."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.files import remove, write_file
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config
-from dsv3_lightning.config.stored import read_stored
+from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.names import step_files
+from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
+from dsv3_lightning.runs.changes import refuse_changes, shown_differences
 
-# What may differ when a run goes on: it changes where and how fast, not what is computed.
-FREE = (
-    "run.resume run.dir data.cache_dir data.num_workers trainer.devices trainer.num_nodes trainer.accelerator "
-    "trainer.accumulate_grad_batches strategy"
-).split()
+BEGUN_FROM, SET_ASIDE = "begun_from.json", "set_aside"
 
 
 class RunFolder:
@@ -55,7 +53,7 @@ class RunFolder:
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
         if differing := shown_differences(stored, tree):
             raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
-        if self.config.run.resume is False and (step_files(self.path / "checkpoints") or self.finished()):
+        if self.config.run.resume is False and (resumable_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
             )
@@ -67,33 +65,64 @@ class RunFolder:
             return False
         return json.loads(path.read_text(encoding="utf-8"))["steps"] >= self.config.trainer["max_steps"]
 
-    def resume_from(self) -> tuple[Path, int] | None:
-        """The checkpoint to go on from and its step. The same on every rank: a function of the files alone."""
-        from dsv3_lightning.parallel.checkpoints.one_file import newest_good, step_of  # sweep and compare load no torch
+    def goes_on(self) -> bool:
+        """Whether the run goes on by itself: by run.resume=auto, or from a path that it has begun from before."""
+        wanted, begun = self.config.run.resume, self.begun_from()
+        return wanted == "auto" or (begun is not None and begun["path"] == wanted)
 
-        wanted = self.config.run.resume
-        if isinstance(wanted, str) and wanted != "auto":
-            if not Path(wanted).exists():
-                raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
-            return Path(wanted), step_of(Path(wanted))
-        return newest_good(step_files(self.path / "checkpoints")) if wanted == "auto" else None
+    def begun_from(self) -> dict[str, Any] | None:
+        """The path that run.resume named when the run began from it, and its step."""
+        path = self.path / BEGUN_FROM
+        begun: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return begun
 
+    def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
+        """The checkpoint to go on from and its step. The same on every rank: a function of the files alone.
 
-def shown_differences(stored: dict[str, Any], tree: dict[str, Any]) -> str:
-    """The first few, in words; empty where there is none."""
-    differing = differences(stored, tree)
-    shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differing.items())[:4])
-    return f"{shown} and {len(differing) - 4} more" if len(differing) > 4 else shown
+        A path counts once: when the run has a checkpoint that was made since, it goes on from that. Raises ConfigError
+        where the path's checkpoint isn't there or was made with other settings than may change.
+        """
+        from dsv3_lightning.parallel.checkpoints.one_file import (  # sweep and compare load no torch
+            made_with,
+            newest_good,
+            step_of,
+        )
 
+        wanted, own = self.config.run.resume, resumable_files(self.path / "checkpoints")
+        if wanted is False:
+            return None
+        if wanted == "auto":
+            return newest_good(own)
+        begun = self.begun_from() if self.goes_on() else None
+        if begun is not None and (newer := newest_good([path for path in own if step_in(path) > begun["step"]])):
+            return newer
+        path = Path(wanted)
+        if not path.exists():
+            raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
+        if own and begun is None and path.parent.resolve() != own[0].parent.resolve():
+            raise ConfigError(
+                f"run.resume={wanted}: {self.path} has checkpoints of its own; resume=auto goes on from them, "
+                "another run.name begins from the path"
+            )
+        step = step_of(path)
+        stored, stateful = made_with(path)
+        refuse_changes(wanted, complete(stored), stateful, tree, step)
+        return path, step
 
-def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old, new)} for every leaf that differs and may not. `trainer.precision: auto` fits any choice."""
-    if key in FREE or old == new or (key == "trainer.precision" and new == "auto"):
-        return {}
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {
-            path: pair
-            for name in [*old, *(name for name in new if name not in old)]
-            for path, pair in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip(".")).items()
-        }
-    return {key: (old, new)}
+    def begin(self, start: tuple[Path, int]) -> None:
+        """Notes which path the run begins from, and puts away what it had made after that; first rank only."""
+        path, step = start
+        if str(path) != self.config.run.resume:
+            return
+        files = self.path / "checkpoints"
+        later = [file for file in resumable_files(files) if step_in(file) > step]
+        for file in [*later, self.path / "report.json", self.path / "report.md"]:
+            if file.exists():
+                aside = self.path / SET_ASIDE / file.name
+                aside.parent.mkdir(exist_ok=True)
+                remove(aside)
+                os.replace(file, aside)
+        if later:
+            (files / "last.ckpt").unlink(missing_ok=True)
+            print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
+        write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")

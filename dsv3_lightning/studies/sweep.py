@@ -13,7 +13,8 @@ from pathlib import Path
 from dsv3_lightning.common.flags import jobs_argument
 from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.runs.record import RunFolder, shown_differences
+from dsv3_lightning.runs.changes import shown_differences
+from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.studies.experiment import Experiment, Task
 
 
@@ -76,15 +77,13 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
     with open(log, "ab") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     seconds = time.monotonic() - start
-    if code:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        print(
-            f"{task.name}: failed with exit status {code} after {seconds:.0f} s, see {log}: {' '.join(last)}",
-            flush=True,
-        )
-    else:
+    if code == 0 and report.is_file():
         print(f"{task.name}: {outcome(report)}, {seconds:.0f} s", flush=True)
-    return code
+        return 0
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    how = f"failed with exit status {code}" if code else "did not come to its last step"
+    print(f"{task.name}: {how} after {seconds:.0f} s, see {log}: {' '.join(last)}", flush=True)
+    return code or 1
 
 
 def refuse_other_settings(task: Task) -> None:

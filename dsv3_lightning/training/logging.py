@@ -16,7 +16,7 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int 
     """
     present = {name: value for name, value in values.items() if value is not None}
     for logger in trainer.loggers if present else []:
-        logger.log_metrics(present, step=trainer.global_step if step is None else step)
+        logger.log_metrics(present, step=steps_done(trainer) if step is None else step)
     latest = latest_scalars(trainer)
     for name in values:
         latest.pop(name, None)
@@ -35,6 +35,11 @@ def publish(trainer: Trainer, values: dict[str, float]) -> None:
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
     """The last value of everything that had one when it was last logged."""
     return vars(trainer.lightning_module).setdefault("scalars", {})
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Optimizer steps of the run so far; to the Trainer a finished run that is only validated has made none."""
+    return getattr(trainer.lightning_module, "steps_done", trainer.global_step)
 
 
 def is_log_step(trainer: Trainer, step: int) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
+from dsv3_lightning.training.loops import loops_at
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
@@ -64,6 +66,10 @@ class PretrainModule(pl.LightningModule):
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
+        self.kept: tuple[Tensor, Tensor, list[float]] | None = None
+        self.updating = False
+        self.settings: dict[str, Any] = {}  # of the run, for its checkpoints
+        self.validated_step: int | None = None  # the step after which the last validation was
 
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> dict[str, list[str]]:
@@ -153,6 +159,7 @@ class PretrainModule(pl.LightningModule):
             elif gradient_clip_val:
                 torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
         self.log_step(float(norm))
+        self.updating = True  # what comes next are the weights
 
     def skip_step(self) -> None:
         """Takes the gradients away: AdamW then leaves weights and moments alone. Raises RunStopped after too many."""
@@ -191,6 +198,9 @@ class PretrainModule(pl.LightningModule):
         log_scalars(self.trainer, values, step)
 
     def on_train_start(self) -> None:
+        """What the settings say of the optimizer holds from the first step on, whatever a checkpoint says."""
+        for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
+            group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
         publish(self.trainer, self.scalars)  # those of earlier lives: a monitored one may not be logged again for long
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -217,35 +227,64 @@ class PretrainModule(pl.LightningModule):
         self.val_loss.reset()
         self.val_bpb.reset()
         if not self.trainer.sanity_checking:
-            log_scalars(self.trainer, values, self.steps_done)
+            log_scalars(self.trainer, values)
+            self.validated_step = self.steps_done
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        config = self.optimizer_config
-        optimizer = build_optimizer(self.model, config)
-
-        def factor(step: int) -> float:
-            return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        optimizer = build_optimizer(self.model, self.optimizer_config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor)
+        self.set_for_step = [
+            {key: group[key] for key in ("initial_lr", "betas", "eps", "weight_decay")}
+            for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate_factor(self, step: int) -> float:
+        config = self.optimizer_config
+        return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
 
     def summed(self, values: Tensor) -> list[Any]:
         """Over all ranks, which must ask together."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
         return reduced.tolist()
 
+    def keep(self) -> None:
+        """Remembers what a step changes before it is done: what is averaged for the log."""
+        self.kept = self.train_loss.nll_P.clone(), self.train_loss.count_P.clone(), self.balance.packed().tolist()
+        self.updating = False
+
+    def take_back(self) -> None:
+        """Forgets the micro-batches since `keep`."""
+        assert self.kept is not None, "call keep first"
+        self.train_loss.nll_P, self.train_loss.count_P = self.kept[0].clone(), self.kept[1].clone()
+        self.balance.unpack(self.kept[2])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["scalars"] = dict(self.scalars)
         checkpoint["skipped_steps"] = [self.skipped_steps, self.skipped_in_a_row]
         sums = torch.stack([self.train_loss.nll_P, self.train_loss.count_P.double()])
-        checkpoint["since_log"] = {"loss": self.summed(sums), "balance": self.summed(self.balance.packed())}
+        balance = {"names": self.balance.names, "balance": self.summed(self.balance.packed())}
+        checkpoint["since_log"] = {"loss": self.summed(sums), **balance}
+        checkpoint["settings"] = self.settings
+        checkpoint["scalars"] = dict(self.scalars)
+        checkpoint["validated"] = self.validated_step == self.trainer.global_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
-        self.scalars = dict(checkpoint.get("scalars", {}))
-        self.loaded_step = checkpoint["global_step"]
+        self.scalars.update(checkpoint["scalars"])
+        step = self.loaded_step = checkpoint["global_step"]
+        micro_batches = self.trainer.accumulate_grad_batches
+        due = step * micro_batches % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
+        validate_first = due and not checkpoint["validated"]
+        checkpoint["loops"] = loops_at(checkpoint["loops"], step, micro_batches, validate_first)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer):  # or a run whose time was up would never make another step
+                checkpoint["callbacks"].pop(callback.state_key, None)
         if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
             nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
             self.train_loss.nll_P += nll_P
             self.train_loss.count_P += count_P.long()
-            self.balance.unpack(checkpoint["since_log"]["balance"])
+            if checkpoint["since_log"]["names"] == self.balance.names:  # else the losses are others from here on
+                self.balance.unpack(checkpoint["since_log"]["balance"])
+        for state in checkpoint["lr_schedulers"]:
+            rates = [self.optimizer_config.lr] * len(state["base_lrs"])
+            state |= {"base_lrs": rates, "_last_lr": [rate * self.rate_factor(step) for rate in rates]}

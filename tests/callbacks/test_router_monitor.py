@@ -100,6 +100,7 @@ def test_the_reports_58_layers_of_256_experts_need_no_more_curves_than_three_of_
             strategy=SimpleNamespace(reduce=lambda value, reduce_op: value), is_global_zero=True, global_step=1,
             accumulate_grad_batches=1, log_every_n_steps=1, lightning_module=module,
             loggers=[TensorBoardLogger(tmp_path, name="", version=str(layers))],
+            callback_metrics={}, logged_metrics={}, progress_bar_metrics={},
         )  # fmt: skip
         monitor = RouterMonitor(every_n_steps=1)
         monitor.setup(trainer, module, "fit")

@@ -7,16 +7,21 @@ from tests.conftest import Run
 
 
 def assert_same_curves(expected: Run, actual: Run, rtol: float, after: int = 0) -> None:
-    """Every scalar but the speeds, at the same steps above `after`."""
+    """Every scalar but the speeds, at the same steps above `after`: a run may begin with a validation at that step."""
     one, other = expected.scalars(), actual.scalars()
     assert one.keys() == other.keys()
     for tag, (steps, values) in one.items():
         if not tag.startswith(("throughput/", "balance/max_vio_micro")):  # a micro-batch's own is its size's
-            kept = [(step, value) for step, value in zip(steps, values, strict=True) if step > after]
-            assert other[tag][0] == [step for step, _ in kept], f"{tag} is logged at other steps"
+            kept, others = (
+                [(step, value) for step, value in zip(*curve, strict=True) if step > after]
+                for curve in ((steps, values), other[tag])
+            )
+            assert [step for step, _ in others] == [step for step, _ in kept], f"{tag} is logged at other steps"
             # A near-tie in a router that rounding decides moves one token: 1e-4 of a norm, nothing of a mean loss.
             near = max(rtol, 1e-3) if rtol and tag == "optimizer/grad_norm" else rtol
-            assert other[tag][1] == pytest.approx([value for _, value in kept], rel=near, abs=1e-7), tag
+            assert [value for _, value in others] == pytest.approx([value for _, value in kept], rel=near, abs=1e-7), (
+                tag
+            )
 
 
 def assert_same_weights(expected: Run, actual: Run, step: int, exact: bool = False) -> None:

@@ -1,11 +1,13 @@
 """Callbacks that runs of the tests name by class_path."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from benchmarks.soak import memory_in_use
 
@@ -58,3 +60,52 @@ class Exit(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         raise SystemExit("poisoned on purpose")
+
+
+class Stop(Callback):
+    """Sets trainer.should_stop in the first micro-batch of the named steps."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 in self.steps:
+            trainer.should_stop = True
+
+
+class StopAfterValidation(Callback):
+    """Sets trainer.should_stop after each validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = True
+
+
+class Ticks(Timer):
+    """A Timer whose clock moves a second per optimizer step, as `time_elapsed` tells it."""
+
+    ticks = 0
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        return self._offset + self.ticks
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.ticks += 1
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+
+class Raise(Callback):
+    """Raises at the named moments, [step, hook] each, once each, whatever was restarted since.
+
+    kill: raises KeyboardInterrupt, after which nothing is saved, but what was logged is on the disk.
+    """
+
+    def __init__(self, moments: list[list[Any]], kill: bool = True) -> None:
+        self.moments, self.kill = moments, kill
+        for hook in {hook for _, hook in moments}:
+            setattr(self, hook, partial(self.look, hook))
+
+    def look(self, hook: str, trainer: Trainer, *args: Any) -> None:
+        marker = Path(trainer.default_root_dir) / f"{trainer.global_step}-{hook}"
+        if [trainer.global_step, hook] in self.moments and not marker.exists():
+            marker.touch()
+            raise KeyboardInterrupt if self.kill else RuntimeError("raised on purpose")

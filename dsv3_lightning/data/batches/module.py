@@ -36,9 +36,18 @@ class TextDataModule(LightningDataModule):
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
     numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
+    limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
+    own counts micro-batches).
     """
 
-    def __init__(self, config: DataConfig, mtp_depth: int, max_steps: int, whole_steps: bool = False) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        mtp_depth: int,
+        max_steps: int,
+        whole_steps: bool = False,
+        limit_val_batches: int | float = 1.0,
+    ) -> None:
         super().__init__()
         if config.sequence_length <= mtp_depth:
             raise ConfigError(
@@ -46,7 +55,7 @@ class TextDataModule(LightningDataModule):
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
-        self.whole_steps = whole_steps
+        self.whole_steps, self.limit_val_batches = whole_steps, limit_val_batches
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
@@ -93,7 +102,8 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        return Loader(dataset, ValidationSampler(dataset.index.target_counts, self._layout()), self.config.num_workers)
+        sampler = ValidationSampler(dataset.index.target_counts, self._layout(), self.limit_val_batches)
+        return Loader(dataset, sampler, self.config.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0

@@ -99,17 +99,22 @@ class ValidationSampler:
 
     The order is mixed, so that the first few batches are a sample of all documents. All ranks draw equally often; -1
     where none is left.
+    limit: at most so many batches of `layout.batch_size` samples, or a share of them; the same samples whatever the
+    number of ranks and micro-batches is.
     """
 
-    def __init__(self, target_counts: np.ndarray, layout: Layout) -> None:
+    def __init__(self, target_counts: np.ndarray, layout: Layout, limit: int | float = 1.0) -> None:
         self.target_counts, self.layout = target_counts, layout
+        size, samples = layout.batch_size, len(target_counts)
+        batches = limit if isinstance(limit, int) else max(1, int(limit * -(-samples // size)))
+        self.samples = min(samples, batches * size)
 
     def __len__(self) -> int:
-        return -(-len(self.target_counts) // (self.layout.ranks * self.layout.micro_batch_size))
+        return -(-self.samples // (self.layout.ranks * self.layout.micro_batch_size))
 
     def __iter__(self) -> Iterator[Draw]:
         size, ranks = self.layout.micro_batch_size, self.layout.ranks
-        order = permutation(len(self.target_counts), seed=0, epoch=0)
+        order = permutation(len(self.target_counts), seed=0, epoch=0)[: self.samples]
         for first in range(0, len(self) * size * ranks, size * ranks):
             together = order[first : first + size * ranks]
             samples = np.full(size, -1, dtype=np.int64)

@@ -57,19 +57,25 @@ def read_documents(
 def read_text(source: Source, tally: Tally) -> Iterator[str]:
     content = b"".join(content_of(source.path)).removeprefix(BOM)
     where = f"data.paths: {readable(source.path)}"
+    refuse_no_text(where, content)
+    text = decode(content, source.name, tally)
+    begun = text.lstrip()
+    if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one document, or a line for each
+        raise ConfigError(
+            f"{where}: holds conversations as JSON, which would be learned as they are spelled; write one a line into "
+            "a file named .jsonl, and name their field by data.text_key"
+        )
+    yield text
+
+
+def refuse_no_text(where: str, content: bytes) -> None:
+    """Raises ConfigError for what only looks like a text file by its name."""
     if content.startswith(LFS_POINTER):
         raise ConfigError(f"{where}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
     if content.startswith(UTF_16):
         raise ConfigError(f"{where}: is UTF-16, must be UTF-8; iconv -f UTF-16 -t UTF-8 converts it")
     if b"\0" in content:
         raise ConfigError(f"{where}: is a binary file (it holds NUL bytes), must be text")
-    text = decode(content, source.name, tally)
-    if holds_messages(text) or holds_messages(text.lstrip().partition("\n")[0]):
-        raise ConfigError(
-            f"{where}: holds conversations as JSON, which would be learned as they are spelled; write one a line into "
-            "a file named .jsonl, and name their field by data.text_key"
-        )
-    yield text
 
 
 class BadLines:
@@ -120,8 +126,7 @@ def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool
 def refuse_other_layouts(source: Source, line: bytes) -> None:
     """What the first line of another kind of file looks like. Raises ConfigError."""
     where, start = f"data.paths: {readable(source.path)}", line.strip()
-    if start.startswith(LFS_POINTER):
-        raise ConfigError(f"{where}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+    refuse_no_text(where, line)
     if start.startswith(b"["):
         name = readable(source.path.name)
         raise ConfigError(f"{where}: is a JSON array, not JSON lines; jq -c '.[]' {name} writes one object a line")

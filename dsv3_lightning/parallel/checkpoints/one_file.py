@@ -13,7 +13,16 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints import shards
 
 # What a run can't be continued from without; the data position is the loader's "next_sample".
-PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "skipped_steps")
+PARTS = (
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+    "global_step",
+    "skipped_steps",
+    "validated",
+    "settings",
+)
 POSITION = ("TextDataModule", "next_sample")
 
 
@@ -75,6 +84,12 @@ def step_of(path: Path, thorough: bool = True) -> int:
     if thorough and (damaged := ZipFile(path).testzip()) is not None:
         raise ConfigError(f"{path}: not a readable checkpoint ({damaged} differs from its checksum)")
     return checkpoint["global_step"]
+
+
+def made_with(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """The settings of the run that wrote the checkpoint, and the keys of its callbacks' states. Raises ConfigError."""
+    content = complete(shards.read_rest(path)[0], path) if path.is_dir() else read_checkpoint(path, mmap=True)
+    return content["settings"], set(content.get("callbacks", {}))
 
 
 def newest_good(paths: list[Path], thorough: bool = True) -> tuple[Path, int] | None:

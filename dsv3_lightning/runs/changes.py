@@ -1,0 +1,114 @@
+"""Which settings may change when a run goes on, and what a change means. docs/resuming.md shows CHANGES.
+
+There are two roads into a run that goes on: its own name, whose record of settings must stay true, and
+`run.resume=PATH` under a new name, which begins another run where PATH ends.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from dsv3_lightning.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+class Change(NamedTuple):
+    """keys: settings or sections, the longest that fits counts. road: where they may change. meaning: of a change."""
+
+    keys: tuple[str, ...]
+    road: str
+    meaning: str
+
+
+ALWAYS, NEW_NAME, NEVER = "always", "under a new name", "never"
+SAME_STEPS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "strategy")
+CHANGES = (
+    Change(("run.name", "run.dir", "run.resume"), ALWAYS, "where the run lies and what it goes on from"),
+    Change(("data.cache_dir", "data.num_workers"), ALWAYS, "where prepared data lie, and who reads them"),
+    Change(SAME_STEPS, ALWAYS, "the same samples in each step, on other devices"),
+    Change(("trainer.accumulate_grad_batches",), ALWAYS, "the same samples in each step, in other micro-batches"),
+    Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
+    Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments go on"),
+    Change(("loss",), NEW_NAME, "holds from the first step that follows"),
+    Change(("compute",), NEW_NAME, "the same losses within rounding"),
+    Change(
+        ("trainer.max_steps",),
+        NEW_NAME,
+        "schedules in shares of the run are those of the new length from the first step that follows; it can't be "
+        "below the checkpoint's step",
+    ),
+    Change(("trainer",), NEW_NAME, "holds from the first step that follows; intervals still count from step 0"),
+    Change(("callbacks",), NEW_NAME, "holds from the first step that follows; a callback that is new begins anew"),
+    Change(("callbacks.skewed_start",), NEVER, "it acts before the first step"),
+    Change(("trainer.precision",), NEVER, "it decides what weights are stored in; auto takes the checkpoint's"),
+    Change(("init_from",), NEVER, "the weights are those of the checkpoint"),
+    Change(("run.seed", "data"), NEVER, "the samples and their order would be others"),
+    Change(
+        ("model",), NEVER, "the weights would be those of another model; `dsv3 export` and `init_from` can extend it"
+    ),
+)
+
+
+def rule(key: str) -> Change:
+    """Of the longest entry of CHANGES that is the key, or a section that it is in."""
+    fitting = [(len(entry), change) for change in CHANGES for entry in change.keys if f"{key}.".startswith(f"{entry}.")]
+    return max(fitting, key=lambda pair: pair[0])[1]
+
+
+def shown_differences(stored: Tree, tree: Tree) -> str:
+    """What may not differ under a run's own name: the first few, in words; empty where there is none."""
+    return shown(differences(stored, tree, lambda key: rule(key).road == ALWAYS))
+
+
+def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step: int) -> None:
+    """Raises ConfigError where a checkpoint can't be gone on from with other settings.
+
+    stored, stateful: its own settings, and the keys of its callbacks' states.
+    """
+    differing = differences(stored, tree, lambda key: rule(key).road != NEVER)
+    differing |= changed_arguments(stored["callbacks"], stateful, tree["callbacks"])
+    if differing:
+        raise ConfigError(f"run.resume={path}: these settings can't change in a run that goes on: {shown(differing)}")
+    if step > (max_steps := tree["trainer"]["max_steps"]):
+        raise ConfigError(f"run.resume={path}: is of step {step}, beyond trainer.max_steps={max_steps}")
+
+
+def changed_arguments(stored: Tree, stateful: set[str], callbacks: Tree) -> dict[str, tuple[Any, Any]]:
+    """Of callbacks of others that have a state: it may hold what they were made with, as EarlyStopping's its patience.
+
+    A Timer's state is left behind.
+    """
+    return {
+        f"callbacks.{name}.init_args": (old.get("init_args"), new.get("init_args"))
+        for name, old in stored.items()
+        if old and (new := callbacks.get(name))
+        if "class_path" in old and old["class_path"] == new.get("class_path")
+        if old.get("init_args") != new.get("init_args")
+        if (kind := old["class_path"].rpartition(".")[2]) != "Timer" and any(key.startswith(kind) for key in stateful)
+    }
+
+
+def differences(old: Any, new: Any, free: Callable[[str], bool], key: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old, new)} for every leaf that differs and isn't free; `trainer.precision: auto` fits all."""
+    if old == new or (key == "trainer.precision" and new == "auto"):
+        return {}
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {
+            path: pair
+            for name in [*old, *(name for name in new if name not in old)]
+            for path, pair in differences(old.get(name), new.get(name), free, f"{key}.{name}".lstrip(".")).items()
+        }
+    return {} if free(key) else {key: (old, new)}
+
+
+def shown(differing: dict[str, tuple[Any, Any]]) -> str:
+    words = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, (old, new) in list(differing.items())[:4])
+    return f"{words} and {len(differing) - 4} more" if len(differing) > 4 else words
+
+
+def table() -> str:
+    """CHANGES in Markdown, for the documentation."""
+    rows = [
+        f"| {', '.join(f'`{key}`' for key in change.keys)} | {change.road} | {change.meaning} |" for change in CHANGES
+    ]
+    return "\n".join(["| setting | may change | meaning |", "| --- | --- | --- |", *rows])
