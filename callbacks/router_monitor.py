@@ -76,11 +76,11 @@ class RouterMonitor(Callback):
         self.recent = state_dict["recent"]
         if state_dict["window"] is None:
             return
-        counts_SLE, micro_vio, micro_batches = state_dict["window"]
+        counts_by_step, micro_vio, micro_batches = state_dict["window"]
         if self.strategy.is_global_zero:
-            self.window, self.micro_vio, self.micro_batches = list(counts_SLE), micro_vio, micro_batches
+            self.window, self.micro_vio, self.micro_batches = list(counts_by_step), micro_vio, micro_batches
         else:
-            self.window = list(torch.zeros_like(counts_SLE))
+            self.window = list(torch.zeros_like(counts_by_step))
 
     def keep(self) -> None:
         self.kept = list(self.window), self.micro_vio, self.micro_batches
@@ -111,15 +111,15 @@ class RouterMonitor(Callback):
         self.step_counts = 0
         if not self.due(trainer, trainer.global_step):
             return
-        counts_SLE, micro_vio, micro_batches = self.summed_window()
+        counts_by_step, micro_vio, micro_batches = self.summed_window()
         self.window.clear()
-        vio_SL, counts_LE = max_vio(counts_SLE), counts_SLE.sum(0)
+        vio_by_step, counts_LE = max_vio(counts_by_step), counts_by_step.sum(0)
         bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
         groups = getattr(getattr(getattr(pl_module, "model", None), "config", None), "n_group", 1)
         values = {
-            "max_vio": vio_SL.mean(),
+            "max_vio": vio_by_step.mean(),
             "max_vio_micro": micro_vio / micro_batches,
-            "max_vio_worst": vio_SL.mean(0).amax(),
+            "max_vio_worst": vio_by_step.mean(0).amax(),
             "bias_spread": (bias_LE.amax(1) - bias_LE.amin(1)).mean(),
             "bias_mean": bias_LE.mean(),
             **{name: value_L.mean() for name, value_L in load_statistics(counts_LE, groups).items()},
@@ -127,10 +127,10 @@ class RouterMonitor(Callback):
         if self.grad_norm is not None:
             values["router_grad_norm"] = self.grad_norm
         if self.per_layer:
-            values |= {f"max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_SL.mean(0))}
+            values |= {f"max_vio_layer_{layer}": vio for layer, vio in enumerate(vio_by_step.mean(0))}
         numbers = torch.stack([torch.as_tensor(value).double() for value in values.values()]).tolist()
         log_scalars(trainer, {f"balance/{name}": number for name, number in zip(values, numbers, strict=True)})
-        self.recent = [*self.recent, *vio_SL.mean(1).tolist()][-50:]
+        self.recent = [*self.recent, *vio_by_step.mean(1).tolist()][-50:]
         self.micro_vio, self.micro_batches, self.grad_norm = 0.0, 0, None
         if trainer.global_step % self.every_n_steps == 0:
             draw(trainer, "router/load", relative_load(counts_LE).cpu(), "load, 1 = fair share", 1.0)
@@ -140,12 +140,12 @@ class RouterMonitor(Callback):
         """Over all ranks: counts of the steps since the last log [S, L, E] int64, MaxVio of their micro-batches, number
         of these."""
         device = self.window[-1].device  # those before may be loaded ones
-        counts_SLE = torch.stack([counts_LE.to(device) for counts_LE in self.window])
+        counts_by_step = torch.stack([counts_LE.to(device) for counts_LE in self.window])
         micro = torch.tensor([0.0, self.micro_batches], dtype=torch.float64, device=device)
         micro[0] += self.micro_vio
-        packed = torch.cat([counts_SLE.flatten().double(), micro])  # counts are exact up to 2^53
+        packed = torch.cat([counts_by_step.flatten().double(), micro])  # counts are exact up to 2^53
         packed = self.strategy.reduce(packed, reduce_op="sum")
-        return packed[:-2].long().view_as(counts_SLE), float(packed[-2]), int(packed[-1])
+        return packed[:-2].long().view_as(counts_by_step), float(packed[-2]), int(packed[-1])
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.val_max_vio = None

@@ -79,7 +79,7 @@ class RouterProbe(Callback):
         self.handles = []
         if self.statistics is None or trainer.sanity_checking:
             return
-        margins, groups, together_LEE, counts_LSE = self.statistics.compute()
+        margins, groups, together_LEE, counts_LOE = self.statistics.compute()
         relative_LEE = relative_coactivation(together_LEE)
         strongest = [
             float(relative_EE.max()) if chosen else None
@@ -94,20 +94,20 @@ class RouterProbe(Callback):
         if (layer := place_of_largest(strongest)) is not None:
             title = f"experts chosen together in MoE layer {layer}, 1 = by chance"
             draw(trainer, "router/coactivation", relative_LEE[layer].cpu(), title, 1.0, "expert")
-        if counts_LSE.shape[1] > 1:
-            self.compare_origins(trainer, counts_LSE)
+        if counts_LOE.shape[1] > 1:
+            self.compare_origins(trainer, counts_LOE)
         self.statistics = None
 
-    def compare_origins(self, trainer: Trainer, counts_LSE: Tensor) -> None:
-        pairs = zip(specialization(counts_LSE).tolist(), counts_LSE.sum((1, 2)).tolist(), strict=True)
+    def compare_origins(self, trainer: Trainer, counts_LOE: Tensor) -> None:
+        pairs = zip(specialization(counts_LOE).tolist(), counts_LOE.sum((1, 2)).tolist(), strict=True)
         self.specialization = [value if chosen else None for value, chosen in pairs]
         log_scalars(trainer, {"balance/specialization": mean_present(self.specialization)})
         if (layer := place_of_largest(self.specialization)) is None:
             return
-        seen = counts_LSE[layer].sum(1).nonzero().flatten().tolist()
+        seen = counts_LOE[layer].sum(1).nonzero().flatten().tolist()
         title = f"load by origin of the text in MoE layer {layer}, 1 = fair share"
         names = [origins_of(trainer)[origin] for origin in seen]
-        draw(trainer, "router/specialization", relative_load(counts_LSE[layer, seen]).cpu(), title, 1.0, names)
+        draw(trainer, "router/specialization", relative_load(counts_LOE[layer, seen]).cpu(), title, 1.0, names)
 
 
 def place_of_largest(values: list[float | None]) -> int | None:

@@ -46,6 +46,14 @@ def forget_launch() -> None:
         os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What trains runs or starts ranks is slow, and `make check` leaves it out; other slow tests carry the marker."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if "nano" in getattr(item, "fixturenames", ()) or folder in ("parallel", "runs", "examples"):
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass
 class Run:
     """A run's folder, and how its command ended."""

@@ -18,7 +18,9 @@ PIECE = 2**20  # numbers
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("inspect", "verify", "consolidate"), help="consolidate makes one file of it")
-    parser.add_argument("path", type=path_argument, metavar="CKPT", help="a file, or a folder of shards")
+    parser.add_argument(
+        "path", type=path_argument, metavar="CKPT", help="a file, a folder of shards, or a run's folder: its newest"
+    )
     parser.add_argument(
         "output", type=path_argument, metavar="FILE", nargs="?", help="of consolidate: the file to write"
     )
@@ -31,6 +33,7 @@ def run(action: str, path: Path, output: Path | None) -> int:
 
     if (output is None) == (action == "consolidate"):
         raise ConfigError("checkpoint consolidate PATH FILE takes two names, inspect and verify take one")
+    path = newest_of_run(path)
     if output is not None:
         state = read_checkpoint(path, mmap=True)
         consolidate(state, output)
@@ -43,6 +46,19 @@ def run(action: str, path: Path, output: Path | None) -> int:
     else:
         print(f"{path}: {verified(path, state, shards)}")
     return 0
+
+
+def newest_of_run(path: Path) -> Path:
+    """The newest good checkpoint of a run's folder; any other path as it is. Raises ConfigError."""
+    from dsv3_lightning.parallel.checkpoints.names import step_files
+    from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good
+
+    if is_checkpoint(path) or not (path / "checkpoints").is_dir():
+        return path
+    found = newest_good(step_files(path / "checkpoints"), thorough=False)
+    if found is None:
+        raise ConfigError(f"{path / 'checkpoints'}: holds no checkpoint")
+    return found[0]
 
 
 def inspected(path: Path, state: dict[str, Any]) -> str:

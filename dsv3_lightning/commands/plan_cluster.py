@@ -9,7 +9,16 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
-from dsv3_lightning.planning.cluster import RECOMPUTED, RankMemory, StepTime, Work, rank_memory, split_step, step_time
+from dsv3_lightning.planning.cluster import (
+    RECOMPUTED,
+    Batch,
+    RankMemory,
+    StepTime,
+    Work,
+    fitting_batch,
+    rank_memory,
+    step_time,
+)
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.hardware import GPU
 
@@ -54,8 +63,29 @@ def work_of(config: Config, gpus: int) -> Work:
     samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks))
     precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
     T = config.data.sequence_length
-    micro_batches = split_step(config.data.batch_size, samples, gpus)
+    check_step(config, samples, ranks, gpus)
+    micro_batches = config.data.batch_size // (samples * gpus)
     return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing)
+
+
+def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
+    """Raises ConfigError where the step is not whole micro-batches on these GPUs, with all settings that make it so.
+
+    known: the ranks by which the config says its micro-batches.
+    """
+    data, accumulate = config.data, config.trainer["accumulate_grad_batches"]
+    sizes = [data.batch_size, *([data.batch_ramp.start, data.batch_ramp.increment] if data.batch_ramp else [])]
+    if accumulate * known % gpus == 0 and not any(size % (accumulate * known) for size in sizes):
+        return
+    ramp = (data.batch_ramp.start, data.batch_ramp.increment) if data.batch_ramp else None
+    fit = fitting_batch(Batch(data.batch_size, accumulate, ramp), known, gpus)
+    words = [f"data.batch_size={fit.size}", f"trainer.accumulate_grad_batches={fit.accumulate}"]
+    if fit.ramp and fit.size > fit.ramp[0]:
+        words += [f"data.batch_ramp.start={fit.ramp[0]}", f"data.batch_ramp.increment={fit.ramp[1]}"]
+    raise ConfigError(
+        f"data.batch_size={data.batch_size}: does not divide into micro-batches of {samples} samples on {gpus} ranks; "
+        f"use {' '.join(words)}"
+    )
 
 
 def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:

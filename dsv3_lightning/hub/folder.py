@@ -28,6 +28,10 @@ class HubFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
         file = self.path / "config.json"
+        if not file.exists() and (self.path / "config.yaml").is_file():
+            raise ConfigError(
+                f"{self.path}: is a run's folder; export it first: dsv3 export {self.path} {self.path}-hf"
+            )
         content = read_json(file)
         described = from_json(content, str(file))
         try:

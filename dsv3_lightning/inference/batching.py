@@ -136,9 +136,9 @@ class Engine:
             self.begin(job)
         if self.running:
             last = torch.tensor([[job.last] for job in self.running], device=self.decoder.device)
-            logits_RV = self.decoder.logits(self.decoder.extend(last))[:, -1]
+            logits_BV = self.decoder.logits(self.decoder.extend(last))[:, -1]
             for row in reversed(range(len(self.running))):
-                self.take(row, logits_RV[row : row + 1])
+                self.take(row, logits_BV[row : row + 1])
 
     def over(self, job: Job, now: float) -> bool:
         late = now > job.deadline

@@ -41,7 +41,7 @@ class Cache:
 
 
 class Step:
-    """T new tokens for each of R neighboring rows of a cache, from `first` on; lengths: of each row before them.
+    """T new tokens for each of B neighboring rows of a cache, from `first` on; lengths: of each row before them.
 
     table: the rotation at every position that the cache has room for.
     """
@@ -50,26 +50,26 @@ class Step:
         self.rows, self.T = slice(first, first + len(lengths)), T
         self.start, self.end = max(lengths), max(lengths) + T
         self.even = min(lengths) == self.start
-        self.hidden_RTS: Tensor | None = None
+        self.hidden_BTU: Tensor | None = None
         device = table.cos.device
         if self.even:
             cos, sin = (x[None, self.start : self.end] for x in table)
             if T > 1:
-                self.hidden_RTS = torch.ones(1, T, self.end, dtype=torch.bool, device=device).triu(self.start + 1)
+                self.hidden_BTU = torch.ones(1, T, self.end, dtype=torch.bool, device=device).triu(self.start + 1)
         else:
-            self.positions_RT = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
-            cos, sin = (x[self.positions_RT] for x in table)
-            self.hidden_RTS = torch.arange(self.end, device=device) > self.positions_RT[..., None]
-        self.rotation = Rotation(cos[:, :, None], sin[:, :, None])  # [R or 1, T, 1, rope / 2]
+            self.positions_BT = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
+            cos, sin = (x[self.positions_BT] for x in table)
+            self.hidden_BTU = torch.arange(self.end, device=device) > self.positions_BT[..., None]
+        self.rotation = Rotation(cos[:, :, None], sin[:, :, None])  # [B or 1, T, 1, rope / 2]
         self.rotation_of_heads = Rotation(cos[:, None], sin[:, None])
 
-    def append(self, entries_BSC: Tensor, new_RTC: Tensor) -> Tensor:
-        """Writes what the new tokens leave, and returns what they may look at: [R, end, C]."""
-        here = entries_BSC[self.rows]
+    def append(self, entries_BUC: Tensor, new_BTC: Tensor) -> Tensor:
+        """Writes what the new tokens leave, and returns what they may look at: [B, end, C]."""
+        here = entries_BUC[self.rows]
         if self.even:
-            here[:, self.start : self.end] = new_RTC
+            here[:, self.start : self.end] = new_BTC
         else:
-            here.scatter_(1, self.positions_RT[..., None].expand_as(new_RTC), new_RTC)
+            here.scatter_(1, self.positions_BT[..., None].expand_as(new_BTC), new_BTC)
         return here[:, : self.end]
 
     def of_last(self) -> "Step":
@@ -77,5 +77,5 @@ class Step:
         last = copy.copy(self)
         last.T, last.start = 1, self.end - 1
         last.rotation_of_heads = Rotation(*(x[:, :, -1:] for x in self.rotation_of_heads))
-        last.hidden_RTS = None if self.even or self.hidden_RTS is None else self.hidden_RTS[:, -1:]
+        last.hidden_BTU = None if self.even or self.hidden_BTU is None else self.hidden_BTU[:, -1:]
         return last

@@ -66,5 +66,5 @@ def decode(
     return new
 
 
-def pick(decoder: Decoder, h_R1D: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    return sampling.pick(decoder.logits(h_R1D)[:, -1], generators)
+def pick(decoder: Decoder, h_B1D: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+    return sampling.pick(decoder.logits(h_B1D)[:, -1], generators)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
-from dsv3_lightning.inference.layers import Guesser, Layer, Norm
+from dsv3_lightning.inference.layers import DraftModule, Layer, Norm
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import rotation
 from dsv3_lightning.model.transformer import Transformer
@@ -39,7 +39,7 @@ class Decoder:
         self.rotations = rotation(self.config, torch.arange(capacity, device=self.device))
         with torch.no_grad():
             self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
-            self.guessers = [Guesser(module) for module in model.mtp[:mtp_depth]]
+            self.draft_modules = [DraftModule(module) for module in model.mtp[:mtp_depth]]
         self.unused = torch.tensor(unused, dtype=torch.int64, device=self.device)
         self.lengths = [0] * rows
         self.mtp_lengths = [[0] * rows for _ in range(mtp_depth)]
@@ -49,21 +49,21 @@ class Decoder:
         return self.cache.entries.device
 
     @torch.inference_mode()
-    def extend(self, tokens_RT: Tensor, first: int = 0) -> Tensor:
-        """The next T tokens of R rows from `first` on: their hidden states after the final norm, [R, T, D]."""
-        step = self.step(self.lengths, first, tokens_RT.shape[1], len(tokens_RT))
-        h_RTD = self.model.embed_tokens(tokens_RT)
-        for layer, entries_BSC in zip(self.layers, self.entries):
-            h_RTD = layer(h_RTD, entries_BSC, step)
-        return self.norm(h_RTD)
+    def extend(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
+        """The next T tokens of B rows from `first` on: their hidden states after the final norm, [B, T, D]."""
+        step = self.step(self.lengths, first, tokens_BT.shape[1], len(tokens_BT))
+        h_BTD = self.model.embed_tokens(tokens_BT)
+        for layer, entries_BUC in zip(self.layers, self.entries):
+            h_BTD = layer(h_BTD, entries_BUC, step)
+        return self.norm(h_BTD)
 
     @torch.inference_mode()
-    def extend_mtp(self, k: int, h_RTD: Tensor, tokens_RT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
+    def extend_mtp(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
         """Module k (from 1) at the next T positions: from h_{k-1} there and the tokens k places on, h_k before its
         norm; of the last position alone where no other module needs the rest."""
-        step = self.step(self.mtp_lengths[k - 1], first, tokens_RT.shape[1], len(tokens_RT))
-        entries_BSC = self.entries[len(self.layers) + k - 1]
-        return self.guessers[k - 1](self.model.embed_tokens(tokens_RT), h_RTD, entries_BSC, step, only_last)
+        step = self.step(self.mtp_lengths[k - 1], first, tokens_BT.shape[1], len(tokens_BT))
+        entries_BUC = self.entries[len(self.layers) + k - 1]
+        return self.draft_modules[k - 1](self.model.embed_tokens(tokens_BT), h_BTD, entries_BUC, step, only_last)
 
     def step(self, lengths: list[int], first: int, T: int, rows: int) -> Step:
         assert max(lengths[first : first + rows]) + T <= self.capacity, "the cache is full"
@@ -73,10 +73,10 @@ class Decoder:
         return step
 
     @torch.inference_mode()
-    def logits(self, h_RTD: Tensor, k: int = 0) -> Tensor:
-        """Of what `extend` gave, or `extend_mtp` of module k: fp32 [R, T, V]."""
-        h_RTD = self.guessers[k - 1].norm(h_RTD) if k else h_RTD
-        return without(F.linear(h_RTD, self.model.lm_head.weight).float(), self.unused)
+    def logits(self, h_BTD: Tensor, k: int = 0) -> Tensor:
+        """Of what `extend` gave, or `extend_mtp` of module k: fp32 [B, T, V]."""
+        h_BTD = self.draft_modules[k - 1].norm(h_BTD) if k else h_BTD
+        return without(F.linear(h_BTD, self.model.lm_head.weight).float(), self.unused)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

@@ -16,10 +16,10 @@ from dsv3_lightning.errors import ConfigError
 
 
 class Placement(NamedTuple):
-    """Of L layers with E experts, R physical experts, X the most replicas of one. int64.
+    """Where the physical experts of L layers lie: the E experts and their replicas. int64.
 
-    physical_to_logical [L, R]: the expert at each place; GPU g has the places from g · R/GPUs on. logical_to_physical
-    [L, E, X]: the places of each expert, -1 where it has fewer than X. expert_count [L, E]: how many it has.
+    physical_to_logical [L, physical]: the expert at each position; each GPU has an equal run of positions.
+    logical_to_physical [L, E, most replicas]: the positions of each expert, then -1. expert_count [L, E]: how many.
     """
 
     physical_to_logical: Tensor
@@ -110,17 +110,17 @@ def even_out(packs: list[list[int]], weights: list[float]) -> list[list[int]]:
         packs[heaviest][at], packs[p][there] = packs[p][there], packs[heaviest][at]
 
 
-def tables(physical_LR: Tensor, num_experts: int) -> Placement:
-    layers, replicas = physical_LR.shape
+def tables(physical: Tensor, num_experts: int) -> Placement:
+    layers, replicas = physical.shape
     count_LE = torch.zeros(layers, num_experts, dtype=torch.int64)
-    count_LE.scatter_add_(1, physical_LR, torch.ones_like(physical_LR))
-    logical_LEX = torch.full((layers, num_experts, int(count_LE.max())), -1)
+    count_LE.scatter_add_(1, physical, torch.ones_like(physical))
+    logical = torch.full((layers, num_experts, int(count_LE.max())), -1)
     for layer in range(layers):
         seen = [0] * num_experts
-        for place, expert in enumerate(physical_LR[layer].tolist()):
-            logical_LEX[layer, expert, seen[expert]] = place
+        for place, expert in enumerate(physical[layer].tolist()):
+            logical[layer, expert, seen[expert]] = place
             seen[expert] += 1
-    return Placement(physical_LR, logical_LEX, count_LE)
+    return Placement(physical, logical, count_LE)
 
 
 def gpu_loads(weight: Tensor, placement: Placement, num_gpus: int) -> Tensor:

@@ -68,26 +68,26 @@ class LatentAttention:
         self.w_uk, w_uv = up.split((attention.nope_size, attention.v_size), 1)
         self.w_uv, self.w_o = w_uv.mT, attention.o_proj.weight
 
-    def __call__(self, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool) -> Tensor:
-        c_kv, k_r = F.linear(x_RTD, self.w_dkv).split((self.rank, self.sizes[1]), -1)
-        c_q = self.q_norm(F.linear(x_RTD, self.w_dq)) if self.compressed else x_RTD
+    def __call__(self, x_BTD: Tensor, entries_BUC: Tensor, step: Step, only_last: bool) -> Tensor:
+        c_kv, k_r = F.linear(x_BTD, self.w_dkv).split((self.rank, self.sizes[1]), -1)
+        c_q = self.q_norm(F.linear(x_BTD, self.w_dq)) if self.compressed else x_BTD
         q_c, q_r = F.linear(c_q, self.w_uq).unflatten(-1, (self.heads, -1)).split(self.sizes, -1)
         turned = rotate(torch.cat((q_r, k_r[:, :, None]), 2), step.rotation, self.interleave)
         q_r, k_r = turned.split((self.heads, 1), 2)
-        latents_RSC = step.append(entries_BSC, torch.cat((self.kv_norm(c_kv), k_r[:, :, 0]), -1))
+        latents_BUC = step.append(entries_BUC, torch.cat((self.kv_norm(c_kv), k_r[:, :, 0]), -1))
         if only_last:
             q_c, q_r, step = q_c[:, -1:], q_r[:, -1:], step.of_last()
         q_c, q_r = q_c.transpose(1, 2), q_r.transpose(1, 2)
         if step.start == 0 and step.T > 1:  # a prompt: expanded as in training, which takes fewer products
-            c_kv, k_r = latents_RSC[:, None].split((self.rank, self.sizes[1]), -1)
-            k_RHTC = torch.cat((c_kv @ self.w_uk.mT, k_r.expand(-1, self.heads, -1, -1)), -1)
-            out_RHTC = causal_attention(torch.cat((q_c, q_r), -1), k_RHTC, c_kv @ self.w_uv, self.scale)
+            c_kv, k_r = latents_BUC[:, None].split((self.rank, self.sizes[1]), -1)
+            k_BHTC = torch.cat((c_kv @ self.w_uk.mT, k_r.expand(-1, self.heads, -1, -1)), -1)
+            out_BHTC = causal_attention(torch.cat((q_c, q_r), -1), k_BHTC, c_kv @ self.w_uv, self.scale)
         else:
-            q_RHTC = torch.cat((q_c @ self.w_uk, q_r), -1)
-            weights_RNS = softmax(q_RHTC.flatten(1, 2) @ latents_RSC.mT, self.scale, self.heads, step)
-            mixed_RHTC = (weights_RNS @ latents_RSC[..., : self.rank]).unflatten(1, (self.heads, -1))
-            out_RHTC = mixed_RHTC @ self.w_uv
-        return F.linear(out_RHTC.transpose(1, 2).flatten(2), self.w_o)
+            q_BHTC = torch.cat((q_c @ self.w_uk, q_r), -1)
+            weights = softmax(q_BHTC.flatten(1, 2) @ latents_BUC.mT, self.scale, self.heads, step)
+            mixed_BHTC = (weights @ latents_BUC[..., : self.rank]).unflatten(1, (self.heads, -1))
+            out_BHTC = mixed_BHTC @ self.w_uv
+        return F.linear(out_BHTC.transpose(1, 2).flatten(2), self.w_o)
 
 
 class SharedAttention:
@@ -96,27 +96,27 @@ class SharedAttention:
     def __init__(self, attention: GroupedQueryAttention) -> None:
         self.attention = attention
 
-    def __call__(self, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool) -> Tensor:
+    def __call__(self, x_BTD: Tensor, entries_BUC: Tensor, step: Step, only_last: bool) -> Tensor:
         attention, shared = self.attention, self.attention.kv_heads
-        k, v = attention.keys_values(x_RTD, step.rotation_of_heads)
-        entries = step.append(entries_BSC, torch.cat([x.transpose(1, 2).flatten(2) for x in (k, v)], -1))
+        k, v = attention.keys_values(x_BTD, step.rotation_of_heads)
+        entries = step.append(entries_BUC, torch.cat([x.transpose(1, 2).flatten(2) for x in (k, v)], -1))
         if only_last:
-            x_RTD, step = x_RTD[:, -1:], step.of_last()
+            x_BTD, step = x_BTD[:, -1:], step.of_last()
         keys, values = entries.split((shared * k.shape[3], shared * v.shape[3]), -1)
-        k_RGSC, v_RGSC = (x.unflatten(-1, (shared, -1)).transpose(1, 2) for x in (keys, values))
-        q_RGNC = attention.queries(x_RTD, step.rotation_of_heads).unflatten(1, (shared, -1)).flatten(2, 3)
-        weights = softmax((q_RGNC @ k_RGSC.mT).flatten(1, 2), attention.scale, attention.heads, step)
-        out_RHTC = (weights.unflatten(1, (shared, -1)) @ v_RGSC).flatten(1, 2).unflatten(1, (attention.heads, -1))
-        return attention.o_proj(out_RHTC.transpose(1, 2).flatten(2))
+        k, v = (x.unflatten(-1, (shared, -1)).transpose(1, 2) for x in (keys, values))
+        q = attention.queries(x_BTD, step.rotation_of_heads).unflatten(1, (shared, -1)).flatten(2, 3)
+        weights = softmax((q @ k.mT).flatten(1, 2), attention.scale, attention.heads, step)
+        out_BHTC = (weights.unflatten(1, (shared, -1)) @ v).flatten(1, 2).unflatten(1, (attention.heads, -1))
+        return attention.o_proj(out_BHTC.transpose(1, 2).flatten(2))
 
 
-def softmax(scores_RNS: Tensor, scale: float, heads: int, step: Step) -> Tensor:
+def softmax(products: Tensor, scale: float, heads: int, step: Step) -> Tensor:
     """Over what each new token may see; N runs over heads and, within them, new tokens."""
-    scores = scores_RNS.float() * scale
-    if step.hidden_RTS is not None:
-        hidden = step.hidden_RTS[:, None]
+    scores = products.float() * scale
+    if step.hidden_BTU is not None:
+        hidden = step.hidden_BTU[:, None]
         scores = scores.unflatten(1, (heads, -1)).masked_fill(hidden, -torch.inf).flatten(1, 2)
-    return F.softmax(scores, -1).to(scores_RNS.dtype)
+    return F.softmax(scores, -1).to(products.dtype)
 
 
 class Dense:
@@ -138,28 +138,28 @@ class Mixture:
         self.gate_up, self.down = moe.experts.gate_up_proj.unbind(), moe.experts.down_proj.unbind()
         self.shared = None if moe.shared_experts is None else Dense(moe.shared_experts)
 
-    def __call__(self, u_RTD: Tensor) -> Tensor:
-        u_ND = u_RTD.flatten(0, 1)
+    def __call__(self, u_BTD: Tensor) -> Tensor:
+        u_ND = u_BTD.flatten(0, 1)
         logits_NE = F.linear(u_ND.float(), self.router)
         scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config)
         if u_ND.device.type == "cpu" and experts_NK.numel() <= FEW:
-            out_ND = self.few_slots(u_ND, experts_NK, gates_NK)
+            out_ND = self.few_tokens(u_ND, experts_NK, gates_NK)
         else:
             sent = self.dispatcher.dispatch(u_ND, experts_NK, gates_NK)
             out_ND = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), sent)
         if self.shared is not None:
             out_ND = out_ND + self.shared(u_ND)
-        return out_ND.view_as(u_RTD)
+        return out_ND.view_as(u_BTD)
 
-    def few_slots(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+    def few_tokens(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
         """A product per chosen expert: for few tokens torch's grouped product costs more on CPU."""
         K = experts_NK.shape[1]
         chosen, rows = experts_NK.flatten().tolist(), x_ND.split(1)
         gate, up = torch.cat([torch.mm(rows[s // K], self.gate_up[e]) for s, e in enumerate(chosen)]).chunk(2, -1)
         inner = (F.silu(gate) * up).split(1)
-        y_SD = torch.cat([torch.mm(inner[s], self.down[e]) for s, e in enumerate(chosen)])
-        return (gates_NK[:, None].to(y_SD.dtype) @ y_SD.unflatten(0, (-1, K))).squeeze(1)
+        y_RD = torch.cat([torch.mm(inner[s], self.down[e]) for s, e in enumerate(chosen)])
+        return (gates_NK[:, None].to(y_RD.dtype) @ y_RD.unflatten(0, (-1, K))).squeeze(1)
 
 
 ATTENTION: dict[type, Callable] = {
@@ -177,14 +177,14 @@ class Layer:
         self.attention = ATTENTION[type(block.self_attn)](block.self_attn)
         self.mlp = Mixture(block.mlp) if isinstance(block.mlp, MoE) else Dense(block.mlp)
 
-    def __call__(self, x_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool = False) -> Tensor:
+    def __call__(self, x_BTD: Tensor, entries_BUC: Tensor, step: Step, only_last: bool = False) -> Tensor:
         """The new tokens' output, or that of the last of them, which see all before them."""
-        seen_RTD = self.attention(self.norm(x_RTD), entries_BSC, step, only_last)
-        x_RTD = (x_RTD[:, -1:] if only_last else x_RTD) + seen_RTD
-        return x_RTD + self.mlp(self.mlp_norm(x_RTD))
+        seen_BTD = self.attention(self.norm(x_BTD), entries_BUC, step, only_last)
+        x_BTD = (x_BTD[:, -1:] if only_last else x_BTD) + seen_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
-class Guesser:
+class DraftModule:
     """An MTP module."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -192,6 +192,6 @@ class Guesser:
         self.enorm, self.hnorm, self.norm = Norm(module.enorm), Norm(module.hnorm), Norm(module.norm)
         self.eh_proj, self.layer = module.eh_proj.weight, Layer(module.block)
 
-    def __call__(self, embedding: Tensor, h_RTD: Tensor, entries_BSC: Tensor, step: Step, only_last: bool) -> Tensor:
-        joined = F.linear(torch.cat((self.enorm(embedding), self.hnorm(h_RTD)), -1), self.eh_proj)
-        return self.layer(joined, entries_BSC, step, only_last)
+    def __call__(self, embedding: Tensor, h_BTD: Tensor, entries_BUC: Tensor, step: Step, only_last: bool) -> Tensor:
+        joined = F.linear(torch.cat((self.enorm(embedding), self.hnorm(h_BTD)), -1), self.eh_proj)
+        return self.layer(joined, entries_BUC, step, only_last)

@@ -71,8 +71,8 @@ def score(model: Transformer, ids: list[int], answer: int, unused: Sequence[int]
     """
     decoder = Decoder(model, 1, len(ids), unused=unused)
     h_1TD = decoder.extend(torch.tensor([ids], device=decoder.device))
-    logits_AV = decoder.logits(h_1TD[:, -answer - 1 : -1])[0]
-    wanted_A = torch.tensor(ids[-answer:], device=decoder.device)
-    right = (logits_AV.argmax(-1) == wanted_A).double().mean()
-    likely_A = logits_AV.log_softmax(-1).gather(1, wanted_A[:, None])
-    return float(right), float(likely_A.double().mean())
+    logits_NV = decoder.logits(h_1TD[:, -answer - 1 : -1])[0]
+    wanted_N = torch.tensor(ids[-answer:], device=decoder.device)
+    right = (logits_NV.argmax(-1) == wanted_N).double().mean()
+    likely_N = logits_NV.log_softmax(-1).gather(1, wanted_N[:, None])
+    return float(right), float(likely_N.double().mean())

@@ -47,31 +47,31 @@ class Drafts:
 class Speculation:
     """One text in the making. `tokens` are certain; the main model's cache holds all of them but the last.
 
-    waiting_1ID: by module, h_{k-1} of the indices that it has yet to see for good.
+    waiting_1TD: by module, h_{k-1} of the indices that it has yet to see for good.
     """
 
     decoder: Decoder
     tokens: list[int]
     sampling: Sampling
     generator: torch.Generator
-    waiting_1ID: list[Tensor] = field(default_factory=list)
+    waiting_1TD: list[Tensor] = field(default_factory=list)
 
     def begin(self) -> None:
         """The prompt goes in, and its first continuation is certain."""
         h_1TD = self.decoder.extend(self.tensor(self.tokens))
-        self.waiting_1ID = [h_1TD, *(h_1TD[:, :0] for _ in self.decoder.mtp_lengths[1:])]
+        self.waiting_1TD = [h_1TD, *(h_1TD[:, :0] for _ in self.decoder.mtp_lengths[1:])]
         self.tokens.append(self.sampling.pick(self.decoder.logits(h_1TD[:, -1:])[:, 0], [self.generator])[0])
 
     def round(self, depth: int) -> list[int]:
         """Up to 1 + depth tokens more."""
-        drafts, q_KV = self.draft(depth)
+        drafts, q_TV = self.draft(depth)
         h_1TD = self.decoder.extend(self.tensor([self.tokens[-1], *drafts]))
-        new = self.verify(drafts, q_KV, self.decoder.logits(h_1TD)[0])
+        new = self.verify(drafts, q_TV, self.decoder.logits(h_1TD)[0])
         kept = len(new) - 1
         self.decoder.lengths[0] -= len(drafts) - kept
-        if self.waiting_1ID:
+        if self.waiting_1TD:
             seen = h_1TD[:, : kept + 1]
-            self.waiting_1ID[0] = seen if depth else torch.cat((self.waiting_1ID[0], seen), 1)
+            self.waiting_1TD[0] = seen if depth else torch.cat((self.waiting_1TD[0], seen), 1)
         self.tokens += new
         return new
 
@@ -79,43 +79,43 @@ class Speculation:
         """Guesses, and for sampling what each was drawn from."""
         n, lengths = len(self.tokens) - 1, self.decoder.mtp_lengths
         guesses: list[int] = []
-        q_KV: list[Tensor] = []
+        q_TV: list[Tensor] = []
         for k in range(1, depth + 1):
             start = lengths[k - 1][0]  # the first index that it has not seen for good
             tokens = [*self.tokens, *guesses][start + k : n + k]
-            deepest = k == len(self.waiting_1ID)
-            h_1ID = self.decoder.extend_mtp(k, self.waiting_1ID[k - 1], self.tensor(tokens), only_last=deepest)
-            logits_1V = self.decoder.logits(h_1ID[:, -1:], k)[:, 0]
+            deepest = k == len(self.waiting_1TD)
+            h_1TD = self.decoder.extend_mtp(k, self.waiting_1TD[k - 1], self.tensor(tokens), only_last=deepest)
+            logits_1V = self.decoder.logits(h_1TD[:, -1:], k)[:, 0]
             if self.sampling.temperature == 0:
                 guesses.append(int(logits_1V.argmax()))
             else:
-                q_KV.append(self.sampling.probabilities(logits_1V)[0].cpu())
-                guesses.append(draw(q_KV[-1], self.generator))
+                q_TV.append(self.sampling.probabilities(logits_1V)[0].cpu())
+                guesses.append(draw(q_TV[-1], self.generator))
             certain = max(n - k + 1, 0)  # indices i with i + k <= n
             lengths[k - 1][0] = certain
             if not deepest:
                 following = lengths[k][0]
-                h_1ID = torch.cat((self.waiting_1ID[k][:, : start - following], h_1ID), 1)
-                self.waiting_1ID[k] = h_1ID
+                h_1TD = torch.cat((self.waiting_1TD[k][:, : start - following], h_1TD), 1)
+                self.waiting_1TD[k] = h_1TD
             if k > 1:  # of what module k has used, the certain part that it will see again
-                used = self.waiting_1ID[k - 1]
-                self.waiting_1ID[k - 1] = used[:, certain - start : max(n - k + 2, 0) - start]
-        return guesses, q_KV
+                used = self.waiting_1TD[k - 1]
+                self.waiting_1TD[k - 1] = used[:, certain - start : max(n - k + 2, 0) - start]
+        return guesses, q_TV
 
-    def verify(self, drafts: list[int], q_KV: list[Tensor], logits_TV: Tensor) -> list[int]:
+    def verify(self, drafts: list[int], q_TV: list[Tensor], logits_TV: Tensor) -> list[int]:
         if self.sampling.temperature == 0:
             own = logits_TV.argmax(1).tolist()
             kept = next((k for k, guess in enumerate(drafts) if guess != own[k]), len(drafts))
             return [*drafts[:kept], own[kept]]
-        return accept(drafts, q_KV, self.sampling.probabilities(logits_TV).cpu(), self.generator)
+        return accept(drafts, q_TV, self.sampling.probabilities(logits_TV).cpu(), self.generator)
 
     def tensor(self, tokens: list[int]) -> Tensor:
         return torch.tensor([tokens], device=self.decoder.device)
 
 
-def accept(drafts: list[int], q_KV: list[Tensor], p_TV: Tensor, generator: torch.Generator) -> list[int]:
+def accept(drafts: list[int], q_TV: list[Tensor], p_TV: Tensor, generator: torch.Generator) -> list[int]:
     """The drafts that are kept, and one token more. p_TV: the main model's, after each draft and before the first."""
-    for k, (guess, q_V) in enumerate(zip(drafts, q_KV, strict=True)):
+    for k, (guess, q_V) in enumerate(zip(drafts, q_TV, strict=True)):
         chance = torch.rand((), dtype=torch.float64, generator=generator) * q_V[guess]
         if not chance < p_TV[k, guess]:
             return [*drafts[:k], draw((p_TV[k] - q_V).clamp(min=0), generator)]

@@ -21,6 +21,8 @@ G groups of experts
 F width of an expert
 R routed tokens, N·K: a copy of each token for each of its experts
 W ranks that exchange tokens
+U positions of a cache
+O origins of text
 
 Where the model departs from the report, and why:
 - `eh_proj` takes the embedding before the hidden state, as in the released weights (eq. 21 has the other order).

@@ -39,11 +39,14 @@ class Experts(nn.Module):
         return grouped_linear(F.silu(gate) * up, local_weight(self.down_proj), offsets_E)
 
 
-def local_weight(weight_EDF: Tensor) -> Tensor:
+def local_weight(weight: Tensor) -> Tensor:
     """What this process computes with: the local part of a DTensor, or the whole weight."""
-    return weight_EDF.to_local() if hasattr(weight_EDF, "to_local") else weight_EDF
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def grouped_linear(x_RD: Tensor, weight_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    """Row r of x times the matrix of its expert: [R, F], in x's dtype, since autocast knows no grouped product."""
-    return F.grouped_mm(x_RD, weight_EDF.to(x_RD.dtype), offs=offsets_E.int())
+def grouped_linear(x: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
+    """Row r of x [R, in] times the matrix of its expert in weight [E, in, out]: [R, out], in x's dtype.
+
+    The cast is explicit since autocast does not cover grouped products.
+    """
+    return F.grouped_mm(x, weight.to(x.dtype), offs=offsets_E.int())

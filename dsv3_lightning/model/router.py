@@ -1,4 +1,4 @@
-"""Who gets a token, and how much (V3 §2.1.2, eq. 12-16; V2 §2.2 for the softmax family)."""
+"""The router: which experts a token goes to, and with which weights (V3 §2.1.2, eq. 12-16; V2 §2.2 for softmax)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from dsv3_lightning.model.config import ModelConfig
 class Routing(NamedTuple):
     """What the router decided for N tokens.
 
-    experts_NK: chosen experts, int64. gates_NK: their weights, fp32. scores_NE: affinities, fp32, made of logits_NE.
+    experts_NK: chosen experts, int64. gates_NK: their weights, fp32. scores_NE: affinities, fp32, from logits_NE.
     """
 
     experts_NK: Tensor
@@ -23,9 +23,9 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """x [N, D] -> Routing. Mutates nothing: `expert_bias` (fp32 [E], saved) is moved from outside, once per step.
+    """x [N, D] -> Routing. Changes no state: `expert_bias` (fp32 [E], saved) is moved from outside, once per step.
 
-    Everything from the affinities on is fp32, whatever the precision of the rest.
+    Everything from the logits on is fp32, whatever the precision of the rest.
     """
 
     expert_bias: Tensor
@@ -37,7 +37,7 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        """`model.bfloat16()` and its like leave `expert_bias` in fp32: in bf16 steps of 0.001 are lost at 0.5."""
+        """Keeps `expert_bias` in fp32 under `model.bfloat16()`: in bf16 a step of 0.001 is lost at 0.5."""
         bias_E = self.expert_bias
         super()._apply(fn, recurse)
         if self.expert_bias.itemsize < bias_E.itemsize:
@@ -65,7 +65,7 @@ def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tupl
 
 
 def biased_choice(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> Tensor:
-    """What the choice is made by: s + b or s · (1 + b), -inf outside the open groups."""
+    """The values whose largest are chosen: s + b or s · (1 + b), -inf outside the open groups."""
     additive = config.expert_bias_kind == "additive"
     return keep_best_groups(scores_NE + expert_bias_E if additive else scores_NE * (1 + expert_bias_E), config)
 
@@ -73,20 +73,20 @@ def biased_choice(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig)
 def keep_best_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
     """-inf for experts outside each token's `topk_group` best groups (V3 §2.1.2, node-limited routing).
 
-    0 would not do: with a strongly negative bias a closed expert could win. A group counts what its two best experts
-    score (V3: K/M = 2), or its best one (V2).
+    0 would not do: with a strongly negative bias an expert of a closed group could win. A group's score is the sum of
+    its two best experts' (V3: K/M = 2), or that of its best one (V2).
     """
     if config.n_group == 1:
         return choice_NE
-    choice_NGE = choice_NE.unflatten(-1, (config.n_group, -1))
+    by_group = choice_NE.unflatten(-1, (config.n_group, -1))
     best = 2 if config.topk_method == "noaux_tc" else 1
-    score_NG = choice_NGE.topk(best, -1).values.sum(-1)
+    score_NG = by_group.topk(best, -1).values.sum(-1)
     closed_NG = torch.ones_like(score_NG, dtype=torch.bool)
     closed_NG.scatter_(-1, score_NG.topk(config.topk_group, -1).indices, False)
-    return choice_NGE.masked_fill(closed_NG[..., None], -torch.inf).flatten(-2)
+    return by_group.masked_fill(closed_NG[..., None], -torch.inf).flatten(-2)
 
 
 def count_tokens(experts_NK: Tensor, mask_N: Tensor, num_experts: int) -> Tensor:
-    """Tokens routed to each expert, int64 [E], without padding (mask_N bool is False there)."""
+    """Tokens routed to each expert, int64 [E], without padding, where mask_N (bool) is False."""
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_NK.device)
     return counts_E.scatter_add_(0, experts_NK.flatten(), mask_N.long().repeat_interleave(experts_NK.shape[1]))

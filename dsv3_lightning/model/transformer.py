@@ -36,12 +36,12 @@ class Losses(NamedTuple):
 
 
 class OutputHead(nn.Linear):
-    """h [B, T, D] -> logits [B, T, V]. `loss` never holds them all, but logits_held numbers (see `cpu.logits_held`)."""
+    """h [..., D] -> logits [..., V]. `loss` never holds them all, but logits_held numbers (see `cpu.logits_held`)."""
 
     logits_held: int | None = None
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        return F.linear(h_BTD, self.weight.to(h_BTD.dtype))  # sharded and tied to the embedding it is wider in bf16
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight.to(h.dtype))  # sharded and tied to the embedding, the weight is wider in bf16
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Summed cross-entropy of the targets that are not IGNORE, fp32 scalar."""

@@ -5,10 +5,10 @@ FLOP over an assumed share of the peak: what is not overlapped is added. Latenci
 uneven loads of experts are not in them.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.activations import activations
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -115,16 +115,30 @@ class StepTime:
         return max(self.compute, wires.parameter_seconds, wires.host_seconds) + wires.token_seconds
 
 
-def split_step(batch_size: int, samples: int, ranks: int) -> int:
-    """Micro-batches per rank and step. Raises ConfigError where ranks don't divide the step, with the nearest batch."""
-    parts = samples * ranks
-    if batch_size % parts:
-        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
-        raise ConfigError(
-            f"data.batch_size={batch_size}: does not divide into micro-batches of {samples} samples on {ranks} ranks; "
-            f"use {f'{below} or ' if below else ''}{above}"
-        )
-    return batch_size // parts
+class Batch(NamedTuple):
+    """Samples per step, micro-batches per step and rank that the config knows, and a ramp's start and increment."""
+
+    size: int
+    accumulate: int
+    ramp: tuple[int, int] | None
+
+
+def fitting_batch(batch: Batch, known: int, ranks: int) -> Batch:
+    """The nearest batch that meets all checks at once: whole micro-batches on `ranks` ranks, and on the `known` ones of
+    the config, also while a ramp makes it grow."""
+    step = ranks // math.gcd(ranks, known)
+    accumulate = nearest(batch.accumulate, step)
+    parts = accumulate * known
+    if batch.ramp is None:
+        return Batch(nearest(batch.size, parts), accumulate, None)
+    increment = nearest(batch.ramp[1], parts)
+    start = nearest(batch.ramp[0], parts)
+    return Batch(start + nearest(batch.size - start, increment), accumulate, (start, increment))
+
+
+def nearest(value: int, unit: int) -> int:
+    """The multiple of the unit that is nearest, at least one."""
+    return max(1, (2 * value + unit) // (2 * unit)) * unit
 
 
 def parameter_split(model: ModelConfig) -> tuple[int, int]:

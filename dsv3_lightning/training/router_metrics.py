@@ -48,7 +48,7 @@ class ChoiceStatistics(Sums):
 
     compute: by layer the mean margin, how far the last chosen expert is above the first one left out (among the open
     groups), and the mean number of groups per token, each None where there is none; together_LEE int64, tokens that
-    chose both experts i and j (on the diagonal: i); counts_LSE int64, tokens per origin and expert.
+    chose both experts i and j (on the diagonal: i); counts_LOE int64, tokens per origin and expert.
     """
 
     margins_L: Tensor
@@ -56,7 +56,7 @@ class ChoiceStatistics(Sums):
     groups_L: Tensor
     tokens_L: Tensor
     together_LEE: Tensor
-    counts_LSE: Tensor
+    counts_LOE: Tensor
 
     def __init__(self, config: ModelConfig, origins: int = 1) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ChoiceStatistics(Sums):
         self.add_sum("groups_L", layers, dtype=torch.int64)
         self.add_sum("tokens_L", layers, dtype=torch.int64)
         self.add_sum("together_LEE", layers, experts, experts, dtype=torch.int64)
-        self.add_sum("counts_LSE", layers, origins, experts, dtype=torch.int64)
+        self.add_sum("counts_LOE", layers, origins, experts, dtype=torch.int64)
 
     def update(
         self, layer: int, routing: Routing, expert_bias_E: Tensor, mask_N: Tensor, origins_N: Tensor | None = None
@@ -83,11 +83,11 @@ class ChoiceStatistics(Sums):
         self.tokens_L[layer] += mask_N.sum()
         self.together_LEE[layer] += (chosen_NE.T @ chosen_NE).long()  # of one batch: exact in fp32
         if origins_N is not None:
-            self.counts_LSE[layer].index_add_(0, origins_N[mask_N], chosen_NE.long())
+            self.counts_LOE[layer].index_add_(0, origins_N[mask_N], chosen_NE.long())
 
     def compute(self) -> tuple[list[float | None], list[float | None], Tensor, Tensor]:
         margins, groups = means(self.margins_L, self.margin_tokens_L), means(self.groups_L, self.tokens_L)
-        return margins, groups, self.together_LEE, self.counts_LSE
+        return margins, groups, self.together_LEE, self.counts_LOE
 
 
 def relative_coactivation(together_EE: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def relative_coactivation(together_EE: Tensor) -> Tensor:
     return (together_EE / chance_EE.clamp(min=1e-9)).masked_fill(eye, 1.0)
 
 
-def specialization(counts_SE: Tensor) -> Tensor:
+def specialization(counts_OE: Tensor) -> Tensor:
     """Share of choices that another origin's tokens would have made otherwise, [...] fp64, from counts [..., S, E].
 
     Half of Σ_e |load of origin s on e - load of all on e|, as shares, averaged over origins by their tokens: 0 where
@@ -113,9 +113,9 @@ def specialization(counts_SE: Tensor) -> Tensor:
     >>> specialization(torch.tensor([[[4, 0], [0, 4]], [[3, 1], [3, 1]]]))
     tensor([0.5000, 0.0000], dtype=torch.float64)
     """
-    counts_SE = counts_SE.double()
-    total = counts_SE.sum((-2, -1)).clamp(min=1)
-    of_each_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp(min=1)
-    of_all_E = counts_SE.sum(-2, keepdim=True) / total[..., None, None]
-    distance_S = (of_each_SE - of_all_E).abs().sum(-1) / 2
-    return (distance_S * counts_SE.sum(-1)).sum(-1) / total
+    counts_OE = counts_OE.double()
+    total = counts_OE.sum((-2, -1)).clamp(min=1)
+    of_each_OE = counts_OE / counts_OE.sum(-1, keepdim=True).clamp(min=1)
+    of_all_E = counts_OE.sum(-2, keepdim=True) / total[..., None, None]
+    distance_O = (of_each_OE - of_all_E).abs().sum(-1) / 2
+    return (distance_O * counts_OE.sum(-1)).sum(-1) / total

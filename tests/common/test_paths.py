@@ -24,7 +24,7 @@ TEXTS = {
     "plan": {"gpu"},
     "generate": {"prompt"},
     "chat": {"system"},
-    "serve": {"name", "host"},
+    "serve": {"name", "host", "api_key", "cors_origin"},
     "generate, chat": {"stop"},
     "sweep": {"words"},
     "reproduce": {"overrides"},

@@ -3,12 +3,9 @@
 import runpy
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import Nano
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-pytestmark = pytest.mark.slow
 
 
 def main_of(name: str):

@@ -13,6 +13,8 @@ from dsv3_lightning.inference.needle import find_needles, score
 from tests.hub.folders import biased
 from tests.model.small import small_config
 
+pytestmark = pytest.mark.slow
+
 QUICK = [
     "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=2", "trainer.precision=32",
     "callbacks.throughput.peak_flops=1e11", "callbacks.sample_text=null", "callbacks.router_probe=null",

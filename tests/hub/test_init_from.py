@@ -11,6 +11,8 @@ from dsv3_lightning.config.compose import compose
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from tests.conftest import QUIET, Nano
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["trainer.max_steps=5", "callbacks.checkpoint.every_n_steps=5", "callbacks.sample_text=null"]
 
 
@@ -147,6 +149,18 @@ def test_import_writes_a_config_that_starts_from_the_folder(runs, folder, capsys
     assert main(["run", str(target), *arguments[2:]]) == 0
     assert main(["import", str(folder), "--out", str(target)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_runs_folder_in_place_of_an_export_is_said_with_the_command(runs, trained, capsys):
+    command = f"is a run's folder; export it first: dsv3 export {trained.folder} {trained.folder}-hf"
+    assert main(["import", str(trained.folder)]) == 2 and command in capsys.readouterr().err
+    assert runs.run("from_run", f"init_from={trained.folder}").code == 2 and command in capsys.readouterr().err
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, capsys):
+    for action in ("inspect", "verify"):
+        assert main(["checkpoint", action, str(trained.folder)]) == 0
+        assert f"{trained.folder / 'checkpoints/step=5.ckpt'}" in capsys.readouterr().out
 
 
 def test_export_refuses_what_it_can_not_mean(runs, trained, capsys, tmp_path):

@@ -18,6 +18,8 @@ from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.runs.models import load
 from dsv3_lightning.training.schedule import lr_factor
 
+pytestmark = pytest.mark.slow
+
 PAIRS = {"who are you?": "A small model.", "2 + 2": "4", "say it in Chinese": "数据 🙂", "stop": "I stop."}
 EASY = [
     "trainer.max_steps=80", "trainer.precision=32", "trainer.val_check_interval=80", "data.sequence_length=64",

@@ -163,6 +163,7 @@ def test_memory_stays_at_one_file(tmp_path, monkeypatch):
     assert 0.9 * size < peak <= size + 2 * largest < 1.2 * size, "tensors pile up"
 
 
+@pytest.mark.slow
 def test_671b_leave_file_by_file(tmp_path, monkeypatch):
     """The report's model, in tensors that have shapes and no numbers, into files that take none: every key is in the
     index, and what would be in memory at any time is a file, and the matrix that comes next."""

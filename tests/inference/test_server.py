@@ -262,6 +262,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_is_one_line_and_every_client_hears_of_it(model, tokenizer, tmp_path, presses):
     """500 steps of 0.1 seconds, and one second to end them; a second Ctrl-C doesn't wait for that."""

@@ -13,6 +13,8 @@ from dsv3_lightning.model.transformer import Transformer
 from tests.hub.folders import biased
 from tests.model.small import small_config
 
+pytestmark = pytest.mark.slow
+
 GREEDY = Sampling()
 
 

@@ -17,6 +17,8 @@ from dsv3_lightning.model.transformer import Transformer
 
 from .small import Batch, clear_batch, small_config, small_model, total_loss
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "V3: groups, bias, MTP of depth 2, YaRN, compressed queries": {
         "rope_scaling": Yarn(factor=4, original_max_position_embeddings=8, mscale=0.7, mscale_all_dim=1.0)

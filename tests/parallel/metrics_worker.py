@@ -15,7 +15,7 @@ from dsv3_lightning.training.metrics import TokenLoss
 from dsv3_lightning.training.router_metrics import ChoiceStatistics
 from tests.parallel.small import config
 
-STATES = ("margins_L", "margin_tokens_L", "groups_L", "tokens_L", "together_LEE", "counts_LSE")
+STATES = ("margins_L", "margin_tokens_L", "groups_L", "tokens_L", "together_LEE", "counts_LOE")
 
 
 class Largest(TorchDispatchMode):
@@ -60,7 +60,7 @@ def check_states() -> None:
     metric.unsync()
     assert all(torch.equal(getattr(metric, name), before[name]) for name in STATES)
     found = metric.compute()
-    assert torch.equal(found[2], expected["together_LEE"]) and torch.equal(found[3], expected["counts_LSE"])
+    assert torch.equal(found[2], expected["together_LEE"]) and torch.equal(found[3], expected["counts_LOE"])
     metric.update(0, *no_tokens(metric))  # goes on from the rank's own sums
     assert all(torch.equal(getattr(metric, name), before[name]) for name in STATES)
 

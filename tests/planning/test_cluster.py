@@ -9,7 +9,6 @@ import torch
 from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model import cpu
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning.cluster import (
@@ -17,7 +16,6 @@ from dsv3_lightning.planning.cluster import (
     Work,
     parameter_split,
     rank_memory,
-    split_step,
     step_time,
     traffic,
 )
@@ -165,7 +163,7 @@ def test_unknown_devices_are_the_planned_gpus(devices: str, capsys: pytest.Captu
     ("words", "message"),
     [
         (["--gpus", "2048"], "data.batch_size=15360: does not divide into micro-batches of 5 samples on 2048 ranks; "
-                             "use 10240 or 20480"),
+                             "use data.batch_size=16384 trainer.accumulate_grad_batches=4096"),
         (["--gpus", "8", "--gpu", "h9"], "--gpu h9: not known; must be a100, h100, h200, h800, b200"),
         (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
           "trainer.accumulate_grad_batches=384"],
@@ -185,7 +183,19 @@ def test_the_loss_holds_as_many_logits_as_are_planned():
     assert LOGITS_HELD == cpu.LOGITS_HELD
 
 
-def test_a_step_divides_into_equal_parts():
-    assert split_step(4608, 4, 8) == 144
-    with pytest.raises(ConfigError, match="use 32"):
-        split_step(8, 4, 8)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["v3", "--gpus", "2048", "--gpu", "h800"],
+        ["v3", "--gpus", "2048", "data.batch_ramp=null"],
+        ["nano", "--gpus", "6"],
+        ["nano", "--gpus", "6", "trainer.devices=auto", "data.batch_size=20"],
+        ["nano", "--gpus", "6", "trainer.devices=4", "trainer.accumulate_grad_batches=2"],
+        ["laptop", "--gpus", "3", "data.batch_size=15", "trainer.accumulate_grad_batches=5"],
+    ],
+)
+def test_the_settings_that_a_refused_plan_advises_are_accepted(words, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *words]) == 2
+    advised = capsys.readouterr().err.strip().rsplit("; use ", 1)[1].split()
+    assert all(word.split("=")[0].startswith(("data.batch", "trainer.accumulate")) for word in advised)
+    assert main(["plan", *words, *advised]) == 0

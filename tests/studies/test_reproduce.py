@@ -45,6 +45,7 @@ def test_verdicts_by_students_t():
     assert verdict([1.0, 1.0]) == UNDECIDED and verdict([]) == MISSING
 
 
+@pytest.mark.slow
 def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     # The seeds differ by 0.5, the variants in every seed by 0.01: unpaired, nothing would be decided.
     losses = {1: 4.0, 2: 4.5, 3: 5.0}

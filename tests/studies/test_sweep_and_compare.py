@@ -34,6 +34,7 @@ def words(tmp_path, data_cache):
     return [str(tmp_path / "mine.yaml"), f"run.dir={tmp_path / 'runs'}", *data_cache, *QUIET]
 
 
+@pytest.mark.slow
 def test_a_failed_variant_stops_no_other_and_what_is_finished_is_skipped(tmp_path, words, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert main(["sweep", *words, "--jobs", "2"]) == 1
@@ -161,6 +162,7 @@ def test_spread_and_markdown():
     assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_passes_all_checks_with_at_least_three_seeds(tmp_path, name):
     experiment = Experiment(name, [f"run.dir={tmp_path}"])

@@ -20,6 +20,8 @@ from dsv3_lightning.planning.cluster import rank_memory
 from dsv3_lightning.training import dry_run as dry
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 CLUSTER = {"v2-lite-8": 8, "moonlight-16": 16, "v3-256": 256, "v3-2048": 2048}
 # Wider than nano, so that the small things that no plan counts are small.
 WIDE = ("model.hidden_size=256", "model.vocab_size=2048", "data.vocab_size=2048", "data.sequence_length=256",

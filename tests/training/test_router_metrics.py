@@ -59,10 +59,10 @@ def test_choice_statistics_count_each_token_that_is_no_padding_once(kind):
                 by_origin[origin][i] += 1
                 for j in chosen:
                     together[i][j] += 1
-    margin_by_layer, groups_by_layer, together_LEE, counts_LSE = metric.compute()
+    margin_by_layer, groups_by_layer, together_LEE, counts_LOE = metric.compute()
     assert margin_by_layer == [None, pytest.approx(sum(margins) / tokens, rel=1e-5), None]
     assert groups_by_layer == [None, pytest.approx(sum(groups) / tokens), None]
-    assert together_LEE[1].tolist() == together and counts_LSE[1].tolist() == by_origin
+    assert together_LEE[1].tolist() == together and counts_LOE[1].tolist() == by_origin
     assert together_LEE[0].sum() == together_LEE[2].sum() == 0 and together_LEE.shape == (3, 8, 8)
 
 

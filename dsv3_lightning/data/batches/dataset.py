@@ -16,18 +16,18 @@ IGNORE = -100  # torch's ignore_index
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """dataset[draw] is a whole micro-batch of b samples, gathered from the memory-mapped file in one go:
+    """dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file in one go:
 
-    tokens [b, T + 1 + D] int64, padded with `pad_id`; mask [b, T + 1 + D] bool, False for padding.
-    targets [b, 1 + D, T] int64: targets[:, k, i] = tokens[:, i + 1 + k], or -100 for none (see `barriers`).
+    tokens [B, S] int64, padded with `pad_id`; mask [B, S] bool, False for padding.
+    targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `barriers`).
         Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
-    target_counts [1 + D] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
-    sample_ids [b] int64: position in the packed index; -1 for a row without a sample, which is all padding.
-    documents [b, T + 1 + D] int64, where asked for (`isolate`): a number for each token's document; -1 for padding.
-    step_tokens, step_mask (step_documents) [A·b, T + 1 + D], where the draw has `step_samples`: of all the step's
+    target_counts [P] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
+    sample_ids [B] int64: position in the packed index; -1 for a row without a sample, which is all padding.
+    documents [B, S] int64, where asked for (`isolate`): a number for each token's document; -1 for padding.
+    step_tokens, step_mask (step_documents) [accumulate·B, S], where the draw has `step_samples`: of all the step's
         micro-batches.
-    target_bytes [b] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
-    origins [b, T + 1 + D] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
+    target_bytes [B] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
+    origins [B, S] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, mask and barriers int32 of the samples, each [b, T + 1 + D].
+        """Tokens int64, mask and barriers int32 of the samples, each [B, S].
 
         Nothing may predict padding, nor what is outside of the answers: no place is behind their barrier.
         """
@@ -94,7 +94,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return tokens, mask, limits
 
     def spread(self, samples: np.ndarray, known: Callable[[np.ndarray], np.ndarray], padding: int) -> np.ndarray:
-        """What is known of pieces (numbers [n] to values [n]), at each of their tokens: int64 [b, T + 1 + D]."""
+        """What is known of pieces (numbers [n] to values [n]), at each of their tokens: int64 [B, S]."""
         spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
         places, piece = self.places(samples)
         spread.reshape(-1)[places] = np.repeat(known(piece), self.index.lengths[piece])
@@ -109,21 +109,21 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return self.origins[documents]
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the samples' tokens lie in [b · (T + 1 + D)], piece after piece, and the pieces' numbers."""
+        """Where the samples' tokens lie in [B·S], piece after piece, and the pieces' numbers."""
         row, piece = pieces_of(self.index, samples)
         begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
         return stretch(begins, self.index.lengths[piece]), piece
 
 
-def targets_of(tokens_BL: np.ndarray, barriers_BL: np.ndarray, sequence_length: int) -> np.ndarray:
-    """targets [B, 1 + D, T]: what follows k + 1 places later, or -100 where the barrier there lies behind the place."""
-    following = np.lib.stride_tricks.sliding_window_view(tokens_BL, sequence_length, axis=1)[:, 1:]
-    barrier = np.lib.stride_tricks.sliding_window_view(barriers_BL, sequence_length, axis=1)[:, 1:]
+def targets_of(tokens_BS: np.ndarray, barriers_BS: np.ndarray, sequence_length: int) -> np.ndarray:
+    """targets [B, P, T]: what follows k + 1 places later, or -100 where the barrier there lies behind the place."""
+    following = np.lib.stride_tricks.sliding_window_view(tokens_BS, sequence_length, axis=1)[:, 1:]
+    barrier = np.lib.stride_tricks.sliding_window_view(barriers_BS, sequence_length, axis=1)[:, 1:]
     return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
 
 
 def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of all pieces of the samples [b]: the row and the piece's number, each [n]. A sample of -1 has none."""
+    """Of all pieces of the samples [B]: the row and the piece's number, each [n]. A sample of -1 has none."""
     firsts = index.samples[samples]
     counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
     return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)

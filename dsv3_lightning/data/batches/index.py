@@ -1,6 +1,6 @@
 """The packed index as files beside the tokens, memory-mapped: all ranks and loader processes of a node share one copy.
 
-    SPLIT/index-FORMAT-T-D[-masked]/NAME.npy    an array of `PackedIndex` each
+    SPLIT/index-FORMAT-T-DEPTH[-masked]/NAME.npy    an array of `PackedIndex` each
 
 The folder is built under another name and renamed when everything is on the disk. Imports no torch.
 """

@@ -1,7 +1,7 @@
 """Documents to fixed-length samples, as an index: the tokens themselves stay where they are. Imports no torch.
 
-T = sequence_length, D = mtp_depth. A sample has T + 1 + D places: T inputs, their next tokens, and D more that only the
-MTP modules predict. Every token of a document but its first is the main head's target exactly once:
+T = sequence_length. A sample has S = T + 1 + mtp_depth positions: T inputs, their next tokens, and mtp_depth more that
+only the MTP modules predict. Every token of a document but its first is the main head's target exactly once:
 
 - A document of more than T + 1 tokens is cut with stride T. Each cut but the last fills a sample of its own.
 - Last cuts and whole documents are packed best-fit-decreasing into T + 1 places (arXiv 2404.10830), without truncation.
@@ -24,13 +24,13 @@ Make = Callable[[str, tuple[int, ...], Any], np.ndarray]  # name, shape and dtyp
 
 @dataclass(frozen=True)
 class PackedIndex:
-    """S samples of together P pieces, in the order of the corpus.
+    """Samples made of pieces of documents, in the order of the corpus.
 
-    samples [S + 1] int64: sample s consists of the pieces samples[s] .. samples[s + 1] - 1.
-    starts, lengths [P] int64: which tokens of the file. positions [P] int64: the place of the first in its sample.
-    continues [P] bool: the piece begins inside a document; the end of the piece before it, elsewhere, already predicted
-        its first token.
-    target_counts [S, 1 + D] int64: valid targets of each head.
+    samples [samples + 1] int64: sample s consists of the pieces samples[s] .. samples[s + 1] - 1.
+    starts, lengths [pieces] int64: which tokens of the file. positions [pieces] int64: the first one's in its sample.
+    continues [pieces] bool: the piece begins inside a document, and the end of the piece before it, elsewhere, has
+        already predicted its first token.
+    target_counts [samples, P] int64: valid targets of each prediction head.
     """
 
     samples: np.ndarray
@@ -252,7 +252,7 @@ def count_targets(
     mask_document_ends: bool,
     answers: np.ndarray | None,
 ) -> np.ndarray:
-    """Valid targets of the samples begin .. end - 1 and each head, int64 [end - begin, 1 + D], without reading a token.
+    """Valid targets of the samples begin .. end - 1 and each head, int64 [end - begin, P], without reading a token.
 
     Head k predicts place j from place j - 1 - k. In a piece over places [a, e) with barrier c that is possible for
     max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last place that it predicts at all. Of those places

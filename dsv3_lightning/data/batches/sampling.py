@@ -17,8 +17,8 @@ CHUNK = 1 << 16  # samples at a time
 
 
 class Draw(NamedTuple):
-    """One micro-batch on one rank. samples [b] int64: positions in the packed index, -1 for none. target_counts
-    [1 + D] int64: valid targets of each head in the same step's samples of all ranks and micro-batches.
+    """One micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none. target_counts
+    [P] int64: valid targets of each head in the same step's samples of all ranks and micro-batches.
     step_samples: with a step's first micro-batch, where asked for, those of all its micro-batches on this rank.
     """
 
@@ -57,7 +57,7 @@ class TrainSampler:
     """Draws of steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
 
     Its length is that of the whole run, also when it begins later: Lightning adds what an earlier life has drawn.
-    target_counts [S, 1 + D] int64, of each sample. whole_steps: whether draws have `step_samples`.
+    target_counts [samples, P] int64, of each sample. whole_steps: whether draws have `step_samples`.
     sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
     """
 

@@ -273,6 +273,7 @@ def test_lightning_trains_without_validation(config: DataConfig, tmp_path: Path)
     assert len(model.trained) == 4 and not model.validated
 
 
+@pytest.mark.slow
 def test_two_processes_draw_one_order(config: DataConfig, order: list[int], tmp_path: Path) -> None:
     """DDP with Lightning's own settings, under which it replaces the sampler of any DataLoader that it finds."""
     code = f"""

@@ -317,6 +317,7 @@ def test_a_cache_that_cannot_be_written_is_named(small: DataConfig) -> None:
         prepare(small)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_one_huge_line_takes_linear_time(tmp_path: Path, make_config: MakeConfig) -> None:
     (tmp_path / "corpus").mkdir()
