@@ -33,9 +33,10 @@ LOGGING: dict[str, Any] = {  # the callbacks that log, by their names in base.ya
     "throughput": Throughput,
 }
 VARIED = (  # settings that the shipped experiments vary, or that tell models apart
-    "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.lr", "model.expert_bias_kind",
+    "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.lr", "model.attention",
+    "model.expert_bias_kind", "model.kv_lora_rank", "model.norm_topk_prob", "model.q_lora_rank", "model.qk_",
     "model.hidden_size", "model.moe_intermediate_size", "model.mtp_kind", "model.n_", "model.num_", "model.topk_group",
-    "model.scoring_func",
+    "model.scoring_func", "model.v_head_dim",
 )  # fmt: skip
 ASIDE = (  # settings that say where, how often and how much is shown: nobody compares runs by them
     "callbacks.checkpoint", "callbacks.progress", "callbacks.router_monitor", "callbacks.run_report",

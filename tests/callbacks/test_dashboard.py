@@ -98,7 +98,7 @@ def test_hparams_open_on_what_people_compare():
     assert {"optimizer.weight_decay", "model.hidden_size", "data.batch_size", "trainer.max_steps"} < set(first)
     assert not {"run.name", "callbacks.expert_bias.by", "callbacks.sample_text.every_n_steps"} & set(first)
     plain = [key for key, value in flatten(settings()).items() if is_compared(key, value, flatten(base))]
-    assert len(plain) < 30 and min(plain) == "callbacks.expert_bias.rule"
+    assert len(plain) < 40 and min(plain) == "callbacks.expert_bias.rule"
 
 
 def test_what_experiments_vary_is_compared():
