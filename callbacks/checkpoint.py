@@ -192,7 +192,8 @@ class Checkpoint(CheckpointBase):
             return
         step, folder = steps_done(trainer), checkpoint_folder(trainer)
         best, path = best_files(folder), folder / best_name(step, loss)
-        if len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]:  # rounded as in the file name
+        worse = len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]  # rounded as in the file name
+        if trainer.strategy.broadcast(worse):  # ranks may see the folder differently while a checkpoint is written
             return
         if trainer.state.fn == "fit":
             self.write(trainer, path.name)

@@ -82,7 +82,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "plan": f"{config} --gpus --gpu --inside --between --efficiency --dry-run",
         "sweep": "-h --help words --jobs --task --slurm",
         "reproduce": "-h --help overrides --dir --out --jobs --quick --report",
-        "compare": "-h --help runs --markdown --plot",
+        "compare": "-h --help runs --markdown --plot --equal",
         "checkpoint": "-h --help action path output",
         "doctor": "-h --help",
     }
