@@ -17,7 +17,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "take names of control tokens in the prompt, such as <｜User｜>, for these tokens and not for text"
     parser.add_argument("--parse-special", action="store_true", help=help)
     parser.add_argument(
-        "--draft", type=int, default=0, metavar="N", help="let N of the model's MTP modules guess ahead; the text stays"
+        "--draft",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let N of the model's MTP modules draft tokens; the text stays",
     )
     sampling_arguments(parser)
 
@@ -32,7 +36,7 @@ def run(
     seed: int,
     **sampling: Any,
 ) -> int:
-    """Prints each prompt and, as it comes, its continuation; several are written together, or with guesses in turn.
+    """Prints each prompt and, as it comes, its continuation; several are written together, or with drafts in turn.
 
     sampling: the fields of Sampling.
     """
