@@ -1,7 +1,6 @@
 """A Hugging Face folder, of which one tensor is read at a time; FP8 blocks become numbers on the way."""
 
 import re
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from dsv3_lightning.hub.fp8 import SCALE, block_size, check_scales, dequantize
 from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation, stored_shape
 from dsv3_lightning.hub.weights import NARROW, READ_ERRORS, WIDE, choose_weights, open_weights
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.init import Fill
 from dsv3_lightning.model.transformer import Transformer
 
 NO_WEIGHTS = ("rotary_emb.inv_freq",)  # older files of the Llama-shaped family hold the rotary angles
-Place = Callable[[Tensor, int | None, Callable[[], Tensor]], None]
 
 
 class HubFolder:
@@ -141,8 +140,8 @@ class HubFolder:
             raise ConfigError(f"{self.path}: {key} can't be read ({error})") from error
 
     @torch.no_grad()
-    def load_into(self, model: Transformer, place: Place) -> None:
-        """Fills the parameters and expert biases that the folder has; place(parameter, expert, draw) writes a matrix.
+    def load_into(self, model: Transformer, fill: Fill) -> None:
+        """Fills the parameters and expert biases that the folder has; fill(parameter, expert, draw) writes a matrix.
 
         Modules beyond the model's MTP depth are left out, and those beyond the folder's stay as they are.
         """
@@ -164,7 +163,7 @@ class HubFolder:
             def draw(group: list[Stored] = group) -> Tensor:
                 return from_disk(group, [self.read(stored.key) for stored in group], rotary, permute)
 
-            place(own[name], expert, draw)
+            fill(own[name], expert, draw)
 
     def check_copy(self, stored: Stored) -> None:
         """A copy is used through its original, so it must be one."""

@@ -95,13 +95,13 @@ class PretrainModule(pl.LightningModule):
             return
         strategy = self.trainer.strategy
         if isinstance(strategy, MeshStrategy):
-            place, device = strategy.shard(self.model), strategy.parameter_device
+            fill_parameter, device = strategy.shard(self.model), strategy.parameter_device
         else:
-            place, device = fill, strategy.root_device
+            fill_parameter, device = fill, strategy.root_device
         self.model.to_empty(device=device)
-        self.model.init_weights(self.seed, place)
+        self.model.init_weights(self.seed, fill_parameter)
         if self.init_from is not None:
-            self.init_from.load_into(self.model, place)
+            self.init_from.load_into(self.model, fill_parameter)
 
     @property
     def steps_done(self) -> int:
