@@ -4,7 +4,7 @@ python benchmarks/scaling.py [--steps 6] [--samples 2]
 
 Each process computes on one thread, on samples of its own, over gloo. The share of communication is what a step gets
 faster by when collectives do nothing (torch's `fake` backend), with as many processes beside it. The last row sends
-every slot to all ranks, which keep their experts' ones: what expert parallelism would be without all-to-all.
+every routed token to all ranks, which keep those of their experts: what expert parallelism would be without all-to-all.
 """
 
 import argparse

@@ -17,11 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "take names of control tokens in the prompt, such as <｜User｜>, for these tokens and not for text"
     parser.add_argument("--parse-special", action="store_true", help=help)
     parser.add_argument(
-        "--draft",
-        type=int,
-        default=0,
-        metavar="N",
-        help="let N of the model's MTP modules draft tokens; the text stays",
+        "--draft", type=int, default=0, metavar="N", help="let N MTP modules draft tokens; the text stays the same"
     )
     sampling_arguments(parser)
 

@@ -22,7 +22,7 @@ from dsv3_lightning.model.rope import rotate
 from dsv3_lightning.model.router import route
 from dsv3_lightning.model.transformer import Transformer
 
-FEW = 32  # slots, tokens times experts per token, up to which a product for each is the fastest
+FEW = 32  # routed tokens (tokens times experts per token) up to which one product for each is the fastest
 
 
 def lay_by_columns(model: Transformer) -> Transformer:

@@ -24,8 +24,8 @@ def activations(model: ModelConfig, precision: str, policy: str) -> Activations:
     layers = [widths.block(policy, moe=i >= dense) for i in range(model.num_hidden_layers)]
     mtp = [widths.mtp(policy) for _ in range(depth)]
     ends = (1 + depth) * (widths.residual * model.hidden_size + widths.head())
-    slots = widths.slots() if model.num_moe_layers or depth else 0
-    return Activations(sum(layers) + sum(mtp) + ends, widths.made_again(policy) + slots)
+    combining = widths.combining() if model.num_moe_layers or depth else 0
+    return Activations(sum(layers) + sum(mtp) + ends, widths.made_again(policy) + combining)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Widths:
         """The final norm, and the gradient that the fused loss makes."""
         return self.norm(self.model.hidden_size) + self.computed * self.model.hidden_size
 
-    def slots(self) -> int:
-        """A gradient for each of a token's slots, while those are being combined."""
+    def combining(self) -> int:
+        """The gradients of a token's K expert outputs, while these are being combined."""
         return self.computed * self.model.num_experts_per_tok * self.model.hidden_size
 
     def moe(self, policy: str) -> int:

@@ -193,7 +193,7 @@ def bytes_computed(work: Work) -> int:
 
 
 def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: GPU) -> Traffic:
-    """Gathers and scatters by ring: (n - 1)/n of the whole per rank; all-to-alls of K slots per token and layer."""
+    """Bytes and seconds of ring collectives, (n - 1)/n of the whole per rank, and of all-to-alls of routed tokens."""
     dense, routed = parameter_split(model)
     computed = bytes_computed(work)
     per_pass = computed * (2 if strategy.reshard_after_forward else 1) + 4  # gathered, and gradients in fp32
@@ -202,19 +202,19 @@ def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: 
     expert_bytes = work.micro_batches * per_pass * routed / shape.ep * (m - 1) / m
     replicas = work.micro_batches * 2 * (r - 1) / r * 4 * (dense + routed) / n
     ways = 4 if work.policy == "none" else 6  # there and back, and their gradients; the first two again if recomputed
-    slots = work.tokens * model.num_experts_per_tok * model.num_moe_layers * work.micro_batches
-    slots_bytes = ways * slots * model.hidden_size * computed
+    routed_tokens = work.tokens * model.num_experts_per_tok * model.num_moe_layers * work.micro_batches
+    token_bytes = ways * routed_tokens * model.hidden_size * computed
     away = (shape.ep - 1) / shape.ep
     outside = max(0.0, 1 - gpu.per_node / shape.ep) if shape.ep > gpu.per_node else 0.0
     seconds = dense_bytes / speed(n, gpu) + expert_bytes / speed(n if m > 1 else 1, gpu)
     seconds += replicas / (gpu.between if shape.ranks > gpu.per_node else gpu.inside)
-    token_seconds = slots_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
+    token_seconds = token_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
     host = 0.0
     if strategy.cpu_offload:
         passes = 2 if strategy.reshard_after_forward else 1
         host = work.micro_batches * 4 * (passes + 1) * (dense + routed) / n
     return Traffic(
-        dense_bytes + expert_bytes, replicas, slots_bytes * away, host, seconds, token_seconds, host / gpu.host
+        dense_bytes + expert_bytes, replicas, token_bytes * away, host, seconds, token_seconds, host / gpu.host
     )
 
 
