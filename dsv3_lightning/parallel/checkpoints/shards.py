@@ -79,7 +79,7 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 
 def commit(written: Future[Any], beside: Path, path: Path) -> None:
-    """Renames the folder on the first rank once all ranks have written their shards. Raises WriteError if one failed."""
+    """Renames the folder on the first rank once all ranks have written theirs. Raises WriteError if one failed."""
     try:
         written.result()
     except CheckpointException as error:
