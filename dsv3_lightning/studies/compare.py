@@ -18,6 +18,7 @@ from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.stored import read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.memory import cache_per_token
+from dsv3_lightning.studies.equality import first_difference, points
 
 SEED = re.compile(r"-seed\d+$")
 SPEED = "throughput/tokens_per_second"
@@ -55,11 +56,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, or of experiments")
     parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the table there, too")
     parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the curves there, as PNG")
+    help = "test whether two runs have the same curves to the bit, and name the first step that differs"
+    parser.add_argument("--equal", action="store_true", help=help)
 
 
-def run(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
-    """Prints a row per variant: means over its seeds, ± their standard deviation. Empty columns are left out."""
+def run(runs: list[Path], markdown: Path | None, plot: Path | None, equal: bool) -> int:
+    """Prints a row per variant: means over its seeds, ± their standard deviation. Empty columns are left out.
 
+    equal: compares the curves of two runs instead, and returns 1 where they differ.
+    """
+    if equal:
+        return compare_to_the_bit(runs)
     groups = grouped(find_runs(runs))
     rows = comparison(groups)
     print(table(rows))
@@ -69,6 +76,20 @@ def run(runs: list[Path], markdown: Path | None, plot: Path | None) -> int:
     if plot is not None:
         save_figure(curves_by_group(groups), plot)
     return 0
+
+
+def compare_to_the_bit(runs: list[Path]) -> int:
+    """Whether two runs, finished or not, have the same curves. Raises ConfigError where one has none."""
+    if len(runs) != 2:
+        raise ConfigError(f"--equal compares two runs, {len(runs)} are given")
+    histories = [scalar_history(folder) if folder.is_dir() else {} for folder in runs]
+    for folder, history in zip(runs, histories, strict=True):
+        if not history:
+            raise ConfigError(f"{folder}: holds no event files of a run")
+    difference = first_difference(*histories)
+    curves, values = points(histories[0])
+    print(difference or f"equal to the bit: {curves} curves with {values:,} points (throughput left out)")
+    return 0 if difference is None else 1
 
 
 def find_runs(paths: list[Path]) -> list[Finished]:

@@ -82,9 +82,8 @@ class Experiment:
         """Every run, its settings checked; nothing is written. Raises ConfigError."""
         tasks = []
         for variant, changes in self.plan.variants.items():
-            if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):
-                quotes = "" if isinstance(variant, str) else ", in quotes where it reads like a number"
-                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder{quotes}")
+            if not re.fullmatch(r"[^\W.][\w.+-]*", variant):
+                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
             merged = plain(OmegaConf.merge(self.plan.common, changes or {}))
             file = self.folder / "variants" / f"{variant}.yaml"
             for seed in self.plan.seeds:
