@@ -1,7 +1,7 @@
-"""What happens between the steps. Each callback works alone, in any Lightning project whose routers have `expert_bias`.
+"""The Lightning callbacks. Each works on its own, in any Lightning project whose routers have `expert_bias`.
 
-The files lie in `callbacks/` at the top of the repository and import as `dsv3_lightning.callbacks`. A class is
-imported, and torch with it, when it is first used; `settings` is there without.
+The files are in `callbacks/` at the top of the repository and import as `dsv3_lightning.callbacks`. A class, and torch
+with it, is imported on first use; `settings` needs no torch.
 """
 
 from importlib import import_module

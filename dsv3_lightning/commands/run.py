@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(words: list[str], print_config: bool) -> int:
-    """Trains to the last step, or says that this is done."""
+    """Trains to the last step, or says that the run is already finished."""
     given = settings.read(words, print_config)
     if given is None:
         return 0

@@ -1,4 +1,4 @@
-"""`dsv3 validate`: everything that can be wrong with a config, without touching data, weights or a device."""
+"""`dsv3 validate`: checks a config completely, without touching data, weights or a device."""
 
 import argparse
 
