@@ -1,66 +1,84 @@
-"""Builds the objects that a configuration names, and starts or continues the run."""
+"""A run in five steps: open its folder, find what it starts from, build, prepare the data once, train."""
 
-import errno
-import logging
 import os
 import shlex
-import socket
-import threading
-import time
-import traceback
-import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
-from dsv3_lightning.common.files import os_error, reason_of
 from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.compose import PRESETS
 from dsv3_lightning.config.ecosystem import check_fresh
 from dsv3_lightning.config.instantiate import (
     build_callbacks,
-    build_loggers,
-    build_strategy,
-    build_trainer_arguments,
 )
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
-from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
+from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
 from dsv3_lightning.parallel.groups import init_after_restart
-from dsv3_lightning.parallel.launch import a_word_after, find_launch, put_back, rank_of, wait_for_first_rank
-from dsv3_lightning.parallel.lost import ERRORS, peer_failure
+from dsv3_lightning.parallel.launch import a_word_after, put_back, rank_of, wait_for_first_rank
+from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
 from dsv3_lightning.runs.record import RunFolder
+from dsv3_lightning.runs.trainer import (
+    build_trainer,
+    in_order,
+    is_first_rank,
+    quiet_libraries,
+    refuse_taken_port,
+    resolve_precision,
+)
 from dsv3_lightning.training.module import PretrainModule
-from dsv3_lightning.training.precision import choose_precision, precision_plugin
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a write fails by, and nothing else
+
+class Start(NamedTuple):
+    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and what to tell of it."""
+
+    checkpoint: tuple[Path, int] | None
+    source: HubFolder | None
+    notes: list[str | None]
+
+
+class Parts(NamedTuple):
+    """The objects of a run. tree: the settings as recorded, with the precision that was chosen."""
+
+    trainer: Trainer
+    module: PretrainModule
+    data: TextDataModule
+    logger: RunLogger
+    tree: dict[str, Any]
 
 
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
-    """Trains to the last step, or says that this is done. Returns the exit status."""
+    """Trains to the last step, or says that this is done. Returns the exit status.
+
+    sources: the files that the settings came from, which the run's folder keeps. Raises ConfigError and RunStopped.
+    """
     quiet_libraries()
     rank_zero_only.rank = rank_of(config.trainer, os.environ)  # type: ignore[attr-defined]  # Lightning believes RANK
     folder = RunFolder(config)
     try:
         with put_back(os.environ):
-            return train(config, tree, sources, folder)
+            if open_run(folder, config, tree):
+                return 0
+            start = find_start(folder, config, tree)
+            parts, reason = build(folder, config, tree, start)
+            if is_first_rank():
+                prepare_once(folder, config, sources, start, parts, reason)
+            return train(parts, start)
     except Exception as error:
         if (told := in_one_line(error, folder.path)) is error:
             raise
@@ -69,124 +87,96 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
         folder.lock.release(force=True)
 
 
-def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: RunFolder) -> int:
-    first_rank = is_first_rank()
-    if not first_rank:
+def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
+    """Takes the folder of a run that exists, and returns whether the run is finished. Raises ConfigError.
+
+    Every rank looks: none waits for another that is done.
+    """
+    if not is_first_rank():
         wait_for_first_rank(folder.path / "config.yaml", rank_zero_only.rank)  # type: ignore[attr-defined]
-    if first_rank and folder.stored_tree() is not None:
-        folder.claim(tree, sources)
-    if folder.finished() and folder.goes_on():  # seen by each rank: none waits for another that is done
-        if first_rank:
-            shown = display_path(folder.path)
-            print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
-        return 0
+    elif folder.stored_tree() is not None:
+        folder.reopen(tree)
+    finished = folder.finished() and folder.goes_on()
+    if finished and is_first_rank():
+        shown = display_path(folder.path)
+        print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
+    return finished
+
+
+def find_start(folder: RunFolder, config: Config, tree: dict[str, Any]) -> Start:
+    """Checks what the run starts from, before anything is built. Raises ConfigError."""
     refuse_taken_port(config)
-    start = folder.resume_from(tree)
-    source, notes = open_source(config) if start is None else (None, [])  # of no use to a run that goes on
+    checkpoint = folder.resume_from(tree)
+    if checkpoint is not None:  # the folder that the run began from is of no use to it any more
+        return Start(checkpoint, None, [])
+    return Start(None, *open_source(config))
+
+
+def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start) -> tuple[Parts, str]:
+    """The run's objects, and why this precision. Raises ConfigError."""
     callbacks = in_order(build_callbacks(config), config)
-    if start is None:
+    if start.checkpoint is None:
         check_fresh(callbacks)
-    precision, reason = resolve_precision(config, folder, start)
-    tree["trainer"]["precision"] = precision
-    logger = RunLogger(str(folder.path), start[1] if start else None)
+    precision, reason = resolve_precision(config, folder, start.checkpoint)
+    recorded = tree | {"trainer": tree["trainer"] | {"precision": precision}}
+    logger = RunLogger(str(folder.path), start.checkpoint[1] if start.checkpoint else None)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
         init_after_restart(
             trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
         )
+    max_steps, accumulate = config.trainer["max_steps"], config.trainer["accumulate_grad_batches"]
     module = PretrainModule(
-        config.model, config.optimizer, config.loss, config.compute,
-        config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
-        source,
+        config.model, config.optimizer, config.loss, config.compute, config.data.sequence_length, max_steps,
+        config.run.seed, start.source,
     )  # fmt: skip
-    module.settings = tree
-    known = folder.data_inputs()
-    whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps,
-                          config.trainer["limit_val_batches"], known)  # fmt: skip
-    if first_rank:
-        prepared = prepare(config.data, known, tell=None)  # the data module tells, when training starts
-        notes += [vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")]
-        folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
-        folder.keep_data(prepared)
-        banner(config, folder, start, reason)
-        if start is not None:
-            folder.begin(start)
-        for note in filter(None, notes if start is None else []):
-            print(note, flush=True)
-        if start is None:
-            logger.rewind({})  # of a life that left no checkpoint
-            defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
-            logger.describe(tree, len(read_manifest(prepared)["origins"]), defaults)
-    size = trainer.world_size
+    module.settings = recorded
+    whole_steps = module.balance.needs_counts and accumulate > 1
+    limit = config.trainer["limit_val_batches"]
+    data = TextDataModule(config.data, config.model.mtp_depth, max_steps, whole_steps, limit, folder.data_inputs())
+    return Parts(trainer, module, data, logger, recorded), reason
+
+
+def prepare_once(
+    folder: RunFolder, config: Config, sources: list[Path], start: Start, parts: Parts, reason: str
+) -> None:
+    """Prepares the data, makes the run's folder if it isn't there, and says what is about to happen: first rank only.
+
+    The folder is made when everything has been found to be right: settings that failed don't block its name.
+    """
+    said: list[str] = []
+    prepared = parts.data.prepare_tokens(tell=said.append)
+    note = vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")
+    folder.create(parts.tree, sources)
+    folder.keep_data(prepared)
+    banner(config, folder, start.checkpoint, reason)
+    if start.checkpoint is not None:
+        folder.begin(start.checkpoint)
+    else:
+        said = [*filter(None, [*start.notes, note]), *said]
+        parts.logger.rewind({})  # of a session that left no checkpoint
+        defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
+        parts.logger.describe(parts.tree, len(read_manifest(prepared)["origins"]), defaults)
+    for line in said:
+        print(line, flush=True)
+
+
+def train(parts: Parts, start: Start) -> int:
+    """Fits to the last step; only validates a run that was stopped between its last step and its report."""
+    trainer, size, checkpoint = parts.trainer, parts.trainer.world_size, start.checkpoint
     meeting = f"rank {trainer.global_rank} of {size} waits for the others, up to strategy.timeout_minutes (else 30)"
     try:
         with a_word_after(30.0, meeting, unless=lambda: size == 1 or torch.distributed.is_initialized()):
-            if start is not None and start[1] >= config.trainer["max_steps"]:  # stopped between last step and report
-                trainer.validate(module, data, ckpt_path=start[0], weights_only=True, verbose=False)
+            if checkpoint is not None and checkpoint[1] >= trainer.max_steps:
+                trainer.validate(parts.module, parts.data, ckpt_path=checkpoint[0], weights_only=True, verbose=False)
             else:
-                trainer.fit(module, data, ckpt_path=start and start[0], weights_only=True)
+                trainer.fit(parts.module, parts.data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
     except ERRORS as error:
         if isinstance(error, RunStopped) and not trainer.is_global_zero:
             return error.code  # all ranks stop together, and the first one says why
         stop_if_another_died(trainer, error)
         raise
     return 0
-
-
-def in_one_line(error: BaseException, folder: Path) -> BaseException:
-    """The error to tell: of a chain the last that is meant for users, or the file that could not be written.
-
-    What Lightning raises while it tidies up after those would hide them.
-    """
-    step: BaseException | None = error
-    while step is not None:
-        if isinstance(step, ConfigError | RunStopped):
-            return step
-        step = step.__cause__ or step.__context__
-    failed = os_error(error)
-    if failed is not None and of_event_files(failed):
-        return WriteError(folder / "events.out.tfevents.*", reason_of(failed))
-    if failed is not None and failed.errno in FULL:
-        return WriteError(failed.filename or folder, reason_of(failed))
-    return error
-
-
-def of_event_files(error: OSError) -> bool:
-    """Whether TensorBoard's writer raised it, which tells no path."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__", "").startswith("tensorboard.") for frame, _ in frames)
-
-
-def hide_event_thread(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread raises what its next call raises in the main thread, too."""
-    if not (isinstance(args.exc_value, OSError) and of_event_files(args.exc_value)):
-        threading.__excepthook__(args)
-
-
-def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
-    """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
-    if isinstance(error, RunStopped):
-        return
-    watched = getattr(trainer.strategy.launcher, "procs", [])
-    started = watched.copy()
-    watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
-    time.sleep(0.5)  # until it is known what became of them
-    lost = peer_failure(error, started)
-    if lost is None:
-        watched.extend(started)
-    else:
-        for process in started:
-            process.kill()
-        who = f"rank {trainer.global_rank} stops"
-        raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
-
-
-def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
-    """Ours, the note that a step is done, and those of others. Lightning moves checkpoint callbacks to the end."""
-    others = [callback for name, callback in callbacks.items() if "class_path" in (config.callbacks[name] or {})]
-    ours = [callback for callback in callbacks.values() if callback not in others]
-    return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
 
 
 def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
@@ -200,80 +190,6 @@ def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
     return source, [*source.notes, *differing, f"weights of {config.init_from}; {loss}"]
 
 
-def build_trainer(
-    config: Config, folder: RunFolder, logger: RunLogger, callbacks: list[Any], precision: str
-) -> Trainer:
-    """Lightning's Trainer. A run is one endless stream of samples, so that epochs never cut a step short."""
-    arguments = build_trainer_arguments(config)
-    del arguments["precision"]
-    accumulate = arguments["accumulate_grad_batches"]
-    # Lightning counts micro-batches, we count optimizer steps, and in validation batches of data.batch_size samples.
-    arguments["val_check_interval"] *= accumulate
-    arguments["limit_val_batches"] = float(bool(arguments["limit_val_batches"]))  # the data module does the rest
-    kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
-    try:
-        return Trainer(
-            **arguments,
-            strategy=build_strategy(config),
-            plugins=[precision_plugin(precision, run_device(config)), AtomicCheckpointIO()],
-            logger=[logger, *build_loggers(config)],
-            callbacks=callbacks,
-            default_root_dir=folder.path,
-            max_epochs=-1,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_checkpointing="Checkpoint" in kinds,
-            enable_progress_bar="ProgressBar" in kinds,
-            enable_model_summary=False,
-        )
-    except (ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-
-
-def is_first_rank() -> bool:
-    """Known before there is a Trainer: `run` has put it there."""
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on this function
-
-
-def run_device(config: Config) -> torch.device:
-    """The kind of device the run will be on."""
-    wanted = config.trainer.get("accelerator", "auto")
-    if wanted in ("cpu", "mps", "cuda"):
-        return torch.device(wanted)
-    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return available or torch.device("cpu")
-
-
-def refuse_taken_port(config: Config) -> None:
-    """Where this process is to launch the other ranks: a port that is in use would leave them all waiting."""
-    port, launched = os.environ.get("MASTER_PORT"), find_launch(os.environ).launcher or "LOCAL_RANK" in os.environ
-    if port is None or launched or config.trainer["devices"] in (1, "auto") or not is_first_rank():
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except (OSError, ValueError, OverflowError) as error:
-            raise ConfigError(
-                f"MASTER_PORT={port}: can't be used ({error}); unset it, and a free one is taken"
-            ) from None
-
-
-def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int] | None) -> tuple[str, str]:
-    """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
-    if config.trainer["precision"] != "auto":
-        return choose_precision(str(config.trainer["precision"]), run_device(config))
-    if start is not None:
-        precision = str(made_with(start[0])[0]["trainer"]["precision"])
-        return precision, f"precision {precision}, as in the checkpoint"
-    stored = folder.stored_tree()  # the first rank has measured for all
-    if stored is not None:
-        precision = str(stored["trainer"]["precision"])
-        return precision, f"precision {precision}, as this run began"
-    return choose_precision("auto", run_device(config))
-
-
 def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str) -> None:
     """What is about to happen, before the first step."""
     counts = count_parameters(config.model)
@@ -285,16 +201,3 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     )
     print(f"{reason}; dashboard: tensorboard --logdir {shlex.quote(display_path(config.run.dir))}")
     print(f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting anew", flush=True)
-
-
-def quiet_libraries() -> None:
-    """Hides what tells a user nothing: Lightning's device list and tips, and warnings about our own choices."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    threading.excepthook = hide_event_thread
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
-    warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
-    warnings.filterwarnings("ignore", ".*fit.ckpt_path=(None|.last.)\\W+(was called|is set, but)")  # `check_fresh`
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")  # the run goes on
-    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

@@ -27,8 +27,29 @@ class RunFolder:
         self.path = Path(config.run.dir) / config.run.name
         self.lock = filelock.FileLock(self.path / ".lock")
 
-    def claim(self, tree: dict[str, Any], sources: list[Path]) -> None:
-        """Creates or re-enters the folder; first rank only. Raises ConfigError if it is in use, or another run's."""
+    def reopen(self, tree: dict[str, Any]) -> None:
+        """Takes the folder of an existing run; first rank only. Raises ConfigError if it is in use, or another run's."""
+        self.take()
+        stored = self.stored_tree()
+        if stored is not None:
+            self.refuse_other(stored, tree)
+        for folder in (self.path, self.path / "sources", self.path / "checkpoints"):  # of a session that was killed
+            remove_leftovers(folder)
+        remove_unfinished(self.path / "checkpoints")
+
+    def create(self, tree: dict[str, Any], sources: list[Path]) -> None:
+        """Makes the folder with the run's settings, unless it has been reopened. Raises as `reopen` does."""
+        if self.lock.is_locked:
+            return
+        self.reopen(tree)
+        if self.stored_tree() is not None:  # of another process, a moment ago
+            return
+        for number, source in enumerate(sources):
+            write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
+        write_file(self.path / "config.yaml", to_yaml(tree))
+
+    def take(self) -> None:
+        """Locks the folder, which is made if need be. Raises ConfigError."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: the run's folder can't be made, a file of that name is in its place")
         try:
@@ -38,17 +59,6 @@ class RunFolder:
             raise ConfigError(f"{self.path}: another process is writing this run; choose another run.name") from None
         except OSError as error:
             raise ConfigError(f"{self.path}: the run's folder can't be written ({error.strerror})") from None
-        stored = self.stored_tree()
-        if stored is not None:
-            self.refuse_other(stored, tree)
-        for folder in (self.path, self.path / "sources", self.path / "checkpoints"):  # of a life that was killed
-            remove_leftovers(folder)
-        remove_unfinished(self.path / "checkpoints")
-        if stored is not None:
-            return
-        for number, source in enumerate(sources):
-            write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
-        write_file(self.path / "config.yaml", to_yaml(tree))
 
     def stored_tree(self) -> dict[str, Any] | None:
         """The resolved configuration that the folder was made with."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,14 @@ class TextDataModule(LightningDataModule):
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
+    def prepare_tokens(self, tell: Callable[[str], None] = say) -> Path:
+        """Prepares the token files, unless that is done. tell: gets what `prepare` has to tell."""
+        if self._folder is None:
+            self._folder = prepare(self.config, self.known, tell)
+        return self._folder
+
     def prepare_data(self) -> None:
-        self._folder = prepare(self.config, self.known)
-        prepare_index(self._folder, *self._shape)
+        prepare_index(self.prepare_tokens(), *self._shape)
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:  # one rank per node has prepared; the others needn't read the corpus to find it
