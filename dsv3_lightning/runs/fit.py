@@ -22,6 +22,7 @@ from dsv3_lightning.config.instantiate import (
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
+from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import RunStopped
@@ -153,12 +154,13 @@ def prepare_once(
     if start.checkpoint is not None:
         folder.begin(start.checkpoint)
     else:
-        said = [*filter(None, [*start.notes, note]), *said]
+        for line in filter(None, [*start.notes, note]):
+            print(line, flush=True)
         parts.logger.rewind({})  # of a session that left no checkpoint
         defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
         parts.logger.describe(parts.tree, len(read_manifest(prepared)["origins"]), defaults)
     for line in said:
-        print(line, flush=True)
+        say(line)
 
 
 def train(parts: Parts, start: Start) -> int:
