@@ -89,18 +89,12 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Removes what a process that was killed has written beside files of the folder; nobody else may be writing there.
+    """Removes what `whole` leaves in the folder when its process is killed; nobody else may be writing there.
 
-    What it had moved out of the way gets its name back, if nothing else has it. name: how the files' names begin.
+    name: how the files' names begin.
     """
-    for path in [*folder.glob(f".{name}*{BESIDE}"), *folder.glob(f"{name}*{BESIDE}")]:
+    for path in folder.glob(f".{name}*{BESIDE}"):
         remove(path)
-    for path in folder.glob(f"{name}*{OLD}"):
-        named = path.with_name(path.name.removesuffix(OLD))
-        if named.exists():
-            remove(path)
-        else:
-            os.replace(path, named)
 
 
 def os_error(error: BaseException | None) -> OSError | None:

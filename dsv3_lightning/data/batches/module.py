@@ -38,6 +38,7 @@ class TextDataModule(LightningDataModule):
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
     own counts micro-batches).
+    known: what the run's data were made of, which `prepare` holds them to.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TextDataModule(LightningDataModule):
         max_steps: int,
         whole_steps: bool = False,
         limit_val_batches: int | float = 1.0,
+        known: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if config.sequence_length <= mtp_depth:
@@ -55,14 +57,14 @@ class TextDataModule(LightningDataModule):
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
-        self.whole_steps, self.limit_val_batches = whole_steps, limit_val_batches
+        self.whole_steps, self.limit_val_batches, self.known = whole_steps, limit_val_batches, known
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
     def prepare_data(self) -> None:
-        self._folder = prepare(self.config)
+        self._folder = prepare(self.config, self.known)
         prepare_index(self._folder, *self._shape)
 
     def setup(self, stage: str | None = None) -> None:
