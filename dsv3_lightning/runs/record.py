@@ -11,7 +11,6 @@ from dsv3_lightning.common.files import remove, remove_leftovers, write_file
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.stored import complete, read_stored
-from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import remove_unfinished, resumable_files, step_in
 from dsv3_lightning.runs.changes import refuse_changes, shown_differences
@@ -89,6 +88,8 @@ class RunFolder:
 
         Raises ConfigError where another tokenizer is there: the run's weights know its ids.
         """
+        from dsv3_lightning.data.text.store import read_manifest  # loads NumPy
+
         files = {path.name: path.read_bytes() for path in prepared.glob("tokenizer*.json")}
         files[INPUTS] = json.dumps(read_manifest(prepared)["inputs"], indent=1, ensure_ascii=False).encode()
         there = {name: (self.path / name).read_bytes() for name in files if (self.path / name).is_file()}
