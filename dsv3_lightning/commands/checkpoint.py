@@ -18,7 +18,7 @@ PIECE = 2**20  # numbers
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=("inspect", "verify", "consolidate"), help="consolidate writes it as one file"
+        "action", choices=("inspect", "verify", "consolidate"), help="consolidate writes one file, usable anywhere"
     )
     parser.add_argument(
         "path", type=path_argument, metavar="CKPT", help="a file, a folder of shards, or a run's folder (its newest)"
@@ -38,7 +38,7 @@ def run(action: str, path: Path, output: Path | None) -> int:
     path = newest_of_run(path)
     if output is not None:
         state = read_checkpoint(path, mmap=True)
-        consolidate(state, output)
+        consolidate(state, path, output)
         print(f"{output}: {si(output.stat().st_size, 'B')} in one file, step {state['global_step']:,}")
         return 0
     shards = ShardReader(path) if path.is_dir() else None
@@ -142,10 +142,19 @@ def tensors_of(kept: Any) -> "list[tuple[str, Tensor]]":
     return [(name, v) for name, v in kept.items() if torch.is_tensor(v)] if isinstance(kept, dict) else []
 
 
-def consolidate(state: dict[str, Any], output: Path) -> None:
-    """Writes the checkpoint as one file, as a run on one process would. Raises ConfigError if something is there."""
+def consolidate(state: dict[str, Any], path: Path, output: Path) -> None:
+    """Writes the checkpoint as one file, as a run on one process would, with its run's tokenizer and report.
+
+    Raises ConfigError if something is there.
+    """
+    from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
+    from dsv3_lightning.runs.models import CARRIED, carry, run_of
+
     if output.exists():
         raise ConfigError(f"{output}: is there already; choose another name")
-    from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
-
+    folder = run_of(path)
+    if folder is not None:
+        carry(state, folder)
+    elif CARRIED not in state:
+        print(f"{path}: is in no run's folder, so that {output} has no tokenizer and serves to resume from alone")
     AtomicCheckpointIO().save_checkpoint(state, output)

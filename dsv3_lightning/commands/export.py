@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.flags import above_zero, run_argument
@@ -37,16 +37,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: float) -> int:
     """Writes the folder completely or not at all. verify: whether to compare logits, or a file of tokens for that."""
-    from dsv3_lightning.data.text.tokenizer import Tokenizer
     from dsv3_lightning.hub.config import to_json
     from dsv3_lightning.hub.export import DTYPES, check_free, write_folder, write_weights
     from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
     from dsv3_lightning.hub.verify import all_logits, verification_tokens, write_logits
-    from dsv3_lightning.runs.models import find_checkpoint, load_model, part_reader, stored_config
+    from dsv3_lightning.runs.models import find_checkpoint, load_model, part_reader
 
     check_free(out)
-    path, run_folder = find_checkpoint(run)
-    config, tokenizer = stored_config(run_folder), Tokenizer.from_file(run_folder)
+    path, _, config, tokenizer, report = find_checkpoint(run)
     tokens = (
         None if verify is False else verification_tokens(verify if isinstance(verify, Path) else None, config.model)
     )
@@ -56,7 +54,7 @@ def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: f
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.model.vocab_size))
-        write_file(folder / "README.md", model_card(config, run_folder, path))
+        write_file(folder / "README.md", model_card(config, report, path))
         print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written
@@ -91,12 +89,10 @@ def compare(folder: Path, model: "Transformer", tokens: "Tensor", expected: tupl
     return 1
 
 
-def model_card(config: Config, run_folder: Path, path: Path) -> str:
+def model_card(config: Config, report: dict[str, Any], path: Path) -> str:
     """The folder's README.md: a description, how to load the model, and the run's report."""
     counts = count_parameters(config.model)
-    report = run_folder / "report.json"
-    numbers = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in numbers.items() if value is not None)
+    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in report.items() if value is not None)
     results = f"\n## The run's report\n\n| | |\n| --- | --- |\n{rows}\n" if rows else ""
     mtp = f"\nIt has {config.model.mtp_depth} multi-token prediction modules, stored as layers after the last.\n"
     return (

@@ -23,18 +23,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--depths", type=positive, default=5, metavar="N", help="depths of the needle; default %(default)s"
     )
     parser.add_argument("--texts", type=positive, default=8, metavar="N", help="texts per cell; default %(default)s")
-    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: needle/ in the run's folder")
+    help = "default: needle/ in the run's folder, or beside a consolidated file"
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help=help)
 
 
 def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path | None) -> int:
     """Prints how many nats the needle saves by length and depth; writes needle.json and needle.png."""
     from dsv3_lightning.commands.placement import validation_batches
-    from dsv3_lightning.data.text.tokenizer import Tokenizer
     from dsv3_lightning.inference.needle import find_needles
-    from dsv3_lightning.runs.models import find_checkpoint, load_model, stored_config
+    from dsv3_lightning.runs.models import find_checkpoint, load_model
 
-    path, folder = find_checkpoint(run)
-    config = stored_config(folder)
+    path, folder, config, tokenizer, _ = find_checkpoint(run)
     target = folder / "needle" if out is None else out
     make_folder("--out", target)
     limit = config.model.max_position_embeddings
@@ -45,7 +44,7 @@ def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path
         filler += batch["tokens"][batch["mask"]].tolist()
         if len(filler) > 4 * max(lengths):
             break
-    found = find_needles(load_model(path, config.model), Tokenizer.from_file(folder), filler, lengths, places, texts)
+    found = find_needles(load_model(path, config.model), tokenizer, filler, lengths, places, texts)
     print("nats per token that the needle saves (share that greedy decoding gets right)")
     print("length " + "".join(f"      at {place:4.0%} " for place in places))
     for row, length in enumerate(lengths):

@@ -33,18 +33,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npy",
         help="tokens per expert [layers, experts]; default: counted on validation text",
     )
-    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: placement/ in the run's folder")
+    help = "default: placement/ in the run's folder, or beside a consolidated file"
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help=help)
 
 
 def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | None, out: Path | None) -> int:
     """Prints max/mean GPU load by layer before and after; writes placement.json and placement.png."""
     from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
-    from dsv3_lightning.runs.models import find_checkpoint, stored_config
+    from dsv3_lightning.runs.models import find_checkpoint
 
-    path, folder = find_checkpoint(run)
-    config = stored_config(folder)
+    path, folder, config, *_ = find_checkpoint(run)
     if not config.model.num_moe_layers:
-        raise ConfigError(f"{folder}: the model has no experts")
+        raise ConfigError(f"{run}: the model has no experts")
     experts = config.model.n_routed_experts
     if replicas is None:  # one more per GPU than needed, as in V3 §3.4.1
         replicas = (-(-experts // gpus) + 1) * gpus

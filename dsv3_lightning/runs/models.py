@@ -1,13 +1,15 @@
 """Finds and reads models: of a run, of one of its checkpoints, or of a Hugging Face folder."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.schema import Config, check
-from dsv3_lightning.config.stored import read_stored
+from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.data.text.conversation import turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -23,6 +25,21 @@ from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_g
 from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
 
 PREFIX = "model."  # of the model in a run's module
+CARRIED = "run"  # the key under which a consolidated file has its run's tokenizer and report
+
+
+class Found(NamedTuple):
+    """A run's checkpoint, a file or a folder of shards, and what is needed to use its model.
+
+    folder: where results go unless told otherwise: the run's, or the one that a consolidated file lies in.
+    report: the content of report.json; empty where the run has none yet.
+    """
+
+    path: Path
+    folder: Path
+    config: Config
+    tokenizer: Tokenizer
+    report: dict[str, Any]
 
 
 def load(model: str | Path, chat: bool = False) -> tuple[Transformer, Tokenizer]:
@@ -36,9 +53,8 @@ def load(model: str | Path, chat: bool = False) -> tuple[Transformer, Tokenizer]
         if chat:
             turn_ids(tokenizer)
         return lay_by_columns(load_hub_folder(given)), tokenizer
-    path, run = find_checkpoint(given)
-    config = stored_config(run)
-    return lay_by_columns(load_model(path, config.model)), Tokenizer.from_file(run)
+    found = find_checkpoint(given)
+    return lay_by_columns(load_model(found.path, found.config.model)), found.tokenizer
 
 
 def stored_config(folder: Path) -> Config:
@@ -53,17 +69,54 @@ def stored_config(folder: Path) -> Config:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint, a file or a folder of shards, and its run's folder."""
+def find_checkpoint(path: Path) -> Found:
+    """A checkpoint by its name, or the best of a run's folder, else the newest. Raises ConfigError.
+
+    A consolidated file carries what any other checkpoint takes from its run's folder.
+    """
     if is_checkpoint(path):
-        return path, path.resolve().parent.parent
+        content = read_checkpoint(path, mmap=True) if path.is_file() else {}
+        if CARRIED in content:
+            carried = content[CARRIED]
+            config = check(complete(content["settings"]))
+            return Found(path, path.parent, config, Tokenizer(*carried["tokenizer"]), carried["report"])
+        folder = run_of(path)
+        if folder is None:
+            raise ConfigError(
+                f"{path}: is in no run's folder; dsv3 checkpoint consolidate makes a file that can be used anywhere"
+            )
+        return Found(path, folder, stored_config(folder), *tokenizer_and_report(folder))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run folder or checkpoint")
-    folder = path / "checkpoints"
+    best = best_checkpoint(path)
+    return Found(best, path, stored_config(path), *tokenizer_and_report(path))
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, if it does."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if (folder / "config.yaml").is_file() else None
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Of a run's folder the one with the lowest validation loss, else the newest. Raises ConfigError."""
+    folder = run / "checkpoints"
     found = newest_good([*(best for _, best in best_files(folder)), *step_files(folder)], thorough=False)
     if found is None:
         raise ConfigError(f"{folder}: holds no checkpoint")
-    return found[0], path
+    return found[0]
+
+
+def tokenizer_and_report(run: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """Of a run's folder; the report is empty where there is none yet. Raises ConfigError."""
+    report = run / "report.json"
+    return Tokenizer.from_file(run), read_json(report) if report.is_file() else {}
+
+
+def carry(content: dict[str, Any], run: Path) -> None:
+    """Adds the run's tokenizer and report to a checkpoint, which can then be used anywhere. Raises ConfigError."""
+    tokenizer, report = tokenizer_and_report(run)
+    content[CARRIED] = {"tokenizer": [tokenizer.serialized, *tokenizer.names], "report": report}
 
 
 def load_model(path: Path, config: ModelConfig) -> Transformer:

@@ -163,6 +163,42 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, capsys):
         assert f"{trained.folder / 'checkpoints/step=5.ckpt'}" in capsys.readouterr().out
 
 
+def test_a_consolidated_file_is_used_as_its_run_wherever_it_lies(trained, folder, tmp_path, capsys):
+    """Config, tokenizer and report travel in the file; so they do when it is consolidated again."""
+    inside, one, again = trained.folder / "checkpoints/step=5.ckpt", tmp_path / "a/one.ckpt", tmp_path / "b/again.ckpt"
+    assert main(["checkpoint", "consolidate", str(inside), str(one)]) == 0
+    assert main(["checkpoint", "consolidate", str(one), str(again)]) == 0
+    for action in ("inspect", "verify"):
+        assert main(["checkpoint", action, str(again)]) == 0
+    capsys.readouterr()
+    texts = []
+    for word in (inside, one, again):
+        assert main(["generate", str(word), "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "20"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] and texts[0].startswith("def ")
+    for word, out in ((inside, "own"), (again, "out")):
+        assert main(["export", str(word), str(tmp_path / out)]) == 0
+    files = {path.name for path in (tmp_path / "own").iterdir()}
+    assert files == {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in folder.iterdir()}
+    for name in files:
+        own, other = ((tmp_path / which / name).read_bytes() for which in ("own", "out"))
+        assert own.replace(b"from `step=5.ckpt`", b"from `again.ckpt`") == other, name
+    assert main(["needle", str(again), "--lengths", "64", "--depths", "1", "--texts", "1"]) == 0
+    assert main(["placement", str(again), "--gpus", "4"]) == 0
+    assert {path.name for path in again.parent.iterdir()} == {"again.ckpt", "needle", "placement"}
+
+
+def test_a_checkpoint_outside_of_its_run_is_named_with_the_way_out(trained, tmp_path, capsys):
+    copy = tmp_path / "copy.ckpt"
+    copy.write_bytes((trained.folder / "checkpoints/step=5.ckpt").read_bytes())
+    for words in (["generate", str(copy), "--prompt", "def "], ["export", str(copy), str(tmp_path / "out")]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"{copy}: is in no run's folder; dsv3 checkpoint consolidate" in error and error.count("\n") == 1
+    assert main(["checkpoint", "consolidate", str(copy), str(tmp_path / "one.ckpt")]) == 0
+    assert "has no tokenizer" in capsys.readouterr().out
+
+
 def test_export_refuses_what_it_can_not_mean(runs, trained, capsys, tmp_path):
     for words, message in (
         (["/nope", "out"], "/nope: no such run folder"),

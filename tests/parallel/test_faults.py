@@ -175,6 +175,11 @@ def test_checkpoint_verbs_show_judge_and_join_shards(runs, tmp_path, capsys):
         assert torch.equal(one["optimizer_states"][0]["state"][3][name], many["optimizer_states"][0]["state"][3][name])
     assert main(["checkpoint", "consolidate", str(shards), str(file)]) == 2
     assert "is there already" in capsys.readouterr().err
+    texts = []
+    for path in (shards, file):
+        assert main(["generate", str(path), "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("def ")
     one["state_dict"]["model.norm.weight"][0] = float("nan")
     torch.save(one, file)
     assert main(["checkpoint", "verify", str(file)]) == 2
