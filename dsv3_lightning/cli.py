@@ -5,12 +5,13 @@ the other ranks of a run with the same command line.
 """
 
 import argparse
+import errno
 import importlib
 import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dsv3_lightning import __version__
 from dsv3_lightning.errors import ConfigError, RunStopped
@@ -45,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not reader_has_left():
             raise
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"dsv3: error: standard output: can't be written ({error.strerror})", file=sys.stderr)
+        discard_output()
+        return 2
 
 
 def reader_has_left() -> bool:
@@ -53,8 +60,13 @@ def reader_has_left() -> bool:
     poll.register(1, select.POLLOUT)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    discard_output()
     return True
+
+
+def discard_output() -> None:
+    """Sends what is left in the buffer of the standard output nowhere, or Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def lightning_main() -> int:
@@ -101,6 +113,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, epilog: str) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
         self.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Unlike argparse's own, it raises OSError where the message can't be written."""
+        print(message, end="", file=file or sys.stderr, flush=True)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")

@@ -36,6 +36,15 @@ def test_a_closed_pipe_ends_it_quietly():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["run", "nano", "--print-config"]])
+def test_a_full_disk_behind_the_standard_output_is_one_line(words: list[str]):
+    command = [sys.executable, "-m", "dsv3_lightning", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    message = "dsv3: error: standard output: can't be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 def test_help_plan_and_print_config_import_no_torch():
     words = [["--help"], *([verb, "--help"] for verb in cli.VERBS), ["plan", "v3"], ["run", "nano", "--print-config"]]
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH.format(words=words)], capture_output=True, text=True)
