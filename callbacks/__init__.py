@@ -1,6 +1,6 @@
-"""What happens between the steps. Each callback works alone, in any Lightning project whose routers have `expert_bias`.
+"""The Lightning callbacks. Each works on its own, in any Lightning project whose routers have `expert_bias`.
 
-The files lie in `callbacks/` at the top of the repository and import as `dsv3_lightning.callbacks`.
+The files are in `callbacks/` at the top of the repository and import as `dsv3_lightning.callbacks`.
 """
 
 from dsv3_lightning.callbacks.balance_factor import BalanceFactor

@@ -1,4 +1,4 @@
-"""The weight α of the balance losses over the run (V3 §4.2 keeps it constant)."""
+"""A schedule for the weight α of the balance losses (V3 §4.2 keeps it constant)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class BalanceFactor(Callback):
     """Sets `pl_module.balance.scale`, a factor on every α, before each micro-batch.
 
     schedule: points [from, factor] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
-    Logs balance/factor, where there is a balance loss. No state: it follows from the step.
+    Logs balance/factor if the run has a balance loss. Stateless: the factor is computed from the step.
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:

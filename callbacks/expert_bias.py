@@ -20,17 +20,17 @@ class Balanced(Protocol):
 
 
 class ExpertBias(Callback):
-    """b_i += speed · sign(mean c - c_i) for every router, after each optimizer step that was not skipped.
+    """Updates every router's b_i += speed · sign(mean c - c_i) after each optimizer step that was not skipped.
 
     speed: γ of the report (0.001); u in arXiv 2408.15664.
     schedule: points [from, factor on speed] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
-        The report's is 1, then 0 for the last 3.4 %.
+        In the report: 1, then 0 for the last 3.4 %.
     rule: `sign`, or `proportional`: b_i += speed · (mean c - c_i) / mean c (arXiv 2408.15664 §4.3).
-    centered: takes the step's mean away, so that Σ b stays 0; no choice changes by that.
+    centered: subtracts the mean of the update, so that Σ b stays 0; this changes no routing decision.
 
     Reads outputs["expert_counts"] [L, E] int64: the micro-batch's tokens per expert, one row per module with an
-    `expert_bias`, in their order. The counts of a step's micro-batches and of all ranks are added up first.
-    Logs balance/bias_speed and balance/bias_absmax. The state is the buffers themselves, which the model saves.
+    `expert_bias`, in the model's order. The counts of a step's micro-batches and of all ranks are summed first.
+    Logs balance/bias_speed and balance/bias_absmax. The only state is the buffers, which the model saves.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ def routers_of(module: nn.Module) -> Iterator[Balanced]:
 def bias_step(counts_E: Tensor, speed: float, rule: str = "sign", centered: bool = False) -> Tensor:
     """speed · sign(mean c - c_i), or speed · (mean c - c_i) / mean c; fp32 [E], counts int64.
 
-    The difference is exact: E · c_i from the total, as integers. Nothing moves where nothing was routed.
+    The difference is exact: the total minus E · c_i, in integers. The step is 0 if no token was routed.
     """
     missing_E = counts_E.sum() - counts_E * counts_E.numel()
     step_E = torch.sign(missing_E).float() if rule == "sign" else missing_E.double() / counts_E.sum().clamp(min=1)

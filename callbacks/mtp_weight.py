@@ -1,4 +1,4 @@
-"""The weight λ of the multi-token-prediction loss over the run (V3 §4.2: 0.3 for 10T tokens, then 0.1)."""
+"""A schedule for the weight λ of the multi-token-prediction loss (V3 §4.2: 0.3 for 10T tokens, then 0.1)."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from dsv3_lightning.training.schedule import Schedule, check_schedule, progress,
 
 
 class MTPWeight(Callback):
-    """Sets `pl_module.mtp_weight` before each micro-batch, from the share of the run that lies behind.
+    """Sets `pl_module.mtp_weight` before each micro-batch from the progress of the run.
 
     schedule: points [from, λ] or [at, λ, linear or cosine]; by: share (of the run), steps or tokens.
-    Needs `pl_module.model` (a Transformer). Logs mtp/weight, where it has MTP modules. No state: it follows from the
-    step.
+    Needs `pl_module.model` (a Transformer). Logs mtp/weight if the model has MTP modules. Stateless: the weight is
+    computed from the step.
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 0.3), (0.676, 0.1)), by: str = "share") -> None:

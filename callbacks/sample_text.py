@@ -1,4 +1,4 @@
-"""What the model writes: fixed prompts, continued every N steps, on the terminal and as TensorBoard text."""
+"""Text samples: fixed prompts, continued every N steps, on the terminal and as TensorBoard text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ PROMPTS = ("def ", "import os\n", "class Node:\n")
 class SampleText(Callback):
     """Continues `prompts` every `every_n_steps` and after the last step.
 
-    temperature: 0 is greedy. The same random numbers are used each time, apart from training's.
+    temperature: 0 is greedy. The same random numbers are used each time, independent of those of training.
     Logs samples/prompt_<i>. Needs `pl_module.model` (a Transformer) and `trainer.datamodule.tokenizer`.
     """
 
