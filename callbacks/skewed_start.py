@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.protocol import require_routers, routers_of
 from dsv3_lightning.errors import ConfigError
 
 
@@ -18,6 +18,9 @@ class SkewedStart(Callback):
         if not strength > 0:
             raise ConfigError(f"callbacks.skewed_start.strength={strength}: must be above 0; null for an even start")
         self.strength = strength
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_routers(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
