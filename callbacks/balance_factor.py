@@ -6,8 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import require, require_unit
+from dsv3_lightning.callbacks.settings import BalanceFactorSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
-from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class BalanceFactor(Callback):
@@ -18,7 +19,7 @@ class BalanceFactor(Callback):
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:
-        check_schedule(schedule, by, "callbacks.balance_factor.schedule")
+        BalanceFactorSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
 
     @staticmethod

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.callbacks.settings import CheckpointSettings
 from dsv3_lightning.common.files import remove, whole
-from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.training.logging import is_last_micro_batch, latest_values, planned_steps, steps_done
@@ -43,9 +44,7 @@ class Checkpoint(CheckpointBase):
     """
 
     def __init__(self, every_n_steps: int = 100, keep: int = 2, keep_best: int = 1) -> None:
-        for name, value, least in (("every_n_steps", every_n_steps, 1), ("keep", keep, 1), ("keep_best", keep_best, 0)):
-            if value < least:
-                raise ConfigError(f"callbacks.checkpoint.{name}={value}: must be at least {least}")
+        CheckpointSettings(every_n_steps=every_n_steps, keep=keep, keep_best=keep_best)
         self.every_n_steps, self.keep, self.keep_best = every_n_steps, keep, keep_best
         self.received = 0  # the signal that requested the stop
         self.asked = False  # a stop was requested in the middle of a step, which is finished first
@@ -192,7 +191,8 @@ class Checkpoint(CheckpointBase):
             return
         step, folder = steps_done(trainer), checkpoint_folder(trainer)
         best, path = best_files(folder), folder / best_name(step, loss)
-        if len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]:  # rounded as in the file name
+        worse = len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]  # rounded as in the file name
+        if trainer.strategy.broadcast(worse):  # ranks may see the folder differently while a checkpoint is written
             return
         if trainer.state.fn == "fit":
             self.write(trainer, path.name)

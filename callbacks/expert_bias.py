@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import expert_counts, name_of, require_routers, require_unit, routers_of
+from dsv3_lightning.callbacks.settings import ExpertBiasSettings
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
-from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class ExpertBias(Callback):
@@ -35,9 +36,7 @@ class ExpertBias(Callback):
         rule: Literal["sign", "proportional"] = "sign",
         centered: bool = False,
     ) -> None:
-        if speed < 0:
-            raise ConfigError(f"callbacks.expert_bias.speed={speed}: must be at least 0")
-        check_schedule(schedule, by, "callbacks.expert_bias.schedule")
+        ExpertBiasSettings(speed=speed, schedule=schedule, by=by, rule=rule, centered=centered)
         self.speed, self.schedule, self.by, self.rule, self.centered = speed, schedule, by, rule, centered
         self.counts_LE: Tensor | int = 0
 

@@ -6,8 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import lookup, require, require_unit
+from dsv3_lightning.callbacks.settings import MTPWeightSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
-from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class MTPWeight(Callback):
@@ -19,7 +20,7 @@ class MTPWeight(Callback):
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 0.3), (0.676, 0.1)), by: str = "share") -> None:
-        check_schedule(schedule, by, "callbacks.mtp_weight.schedule")
+        MTPWeightSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
         self.weight = 0.0
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import expert_counts, lookup, require_routers, routers_of
+from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
-from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
@@ -33,8 +33,7 @@ class RouterMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, per_layer: bool = False) -> None:
-        if every_n_steps < 1:
-            raise ConfigError(f"callbacks.router_monitor.every_n_steps={every_n_steps}: must be at least 1")
+        RouterMonitorSettings(every_n_steps=every_n_steps, per_layer=per_layer)
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self.step_counts: Tensor | int = 0
         self.window: list[Tensor] = []  # [L, E] of each step since the last log

@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.protocol import require_routers, routers_of
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import SkewedStartSettings
 
 
 class SkewedStart(Callback):
@@ -15,8 +15,7 @@ class SkewedStart(Callback):
     """
 
     def __init__(self, strength: float) -> None:
-        if not strength > 0:
-            raise ConfigError(f"callbacks.skewed_start.strength={strength}: must be above 0; null for an even start")
+        SkewedStartSettings(strength=strength)
         self.strength = strength
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import lookup, output
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import ThroughputSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
 
@@ -30,8 +30,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
-        if peak_flops is not None and not peak_flops > 0:
-            raise ConfigError(f"callbacks.throughput.peak_flops={peak_flops}: must be above 0, or null to measure it")
+        ThroughputSettings(peak_flops=peak_flops)
         self.peak_flops, self.measure = peak_flops, peak_flops is None
         self.flops_per_token: float | None = None
         self.waits_known = False

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import from_batch, require_model
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
 from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
@@ -28,8 +28,7 @@ class WeightAverage(Callback):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.weight_average.decay={decay}: must be at least 0 and below 1")
+        WeightAverageSettings(decay=decay)
         self.decay, self.updates = decay, 0
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}  # this rank's shard of each weight

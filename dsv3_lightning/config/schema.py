@@ -64,7 +64,7 @@ def check(tree: dict[str, Any], mesh: bool = True) -> Config:
         config = replace(config, data=replace(config.data, tokenizer=config.init_from))
     others = {name: expand_home(getattr(config, name)) for name in ("trainer", "strategy", "callbacks")}
     config = replace(config, **others)
-    check_callbacks(config.callbacks)
+    config = replace(config, callbacks=as_lists(check_callbacks(config.callbacks)))
     if mesh:
         check_strategy(config.strategy, config.trainer, config.model)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)

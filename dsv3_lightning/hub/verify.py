@@ -11,7 +11,7 @@ from dsv3_lightning.common.numbers import read_numbers, write_numbers
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.mtp import MTPModule
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
 
 TOLERANCE = 1e-4
@@ -26,7 +26,7 @@ def all_logits(model: Transformer, tokens_BT: Tensor) -> tuple[Tensor, Tensor | 
         return logits_BTV, None
     module, after = model.mtp[0], tokens_BT[:, 1:]
     assert isinstance(module, MTPModule)
-    at = rotation(model.config, torch.arange(after.shape[1]))
+    at = cos_sin(model.config, torch.arange(after.shape[1]))
     h_BTD, _ = module(h_BTD[:, :-1], model.embed_tokens(after), at, torch.ones_like(after, dtype=torch.bool))
     return logits_BTV, model.lm_head(module.norm(h_BTD))
 

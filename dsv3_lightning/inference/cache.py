@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.rope import Rotation
+from dsv3_lightning.model.rope import CosSin
 
 
 class Cache:
@@ -46,7 +46,7 @@ class Step:
     table: the rotation at every position that the cache has room for.
     """
 
-    def __init__(self, table: Rotation, first: int, lengths: list[int], T: int) -> None:
+    def __init__(self, table: CosSin, first: int, lengths: list[int], T: int) -> None:
         self.rows, self.T = slice(first, first + len(lengths)), T
         self.start, self.end = max(lengths), max(lengths) + T
         self.even = min(lengths) == self.start
@@ -60,8 +60,8 @@ class Step:
             self.positions_BT = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
             cos, sin = (x[self.positions_BT] for x in table)
             self.hidden_BTU = torch.arange(self.end, device=device) > self.positions_BT[..., None]
-        self.rotation = Rotation(cos[:, :, None], sin[:, :, None])  # [B or 1, T, 1, rope / 2]
-        self.rotation_of_heads = Rotation(cos[:, None], sin[:, None])
+        self.rotation = CosSin(cos[:, :, None], sin[:, :, None])  # [B or 1, T, 1, rope / 2]
+        self.rotation_of_heads = CosSin(cos[:, None], sin[:, None])
 
     def append(self, entries_BUC: Tensor, new_BTC: Tensor) -> Tensor:
         """Writes what the new tokens leave, and returns what they may look at: [B, end, C]."""
@@ -76,6 +76,6 @@ class Step:
         """The same for queries of the last of the new tokens alone."""
         last = copy.copy(self)
         last.T, last.start = 1, self.end - 1
-        last.rotation_of_heads = Rotation(*(x[:, :, -1:] for x in self.rotation_of_heads))
+        last.rotation_of_heads = CosSin(*(x[:, :, -1:] for x in self.rotation_of_heads))
         last.hidden_BTU = None if self.even or self.hidden_BTU is None else self.hidden_BTU[:, -1:]
         return last

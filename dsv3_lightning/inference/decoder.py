@@ -10,7 +10,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
 from dsv3_lightning.inference.layers import DraftModule, Layer, Norm
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
 
 
@@ -36,7 +36,7 @@ class Decoder:
         layers = self.config.num_hidden_layers + mtp_depth
         self.cache = Cache(self.config, layers, rows, capacity, model.embed_tokens.weight, lower)
         self.entries = self.cache.entries.unbind()
-        self.rotations = rotation(self.config, torch.arange(capacity, device=self.device))
+        self.rotations = cos_sin(self.config, torch.arange(capacity, device=self.device))
         with torch.no_grad():
             self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
             self.draft_modules = [DraftModule(module) for module in model.mtp[:mtp_depth]]

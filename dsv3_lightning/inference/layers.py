@@ -18,7 +18,7 @@ from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.moe import MLP, MoE
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.norm import RMSNorm
-from dsv3_lightning.model.rope import rotate
+from dsv3_lightning.model.rope import apply_rope
 from dsv3_lightning.model.router import route
 from dsv3_lightning.model.transformer import Transformer
 
@@ -72,7 +72,7 @@ class LatentAttention:
         c_kv, k_r = F.linear(x_BTD, self.w_dkv).split((self.rank, self.sizes[1]), -1)
         c_q = self.q_norm(F.linear(x_BTD, self.w_dq)) if self.compressed else x_BTD
         q_c, q_r = F.linear(c_q, self.w_uq).unflatten(-1, (self.heads, -1)).split(self.sizes, -1)
-        turned = rotate(torch.cat((q_r, k_r[:, :, None]), 2), step.rotation, self.interleave)
+        turned = apply_rope(torch.cat((q_r, k_r[:, :, None]), 2), step.rotation, self.interleave)
         q_r, k_r = turned.split((self.heads, 1), 2)
         latents_BUC = step.append(entries_BUC, torch.cat((self.kv_norm(c_kv), k_r[:, :, 0]), -1))
         if only_last:

@@ -17,7 +17,7 @@ from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import attention_weights, count_parameters, moe_parts, swiglu
 
 RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}  # of a step's FLOP; `selective` keeps the products
-LOGITS_HELD = 2**27  # at a time, as model/cpu.py has it for GPUs
+MAX_LOGITS = 2**27  # at a time, as model/cpu.py has it for GPUs
 
 
 class Mesh(Protocol):
@@ -169,7 +169,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     else:
         dense, routed = parameter_split(model)
         ahead = computed * (dense + routed / shape.ep)
-    logits = min(work.tokens, LOGITS_HELD // model.vocab_size) * model.vocab_size
+    logits = min(work.tokens, MAX_LOGITS // model.vocab_size) * model.vocab_size
     moments = [
         (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + (computed + 4) * logits,
          work.tokens * per_token.kept),

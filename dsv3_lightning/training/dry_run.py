@@ -94,7 +94,7 @@ def fake_process_group(ranks: int) -> Iterator[None]:
 
 def compute_as_on_a_gpu(model: Transformer) -> None:
     """Leaves out what the model does for the sake of CPUs."""
-    model.lm_head.logits_held = cpu.LOGITS_HELD
+    model.lm_head.max_logits = cpu.MAX_LOGITS
     for module in model.modules():
         if isinstance(module, Experts):
             module.row_multiple = 1

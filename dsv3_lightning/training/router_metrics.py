@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.router import Routing, biased_choice
+from dsv3_lightning.model.router import Routing, biased_scores
 from dsv3_lightning.training.metrics import Sums, means
 
 
@@ -76,7 +76,7 @@ class ChoiceStatistics(Sums):
         scores_NE, experts_NK = routing.scores_NE[mask_N], routing.experts_NK[mask_N]
         chosen_NE = torch.zeros_like(scores_NE).scatter_(1, experts_NK, 1.0)
         if config.n_routed_experts // config.n_group * config.topk_group > K:
-            best_NK = biased_choice(scores_NE, expert_bias_E, config).topk(K + 1).values
+            best_NK = biased_scores(scores_NE, expert_bias_E, config).topk(K + 1).values
             self.margins_L[layer] += (best_NK[:, -2] - best_NK[:, -1]).double().sum()
             self.margin_tokens_L[layer] += mask_N.sum()
         self.groups_L[layer] += chosen_NE.unflatten(1, (config.n_group, -1)).amax(2).sum().long()

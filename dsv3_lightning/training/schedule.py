@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
 from dsv3_lightning.training.logging import planned_steps
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 Schedule = Sequence[Sequence[Any]]
 UNITS = ("share", "steps", "tokens")
@@ -54,7 +55,7 @@ def value_at(schedule: Schedule, place: float) -> float:
     return value
 
 
-def progress(trainer: Trainer, step: int, by: str) -> float:
+def progress(trainer: "Trainer", step: int, by: str) -> float:
     """A run's progress after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
     if by == "share":
         return step / planned_steps(trainer)

@@ -82,7 +82,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "plan": f"{config} --gpus --gpu --inside --between --efficiency --dry-run",
         "sweep": "-h --help words --jobs --task --slurm",
         "reproduce": "-h --help overrides --dir --out --jobs --quick --report",
-        "compare": "-h --help runs --markdown --plot",
+        "compare": "-h --help runs --markdown --plot --equal",
         "checkpoint": "-h --help action path output",
         "doctor": "-h --help",
     }
@@ -175,7 +175,7 @@ def test_validate_says_ok_and_what_is_wrong(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["validate", "nano"]) == 0
     assert capsys.readouterr().out == "ok: nano, 713,728 parameters, 310,400 active per token\n"
     assert cli.main(["validate", "nano", "callbacks.checkpoint.every_step=3"]) == 2
-    message = "callbacks.checkpoint.every_step: no such argument of Checkpoint; did you mean every_n_steps?"
+    message = "callbacks.checkpoint.every_step: no such key; did you mean callbacks.checkpoint.every_n_steps?"
     assert capsys.readouterr().err == f"dsv3: error: {message}\n"
 
 

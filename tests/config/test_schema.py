@@ -128,7 +128,7 @@ NAMES = (
         (["trainer.val_check_interval=0.5"], "trainer.val_check_interval=0.5: must be a whole number"),
         (
             ["callbacks.checkpoint.every_n_steps=0"],
-            "callbacks.checkpoint.every_n_steps=0: must be at least 1 (optimizer steps and ranks are counted from 1)",
+            "callbacks.checkpoint.every_n_steps=0: must be at least 1",
         ),
         (["trainer.precision=16"], "trainer.precision=16: must be auto, 32, bf16-mixed or bf16"),
         (

@@ -12,7 +12,7 @@ from dsv3_lightning.config.schema import check
 from dsv3_lightning.model import cpu
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning.cluster import (
-    LOGITS_HELD,
+    MAX_LOGITS,
     Work,
     parameter_split,
     rank_memory,
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest
 
 
 def test_the_loss_holds_as_many_logits_as_are_planned():
-    assert LOGITS_HELD == cpu.LOGITS_HELD
+    assert MAX_LOGITS == cpu.MAX_LOGITS
 
 
 @pytest.mark.parametrize(
