@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.callbacks.protocol import require, require_unit
 from dsv3_lightning.callbacks.settings import BalanceFactorSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
@@ -24,6 +25,12 @@ class BalanceFactor(Callback):
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> Charts:
         return {"balance_factor": ["balance/factor"]} if tree["loss"]["balance"] not in ("none", ["none"]) else {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require(pl_module, self, "balance.scale", "balance.factors")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_unit(trainer, self, self.by)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.balance.scale = value_at(self.schedule, progress(trainer, trainer.global_step, self.by))

@@ -20,7 +20,7 @@ from dsv3_lightning.common.files import remove, whole
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars, steps_done
+from dsv3_lightning.training.logging import is_last_micro_batch, latest_values, planned_steps, steps_done
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
@@ -95,7 +95,7 @@ class Checkpoint(CheckpointBase):
                 self.asked, trainer.should_stop = True, False
             return
         trainer.should_stop |= self.asked
-        step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
+        step, last = trainer.global_step, trainer.global_step >= planned_steps(trainer)
         stop = self.agreed(trainer)
         if stop or last or step % self.every_n_steps == 0:
             self.done = None  # a save that fails isn't retried
@@ -135,7 +135,7 @@ class Checkpoint(CheckpointBase):
         if step and self.stopped_at != step:  # stopped by a validation
             self.save(trainer)
         self.settle(trainer)
-        if step and step < trainer.max_steps and trainer.is_global_zero:
+        if trainer.should_stop and 0 < step < planned_steps(trainer) and trainer.is_global_zero:
             print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -178,7 +178,7 @@ class Checkpoint(CheckpointBase):
         done, self.done = self.done, None
         self.save_if_best(trainer)
         self.done = done
-        if trainer.state.fn == "fit" and trainer.global_step < trainer.max_steps:
+        if trainer.state.fn == "fit" and trainer.global_step < planned_steps(trainer):
             stop = self.agreed(trainer)
             if stop not in (0, ASKED):
                 self.save(trainer)
@@ -186,7 +186,7 @@ class Checkpoint(CheckpointBase):
                 raise_if_signal(stop, trainer.global_step)
 
     def save_if_best(self, trainer: Trainer) -> None:
-        loss = latest_scalars(trainer).get("val/loss", math.nan)
+        loss = latest_values(trainer).get("val/loss", math.nan)
         if not self.keep_best or not math.isfinite(loss):
             return
         step, folder = steps_done(trainer), checkpoint_folder(trainer)
@@ -196,6 +196,8 @@ class Checkpoint(CheckpointBase):
             return
         if trainer.state.fn == "fit":
             self.write(trainer, path.name)
+        elif not hasattr(trainer.lightning_module, "loaded_step"):
+            return  # the step of what is validated isn't known
         elif trainer.is_global_zero and not path.exists():  # the run was stopped between its last step and the report
             link(Path(str(trainer.ckpt_path)), path)
         self.tidy(trainer, step)

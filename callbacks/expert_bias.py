@@ -1,22 +1,17 @@
 """Auxiliary-loss-free load balancing (V3 §2.1.2, eq. 16; arXiv 2408.15664): a bias per expert, moved once per step."""
 
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.callbacks.protocol import expert_counts, name_of, require_routers, require_unit, routers_of
 from dsv3_lightning.callbacks.settings import ExpertBiasSettings
+from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
-
-
-class Balanced(Protocol):
-    """A router with a bias per expert, fp32 [E]."""
-
-    expert_bias: Tensor
 
 
 class ExpertBias(Callback):
@@ -49,31 +44,32 @@ class ExpertBias(Callback):
     def charts(tree: dict[str, Any], origins: int) -> Charts:
         return {"bias": ["balance/bias_absmax"], "bias_speed": ["balance/bias_speed"]}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_routers(pl_module, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_unit(trainer, self, self.by)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.counts_LE = self.counts_LE + outputs["expert_counts"]
+        self.counts_LE = self.counts_LE + expert_counts(outputs, self, pl_module)
         if not is_last_micro_batch(trainer, batch_idx):
             return
         counts_LE, self.counts_LE = trainer.strategy.reduce(self.counts_LE, reduce_op="sum"), 0
         speed = self.speed * value_at(self.schedule, progress(trainer, trainer.global_step - 1, self.by))
         routers = list(routers_of(pl_module))
+        if any(len(router.expert_bias) != counts_LE.shape[1] for router in routers) or len(routers) != len(counts_LE):
+            raise ConfigError(
+                f"ExpertBias needs a row of `expert_counts` for each `expert_bias` of {name_of(pl_module)}: "
+                f"found {list(counts_LE.shape)} for biases of {[len(router.expert_bias) for router in routers]}"
+            )
         if not getattr(pl_module, "step_skipped", False):
             for router, counts_E in zip(routers, counts_LE, strict=True):
                 router.expert_bias += bias_step(counts_E, speed, self.rule, self.centered)
         if is_log_step(trainer, trainer.global_step):
             absmax = max(float(router.expert_bias.abs().max()) for router in routers)
             log_scalars(trainer, {"balance/bias_speed": speed, "balance/bias_absmax": absmax})
-
-
-def routers_of(module: nn.Module) -> Iterator[Balanced]:
-    """The modules that have an `expert_bias`, in the model's order. Raises TypeError where one isn't fp32."""
-    for child in module.modules():
-        if hasattr(child, "expert_bias"):
-            router = cast(Balanced, child)
-            if router.expert_bias.dtype != torch.float32:  # in bf16 a step of 0.001 is lost at a bias of 0.5
-                raise TypeError(f"expert_bias must stay fp32, but it is {router.expert_bias.dtype}")
-            yield router
 
 
 def bias_step(counts_E: Tensor, speed: float, rule: str = "sign", centered: bool = False) -> Tensor:

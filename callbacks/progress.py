@@ -1,12 +1,13 @@
 """The progress line: one per logged step, the same on a terminal and in a log file."""
 
+import math
 import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, latest_scalars, steps_done
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, latest_values, planned_steps, steps_done
 
 COLUMNS = {  # logged name -> (label, format)
     "loss/main": ("loss", "{:.3f}"),
@@ -43,19 +44,23 @@ class Progress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        last = step == trainer.max_steps
+        steps = planned_steps(trainer)
+        last = step == steps
         if not (
             is_last_micro_batch(trainer, batch_idx) and trainer.is_global_zero and (last or is_log_step(trainer, step))
         ):
             return
-        scalars = latest_scalars(trainer)
+        scalars = latest_values(trainer)
         parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in COLUMNS.items() if name in scalars]
-        seconds = (time.monotonic() - self.start_time) / (step - self.start_step) * (trainer.max_steps - step)
-        print(f"step {step}/{trainer.max_steps}", *parts, f"{clock(seconds)} left", sep="  ", flush=True)
+        if math.isinf(steps) or step <= self.start_step:
+            print(f"step {step}", *parts, sep="  ", flush=True)
+            return
+        seconds = (time.monotonic() - self.start_time) / (step - self.start_step) * (steps - step)
+        print(f"step {step}/{steps}", *parts, f"{clock(seconds)} left", sep="  ", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            scalars = latest_scalars(trainer)
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            scalars = latest_values(trainer)
             parts = [
                 f"{label} {form.format(scalars[name])}" for name, (label, form) in VALIDATION.items() if name in scalars
             ]

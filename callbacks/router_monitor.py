@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.protocol import expert_counts, lookup, require_routers, routers_of
 from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
 from dsv3_lightning.parallel.tensors import global_norm
@@ -67,6 +67,9 @@ class RouterMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.strategy = trainer.strategy
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_routers(pl_module, self)
+
     def state_dict(self) -> dict[str, Any]:
         """The state, summed over ranks; every rank must call this."""
         return {"window": self.summed_window() if self.window else None, "recent": self.recent}
@@ -94,13 +97,14 @@ class RouterMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self.due(trainer, trainer.global_step + 1):
-            gradients = [router.weight.grad for router in routers_of(pl_module)]  # type: ignore[attr-defined]
-            self.grad_norm = global_norm([gradient for gradient in gradients if gradient is not None])
+            gradients = [lookup(router, "weight.grad") for router in routers_of(pl_module)]
+            present = [gradient for gradient in gradients if gradient is not None]
+            self.grad_norm = global_norm(present) if present else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        counts_LE = outputs["expert_counts"]
+        counts_LE = expert_counts(outputs, self, pl_module)
         self.step_counts = self.step_counts + counts_LE
         self.micro_vio = self.micro_vio + max_vio(counts_LE).mean()
         self.micro_batches += 1
@@ -115,7 +119,7 @@ class RouterMonitor(Callback):
         self.window.clear()
         vio_by_step, counts_LE = max_vio(counts_by_step), counts_by_step.sum(0)
         bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
-        groups = getattr(getattr(getattr(pl_module, "model", None), "config", None), "n_group", 1)
+        groups = lookup(pl_module, "model.config.n_group", 1)
         values = {
             "max_vio": vio_by_step.mean(),
             "max_vio_micro": micro_vio / micro_batches,
@@ -159,6 +163,8 @@ class RouterMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if not isinstance(outputs, dict) or "expert_counts" not in outputs:
+            return
         counts_LE = outputs["expert_counts"]
         if self.val_max_vio is None:
             self.val_max_vio = MaxVio(*counts_LE.shape).to(counts_LE.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.protocol import from_batch, require_model, routers_of
 from dsv3_lightning.callbacks.router_monitor import draw
 from dsv3_lightning.training.logging import log_scalars
 from dsv3_lightning.training.metrics import mean_present
@@ -49,7 +49,11 @@ class RouterProbe(Callback):
             "specialization": ["balance/specialization"] if origins > 1 else [],
         }
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_model(pl_module, self)
+
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        require_model(pl_module, self)
         self.statistics = ChoiceStatistics(pl_module.model.config, len(origins_of(trainer))).to(pl_module.device)
         for layer, router in enumerate(routers_of(pl_module)):
             self.handles.append(router.register_forward_hook(self.hook(layer)))  # type: ignore[attr-defined]
@@ -65,12 +69,12 @@ class RouterProbe(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        model, mask_BS = pl_module.model, batch["mask"]
+        model, mask_BS = pl_module.model, from_batch(batch, "mask", self)
         T = mask_BS.shape[1] - 1 - model.config.mtp_depth
         starts = [0] * (model.config.num_moe_layers - model.config.mtp_depth)  # module k sees tokens k … k + T - 1
         starts += [k if module.sees_tokens_between else 0 for k, module in enumerate(model.mtp, start=1)]
         self.masks_LN = [mask_BS[:, start : start + T].flatten() for start in starts]
-        origins_BS = batch["origins"] if len(origins_of(trainer)) > 1 else None
+        origins_BS = from_batch(batch, "origins", self) if len(origins_of(trainer)) > 1 else None
         self.origins_LN = [origins_BS if origins_BS is None else origins_BS[:, s : s + T].flatten() for s in starts]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

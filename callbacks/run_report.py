@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning import __version__
 from dsv3_lightning.callbacks.checkpoint import checkpoint_folder
-from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.protocol import require, require_data, require_model, routers_of
 from dsv3_lightning.callbacks.router_monitor import RouterMonitor
 from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.sample_text import SampleText
@@ -24,7 +24,7 @@ from dsv3_lightning.common.plots import curves, heat_map, save_figure
 from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.parallel.checkpoints.names import step_files
 from dsv3_lightning.planning.parameters import count_parameters
-from dsv3_lightning.training.logging import latest_scalars
+from dsv3_lightning.training.logging import latest_scalars, planned_steps
 
 CURVES = ("loss/main", "loss/mtp_1", "val/loss", "val/mtp_1")
 PACKAGES = ("torch", "lightning", "torchmetrics", "tokenizers", "omegaconf", "tensorboard")
@@ -49,8 +49,17 @@ class RunReport(Callback):
     def wall_seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.start
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_model(pl_module, self)
+        require(pl_module, self, "steps_done", "skipped_steps")
+        require_data(trainer, self, "manifest", "tokens_before", "passes", "gzip_bpb")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_fit_start(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step >= trainer.max_steps:
+        if trainer.global_step >= planned_steps(trainer):
             self.write(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dsv3_lightning.callbacks.protocol import require_data, require_model
 from dsv3_lightning.callbacks.settings import PROMPTS, SampleTextSettings
 from dsv3_lightning.inference.generate import generate
-from dsv3_lightning.training.logging import is_last_micro_batch
+from dsv3_lightning.training.logging import is_last_micro_batch, planned_steps
 
 
 class SampleText(Callback):
@@ -32,9 +33,15 @@ class SampleText(Callback):
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.latest: list[str] = []  # prompts with their continuations, for the report
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_model(pl_module, self)
+        require_data(trainer, self, "tokenizer")
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if not is_last_micro_batch(trainer, batch_idx) or (step % self.every_n_steps and step != trainer.max_steps):
+        if not is_last_micro_batch(trainer, batch_idx) or (
+            step % self.every_n_steps and step != planned_steps(trainer)
+        ):
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         limit = pl_module.model.config.max_position_embeddings

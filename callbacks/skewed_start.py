@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.protocol import require_routers, routers_of
 from dsv3_lightning.callbacks.settings import SkewedStartSettings
 
 
@@ -17,6 +17,9 @@ class SkewedStart(Callback):
     def __init__(self, strength: float) -> None:
         SkewedStartSettings(strength=strength)
         self.strength = strength
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_routers(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:

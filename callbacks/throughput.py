@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.callbacks.protocol import lookup, output
 from dsv3_lightning.callbacks.settings import ThroughputSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
@@ -20,7 +21,8 @@ class Throughput(Callback):
     peak_flops: FLOP/s of one device in this precision; None measures matrix products before the first step.
 
     Reads outputs["tokens"], the micro-batch's positions on this rank, and `pl_module.flops_per_token`, the training
-    FLOP per position; the data wait is `wait_seconds` of the train loader, if it has that attribute.
+    FLOP per position; the data wait is `wait_seconds` of the train loader. Without one of these two attributes, the
+    scalars that depend on it are not logged, and the peak is not measured without `flops_per_token`.
 
     Logs throughput/tokens_per_second, throughput/model_flops_per_second (all ranks together), throughput/mfu (share of
     peak · ranks), throughput/data_wait_share (share of the time spent waiting for batches) and
@@ -30,7 +32,8 @@ class Throughput(Callback):
     def __init__(self, peak_flops: float | None = None) -> None:
         ThroughputSettings(peak_flops=peak_flops)
         self.peak_flops, self.measure = peak_flops, peak_flops is None
-        self.flops_per_token = 0.0
+        self.flops_per_token: float | None = None
+        self.waits_known = False
         self.window = Window()
         self.total = Window()
         self.batch_start = 0.0
@@ -47,8 +50,9 @@ class Throughput(Callback):
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.flops_per_token = pl_module.flops_per_token
-        if self.measure:
+        self.flops_per_token = lookup(pl_module, "flops_per_token")
+        self.waits_known = hasattr(trainer.train_dataloader, "wait_seconds")
+        if self.measure and self.flops_per_token is not None:
             dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
             self.peak_flops = measure_gemm(dtype, pl_module.device)
 
@@ -60,7 +64,7 @@ class Throughput(Callback):
     ) -> None:
         waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         elapsed = time.perf_counter() - self.batch_start
-        tokens = outputs["tokens"] * trainer.world_size
+        tokens = int(output(outputs, "tokens", self, pl_module)) * trainer.world_size
         for window in (self.window, self.total):
             window.add(tokens, elapsed, waited - self.waited_before)
         self.waited_before = waited
@@ -74,14 +78,13 @@ class Throughput(Callback):
         rates: dict[str, float | None] = {"memory_bytes": float(peak_memory())}
         if not window.seconds:
             return rates | dict.fromkeys(("tokens_per_second", "model_flops_per_second", "mfu", "data_wait_share"))
+        rates["tokens_per_second"] = window.tokens / window.seconds
+        rates["data_wait_share"] = window.waited / window.seconds if self.waits_known else None
+        if self.flops_per_token is None:
+            return rates
         assert self.peak_flops is not None, "set when training starts"
         flops = window.tokens / window.seconds * self.flops_per_token
-        return rates | {
-            "tokens_per_second": window.tokens / window.seconds,
-            "model_flops_per_second": flops,
-            "mfu": flops / (self.peak_flops * world_size),
-            "data_wait_share": window.waited / window.seconds,
-        }
+        return rates | {"model_flops_per_second": flops, "mfu": flops / (self.peak_flops * world_size)}
 
 
 class Window:

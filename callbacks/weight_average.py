@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.callbacks.protocol import from_batch, require_model
 from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
@@ -41,6 +42,12 @@ class WeightAverage(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
         self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else gather_full
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_model(pl_module, self)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_model(pl_module, self)
 
     def adopt(self, pl_module: Any) -> None:
         """Initializes the average once from the weights or from a checkpoint."""
@@ -76,10 +83,9 @@ class WeightAverage(Callback):
         put(pl_module.model, self.average)
         try:
             for batch in batches(trainer):
+                inputs = [from_batch(batch, key, self) for key in ("tokens", "mask", "targets")]
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                    losses = pl_module.model.losses(
-                        batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
-                    )
+                    losses = pl_module.model.losses(*inputs, documents_BS=batch.get("documents"))
                 loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)

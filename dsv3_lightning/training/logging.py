@@ -1,5 +1,6 @@
 """Logging of scalars: all go to all loggers at an explicit optimizer step, so all curves share an x-axis."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int 
     for logger in trainer.loggers if present else []:
         logger.log_metrics(present, step=steps_done(trainer) if step is None else step)
     latest = latest_scalars(trainer)
+    vars(trainer.lightning_module).setdefault("scalar_names", set()).update(values)
     for name in values:
         latest.pop(name, None)
     latest.update(present)
@@ -37,6 +39,13 @@ def latest_scalars(trainer: Trainer) -> dict[str, float]:
     return vars(trainer.lightning_module).setdefault("scalars", {})
 
 
+def latest_values(trainer: Trainer) -> dict[str, float]:
+    """As `latest_scalars`, with what the module logs by `self.log`."""
+    ours = vars(trainer.lightning_module).get("scalar_names", set())
+    others = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in ours}
+    return others | latest_scalars(trainer)
+
+
 def steps_done(trainer: Trainer) -> int:
     """Optimizer steps of the run so far, also for a finished run that is only validated, where the Trainer has 0."""
     return getattr(trainer.lightning_module, "steps_done", trainer.global_step)
@@ -47,5 +56,11 @@ def is_log_step(trainer: Trainer, step: int) -> bool:
 
 
 def is_last_micro_batch(trainer: Trainer, batch_idx: int) -> bool:
-    """True for the last micro-batch of an optimizer step. Runs never end with a short step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    """True for the last micro-batch of an optimizer step, which the end of an epoch may cut short."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def planned_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole training: `max_steps`, or those of all epochs; inf where it is unknown."""
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps == -1 else steps

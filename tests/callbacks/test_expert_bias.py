@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dsv3_lightning.callbacks import ExpertBias
-from dsv3_lightning.callbacks.expert_bias import bias_step, routers_of
+from dsv3_lightning.callbacks.expert_bias import bias_step
 from dsv3_lightning.errors import ConfigError
 
 
@@ -29,7 +29,8 @@ class Routers(nn.Module):
 def trainer(step: int, accumulate: int = 1, ranks: int = 1) -> SimpleNamespace:
     """A trainer as the callback sees it; the other ranks count the same."""
     return SimpleNamespace(
-        global_step=step, max_steps=10, accumulate_grad_batches=accumulate, log_every_n_steps=100, loggers=[],
+        global_step=step, estimated_stepping_batches=10, accumulate_grad_batches=accumulate, is_last_batch=False,
+        log_every_n_steps=100, loggers=[],
         strategy=SimpleNamespace(reduce=lambda value, reduce_op: value * ranks),
     )  # fmt: skip
 
@@ -90,8 +91,8 @@ def test_the_speed_follows_its_schedule_and_a_skipped_step_moves_nothing():
 
 def test_a_bias_in_bf16_is_refused():
     module = Routers().bfloat16()
-    with pytest.raises(TypeError, match="must stay fp32"):
-        list(routers_of(module))
+    with pytest.raises(ConfigError, match="^ExpertBias needs `expert_bias` to be torch.float32; in .*bfloat16$"):
+        ExpertBias().on_fit_start(trainer(0), module)
 
 
 @pytest.mark.parametrize(

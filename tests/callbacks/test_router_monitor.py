@@ -66,7 +66,12 @@ def test_a_window_is_saved_as_its_sum_over_ranks_and_loaded_by_the_first(monkeyp
     def rank(number, step=1):
         strategy = SimpleNamespace(reduce=lambda value, reduce_op: value + others, is_global_zero=number == 0)
         return SimpleNamespace(
-            strategy=strategy, global_step=step, accumulate_grad_batches=1, log_every_n_steps=2, loggers=[]
+            strategy=strategy,
+            global_step=step,
+            accumulate_grad_batches=1,
+            is_last_batch=False,
+            log_every_n_steps=2,
+            loggers=[],
         )
 
     module = nn.Module()
@@ -98,7 +103,7 @@ def test_the_reports_58_layers_of_256_experts_need_no_more_curves_than_three_of_
             layer.register_buffer("expert_bias", torch.randn(experts))
         trainer = SimpleNamespace(
             strategy=SimpleNamespace(reduce=lambda value, reduce_op: value), is_global_zero=True, global_step=1,
-            accumulate_grad_batches=1, log_every_n_steps=1, lightning_module=module,
+            accumulate_grad_batches=1, is_last_batch=False, log_every_n_steps=1, lightning_module=module,
             loggers=[TensorBoardLogger(tmp_path, name="", version=str(layers))],
             callback_metrics={}, logged_metrics={}, progress_bar_metrics={},
         )  # fmt: skip

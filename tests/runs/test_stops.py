@@ -165,6 +165,8 @@ def test_every_finite_loss_is_read_back_from_a_name(tmp_path, loss):
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf"), None])
 def test_a_loss_that_is_not_finite_or_absent_is_no_best_one(tmp_path, loss):
     module = SimpleNamespace(scalars={} if loss is None else {"val/loss": loss}, steps_done=4)
-    trainer = SimpleNamespace(lightning_module=module, default_root_dir=tmp_path, is_global_zero=True)
+    trainer = SimpleNamespace(
+        lightning_module=module, default_root_dir=tmp_path, is_global_zero=True, callback_metrics={}
+    )
     Checkpoint(every_n_steps=2, keep=1, keep_best=1).save_if_best(trainer)  # which would need a whole Trainer to save
     assert not list(tmp_path.iterdir())

@@ -62,7 +62,9 @@ def test_linear_and_cosine_points_are_approached_from_the_point_before():
 
 
 def test_a_place_is_counted_in_shares_steps_or_tokens():
-    trainer = SimpleNamespace(max_steps=40, datamodule=SimpleNamespace(tokens_before=lambda step: 1000 * step))
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=40, datamodule=SimpleNamespace(tokens_before=lambda step: 1000 * step)
+    )
     assert [progress(trainer, 10, by) for by in ("share", "steps", "tokens")] == [0.25, 10, 10_000]
 
 
