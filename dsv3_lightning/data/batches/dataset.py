@@ -1,4 +1,4 @@
-"""A micro-batch from the packed index: tokens, what each head has to predict, and how many targets the step has."""
+"""Micro-batches from the packed index: tokens, the targets of each head, and the number of targets of the step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +16,18 @@ IGNORE = -100  # torch's ignore_index
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file in one go:
+    """A dataset where dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file at once:
 
     tokens [B, S] int64, padded with `pad_id`; mask [B, S] bool, False for padding.
     targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `barriers`).
-        Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
+        If `answers` (of TokenFile) are given, tokens outside of them are no targets.
     target_counts [P] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [B] int64: position in the packed index; -1 for a row without a sample, which is all padding.
-    documents [B, S] int64, where asked for (`isolate`): a number for each token's document; -1 for padding.
-    step_tokens, step_mask (step_documents) [accumulate·B, S], where the draw has `step_samples`: of all the step's
-        micro-batches.
-    target_bytes [B] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
-    origins [B, S] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
+    documents [B, S] int64, with `isolate`: a number that identifies each token's document; -1 for padding.
+    step_tokens, step_mask (step_documents) [accumulate·B, S], if the draw has `step_samples`: the same for all
+        micro-batches of the step.
+    target_bytes [B] int64, if `bytes_per_token` [V] int64 is given: bytes of text of the main head's targets.
+    origins [B, S] int64, if `origins` [documents] are given: the origin of each token's document; 0 for padding.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return tokens, mask, limits
 
     def spread(self, samples: np.ndarray, known: Callable[[np.ndarray], np.ndarray], padding: int) -> np.ndarray:
-        """What is known of pieces (numbers [n] to values [n]), at each of their tokens: int64 [B, S]."""
+        """A value per piece, repeated for each of its tokens: int64 [B, S]. known: piece numbers [n] to values [n]."""
         spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
         places, piece = self.places(samples)
         spread.reshape(-1)[places] = np.repeat(known(piece), self.index.lengths[piece])
         return spread
 
     def numbers_of(self, piece: np.ndarray) -> np.ndarray:
-        return piece  # stands for the document: no sample holds two pieces of one
+        return piece  # identifies the document: no sample has two pieces of one
 
     def origins_of(self, piece: np.ndarray) -> np.ndarray:
         assert self.origins is not None
@@ -109,7 +109,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return self.origins[documents]
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the samples' tokens lie in [B·S], piece after piece, and the pieces' numbers."""
+        """Positions of the samples' tokens in [B·S], piece after piece, and the piece numbers."""
         row, piece = pieces_of(self.index, samples)
         begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
         return stretch(begins, self.index.lengths[piece]), piece
@@ -123,7 +123,7 @@ def targets_of(tokens_BS: np.ndarray, barriers_BS: np.ndarray, sequence_length: 
 
 
 def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of all pieces of the samples [B]: the row and the piece's number, each [n]. A sample of -1 has none."""
+    """Row and number of each piece of the samples [B], each [n]. A sample of -1 has no pieces."""
     firsts = index.samples[samples]
     counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
     return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)

@@ -25,17 +25,17 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
-MOST_BAD_LINES = 10  # that one message names
+MOST_BAD_LINES = 10  # named in one message
 CONVERSATIONS = ("messages", "conversations")  # the usual names of their field
 
 
 def read_documents(
     sources: Sequence[Source], text_key: str, tally: Tally | None = None, skip_bad_lines: bool = False
 ) -> Iterator[str | list[Message]]:
-    """The documents, a file or jsonl line each, never empty. Line ends stay as they are; a byte order mark is removed.
+    """Yields documents, one per file or jsonl line, never empty. Keeps line ends and removes a byte order mark.
 
-    skip_bad_lines: leave lines out that can't be used, and count them. Raises ConfigError with the file, and with the
-    numbers of its bad lines, for what can't be read.
+    skip_bad_lines: skip and count unusable lines. Raises ConfigError that names the file, and the numbers of its bad
+    lines, if something can't be read.
     """
     tally = tally if tally is not None else Tally()
     for source in sources:
@@ -60,7 +60,7 @@ def read_text(source: Source, tally: Tally) -> Iterator[str]:
     refuse_no_text(where, content)
     text = decode(content, source.name, tally)
     begun = text.lstrip()
-    if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one document, or a line for each
+    if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one JSON document, or one per line
         raise ConfigError(
             f"{where}: holds conversations as JSON, which would be learned as they are spelled; write one a line into "
             "a file named .jsonl, and name their field by data.text_key"
@@ -69,7 +69,7 @@ def read_text(source: Source, tally: Tally) -> Iterator[str]:
 
 
 def refuse_no_text(where: str, content: bytes) -> None:
-    """Raises ConfigError for what only looks like a text file by its name."""
+    """Raises ConfigError for a file that only has the name of a text file."""
     if content.startswith(LFS_POINTER):
         raise ConfigError(f"{where}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
     if content.startswith(UTF_16):
@@ -124,7 +124,7 @@ def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool
 
 
 def refuse_other_layouts(source: Source, line: bytes) -> None:
-    """What the first line of another kind of file looks like. Raises ConfigError."""
+    """Raises ConfigError if the first line looks like another kind of file."""
     where, start = f"data.paths: {readable(source.path)}", line.strip()
     refuse_no_text(where, line)
     if start.startswith(b"["):
@@ -137,7 +137,7 @@ def refuse_other_layouts(source: Source, line: bytes) -> None:
 
 
 def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[Message]:
-    """A text, which may be empty, or a conversation. Raises ConfigError without file and line."""
+    """The text of a line, which may be empty, or its conversation. Raises ConfigError without file and line."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -166,7 +166,7 @@ def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[
 
 
 def advice(record: Any) -> str:
-    """Where the line looks like one for another `data.text_key`."""
+    """A hint if the line looks like one for another `data.text_key`, else an empty string."""
     if not isinstance(record, dict):
         return ""
     for name in CONVERSATIONS:
@@ -176,7 +176,7 @@ def advice(record: Any) -> str:
 
 
 def whole(text: str, file: str, tally: Tally) -> str:
-    """JSON can spell half of a surrogate pair (\\ud83d), which UTF-8 has no bytes for."""
+    """Replaces lone surrogates, which JSON can escape (\\ud83d) but UTF-8 can't encode."""
     if text.isascii():
         return text
     text, number = SURROGATES.subn(REPLACEMENT, text)
@@ -186,7 +186,7 @@ def whole(text: str, file: str, tally: Tally) -> str:
 
 
 def decode(data: bytes, file: str, tally: Tally) -> str:
-    """UTF-8, with U+FFFD for what is not."""
+    """Decodes UTF-8, with U+FFFD for invalid bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -205,7 +205,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def content_of(path: Path) -> Iterator[bytes]:
-    """The content of such a file in pieces."""
+    """Yields the decompressed content of a plain, gzip or zstandard file in pieces."""
     if path.name.lower().endswith(".zst"):
         yield from zstandard_blocks(path)
     else:
@@ -218,7 +218,7 @@ def opened(path: Path) -> Any:
 
 
 def zstandard_blocks(path: Path) -> Iterator[bytes]:
-    """The content of all frames. Raises EOFError for a file that was cut off, which the library's reader accepts."""
+    """Yields the content of all frames. Raises EOFError for a truncated file, which the library's reader accepts."""
     frame = None
     for block in blocks(path):
         while block:
@@ -231,7 +231,7 @@ def zstandard_blocks(path: Path) -> Iterator[bytes]:
 
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline; linear in time also for a line over thousands of chunks."""
+    """Yields lines without their newline, in linear time even for a line that spans thousands of chunks."""
     rest: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
