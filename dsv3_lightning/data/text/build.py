@@ -17,7 +17,7 @@ from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.progress import progress
 from dsv3_lightning.data.text.sources import Source, main_origins
 from dsv3_lightning.data.text.store import FORMAT, TokenWriter, token_dtype, write_manifest
-from dsv3_lightning.data.text.tally import Tally, notes
+from dsv3_lightning.data.text.tally import ReadStats, notes
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -68,12 +68,12 @@ def build(
     left_out: numbers of unread files by suffix, for the manifest.
     """
     folder.mkdir()
-    tally = Tally()
+    stats = ReadStats()
     with progress("reading", None) as advance:
-        hashes, text_bytes = survey(read_hashed(sources, config, tally), advance)
+        hashes, text_bytes = survey(read_hashed(sources, config, stats), advance)
     if not hashes:
         given = config.paths or "the standard library"
-        why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(tally.facts(), len(sources), {}))
+        why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(stats.facts(), len(sources), {}))
         raise ConfigError(f"data.paths={given}: no text in {len(sources)} files{why}")
     last_validation = validation_threshold(hashes, config.validation_fraction)
 
@@ -88,7 +88,7 @@ def build(
         "format": FORMAT,
         "dtype": token_dtype(tokenizer.vocab_size),
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
-        **tally.facts(),
+        **stats.facts(),
         "files_read": len(sources),
         "files_left_out": dict(left_out),
         "origins": origin_names(sources),
@@ -100,10 +100,10 @@ def build(
     return manifest
 
 
-def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:
+def read_hashed(sources: list[Source], config: DataConfig, stats: ReadStats | None = None) -> Iterator[Document]:
     names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
     for source in sources:
-        for found in read_documents([source], config.text_key, tally, config.skip_bad_lines):
+        for found in read_documents([source], config.text_key, stats, config.skip_bad_lines):
             yield Document.of(found, numbers[names[source.origin]])
 
 

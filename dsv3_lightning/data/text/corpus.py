@@ -17,7 +17,7 @@ from dsv3_lightning.common.files import blocks, readable
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.messages import holds_messages, parse, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
-from dsv3_lightning.data.text.tally import Tally
+from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.errors import ConfigError
 
 BOM = b"\xef\xbb\xbf"
@@ -30,35 +30,35 @@ CONVERSATIONS = ("messages", "conversations")  # the usual names of their field
 
 
 def read_documents(
-    sources: Sequence[Source], text_key: str, tally: Tally | None = None, skip_bad_lines: bool = False
+    sources: Sequence[Source], text_key: str, stats: ReadStats | None = None, skip_bad_lines: bool = False
 ) -> Iterator[str | list[Message]]:
     """Yields documents, one per file or jsonl line, never empty. Keeps line ends and removes a byte order mark.
 
     skip_bad_lines: skip and count unusable lines. Raises ConfigError that names the file, and the numbers of its bad
     lines, if something can't be read.
     """
-    tally = tally if tally is not None else Tally()
+    stats = stats if stats is not None else ReadStats()
     for source in sources:
         lines = source.path.name.lower().endswith(LINE_SUFFIXES)
         try:
-            found = read_lines(source, text_key, tally, skip_bad_lines) if lines else read_text(source, tally)
+            found = read_lines(source, text_key, stats, skip_bad_lines) if lines else read_text(source, stats)
             for document in found:
                 if not document:
-                    tally.empty += 1
+                    stats.empty += 1
                 elif isinstance(document, list) and not any(message.learned for message in document):
-                    tally.unlearned += 1
+                    stats.unlearned += 1
                 else:
-                    tally.documents += 1
+                    stats.documents += 1
                     yield document
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise unreadable(source.path, error) from error
 
 
-def read_text(source: Source, tally: Tally) -> Iterator[str]:
+def read_text(source: Source, stats: ReadStats) -> Iterator[str]:
     content = b"".join(content_of(source.path)).removeprefix(BOM)
     where = f"data.paths: {readable(source.path)}"
     refuse_no_text(where, content)
-    text = decode(content, source.name, tally)
+    text = decode(content, source.name, stats)
     begun = text.lstrip()
     if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one JSON document, or one per line
         raise ConfigError(
@@ -100,7 +100,7 @@ class BadLines:
         )
 
 
-def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool) -> Iterator[str | list[Message]]:
+def read_lines(source: Source, text_key: str, stats: ReadStats, skip_bad_lines: bool) -> Iterator[str | list[Message]]:
     bad, first = BadLines(source), True
     for number, line in enumerate(lines_of(source.path), 1):
         line = line.removeprefix(BOM) if number == 1 else line
@@ -110,11 +110,11 @@ def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool
             refuse_other_layouts(source, line)
         first = False
         try:
-            document = parse_line(decode(line, source.name, tally), text_key, source.name, tally)
+            document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
         except ConfigError as error:
             bad.add(number, str(error))
             if skip_bad_lines:
-                tally.skipped[source.name] += 1
+                stats.skipped[source.name] += 1
             elif bad.count == MOST_BAD_LINES:
                 raise bad.error() from None
             continue
@@ -136,7 +136,7 @@ def refuse_other_layouts(source: Source, line: bytes) -> None:
         )
 
 
-def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[Message]:
+def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | list[Message]:
     """The text of a line, which may be empty, or its conversation. Raises ConfigError without file and line."""
     try:
         record = json.loads(line)
@@ -155,13 +155,13 @@ def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[
     if text is None:
         return ""
     if isinstance(text, str):
-        text = whole(text, file, tally)
+        text = whole(text, file, stats)
         if holds_messages(text):
             raise ConfigError(f"{text_key}: is a conversation as JSON text; must be the list itself, not its spelling")
         return text
     if isinstance(text, list):
-        messages = parse(record, text_key, tally.unread)
-        return [message._replace(text=whole(message.text, file, tally)) for message in messages]
+        messages = parse(record, text_key, stats.unread)
+        return [message._replace(text=whole(message.text, file, stats)) for message in messages]
     raise ConfigError(f"{text_key}={short(text)}: must be text, or a list of messages")
 
 
@@ -175,23 +175,23 @@ def advice(record: Any) -> str:
     return "; data.text_key=text reads its text" if isinstance(record.get("text"), str) else ""
 
 
-def whole(text: str, file: str, tally: Tally) -> str:
+def whole(text: str, file: str, stats: ReadStats) -> str:
     """Replaces lone surrogates, which JSON can escape (\\ud83d) but UTF-8 can't encode."""
     if text.isascii():
         return text
     text, number = SURROGATES.subn(REPLACEMENT, text)
     if number:
-        tally.replaced[file] += number
+        stats.replaced[file] += number
     return text
 
 
-def decode(data: bytes, file: str, tally: Tally) -> str:
+def decode(data: bytes, file: str, stats: ReadStats) -> str:
     """Decodes UTF-8, with U+FFFD for invalid bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         text = data.decode(errors="replace")
-        tally.replaced[file] += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+        stats.replaced[file] += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
         return text
 
 

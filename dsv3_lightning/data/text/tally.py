@@ -10,7 +10,7 @@ SHOWN = 8  # names in one line
 
 
 @dataclass
-class Tally:
+class ReadStats:
     """Counts of what was read and what was left out.
 
     documents: those read. empty: documents without text. unlearned: conversations whose fields exclude everything from

@@ -21,7 +21,7 @@ from dsv3_lightning.data.text.messages import parse
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.sources import find_sources
 from dsv3_lightning.data.text.store import TokenFile, read_manifest
-from dsv3_lightning.data.text.tally import Tally
+from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
 from dsv3_lightning.data.text.tokenizer import BOS as BEGIN
 from dsv3_lightning.data.text.tokenizer import EOS as END
@@ -244,10 +244,10 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
     lines = [{"messages": talk("q", "a"), "weight": 0}, {"messages": talk("q", "b"), "train": True}]
     lines.append({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c", "weight": 0}]})
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tally = Tally()
-    found = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages", tally))
+    stats = ReadStats()
+    found = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages", stats))
     assert [[message.text for message in document] for document in found] == [["q", "b"]]
-    assert tally == Tally(documents=1, unlearned=2)
+    assert stats == ReadStats(documents=1, unlearned=2)
 
 
 @pytest.mark.parametrize(
