@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dsv3_lightning.data.batches.packing import PackedIndex, barriers, stretch
-from dsv3_lightning.data.batches.sampling import Draw
+from dsv3_lightning.data.batches.sampling import MicroBatch
 from dsv3_lightning.data.text.store import TokenFile
 
 IGNORE = -100  # torch's ignore_index
@@ -51,7 +51,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
+    def __getitem__(self, draw: MicroBatch) -> dict[str, Tensor]:
         tokens, mask, barriers = self.gather(draw.samples)
         targets = targets_of(tokens, barriers, self.sequence_length)
         batch: dict[str, Any] = {

@@ -16,7 +16,7 @@ from dsv3_lightning.errors import ConfigError
 CHUNK = 1 << 16  # samples at a time
 
 
-class Draw(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none. target_counts
     [P] int64: valid targets of each head in the step's samples of all ranks and micro-batches.
     step_samples: in a step's first micro-batch, if requested, the samples of all its micro-batches on this rank.
@@ -81,7 +81,7 @@ class TrainSampler:
     def __len__(self) -> int:
         return self.max_steps * self.layout.accumulate
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         layout = self.layout
         order = Order(len(self.target_counts), self.seed)
         first = self.first_sample
@@ -91,7 +91,7 @@ class TrainSampler:
             target_counts = self.target_counts[samples].sum(0)
             parts = samples.reshape(layout.accumulate, layout.ranks, -1)[:, layout.rank]
             for number, part in enumerate(parts):
-                yield Draw(part, target_counts, parts.reshape(-1) if self.whole_steps and number == 0 else None)
+                yield MicroBatch(part, target_counts, parts.reshape(-1) if self.whole_steps and number == 0 else None)
 
 
 class ValidationSampler:
@@ -112,7 +112,7 @@ class ValidationSampler:
     def __len__(self) -> int:
         return -(-self.samples // (self.layout.ranks * self.layout.micro_batch_size))
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         size, ranks = self.layout.micro_batch_size, self.layout.ranks
         order = permutation(len(self.target_counts), seed=0, epoch=0)[: self.samples]
         for first in range(0, len(self) * size * ranks, size * ranks):
@@ -120,7 +120,7 @@ class ValidationSampler:
             samples = np.full(size, -1, dtype=np.int64)
             own = together[self.layout.rank :: ranks]
             samples[: len(own)] = own
-            yield Draw(samples, self.target_counts[together].sum(0))
+            yield MicroBatch(samples, self.target_counts[together].sum(0))
 
 
 class Order:

@@ -13,7 +13,7 @@ import pytest
 
 from dsv3_lightning.data.batches.dataset import IGNORE
 from dsv3_lightning.data.batches.module import TextDataModule
-from dsv3_lightning.data.batches.sampling import Draw
+from dsv3_lightning.data.batches.sampling import MicroBatch
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import ROLES, conversation
 from dsv3_lightning.data.text.corpus import read_documents
@@ -86,7 +86,7 @@ def test_every_token_of_an_answer_is_a_target_once_and_nothing_else_is(config: D
         dataset = module._datasets[split]
         bounds, ids = dataset.file.answers(), dataset.file.tokens.tolist()
         learned = sorted(token for begin, end in bounds.reshape(-1, 2) for token in ids[begin:end])
-        batch = dataset[Draw(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
+        batch = dataset[MicroBatch(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
         assert np.array_equal(dataset.index.target_counts, (batch["targets"] != IGNORE).sum(2))
         for k in range(3):
             targets = batch["targets"][:, k]
