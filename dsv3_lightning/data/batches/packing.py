@@ -268,22 +268,22 @@ def count_targets(
     valid = np.maximum(last - first, 0)
     if answers is not None:
         places = starts - positions + first  # in the file
-        valid = inside(answers, places + valid) - inside(answers, places)
+        valid = count_in_spans(answers, places + valid) - count_in_spans(answers, places)
     totals = np.cumsum(valid, axis=0, dtype=np.int64)
     totals = np.concatenate([np.zeros((1, 1 + mtp_depth), dtype=np.int64), totals])
     counts: np.ndarray = np.diff(totals[samples - samples[0]], axis=0)
     return counts
 
 
-def inside(stretches: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many of 0 .. place - 1 are in the spans, int64 like `places`. stretches [2n]: begin, end, begin, end, …
+def count_in_spans(spans: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many of 0 .. place - 1 are in the spans, int64 like `places`. spans [2n]: begin, end, begin, end, …
 
-    >>> inside(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
+    >>> count_in_spans(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
     [0, 1, 2, 2, 3, 3]
     """
-    passed = np.searchsorted(stretches, places, "right")  # an odd number of bounds: the position is inside a span
-    whole = running_sum(stretches[1::2] - stretches[::2])[passed // 2]
-    return np.where(passed % 2, whole + places - stretches[np.maximum(passed - 1, 0)], whole)
+    passed = np.searchsorted(spans, places, "right")  # an odd number of bounds: the position is inside a span
+    whole = running_sum(spans[1::2] - spans[::2])[passed // 2]
+    return np.where(passed % 2, whole + places - spans[np.maximum(passed - 1, 0)], whole)
 
 
 def stretch(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
