@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dsv3_lightning.data.batches.packing import PackedIndex, barriers, stretch
+from dsv3_lightning.data.batches.packing import PackedIndex, barriers, ranges
 from dsv3_lightning.data.batches.sampling import MicroBatch
 from dsv3_lightning.data.text.store import TokenFile
 
@@ -84,7 +84,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         limits = np.full((len(samples), length), length, dtype=np.int32)
         places, piece = self.places(samples)
         sizes = self.index.lengths[piece]
-        found = stretch(self.index.starts[piece], sizes)
+        found = ranges(self.index.starts[piece], sizes)
         tokens.reshape(-1)[places] = self.file.tokens[found]
         of_pieces = barriers(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
         limits.reshape(-1)[places] = np.repeat(of_pieces, sizes)
@@ -112,7 +112,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         """Positions of the samples' tokens in [B·S], piece after piece, and the piece numbers."""
         row, piece = pieces_of(self.index, samples)
         begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
-        return stretch(begins, self.index.lengths[piece]), piece
+        return ranges(begins, self.index.lengths[piece]), piece
 
 
 def targets_of(tokens_BS: np.ndarray, barriers_BS: np.ndarray, sequence_length: int) -> np.ndarray:
@@ -126,4 +126,4 @@ def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.n
     """Row and number of each piece of the samples [B], each [n]. A sample of -1 has no pieces."""
     firsts = index.samples[samples]
     counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
-    return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)
+    return np.repeat(np.arange(len(samples)), counts), ranges(firsts, counts)

@@ -223,7 +223,7 @@ def take_places(free: np.ndarray, groups: np.ndarray) -> np.ndarray:
     ([20, 21, 0], [1, 10, 22])
     """
     first, counts = runs(groups)
-    places = stretch(free[groups[first]], counts)
+    places = ranges(free[groups[first]], counts)
     free[groups[first]] += counts
     return places
 
@@ -286,7 +286,7 @@ def count_in_spans(spans: np.ndarray, places: np.ndarray) -> np.ndarray:
     return np.where(passed % 2, whole + places - spans[np.maximum(passed - 1, 0)], whole)
 
 
-def stretch(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Concatenated ranges: firsts[0], firsts[0] + 1, ... (counts[0] numbers), firsts[1], ...: int64 [counts.sum()]."""
     sums = running_sum(counts)
     return np.arange(sums[-1]) + np.repeat(firsts - sums[:-1], counts)
