@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dsv3_lightning.data.batches.packing import PackedIndex, barriers, ranges
+from dsv3_lightning.data.batches.packing import PackedIndex, ranges, segment_start
 from dsv3_lightning.data.batches.sampling import MicroBatch
 from dsv3_lightning.data.text.store import TokenFile
 
@@ -19,7 +19,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     """A dataset where dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file at once:
 
     tokens [B, S] int64, padded with `pad_id`; mask [B, S] bool, False for padding.
-    targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `barriers`).
+    targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `segment_start`).
         If `answers` (of TokenFile) are given, tokens outside of them are no targets.
     target_counts [P] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [B] int64: position in the packed index; -1 for a row without a sample, which is all padding.
@@ -52,8 +52,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.index)
 
     def __getitem__(self, draw: MicroBatch) -> dict[str, Tensor]:
-        tokens, mask, barriers = self.gather(draw.samples)
-        targets = targets_of(tokens, barriers, self.sequence_length)
+        tokens, mask, segment_starts = self.gather(draw.samples)
+        targets = targets_of(tokens, segment_starts, self.sequence_length)
         batch: dict[str, Any] = {
             "tokens": tokens,
             "mask": mask,
@@ -75,9 +75,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, mask and barriers int32 of the samples, each [B, S].
+        """Tokens int64, mask and segment starts int32 of the samples, each [B, S].
 
-        Nothing may predict padding, nor what is outside of the answers: no place is behind their barrier.
+        Padding and tokens outside of the answers start beyond every position, so that nothing predicts them.
         """
         length = self.sequence_length + 1 + self.mtp_depth
         tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
@@ -86,7 +86,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         sizes = self.index.lengths[piece]
         found = ranges(self.index.starts[piece], sizes)
         tokens.reshape(-1)[places] = self.file.tokens[found]
-        of_pieces = barriers(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
+        of_pieces = segment_start(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
         limits.reshape(-1)[places] = np.repeat(of_pieces, sizes)
         mask = limits < length
         if self.answers is not None:
@@ -115,11 +115,11 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return ranges(begins, self.index.lengths[piece]), piece
 
 
-def targets_of(tokens_BS: np.ndarray, barriers_BS: np.ndarray, sequence_length: int) -> np.ndarray:
-    """targets [B, P, T]: what follows k + 1 places later, or -100 where the barrier there lies behind the place."""
+def targets_of(tokens_BS: np.ndarray, starts_BS: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Targets [B, P, T]: the token k + 1 positions later; -100 if its segment starts after the predicting one."""
     following = np.lib.stride_tricks.sliding_window_view(tokens_BS, sequence_length, axis=1)[:, 1:]
-    barrier = np.lib.stride_tricks.sliding_window_view(barriers_BS, sequence_length, axis=1)[:, 1:]
-    return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
+    start = np.lib.stride_tricks.sliding_window_view(starts_BS, sequence_length, axis=1)[:, 1:]
+    return np.where(start <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
 
 
 def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

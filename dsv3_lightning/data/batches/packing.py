@@ -58,7 +58,7 @@ def pack(
 ) -> PackedIndex:
     """Packs the documents that begin at offsets [documents + 1] into samples, deterministically.
 
-    mask_document_ends, answers: decide which targets are valid (see `barriers`, TokenFile).
+    mask_document_ends, answers: decide which targets are valid (see `segment_start`, TokenFile).
     make: also called for temporary arrays that are not part of the index.
     """
     offsets = np.asarray(offsets).astype(np.int64, copy=False)
@@ -234,11 +234,11 @@ def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, np.diff(np.append(first, len(values)))
 
 
-def barriers(continues: np.ndarray, positions: np.ndarray, mask_document_ends: bool) -> np.ndarray:
-    """The first place of the sample that may predict into each piece, int32 [P]: 0, or the piece's own first place.
+def segment_start(continues: np.ndarray, positions: np.ndarray, mask_document_ends: bool) -> np.ndarray:
+    """The first position of the sample that may predict into each piece, int32 [P]: 0, or the piece's first position.
 
-    A piece that continues a document can't be foreseen from another piece, and the sample before it, in the document,
-    has its first tokens as targets already. With `mask_document_ends` no piece is predicted from another one.
+    A piece that continues a document can't be predicted from another document's piece, and its first tokens are already
+    targets in the document's previous sample. With `mask_document_ends` no piece is predicted from another one.
     """
     return np.where(continues | mask_document_ends, positions, 0).astype(np.int32)
 
@@ -254,16 +254,16 @@ def count_targets(
 ) -> np.ndarray:
     """Valid targets of the samples begin .. end - 1 and each head, int64 [end - begin, P], without reading a token.
 
-    Head k predicts position j from position j - 1 - k. In a piece over positions [a, e) with barrier c that is possible
-    for max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last position that it predicts at all. If `answers`
-    are given, only the positions in them count.
+    Head k predicts position j from position j - 1 - k. In a piece over positions [a, e) with segment start c
+    that is possible for max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last position that it predicts at
+    all. If `answers` are given, only the positions in them count.
     """
     samples = index.samples[begin : end + 1]
     pieces = slice(samples[0], samples[-1])
     positions, starts = index.positions[pieces, None], index.starts[pieces, None]
-    barrier = barriers(index.continues[pieces], index.positions[pieces], mask_document_ends)
+    segment_starts = segment_start(index.continues[pieces], index.positions[pieces], mask_document_ends)
     head = np.arange(1 + mtp_depth)
-    first = np.maximum(positions, barrier[:, None] + 1 + head)
+    first = np.maximum(positions, segment_starts[:, None] + 1 + head)
     last = np.minimum(positions + index.lengths[pieces, None], sequence_length + 1 + head)
     valid = np.maximum(last - first, 0)
     if answers is not None:
