@@ -5,7 +5,7 @@ from dsv3_lightning.inference.speculative import Drafts
 from dsv3_lightning.inference.text import TextStream
 
 
-class Texts:
+class TerminalWriter:
     """Several texts on one terminal: one as it comes, the next when it has ended."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[str], stop: tuple[str, ...]) -> None:
@@ -33,7 +33,7 @@ class Texts:
         self.held[self.current] = ""
 
 
-def told(counts: Drafts) -> str:
+def acceptance_line(counts: Drafts) -> str:
     """What became of the guesses."""
     if not counts.passes:
         return "dsv3: no room for a token, so nothing was guessed"
