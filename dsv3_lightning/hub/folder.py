@@ -174,13 +174,13 @@ class HubFolder:
 
 
 # What a run may set otherwise than the folder it starts from: it changes no tensor, or says which are new.
-FREE = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "rope_interleave")
+MAY_DIFFER = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "rope_interleave")
 
 
 def check_same_model(found: ModelConfig, wanted: ModelConfig, path: str | Path) -> list[str]:
     """Raises ConfigError where the weights don't mean what the run's `model` section says; returns what differs.
 
-    FREE settings may differ (a context extension changes two of them), and the depth of MTP.
+    MAY_DIFFER settings may differ (a context extension changes two of them), and the depth of MTP.
     """
     notes = []
     for name in wanted.__dataclass_fields__:
@@ -191,7 +191,7 @@ def check_same_model(found: ModelConfig, wanted: ModelConfig, path: str | Path) 
         if name == "num_nextn_predict_layers":
             new = "the others start anew" if ours > theirs else "the others are left out"
             notes.append(f"model.{name}={ours}: {path} has {theirs}; {new}")
-        elif name in FREE:
+        elif name in MAY_DIFFER:
             notes.append(f"model.{name}={ours}: {path} has {theirs}")
         else:
             raise ConfigError(f"model.{name}={ours}: init_from={path} has {theirs}")
