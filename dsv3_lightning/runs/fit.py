@@ -1,4 +1,4 @@
-"""Builds the objects that a configuration names, and starts or continues the run."""
+"""Builds the objects of a configuration and starts or continues the run."""
 
 import logging
 import os
@@ -49,14 +49,14 @@ from dsv3_lightning.training.precision import choose_precision, precision_plugin
 
 
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
-    """Trains to the last step, or says that this is done. Returns the exit status."""
+    """Trains to the last step, or says that the run is already finished. Returns the exit status."""
     quiet_libraries()
     rank_zero_only.rank = rank_of(config.trainer, os.environ)  # type: ignore[attr-defined]  # Lightning believes RANK
     folder = RunFolder(config)
     try:
         with put_back(os.environ):
             return train(config, tree, sources, folder)
-    finally:  # an exception inside of Lightning keeps this frame, and the lock with it, until garbage is collected
+    finally:  # an exception in Lightning keeps this frame, and with it the lock, until garbage collection
         folder.lock.release(force=True)
 
 
@@ -66,7 +66,7 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         wait_for_first_rank(folder.path / "config.yaml", rank_zero_only.rank)  # type: ignore[attr-defined]
     if first_rank and folder.stored_tree() is not None:
         folder.claim(tree, sources)
-    if folder.finished() and folder.goes_on():  # seen by each rank: none waits for another that is done
+    if folder.finished() and folder.goes_on():  # checked by each rank, so that none waits for one that has exited
         if first_rank:
             shown = display_path(folder.path)
             print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
@@ -97,17 +97,17 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     if first_rank:
         prepared = prepare(config.data, tell=None)  # the data module tells, when training starts
         notes += [vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")]
-        folder.claim(tree, sources)  # not before all is found to be right: settings that failed don't block the name
+        folder.claim(tree, sources)  # after all checks, so that failed settings don't take the name
         banner(config, folder, start, reason)
         if start is not None:
             folder.begin(start)
         for note in filter(None, notes if start is None else []):
             print(note, flush=True)
         if start is None:
-            logger.rewind({})  # of a life that left no checkpoint
+            logger.rewind({})  # curves of an earlier start without a checkpoint
             defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
             logger.describe(tree, len(read_manifest(prepared)["origins"]), defaults)
-        for file in prepared.glob("tokenizer*.json"):  # so that the folder is all that generating needs
+        for file in prepared.glob("tokenizer*.json"):  # so that generating needs only this folder
             write_file(folder.path / file.name, file.read_bytes())
     size = trainer.world_size
     meeting = f"rank {trainer.global_rank} of {size} waits for the others, up to strategy.timeout_minutes (else 30)"
@@ -126,13 +126,13 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
 
 
 def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
-    """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
+    """Raises RunStopped if the error was caused by another rank's death; ends the ranks that this one started."""
     if isinstance(error, RunStopped):
         return
     watched = getattr(trainer.strategy.launcher, "procs", [])
     started = watched.copy()
-    watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
-    time.sleep(0.5)  # until it is known what became of them
+    watched.clear()  # or Lightning's observer, which checks every 5 s, kills this process before it prints why
+    time.sleep(0.5)  # until their exit statuses are known
     lost = peer_failure(error, started)
     if lost is None:
         watched.extend(started)
@@ -144,14 +144,14 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
 
 
 def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
-    """Ours, the note that a step is done, and those of others. Lightning moves checkpoint callbacks to the end."""
+    """Our callbacks, StepDone, then the user's. Lightning moves checkpoint callbacks to the end."""
     others = [callback for name, callback in callbacks.items() if "class_path" in (config.callbacks[name] or {})]
     ours = [callback for callback in callbacks.values() if callback not in others]
     return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
 
 
 def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
-    """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
+    """The folder that the run starts from, and notes about it. Raises ConfigError if its model differs."""
     if config.init_from is None:
         return None, []
     source = HubFolder(config.init_from)
@@ -164,7 +164,7 @@ def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
 def build_trainer(
     config: Config, folder: RunFolder, logger: RunLogger, callbacks: list[Any], precision: str
 ) -> Trainer:
-    """Lightning's Trainer. A run is one endless stream of samples, so that epochs never cut a step short."""
+    """Lightning's Trainer for a run, which is one endless stream of samples, so that epochs never cut a step short."""
     arguments = build_trainer_arguments(config)
     del arguments["precision"]
     accumulate = arguments["accumulate_grad_batches"]
@@ -193,12 +193,12 @@ def build_trainer(
 
 
 def is_first_rank() -> bool:
-    """Known before there is a Trainer: `run` has put it there."""
+    """Whether this is the first rank, known before there is a Trainer because `fit` sets it."""
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning hangs the rank on this function
 
 
 def run_device(config: Config) -> torch.device:
-    """The kind of device the run will be on."""
+    """The type of device that the run will use."""
     wanted = config.trainer.get("accelerator", "auto")
     if wanted in ("cpu", "mps", "cuda"):
         return torch.device(wanted)
@@ -207,7 +207,7 @@ def run_device(config: Config) -> torch.device:
 
 
 def refuse_taken_port(config: Config) -> None:
-    """Where this process is to launch the other ranks: a port that is in use would leave them all waiting."""
+    """Raises ConfigError if MASTER_PORT is in use and this process launches the other ranks, which would all hang."""
     port, launched = os.environ.get("MASTER_PORT"), find_launch(os.environ).launcher or "LOCAL_RANK" in os.environ
     if port is None or launched or config.trainer["devices"] in (1, "auto") or not is_first_rank():
         return
@@ -222,7 +222,7 @@ def refuse_taken_port(config: Config) -> None:
 
 
 def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int] | None) -> tuple[str, str]:
-    """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
+    """The precision and the reason for it. A run keeps its first one, since a new measurement might differ."""
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
     if start is not None:
@@ -236,7 +236,7 @@ def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int]
 
 
 def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str) -> None:
-    """What is about to happen, before the first step."""
+    """Prints a summary of the run before the first step."""
     counts = count_parameters(config.model)
     max_steps = config.trainer["max_steps"]
     tokens = tokens_of(config.data, max_steps)
@@ -249,7 +249,7 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
 
 
 def quiet_libraries() -> None:
-    """Hides what tells a user nothing: Lightning's device list and tips, and warnings about our own choices."""
+    """Hides useless output: Lightning's device list and tips, and warnings about our own choices."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
