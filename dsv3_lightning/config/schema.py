@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from dsv3_lightning.common.paths import PathText, expand_home
+from dsv3_lightning.common.paths import NAME_BYTES, PathText, expand_home
 from dsv3_lightning.config.checks import check_callbacks, check_strategy, check_together, check_trainer
 from dsv3_lightning.config.typed import build
+from dsv3_lightning.config.wording import show
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
@@ -29,6 +30,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.name.strip() != self.name or self.name in ("", ".", "..") or set(self.name) & set("/\\\0\n"):
             raise ConfigError(f"run.name={self.name!r}: must be a folder's name, without / or \\ or spaces around it")
+        if len(self.name.encode("utf-8", "surrogatepass")) > NAME_BYTES:
+            raise ConfigError(f"run.name={show(self.name)}: a folder's name has at most {NAME_BYTES} bytes")
         if not 0 <= self.seed < 2**32:  # the range of numpy's generators
             raise ConfigError(f"run.seed={self.seed}: must be between 0 and 2^32 - 1")
 

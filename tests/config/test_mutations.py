@@ -1,14 +1,13 @@
-"""Random mutations of shipped configs: valid, or refused in one line. benchmarks/mutations.py makes 1,000 of each."""
+"""Random mutations of shipped configs are valid, or refused in one line. `benchmarks/mutations.py` tries many more."""
 
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.mutations import LINE, config_mutants, try_mutants
+from benchmarks.mutations import try_mutants
 from dsv3_lightning.config.compose import presets
 from tests.conftest import ROOT
 
@@ -24,14 +23,11 @@ def test_a_mutated_config_is_valid_or_refused_in_one_line(name: str, tmp_path: P
 
 
 def test_a_callback_whose_name_is_a_number_is_refused(tmp_path: Path):
+    """In a process of its own, to see that nothing else is printed."""
     (tmp_path / "a.yaml").write_text("defaults: [nano]\ncallbacks: {7: null}\n", encoding="utf-8")
-    mutant = config_mutants("nano", random.Random(5))
-    (tmp_path / "b.yaml").write_text(mutant()[1], encoding="utf-8")
-    for file in ("a.yaml", "b.yaml"):  # as real processes
-        done = subprocess.run(
-            [sys.executable, "-m", "dsv3_lightning", "validate", file],
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode in (0, 2) and "Traceback" not in done.stderr
-        assert (done.returncode == 0) == (not done.stderr)
-        assert not done.stderr or LINE.fullmatch(done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv3_lightning", "validate", "a.yaml"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "dsv3: error: callbacks.7: a name must be text, in quotes where it reads like a number\n"

@@ -112,6 +112,12 @@ NAMES = (
         (["optimizer.lr=-1e-4"], "optimizer.lr=-0.0001: must be above 0"),
         (["run.name=a/b"], "run.name='a/b': must be a folder's name, without / or \\ or spaces around it"),
         (["run.name=''"], "run.name='': must be a folder's name, without / or \\ or spaces around it"),
+        ([f"run.name={'x' * 256}"], f"run.name=\"{'x' * 78}…: a folder's name has at most 255 bytes"),
+        (
+            [f"run.resume={'x' * 256}"],
+            f"run.resume=\"{'x' * 78}…: '{'x' * 40}'... is too long for a path: "
+            "a name has at most 255 bytes, a path 4,095",
+        ),
         (["run.seed=-1"], "run.seed=-1: must be between 0 and 2^32 - 1"),
         (
             ["data.isolate_documents=true"],
