@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     help = "read names of control tokens in the prompt, such as <｜User｜>, as these tokens instead of text"
     parser.add_argument("--parse-special", action="store_true", help=help)
     parser.add_argument(
-        "--draft", type=int, default=0, metavar="N", help="let N of the model's MTP modules guess ahead; the text stays"
+        "--draft", type=int, default=0, metavar="N", help="let N MTP modules draft tokens; the text stays the same"
     )
     sampling_arguments(parser)
 
