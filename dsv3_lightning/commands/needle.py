@@ -41,7 +41,7 @@ def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path
     lengths = lengths or [limit // part for part in (4, 2, 1)]
     places = [place / max(depths - 1, 1) for place in range(depths)]
     filler: list[int] = []
-    for batch in validation_batches(config):
+    for batch in validation_batches(config, folder):
         filler += batch["tokens"][batch["mask"]].tolist()
         if len(filler) > 4 * max(lengths):
             break

@@ -50,7 +50,7 @@ def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | No
         replicas = (-(-experts // gpus) + 1) * gpus
     target = folder / "placement" if out is None else out
     make_folder("--out", target)
-    weight_LE = count_load(config, path) if loads is None else read_loads(loads, config)
+    weight_LE = count_load(config, path, folder) if loads is None else read_loads(loads, config)
     plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
     before_LG, after_LG = loads_in_order(weight_LE, gpus), gpu_loads(weight_LE, plan, gpus)
     before_L, after_L = overload(before_LG), overload(after_LG)
@@ -72,7 +72,7 @@ def picture(before_LG: "Tensor", after_LG: "Tensor") -> "Figure":
     return heat_maps({"GPU load over its mean, before": before, "after": after}, 1.0, columns="GPU")
 
 
-def count_load(config: Config, path: Path) -> "Tensor":
+def count_load(config: Config, path: Path, folder: Path) -> "Tensor":
     """Tokens per expert, int64 [L, E], over up to BATCHES validation batches."""
     import torch
 
@@ -80,7 +80,7 @@ def count_load(config: Config, path: Path) -> "Tensor":
 
     model = load_model(path, config.model)
     counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
-    for batch, _ in zip(validation_batches(config), range(BATCHES)):
+    for batch, _ in zip(validation_batches(config, folder), range(BATCHES)):
         documents_BS = batch.get("documents")
         with torch.no_grad():
             counts_LE += model.losses(batch["tokens"], batch["mask"], None, documents_BS=documents_BS).counts_LE
@@ -89,11 +89,12 @@ def count_load(config: Config, path: Path) -> "Tensor":
     return counts_LE
 
 
-def validation_batches(config: Config) -> "Iterable[dict[str, Tensor]]":
-    """The run's validation batches."""
+def validation_batches(config: Config, folder: Path) -> "Iterable[dict[str, Tensor]]":
+    """The batches that the run in this folder validates on."""
     from dsv3_lightning.data.batches.module import TextDataModule
+    from dsv3_lightning.runs.record import read_inputs
 
-    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])
+    data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], known=read_inputs(folder))
     data.prepare_data()
     data.setup("validate")
     return data.val_dataloader()

@@ -89,18 +89,12 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Removes what killed processes left beside files of the folder, to which nobody else may be writing.
+    """Removes what `whole` leaves in the folder if its process is killed; nobody else may be writing there.
 
-    Replaced files get their name back if it is free. name: prefix of the files' names.
+    name: how the files' names begin.
     """
-    for path in [*folder.glob(f".{name}*{BESIDE}"), *folder.glob(f"{name}*{BESIDE}")]:
+    for path in folder.glob(f".{name}*{BESIDE}"):
         remove(path)
-    for path in folder.glob(f"{name}*{OLD}"):
-        named = path.with_name(path.name.removesuffix(OLD))
-        if named.exists():
-            remove(path)
-        else:
-            os.replace(path, named)
 
 
 def os_error(error: BaseException | None) -> OSError | None:

@@ -20,11 +20,12 @@ class Change(NamedTuple):
     meaning: str
 
 
-ALWAYS, NEW_NAME, NEVER = "always", "under a new name", "never"
+ALWAYS, SAME_DATA, NEW_NAME, NEVER = "always", "with the same content", "under a new name", "never"
 SAME_STEPS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "strategy")
 CHANGES = (
     Change(("run.name", "run.dir", "run.resume"), ALWAYS, "where the run lies and what it goes on from"),
     Change(("data.cache_dir", "data.num_workers"), ALWAYS, "where prepared data lie, and who reads them"),
+    Change(("data.paths", "data.tokenizer"), SAME_DATA, "where the same texts and the same tokenizer lie"),
     Change(SAME_STEPS, ALWAYS, "the same samples in each step, on other devices"),
     Change(("trainer.accumulate_grad_batches",), ALWAYS, "the same samples in each step, in other micro-batches"),
     Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
@@ -55,17 +56,22 @@ def rule(key: str) -> Change:
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
-def shown_differences(stored: Tree, tree: Tree) -> str:
-    """A description of the first few differences not allowed under a run's own name; empty if there are none."""
-    return shown(differences(stored, tree, lambda key: rule(key).road == ALWAYS))
+def shown_differences(stored: Tree, tree: Tree, compared: bool = False) -> str:
+    """A description of the first few differences not allowed under a run's own name; empty if there are none.
+
+    compared: the contents of the data are compared later, so that their place doesn't matter.
+    """
+    free = (ALWAYS, SAME_DATA) if compared else (ALWAYS,)
+    return shown(differences(stored, tree, lambda key: rule(key).road in free))
 
 
-def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step: int) -> None:
+def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step: int, compared: bool) -> None:
     """Raises ConfigError if a run can't continue from a checkpoint with these settings.
 
-    stored, stateful: the checkpoint's settings, and the keys of its callbacks' states.
+    stored, stateful: the checkpoint's settings, and the keys of its callbacks' states. compared: as in `shown_differences`.
     """
-    differing = differences(stored, tree, lambda key: rule(key).road != NEVER)
+    free = (ALWAYS, NEW_NAME, SAME_DATA) if compared else (ALWAYS, NEW_NAME)
+    differing = differences(stored, tree, lambda key: rule(key).road in free)
     differing |= changed_arguments(stored["callbacks"], stateful, tree["callbacks"])
     if differing:
         raise ConfigError(f"run.resume={path}: these settings can't change in a run that goes on: {shown(differing)}")

@@ -1,10 +1,13 @@
 """Builds the objects of a configuration and starts or continues the run."""
 
+import errno
 import logging
 import os
 import shlex
 import socket
+import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.callbacks.dashboard import RunLogger
-from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.files import os_error, reason_of
 from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.compose import PRESETS
 from dsv3_lightning.config.ecosystem import check_fresh
@@ -35,7 +38,7 @@ from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
 from dsv3_lightning.hub.folder import HubFolder, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
@@ -47,6 +50,8 @@ from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.training.module import PretrainModule
 from dsv3_lightning.training.precision import choose_precision, precision_plugin
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a write fails by, and nothing else
+
 
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     """Trains to the last step, or says that the run is already finished. Returns the exit status."""
@@ -56,6 +61,10 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     try:
         with put_back(os.environ):
             return train(config, tree, sources, folder)
+    except Exception as error:
+        if (told := in_one_line(error, folder.path)) is error:
+            raise
+        raise told from error
     finally:  # an exception in Lightning keeps this frame, and with it the lock, until garbage collection
         folder.lock.release(force=True)
 
@@ -72,9 +81,9 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
             print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
         return 0
     refuse_taken_port(config)
-    source, notes = open_source(config)
-    callbacks = in_order(build_callbacks(config), config)
     start = folder.resume_from(tree)
+    source, notes = open_source(config) if start is None else (None, [])  # of no use to a run that goes on
+    callbacks = in_order(build_callbacks(config), config)
     if start is None:
         check_fresh(callbacks)
     precision, reason = resolve_precision(config, folder, start)
@@ -88,16 +97,18 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute,
         config.data.sequence_length, config.trainer["max_steps"], config.run.seed,
-        source if start is None else None,
+        source,
     )  # fmt: skip
     module.settings = tree
+    known = folder.data_inputs()
     whole_steps = module.balance.needs_counts and config.trainer["accumulate_grad_batches"] > 1
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"], whole_steps,
-                          config.trainer["limit_val_batches"])  # fmt: skip
+                          config.trainer["limit_val_batches"], known)  # fmt: skip
     if first_rank:
-        prepared = prepare(config.data, tell=None)  # the data module tells, when training starts
+        prepared = prepare(config.data, known, tell=None)  # the data module tells, when training starts
         notes += [vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")]
         folder.claim(tree, sources)  # after all checks, so that failed settings don't take the name
+        folder.keep_data(prepared)
         banner(config, folder, start, reason)
         if start is not None:
             folder.begin(start)
@@ -107,8 +118,6 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
             logger.rewind({})  # curves of an earlier start without a checkpoint
             defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
             logger.describe(tree, len(read_manifest(prepared)["origins"]), defaults)
-        for file in prepared.glob("tokenizer*.json"):  # so that generating needs only this folder
-            write_file(folder.path / file.name, file.read_bytes())
     size = trainer.world_size
     meeting = f"rank {trainer.global_rank} of {size} waits for the others, up to strategy.timeout_minutes (else 30)"
     try:
@@ -123,6 +132,36 @@ def train(config: Config, tree: dict[str, Any], sources: list[Path], folder: Run
         stop_if_another_died(trainer, error)
         raise
     return 0
+
+
+def in_one_line(error: BaseException, folder: Path) -> BaseException:
+    """The error to tell: of a chain the last that is meant for users, or the file that could not be written.
+
+    What Lightning raises while it tidies up after those would hide them.
+    """
+    step: BaseException | None = error
+    while step is not None:
+        if isinstance(step, ConfigError | RunStopped):
+            return step
+        step = step.__cause__ or step.__context__
+    failed = os_error(error)
+    if failed is not None and of_event_files(failed):
+        return WriteError(folder / "events.out.tfevents.*", reason_of(failed))
+    if failed is not None and failed.errno in FULL:
+        return WriteError(failed.filename or folder, reason_of(failed))
+    return error
+
+
+def of_event_files(error: OSError) -> bool:
+    """Whether TensorBoard's writer raised it, which tells no path."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("tensorboard.") for frame, _ in frames)
+
+
+def hide_event_thread(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises what its next call raises in the main thread, too."""
+    if not (isinstance(args.exc_value, OSError) and of_event_files(args.exc_value)):
+        threading.__excepthook__(args)
 
 
 def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
@@ -252,6 +291,7 @@ def quiet_libraries() -> None:
     """Hides useless output: Lightning's device list and tips, and warnings about our own choices."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    threading.excepthook = hide_event_thread
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the loader is faster than the model
     warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown

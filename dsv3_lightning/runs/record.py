@@ -7,15 +7,15 @@ from typing import Any
 
 import filelock
 
-from dsv3_lightning.common.files import remove, write_file
+from dsv3_lightning.common.files import remove, remove_leftovers, write_file
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
+from dsv3_lightning.parallel.checkpoints.names import remove_unfinished, resumable_files, step_in
 from dsv3_lightning.runs.changes import refuse_changes, shown_differences
 
-BEGUN_FROM, SET_ASIDE = "begun_from.json", "set_aside"
+BEGUN_FROM, SET_ASIDE, INPUTS = "begun_from.json", "set_aside", "data.json"
 
 
 class RunFolder:
@@ -40,6 +40,10 @@ class RunFolder:
         stored = self.stored_tree()
         if stored is not None:
             self.refuse_other(stored, tree)
+        for folder in (self.path, self.path / "sources", self.path / "checkpoints"):  # of a life that was killed
+            remove_leftovers(folder)
+        remove_unfinished(self.path / "checkpoints")
+        if stored is not None:
             return
         for number, source in enumerate(sources):
             write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
@@ -51,12 +55,40 @@ class RunFolder:
         return read_stored(path) if path.is_file() else None
 
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
-        if differing := shown_differences(stored, tree):
+        compared = self.data_inputs() is not None and not self.finished()
+        if differing := shown_differences(stored, tree, compared):
             raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
         if self.config.run.resume is False and (resumable_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
             )
+
+    def data_inputs(self) -> dict[str, Any] | None:
+        """What the run's data were made of; None before they were. Its own, or those of the run that it goes on from.
+
+        The run holds to them (data/text/prepare.py), wherever the texts and the tokenizer lie by now.
+        """
+        wanted = self.config.run.resume
+        elsewhere = Path(wanted).parent.parent if isinstance(wanted, str) and wanted != "auto" else self.path
+        own = read_inputs(self.path)
+        return own if own is not None else read_inputs(elsewhere)
+
+    def keep_data(self, prepared: Path) -> None:
+        """Copies the tokenizer and the record of the inputs, so that the folder is all that generating needs.
+
+        Raises ConfigError where another tokenizer is there: the run's weights know its ids.
+        """
+        from dsv3_lightning.data.text.store import read_manifest  # loads NumPy
+
+        files = {path.name: path.read_bytes() for path in prepared.glob("tokenizer*.json")}
+        files[INPUTS] = json.dumps(read_manifest(prepared)["inputs"], indent=1, ensure_ascii=False).encode()
+        there = {name: (self.path / name).read_bytes() for name in files if (self.path / name).is_file()}
+        if differing := [name for name in there if there[name] != files[name] and name != INPUTS]:
+            raise ConfigError(
+                f"{self.path / differing[0]}: is another than that of the data in {prepared}; choose another run.name"
+            )
+        for name in files.keys() - there.keys():
+            write_file(self.path / name, files[name])
 
     def finished(self) -> bool:
         """Whether the run's report shows that its last step is done."""
@@ -106,7 +138,7 @@ class RunFolder:
             )
         step = step_of(path)
         stored, stateful = made_with(path)
-        refuse_changes(wanted, complete(stored), stateful, tree, step)
+        refuse_changes(wanted, complete(stored), stateful, tree, step, self.data_inputs() is not None)
         return path, step
 
     def begin(self, start: tuple[Path, int]) -> None:
@@ -126,3 +158,12 @@ class RunFolder:
             (files / "last.ckpt").unlink(missing_ok=True)
             print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
         write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
+
+
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """What the data of the run in this folder were made of; None where it doesn't say."""
+    path = folder / INPUTS
+    if not path.is_file():
+        return None
+    inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return inputs

@@ -14,6 +14,7 @@ import torch
 from dsv3_lightning.common.files import os_error, put_in_place, remove_leftovers, whole, write_file
 from dsv3_lightning.common.numbers import read_numbers, write_numbers
 from dsv3_lightning.errors import WriteError
+from dsv3_lightning.parallel.checkpoints.names import remove_unfinished
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,13 +105,14 @@ def test_a_device_and_a_link_stay_what_they_are(tmp_path: Path):
         write_file(Path("/dev/full"), "text")
 
 
-def test_leftovers_of_a_killed_process_go_and_what_was_moved_away_comes_back(tmp_path: Path):
-    for name in (".x.abc.new", "step=4.ckpt.new", "step=2.ckpt.old", "step=3.ckpt.old", "step=3.ckpt", ".y.abc.new"):
+def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path: Path):
+    for name in (".x.abc.new", ".y.abc.new", "step=4.ckpt.new", "step=3.ckpt.old", "mine.new", "mine.old"):
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path, "x")
     assert not (tmp_path / ".x.abc.new").exists() and (tmp_path / ".y.abc.new").exists()
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=2.ckpt", "step=3.ckpt"]
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.new", "mine.old"]
 
 
 def test_a_path_through_a_file_is_one_line(tmp_path: Path):

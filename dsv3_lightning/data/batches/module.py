@@ -32,12 +32,13 @@ MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.1626
 class TextDataModule(LightningDataModule):
     """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
 
-    For Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. The state is
-    `next_sample`, the number in the run of the next step's first sample, and `index`, a hash of everything that such
-    numbers depend on. Save between optimizer steps: an interrupted step is repeated from its first sample.
-    whole_steps: the first micro-batch of a step also has the tokens of all of the step's micro-batches.
-    limit_val_batches: maximum number or share of batches of `batch_size` samples in a validation (Lightning's setting
-    counts micro-batches).
+    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
+    `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
+    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
+    whole_steps: the first micro-batch of a step also holds the tokens of all of them.
+    limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
+    own counts micro-batches).
+    known: what the run's data were made of, which `prepare` holds them to.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TextDataModule(LightningDataModule):
         max_steps: int,
         whole_steps: bool = False,
         limit_val_batches: int | float = 1.0,
+        known: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if config.sequence_length <= mtp_depth:
@@ -55,14 +57,14 @@ class TextDataModule(LightningDataModule):
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
-        self.whole_steps, self.limit_val_batches = whole_steps, limit_val_batches
+        self.whole_steps, self.limit_val_batches, self.known = whole_steps, limit_val_batches, known
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
     def prepare_data(self) -> None:
-        self._folder = prepare(self.config)
+        self._folder = prepare(self.config, self.known)
         prepare_index(self._folder, *self._shape)
 
     def setup(self, stage: str | None = None) -> None:

@@ -4,8 +4,6 @@ The result is in `cache_dir/KEY`, where KEY is a hash of the inputs' content and
 It is built under another name and renamed when everything is on disk, so a folder of that name is complete.
 """
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +18,7 @@ from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build, summary
 from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.text.identity import changes, gone, key_of, why_anew
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.sources import Source, find_sources, unreadable
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
@@ -28,12 +27,16 @@ from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_
 from dsv3_lightning.errors import ConfigError
 
 
-def prepare(config: DataConfig, tell: Callable[[str], None] | None = say) -> Path:
-    """The folder with the token files, built if needed; several processes may call it at the same time.
+def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Callable[[str], None] | None = say) -> Path:
+    """The folder with the token files, built if need be; several processes may call it at the same time.
 
+    known: what the data of a run that goes on were made of, as a manifest's `inputs`. Others are refused before
+    anything is written. Where texts or tokenizer are gone, the tokens that were prepared of them are enough.
     tell: called with one line for each kind of input that isn't in the token files.
-    Raises ConfigError for inputs that can't be read, have no text, or need ids at or above `data.vocab_size`.
+    Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
+    if known is not None and (lost := gone(config)) is not None:
+        return prepared_before(config, known, lost, tell)
     tokenizer = None
     if config.tokenizer is not None:
         tokenizer = Tokenizer.from_file(config.tokenizer).ending_with(config.end_token)
@@ -47,8 +50,9 @@ def prepare(config: DataConfig, tell: Callable[[str], None] | None = say) -> Pat
     left_out: Counter[str] = Counter()
     sources = find_sources(config.paths, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    folder = user_path(config.cache_dir) / key
+    if known is not None and (differing := changes(known, inputs)):
+        raise ConfigError(f"data: this run's were made of other inputs ({differing}); choose another run.name")
+    folder = user_path(config.cache_dir) / key_of(inputs)
     if not is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,19 @@ def prepare(config: DataConfig, tell: Callable[[str], None] | None = say) -> Pat
     return folder
 
 
+def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: Callable[[str], None] | None) -> Path:
+    """The folder with what was made of these inputs. lost: which of them is gone. Raises ConfigError."""
+    folder = user_path(config.cache_dir) / key_of(known)
+    if not is_complete(folder):
+        raise ConfigError(
+            f"{lost} does not exist, nor {readable(folder)} with the tokens that were made of it; "
+            "set data.paths to where the texts are now, or data.cache_dir to where the tokens are"
+        )
+    if tell is not None:
+        tell(f"{lost} does not exist; the tokens that were made of it are enough: {readable(folder)}")
+    return folder
+
+
 def build_whole(
     folder: Path,
     config: DataConfig,
@@ -73,6 +90,8 @@ def build_whole(
 ) -> None:
     """Builds the folder, which appears only when complete. Only one process at a time may call this."""
     begun = time.monotonic()
+    if reason := why_anew(folder, inputs):
+        say(f"data are prepared anew, {reason}")
     remove_leftovers(folder.parent, folder.name)
     with whole(folder) as beside:
         manifest = build(beside, config, sources, left_out, tokenizer, inputs)

@@ -4,6 +4,8 @@ import math
 import re
 from pathlib import Path
 
+from dsv3_lightning.common.files import BESIDE, OLD, remove
+
 STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 BEST_FILE = re.compile(r"best-step=(\d+)-loss=(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\.ckpt")  # any finite number
 
@@ -42,3 +44,10 @@ def step_in(path: Path) -> int:
     match = STEP_FILE.fullmatch(path.name) or BEST_FILE.fullmatch(path.name)
     assert match is not None, f"{path} is not the name of a checkpoint"
     return int(match[1])
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes checkpoints that a run which was killed has not finished, or had moved out of the way."""
+    for pattern in (f"*.ckpt{BESIDE}", f"*.ckpt{OLD}"):
+        for path in folder.glob(pattern):
+            remove(path)

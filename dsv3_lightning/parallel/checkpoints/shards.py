@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from dsv3_lightning.common.files import os_error, put_in_place, reason_of, remove, sync_all
+from dsv3_lightning.common.files import BESIDE, os_error, put_in_place, reason_of, remove, sync_all
 from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
 from dsv3_lightning.parallel.tensors import as_dtensor_like, local
 
@@ -43,7 +43,7 @@ class Saver:
         """Starts to write a checkpoint, once the previous one is done. Every rank must call it."""
         self.finish()
         tensors, rest = split(checkpoint)
-        beside = path.with_name(path.name + ".new")
+        beside = path.with_name(path.name + BESIDE)
         told: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(told, src=0, group=self.group)
         if told[0] is not None:
