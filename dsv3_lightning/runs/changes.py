@@ -68,7 +68,7 @@ def shown_differences(stored: Tree, tree: Tree, compared: bool = False) -> str:
 def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step: int, compared: bool) -> None:
     """Raises ConfigError if a run can't continue from a checkpoint with these settings.
 
-    stored, stateful: the checkpoint's settings, and the keys of its callbacks' states. compared: as in `shown_differences`.
+    stored, stateful: its settings, and the keys of its callbacks' states. compared: as in `shown_differences`.
     """
     free = (ALWAYS, NEW_NAME, SAME_DATA) if compared else (ALWAYS, NEW_NAME)
     differing = differences(stored, tree, lambda key: rule(key).road in free)
