@@ -40,7 +40,7 @@ def run(
     from dsv3_lightning.inference.decoder import check_lengths
     from dsv3_lightning.inference.sampling import Sampling
     from dsv3_lightning.inference.speculative import Drafts, check_depth, speculate
-    from dsv3_lightning.inference.terminal import Texts, told
+    from dsv3_lightning.inference.terminal import TerminalWriter, acceptance_line
     from dsv3_lightning.inference.text import prompt_ids
     from dsv3_lightning.runs.models import load
 
@@ -50,7 +50,7 @@ def run(
     check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
     if draft:
         check_depth(model, draft)
-    texts, ends = Texts(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
+    texts, ends = TerminalWriter(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
     unused = tokenizer.ids_without_text(model.config.vocab_size)
     if not draft:
         decode(model, prompts, max_new_tokens, how, ends, seed, texts.push, unused)
@@ -62,5 +62,5 @@ def run(
         show = functools.partial(texts.push, number)
         counts += speculate(model, ids, max_new_tokens, how, ends, seed, draft, show, number, unused)[1]
         texts.finish()
-    print(told(counts), file=sys.stderr)
+    print(acceptance_line(counts), file=sys.stderr)
     return 0

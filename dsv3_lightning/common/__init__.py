@@ -1,1 +1,1 @@
-"""What every folder needs: files written whole, tables, plots. Imports no torch."""
+"""Helpers for all folders: atomic file writing, paths, YAML, tables, plots. Imports no torch."""

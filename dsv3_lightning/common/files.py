@@ -1,4 +1,4 @@
-"""Files written so that a crash or a full disk leaves nothing half-done. Imports no torch."""
+"""Atomic writing of files and folders: a crash or a full disk leaves nothing half-written. Imports no torch."""
 
 import hashlib
 import os
@@ -12,23 +12,23 @@ from typing import TypedDict
 from dsv3_lightning.errors import ConfigError, WriteError
 
 BLOCK = 1 << 20
-BESIDE, OLD = ".new", ".old"  # how names end of what is being written, and of what goes out of its way
+BESIDE, OLD = ".new", ".old"  # name endings of what is being written, and of what it replaces
 
 
 class FileRecord(TypedDict):
-    """What a manifest says of a file; sha256 in hexadecimal."""
+    """A file's entry in a manifest; sha256 in hexadecimal."""
 
     bytes: int
     sha256: str
 
 
 def readable(path: str | Path) -> str:
-    """The path as text that UTF-8 can hold, for messages and hashes; '/' between the parts."""
+    """The path as text that UTF-8 can encode, with '/' between the parts, for messages and hashes."""
     return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal. Raises OSError."""
+    """The sha256 of a file's content in hexadecimal. Raises OSError."""
     sha256 = hashlib.sha256()
     for block in blocks(path):
         sha256.update(block)
@@ -36,14 +36,14 @@ def digest(path: Path) -> str:
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The file's bytes, a mebibyte at a time."""
+    """Yields the file's bytes, a mebibyte at a time."""
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             yield block
 
 
 def write_file(path: Path, content: str | bytes) -> FileRecord:
-    """Writes a file whole; text is UTF-8. A device, a pipe or a link that is there is written to, and stays.
+    """Writes a file atomically; text is UTF-8. An existing device, pipe or link is written to instead of replaced.
 
     Raises WriteError.
     """
@@ -61,11 +61,11 @@ def write_file(path: Path, content: str | bytes) -> FileRecord:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file or a folder to; when the block ends it is on the disk and named `path`.
+    """Yields a path to write a file or folder to, which is synced and renamed to `path` when the block ends.
 
-    So whoever looks finds the old one or the new one, also after a crash. Files get the mode that the umask says. It is
-    written beside, in a folder that nobody else has: after an error nothing is left of it, after a kill what
-    `remove_leftovers` finds. Raises WriteError with the path and the system's reason.
+    Readers see either the old one or the new one, even after a crash. Files get the umask's mode. The yielded path is
+    in a private folder beside `path`: an error leaves nothing behind, a kill what `remove_leftovers` removes.
+    Raises WriteError with the path and the system's reason.
     """
     own = None
     try:
@@ -79,7 +79,7 @@ def whole(path: Path) -> Iterator[Path]:
     except WriteError as error:
         inside = own is not None and Path(own.name) in Path(str(error.path)).parents
         raise WriteError(path, error.reason) if inside else error from error.__cause__
-    except (OSError, RuntimeError) as error:  # torch.save raises the second kind
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         if (failed := os_error(error)) is None:
             raise
         raise WriteError(path, reason_of(failed)) from error
@@ -89,7 +89,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Removes what `whole` leaves in the folder when its process is killed; nobody else may be writing there.
+    """Removes what `whole` leaves in the folder if its process is killed; nobody else may be writing there.
 
     name: how the files' names begin.
     """
@@ -98,7 +98,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error that this one came of, the first of all."""
+    """The operating system's error at the root of an exception's chain, or None."""
     found = None
     while error is not None:
         found = error if isinstance(error, OSError) else found
@@ -111,31 +111,31 @@ def reason_of(error: OSError) -> str:
 
 
 def sync_all(path: Path) -> None:
-    """A file, or a folder with all that is in it, through to the disk, with the modes that the umask says."""
+    """Syncs a file, or a folder with its content, to disk, and sets the umask's modes."""
     inside = [*path.rglob("*"), path] if is_folder(path) else [path]
     mode = 0o666 & ~umask()
     for item in inside:
         if is_folder(item):
             sync_folder(item)
         elif item.is_file() and not item.is_symlink():
-            if item.stat().st_mode & 0o777 != mode:  # some libraries' files are closed to all but their owner
+            if item.stat().st_mode & 0o777 != mode:  # some libraries create files that only the owner can read
                 item.chmod(mode)
             with open(item, "rb") as file:
                 os.fsync(file.fileno())
 
 
 def umask() -> int:
-    """The process's, which can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def put_in_place(beside: Path, path: Path, aside: Path | None = None) -> None:
-    """What was written beside gets its name, through to the disk. Raises OSError.
+    """Renames what was written beside to its final name and syncs the folder. Raises OSError.
 
-    Where a folder has that name, or shall get it, no rename replaces the old one: it goes out of the way first, to
-    `aside`, which must be nobody else's; by default to the same name with OLD.
+    A rename can't replace a folder, or a file by a folder, so the old one is first renamed to `aside`, a name that no
+    one else may use; by default the same name with OLD.
     """
     old = aside or path.with_name(path.name + OLD)
     if path.exists() and (is_folder(path) or is_folder(beside)):
@@ -147,12 +147,12 @@ def put_in_place(beside: Path, path: Path, aside: Path | None = None) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder itself, and not a link to one."""
+    """Whether the path is a folder and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it, if there is one."""
+    """Removes a file, or a folder with its content, if it exists."""
     if is_folder(path):
         shutil.rmtree(path)
     else:
@@ -160,17 +160,17 @@ def remove(path: Path) -> None:
 
 
 def make_folder(flag: str, path: Path) -> None:
-    """With its parents, if it isn't there; called before long work whose result goes there. Raises ConfigError."""
+    """Creates a folder and its parents if missing, before long work that writes to it. Raises ConfigError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path):  # a folder that is there may be read-only
+        with TemporaryFile(dir=path):  # an existing folder may be read-only
             pass
     except OSError as error:
         raise ConfigError(f"{flag} {path}: must be a folder that can be written to ({error.strerror})") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the folder's entries (new files, a rename) survive a power cut; does nothing on Windows."""
+    """Syncs the folder's entries (new files, renames) to survive a power failure; does nothing on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

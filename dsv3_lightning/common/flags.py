@@ -1,4 +1,4 @@
-"""Flags that several verbs share, and the numbers that flags take. Imports no torch."""
+"""Flags shared by several verbs, and the types of numeric flags. Imports no torch."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ def run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def context_argument(parser: argparse.ArgumentParser) -> None:
-    help = "the most tokens that a text may have; default: the model's context"
+    help = "maximum tokens per text; default: the model's context length"
     parser.add_argument("--context", type=positive, metavar="N", help=help)
 
 
@@ -29,12 +29,24 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default %(default)s")
     add("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy; default %(default)s")
-    add("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: from all")
-    add("--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest tokens that sum to X")
-    add("--min-p", type=float, default=0.0, metavar="X", help="draw from tokens at least X times as likely as the best")
+    add("--top-k", type=int, default=0, metavar="N", help="sample from the N most likely tokens; 0: from all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="sample from the most likely tokens with total probability X",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sample from tokens at least X times as likely as the best",
+    )
     help = "stop before this text; may be repeated; $'\\n' is a line end"
     add("--stop", action="append", default=[], metavar="TEXT", help=help)
-    add("--seed", type=seed, default=1, metavar="N", help="the seed of the random draws; default %(default)s")
+    add("--seed", type=seed, default=1, metavar="N", help="random seed of sampling; default %(default)s")
 
 
 def jobs_argument(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +78,7 @@ def above_zero(text: str) -> float:
 
 
 def number(kind: Callable[[str], T], text: str, fits: Callable[[T], bool], valid: str) -> T:
-    """Raises ArgumentTypeError with what is valid."""
+    """Converts a flag's text to a number. Raises ArgumentTypeError with what is valid."""
     try:
         if fits(value := kind(text)):
             return value

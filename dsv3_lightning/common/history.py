@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def scalar_history(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """All curves of a run from its event files, over all its lives: {tag: (steps, values)}."""
+    """All curves of a run from the event files of all its starts: {tag: (steps, values)}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -21,7 +21,7 @@ def scalar_history(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 @contextmanager
 def expecting_several_lives() -> Iterator[None]:
-    """Keeps TensorBoard from warning that steps come again, which they do in each run that was killed and went on."""
+    """Silences TensorBoard's warning about repeated steps, which every run has that was killed and resumed."""
 
     def unexpected(record: logging.LogRecord) -> bool:
         return "out of order" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Text and JSON files that others wrote: what is wrong with one is said in a line. Imports no torch."""
+"""Reading of text and JSON files from other programs, with one-line errors. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,7 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ConfigError for the note that Git LFS leaves in place of a large file, OSError for a file that can't be
-    opened."""
+    """Raises ConfigError for a Git LFS pointer in place of a large file, OSError for a file that can't be opened."""
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
@@ -29,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object that a file's text is. Raises ConfigError."""
+    """The JSON object in a file's text. Raises ConfigError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -45,12 +44,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls the type of a value."""
+    """The JSON name of a value's type."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A value as the file has it, cut where it is long."""
+    """A value as JSON, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= most else text[:most] + "…"

@@ -1,4 +1,4 @@
-"""Arrays in .npy files."""
+"""Reading and writing of arrays in .npy files."""
 
 from pathlib import Path
 from tokenize import TokenError
@@ -22,8 +22,8 @@ def read_numbers(flag: str, path: Path) -> np.ndarray:
 
 
 def write_numbers(path: Path, array: np.ndarray) -> None:
-    """An .npy file, whole. Raises WriteError."""
+    """Writes an .npy file atomically. Raises WriteError."""
     array = np.asarray(array, order="C")
     with whole(path) as beside, open(beside, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)  # np.save wouldn't tell what the system said
+        file.write(array.data)  # np.save hides the system's error

@@ -1,8 +1,8 @@
-"""Paths as users give them, resolved in one place: flags have `type=path_argument`, settings the type `PathText`.
+"""Resolution of paths from users: flags have `type=path_argument`, settings the type `PathText`.
 
-`~` and `~NAME` are home folders, everything else is relative to the working folder, also inside of a YAML file (only
-the files that `defaults:` names are looked for beside the file that names them). Links keep their names. Environment
-variables are not replaced; YAML has `${oc.env:NAME}` for them. Imports no torch.
+`~` and `~NAME` are home folders; all other paths are relative to the working folder, even in a YAML file (only files in
+`defaults:` are searched beside the file that names them). Links are not resolved. Environment variables are not
+expanded; YAML has `${oc.env:NAME}` for that. Imports no torch.
 """
 
 import argparse
@@ -16,7 +16,7 @@ NAME_BYTES, PATH_BYTES = 255, 4095  # the most that file systems and Linux take
 
 
 def user_path(given: str | Path) -> Path:
-    """The absolute path that is meant; one that was resolved before stays as it is.
+    """The absolute path for a user's text; an absolute path is unchanged.
 
     The name's bytes on disk are UTF-8, also where Python would encode names as ASCII (LC_ALL=C without UTF-8 mode).
     Raises ConfigError for an empty path, a home folder that isn't known, a NUL byte, and what is too long for a path.
@@ -33,11 +33,11 @@ def user_path(given: str | Path) -> Path:
     if len(os.fsencode(path)) > PATH_BYTES or any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
         limits = f"a name has at most {NAME_BYTES} bytes, a path {PATH_BYTES:,}"
         raise ConfigError(f"{text[:40]!r}... is too long for a path: {limits}")
-    return path.resolve() if ".." in path.parts else path  # a link's parent is that of what it points to
+    return path.resolve() if ".." in path.parts else path  # the parent of a link is that of its target
 
 
 def path_argument(text: str) -> Path:
-    """The argparse type of every flag or word that is a path."""
+    """The argparse type of all paths."""
     try:
         return user_path(text)
     except ConfigError as error:
@@ -45,7 +45,7 @@ def path_argument(text: str) -> Path:
 
 
 def path_text(text: str) -> str:
-    """The absolute path as text, which is what a record of settings holds."""
+    """The absolute path as text, as stored in records of settings."""
     return str(user_path(text))
 
 
@@ -54,16 +54,16 @@ PathText = Annotated[str, path_text]
 
 
 def display_path(path: str | Path) -> str:
-    """The path relative to the working folder where it lies below it, for messages."""
+    """The path for messages: relative to the working folder if it is inside."""
     path = Path(path)
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
 def expand_home(tree: Any, inside: bool = False) -> Any:
-    """A copy of a tree of settings with every text below an `init_args` that begins with `~/` resolved.
+    """A copy of a tree of settings with every text in `init_args` that begins with `~/` resolved.
 
-    Those are arguments of other people's classes, whose types don't tell which are paths.
+    Those are arguments of users' classes, whose types don't show which are paths.
     """
     if isinstance(tree, dict):
         return {key: expand_home(value, inside or key == "init_args") for key, value in tree.items()}

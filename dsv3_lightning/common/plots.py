@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def heat_map(values: "ArrayLike", title: str, center: float, rows: str | list[str] = "MoE layer") -> "Figure":
-    """Rows × experts: blue below `center`, white there, red above.
+    """A heat map of rows × experts: blue below `center`, white at it, red above.
 
-    center 0: even around it. center 1: of ratios, from 0 to the largest, at least 2. rows: what they are, or a name
-    for each.
+    center 0: a symmetric scale. center 1: ratios, from 0 to the largest, at least 2. rows: what a row is, or a name for
+    each row.
     """
     return heat_maps({title: values}, center, rows)
 
@@ -23,8 +23,8 @@ def heat_map(values: "ArrayLike", title: str, center: float, rows: str | list[st
 def heat_maps(
     panels: "Mapping[str, ArrayLike]", center: float, rows: str | list[str] = "MoE layer", columns: str = "expert"
 ) -> "Figure":
-    """Heat maps of the same rows side by side, by title, in the colors of one scale. columns: what they are; each map
-    counts its own from 0."""
+    """Heat maps by title, side by side with the same rows and color scale. columns: what a column is; each map counts
+    them from 0."""
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def heat_maps(
 
 
 def curves(series: dict[str, tuple[list[int], list[float]]], title: str) -> "Figure":
-    """Lines over optimizer steps, from {label: (steps, values)}."""
+    """A figure of lines over optimizer steps, from {label: (steps, values)}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -65,6 +65,6 @@ def curves(series: dict[str, tuple[list[int], list[float]]], title: str) -> "Fig
 
 
 def save_figure(figure: "Figure", path: Path, dpi: float | None = None) -> None:
-    """Writes it whole, as PNG. Raises WriteError."""
+    """Writes a figure as PNG, atomically. Raises WriteError."""
     with whole(path) as beside:
         figure.savefig(beside, format="png", dpi=dpi or "figure")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def strict_json(content: Any, **options: Any) -> str:
-    """Numbers that are not finite become null: JSON has no NaN and no Infinity. options: those of `json.dumps`.
+    """JSON text in which non-finite numbers are null, as JSON has no NaN or Infinity. options: for `json.dumps`.
 
     >>> strict_json({"loss": float("nan"), "steps": [1, 2.5]})
     '{"loss": null, "steps": [1, 2.5]}'

@@ -1,4 +1,4 @@
-"""Numbers and tables on a terminal, in plain text, so that a pipe and a log get the same."""
+"""Numbers and tables in plain text, the same on a terminal, in a pipe and in a log."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def si(value: float, unit: str) -> str:
-    """Four digits and a decimal prefix: si(15_960_108_544, "B") is "15.96 GB"."""
+    """A number with four digits and a decimal prefix: si(15_960_108_544, "B") is "15.96 GB"."""
     power = 0
     while abs(value) >= 999.95 and power < len(PREFIXES) - 1:
         value, power = value / 1000, power + 1
@@ -14,7 +14,7 @@ def si(value: float, unit: str) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    """A table with columns as wide as their widest cell, the first aligned left and the others right."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     lines = []
     for row in rows:

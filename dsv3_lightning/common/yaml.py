@@ -1,7 +1,7 @@
-"""The one YAML dialect of settings: the core schema of YAML 1.2.2 (§10.3), for files, overrides and stored settings.
+"""The YAML dialect of all settings: the core schema of YAML 1.2.2 (§10.3), for files, overrides and stored settings.
 
-`yes`, `on`, `12:30`, `1_000` and dates are text, `010` is 10 and `1e5` is a number. What `dumps` writes reads the same
-here and in libraries that follow YAML 1.1, because text is quoted where either dialect takes it for something else.
+`yes`, `on`, `12:30`, `1_000` and dates are text, `010` is 10 and `1e5` is a number. Libraries for YAML 1.1 read the
+output of `dumps` the same way, because text is quoted if either dialect would read it as something else.
 """
 
 import re
@@ -15,7 +15,7 @@ from yaml.constructor import ConstructorError
 from dsv3_lightning.errors import ConfigError
 
 TAG = "tag:yaml.org,2002:"
-MOST_NODES = 10_000  # of a document, after its aliases are filled in
+MOST_NODES = 10_000  # per document, after aliases are expanded
 MOST_LEVELS = 100
 CORE = {  # tag -> pattern of plain scalars, characters that they start with
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -25,14 +25,14 @@ CORE = {  # tag -> pattern of plain scalars, characters that they start with
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         [*"-+.0123456789"],
     ),
-    "merge": (r"<<", ["<"]),  # a key of YAML 1.1 that files rely on
+    "merge": (r"<<", ["<"]),  # a YAML 1.1 feature that files rely on
 }
 Reader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Writer = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class Loader(Reader):  # type: ignore[misc, valid-type]
-    """Plain data only: mappings without repeated keys, lists, text, numbers, true, false and null."""
+    """A loader of plain data only: mappings without repeated keys, lists, text, numbers, true, false and null."""
 
     yaml_implicit_resolvers: dict = {}
     yaml_constructors: dict = {}
@@ -45,7 +45,7 @@ class Loader(Reader):  # type: ignore[misc, valid-type]
 
 
 class Dumper(Writer):  # type: ignore[misc, valid-type]
-    """Block style, text quoted where it reads as something else, repeated values written out."""
+    """A dumper in block style that quotes text that reads as something else and writes out repeated values."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -56,7 +56,7 @@ def error(problem: str, node: Node) -> ConstructorError:
 
 
 def count_nodes(node: Node, above: tuple[Node, ...] = ()) -> int:
-    """Values below a node, repeated ones counted each time, but not far beyond MOST_NODES. Refuses circles."""
+    """The number of values below a node, with aliases expanded; stops soon after MOST_NODES. Refuses cycles."""
     if node in above:
         raise error("an alias within its own anchor", node)
     if len(above) > MOST_LEVELS:
@@ -75,7 +75,7 @@ def count_nodes(node: Node, above: tuple[Node, ...] = ()) -> int:
 
 
 def construct_mapping(loader: Any, node: Node) -> dict[Any, Any]:
-    """A mapping, refused where a key stands twice; one that is merged in by `<<` may be set anew."""
+    """A mapping; duplicate keys are refused, except those that override keys merged by `<<`."""
     if not isinstance(node, MappingNode):
         raise error(f"expected a mapping, not {node.value!r}", node)
     seen = set()
@@ -97,7 +97,7 @@ def construct_list(loader: Any, node: Node) -> list[Any]:
 
 
 def construct_scalar(name: str, convert: Callable[[str], Any]) -> Callable[[Any, Node], Any]:
-    """Of an explicit tag's text (`!!int 1_000`) no more is accepted than of plain text."""
+    """A constructor for a tag that accepts the same text with an explicit tag (`!!int 1_000`) as without."""
 
     def construct(loader: Any, node: Node) -> Any:
         text = loader.construct_scalar(node)
@@ -105,7 +105,7 @@ def construct_scalar(name: str, convert: Callable[[str], Any]) -> Callable[[Any,
             raise error(f"{text!r} is not of the type {name}", node)
         try:
             return convert(text)
-        except ValueError:  # Python reads whole numbers of at most 4,300 digits
+        except ValueError:  # Python converts integers of at most 4,300 digits
             raise error(f"the number {text[:20]}… has too many digits", node) from None
 
     return construct
@@ -132,7 +132,7 @@ def refuse(loader: Any, node: Node) -> None:
 
 
 for tag, (pattern, first) in CORE.items():
-    for yaml_class in (Loader, Dumper):  # the writer knows those of YAML 1.1 besides
+    for yaml_class in (Loader, Dumper):  # the writer also has those of YAML 1.1
         yaml_class.add_implicit_resolver(TAG + tag, re.compile(rf"(?:{pattern})\Z"), first)
 for tag, convert in {
     "null": lambda text: None, "bool": lambda text: text.lower() == "true", "int": read_int, "float": read_float,
@@ -146,7 +146,7 @@ Loader.add_constructor(None, refuse)
 
 
 def loads(text: str) -> Any:
-    """The value that a YAML text holds. Raises YAMLError, also for text that can't be written as UTF-8."""
+    """The value of a YAML text. Raises YAMLError, including for text that can't be encoded as UTF-8."""
     try:
         return yaml.load(text, Loader=Loader)
     except UnicodeEncodeError as wrong:
@@ -154,7 +154,7 @@ def loads(text: str) -> Any:
 
 
 def dumps(tree: Any) -> str:
-    """YAML of dicts, lists, text, numbers, booleans and None that `loads` reads as the same. Raises ConfigError."""
+    """YAML that `loads` reads back as the same dicts, lists, text, numbers, booleans and None. Raises ConfigError."""
     try:
         return yaml.dump(tree, Dumper=Dumper, allow_unicode=True, sort_keys=False, width=2**20)
     except UnicodeEncodeError as wrong:
@@ -162,5 +162,5 @@ def dumps(tree: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as YAML on one line, in double quotes."""
+    """A text as YAML in double quotes on one line."""
     return yaml.dump(text, Dumper=Dumper, allow_unicode=True, default_style='"', width=2**20).rstrip("\n")

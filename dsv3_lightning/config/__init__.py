@@ -1,1 +1,1 @@
-"""From files and overrides to checked settings and live objects: compose, then check, then instantiate."""
+"""Configuration: composing files and overrides, checking the settings, and instantiating objects."""

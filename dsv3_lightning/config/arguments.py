@@ -1,8 +1,8 @@
 """A class's arguments, checked against its signature by jsonargparse, with text kept as text.
 
-jsonargparse reads text as YAML 1.1 wherever a type has room for more than text (`"no"` becomes False for `bool | str`,
-`"null"` None for `str | None`). Settings have been read once, so what is text by now was meant as text: it passes the
-parser in the guise of a word that no dialect reads as anything else, and the classes get it back.
+jsonargparse reads text as YAML 1.1 wherever a type allows more than text (`"no"` becomes False for `bool | str`,
+`"null"` None for `str | None`). Settings have already been parsed, so text is meant as text: it passes the parser
+replaced by a placeholder that every YAML dialect reads as text, and the classes get the original.
 """
 
 import re
@@ -28,7 +28,7 @@ class Arguments:
 
     def __init__(self, cls: type, arguments: Any, path: str, skip: Collection[str] = ()) -> None:
         self.path, self.arguments = path, arguments
-        self.texts: list[str] = []  # by number, those that pass the parser in guise
+        self.texts: list[str] = []  # original texts of the placeholders, by number
         self.parser = ArgumentParser(exit_on_error=False)
         self.parser.add_class_arguments(cls, "it", skip=set(skip), fail_untyped=False, instantiate=cls is not Trainer)
         valid = list(vars(self.parser.get_defaults().get("it", Namespace())))
@@ -59,7 +59,7 @@ class Arguments:
             raise ConfigError(reword(self.restore(str(error)), self.arguments, self.path)) from error
 
     def build(self) -> Any:
-        """The object; for the Trainer its arguments. Raises ConfigError, also the class's own."""
+        """The object, or for the Trainer its arguments. Raises ConfigError, including those of the class."""
         try:
             return self.restore(self.parser.instantiate(self.parsed, instantiators=[(self.call, object, True)]).it)
         except ConfigError:
@@ -68,12 +68,12 @@ class Arguments:
             raise ConfigError(f"{self.path}: {' '.join(str(error).split())}") from error
 
     def call(self, cls: type, *args: Any, **kwargs: Any) -> Any:
-        """What the parser calls for each class."""
+        """Instantiates a class with original texts; called by the parser."""
         kwargs.pop("applied_instantiation_links", None)
         return cls(*self.restore(args), **self.restore(kwargs))
 
     def restore(self, value: Any) -> Any:
-        """A value with the texts that were in guise; objects of other kinds are left alone."""
+        """A value with placeholders replaced by the original texts; other objects are unchanged."""
         if isinstance(value, str):
             return GUISE.sub(lambda found: self.texts[int(found[1])], value)
         if isinstance(value, Namespace):
@@ -84,7 +84,7 @@ class Arguments:
 
 
 def ambiguous_texts(node: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Text that jsonargparse may read as something else, and where it stands."""
+    """Yields texts that jsonargparse may read as something else, each with its location."""
     if isinstance(node, str):
         try:
             if node.strip().isdigit() or not isinstance(get_loader("yaml")(node), str):
@@ -105,7 +105,7 @@ def replaced(node: Any, place: Place, value: Any) -> Any:
 
 
 def value_at(node: Any, place: Place) -> Any:
-    """What the parser made of a value; the whole where that has no parts."""
+    """The parser's result at a location; the enclosing value if it has no parts."""
     for key in place:
         if isinstance(node, Namespace):
             node = vars(node).get(str(key), node)
@@ -115,7 +115,7 @@ def value_at(node: Any, place: Place) -> Any:
 
 
 def reword(message: str, arguments: dict[str, Any], path: str) -> str:
-    """jsonargparse's message of many lines as one, with our key and value."""
+    """jsonargparse's multi-line message as one line with our key and value."""
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
     message = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"\1", message)
     if needed := re.search(r"required: it\.([\w.]+)", message):

@@ -1,4 +1,4 @@
-"""What no section can check alone: Trainer arguments that we rely on, callbacks by name, sections that must agree.
+"""Checks beyond single sections: Trainer arguments that we rely on, callback names, and agreement of sections.
 
 Everything here is plain arithmetic on plain values; types of the other Trainer and callback arguments are checked in
 `instantiate`, which has to import their classes.
@@ -67,7 +67,7 @@ ELSEWHERE = {  # arguments of Lightning's that another setting decides
 def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
     """The `trainer` section with known arguments converted: precision is text, counts are int. Raises ConfigError.
 
-    devices and num_nodes are numbers, where it is null those of the launcher that started this process.
+    devices and num_nodes are numbers; if null, those of the launcher that started this process.
     """
     for key, reason in ELSEWHERE.items():
         if key in trainer:
@@ -101,7 +101,7 @@ def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_devices(devices: int | str | list[int]) -> None:
-    """Raises ConfigError for what Lightning can't count: it takes a number, -1 for all, or a list of device numbers."""
+    """Raises ConfigError unless the value is a number of devices, -1 or auto for all, or a list of device numbers."""
     valid = "must be auto, -1 for all, a number from 1 on, or a list of different device numbers"
     if isinstance(devices, int):
         right = devices == -1 or devices >= 1
@@ -122,9 +122,9 @@ def check_duration(duration: str | dict[str, float] | None) -> None:
 
 
 def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
-    """The section with the arguments of our callbacks converted and completed. Raises ConfigError.
+    """The section with our callbacks' arguments converted and completed. Raises ConfigError.
 
-    The arguments of a class_path are checked when its class has been imported.
+    The arguments of a class_path block are checked after its class is imported.
     """
     checked: dict[str, dict[str, Any] | None] = {}
     for name, block in callbacks.items():
@@ -142,7 +142,7 @@ def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> dict[str, di
 
 
 def names_classes(trainer: dict[str, Any], strategy: str | dict[str, Any], callbacks: dict[str, Any]) -> bool:
-    """Whether there is anything left that only an import can check."""
+    """Whether anything remains that only an import can check."""
     blocks = [block for block in (strategy, *callbacks.values()) if isinstance(block, dict)]
     return bool({"logger", "profiler"} & trainer.keys()) or any(
         {"class_path", "dispatcher"} & block.keys() for block in blocks
@@ -165,7 +165,7 @@ def check_class_block(block: Any, path: str) -> None:
 
 
 def check_finite(value: Any, key: str) -> None:
-    """Raises ConfigError for a nan or inf anywhere below, which comparisons with limits let pass."""
+    """Raises ConfigError for a nan or inf anywhere in the value, which comparisons with limits may accept."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value}: must be a finite number")
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -174,7 +174,7 @@ def check_finite(value: Any, key: str) -> None:
 
 
 def mesh_strategy(strategy: str | dict[str, Any]) -> StrategyConfig | None:
-    """The settings of one of our strategies, by name or as a block with a `kind`; None for another. ConfigError."""
+    """The settings of one of our strategies, given by name or `kind`; None for others. Raises ConfigError."""
     if isinstance(strategy, str):
         if strategy in KINDS:
             return build(StrategyConfig, {"kind": strategy}, "strategy")
@@ -189,7 +189,7 @@ def mesh_strategy(strategy: str | dict[str, Any]) -> StrategyConfig | None:
 
 
 def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], model: ModelConfig) -> MeshShape | None:
-    """The mesh, where the strategy has one and the number of devices is known. Raises ConfigError if it doesn't fit."""
+    """The mesh if the strategy has one and the number of devices is known. Raises ConfigError if it doesn't fit."""
     config, devices = mesh_strategy(strategy), number_of_devices(trainer)
     if config is None or devices is None:
         return None
@@ -197,7 +197,7 @@ def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], mode
 
 
 def number_of_devices(trainer: dict[str, Any]) -> int | None:
-    """Per node; None where only the machine knows."""
+    """Devices per node; None if it depends on the machine."""
     devices = trainer["devices"]
     count = len(devices) if isinstance(devices, list) else devices
     return count if type(count) is int and count > 0 else None
@@ -211,7 +211,7 @@ def check_count(key: str, value: int) -> None:
 def check_together(
     model: ModelConfig, data: DataConfig, loss: LossConfig, trainer: dict[str, Any], callbacks: dict[str, Any]
 ) -> None:
-    """Raises ConfigError where two sections can't both be meant."""
+    """Raises ConfigError if two sections contradict each other."""
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length}: "
@@ -249,7 +249,7 @@ def check_together(
 
 
 def check_batch(key: str, batch_size: int, trainer: dict[str, Any]) -> None:
-    """Every micro-batch of every rank holds equally many samples. Not known yet where devices is `auto`."""
+    """Raises ConfigError if micro-batches can't have equal sizes; skipped if devices is `auto`."""
     ranks = number_of_devices(trainer)
     if ranks is None:
         return
@@ -263,7 +263,7 @@ def check_batch(key: str, batch_size: int, trainer: dict[str, Any]) -> None:
 
 
 def check_mtp_weight(mtp_depth: int, constant: float | None, schedule: Any) -> None:
-    """λ comes from one place."""
+    """Raises ConfigError unless λ is set exactly once."""
     if mtp_depth and constant is None and schedule is None:
         raise ConfigError("loss.mtp_weight: MTP needs a λ; set loss.mtp_weight=0.3, or callbacks.mtp_weight")
     if mtp_depth and constant is not None and schedule is not None:

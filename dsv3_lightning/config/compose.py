@@ -1,6 +1,7 @@
-"""YAML files and overrides become one plain tree: everything is merged first, interpolation resolved once at the end.
+"""Composition of YAML files and overrides into one plain tree.
 
-So `${model.hidden_size}` sees the last value given, whichever file or override that came from.
+Everything is merged first and interpolation resolved once at the end, so that `${model.hidden_size}` is the last value
+given, whichever file or override it came from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ PRESETS = resources.files("dsv3_lightning.configs")
 
 @dataclass(frozen=True)
 class Composed:
-    """tree: resolved, of dicts, lists and scalars. files: what it was read from, in merge order."""
+    """Composed settings. tree: resolved, of dicts, lists and scalars. files: its sources in merge order."""
 
     tree: dict[str, Any]
     files: list[Path]
@@ -33,11 +34,11 @@ class Composed:
 def compose(
     files: Sequence[str], overrides: Sequence[str] = (), planned: Mapping[Path, dict[str, Any]] | None = None
 ) -> Composed:
-    """Merges files, each after those that its `defaults:` names, then `a.b=value` overrides, left to right.
+    """Merges files, each after those in its `defaults:`, then `a.b=value` overrides, left to right.
 
-    A file is a path or a name, with or without .yaml: first looked for beside whoever names it, then among the presets.
-    A file that several others name is merged once, where it is first needed. planned: what files will hold that come
-    after the others and aren't written yet. Raises ConfigError.
+    A file is a path or a name, with or without .yaml, searched beside the file that names it, then among the presets.
+    A file named by several others is merged once, where it is first needed. planned: content of files that follow the
+    others and aren't written yet. Raises ConfigError.
     """
     read: dict[Path, dict[str, Any]] = {}
     for name in files:
@@ -56,7 +57,7 @@ def presets() -> list[str]:
 
 
 def find(name: str, folder: Path) -> Path:
-    """The file meant by a name that is used in `folder`."""
+    """The file that a name refers to in `folder`. Raises ConfigError."""
     name = str(user_path(name)) if name.startswith("~") else name
     candidates = [folder / name, folder / f"{name}.yaml"]
     if Path(name).name == name:
@@ -71,7 +72,7 @@ def find(name: str, folder: Path) -> Path:
 
 
 def gather(path: Path, read: dict[Path, dict[str, Any]], chain: tuple[Path, ...] = ()) -> None:
-    """Reads a file into `read`, after the files that it builds on."""
+    """Reads a file into `read`, after its defaults. Raises ConfigError."""
     if path in chain:
         circle = " -> ".join(step.name for step in (*chain[chain.index(path) :], path))
         raise ConfigError(f"{chain[-1]}: defaults go in a circle: {circle}")
@@ -87,7 +88,7 @@ def gather(path: Path, read: dict[Path, dict[str, Any]], chain: tuple[Path, ...]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A file's top-level mapping, unresolved. UTF-8 whatever the locale, with or without a byte-order mark."""
+    """A file's top-level mapping, unresolved; UTF-8 in any locale, with or without a byte-order mark."""
     try:
         tree = loads(path.read_text(encoding="utf-8-sig"))
         if tree is None:
@@ -115,7 +116,7 @@ def merge(merged: DictConfig, tree: dict[str, Any], path: Path) -> DictConfig:
 
 
 def clash(old: Any, new: Any, path: tuple[str, ...]) -> str:
-    """Dotted path of the first place where a list meets a mapping."""
+    """Dotted path of the first key that is a list in one tree and a mapping in the other."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = (clash(old[key], new[key], (*path, str(key))) for key in new if key in old)
         return next(filter(None, found), "")
@@ -133,7 +134,7 @@ def resolve(merged: DictConfig) -> dict[str, Any]:
 
 
 def unset(node: Any, path: str = "") -> str:
-    """Dotted path of the first `???`, or nothing."""
+    """Dotted path of the first `???`, or an empty string."""
     if isinstance(node, dict):
         found = (unset(value, f"{path}.{key}".lstrip(".")) for key, value in node.items())
     elif isinstance(node, list):
@@ -149,7 +150,7 @@ def to_yaml(tree: dict[str, Any]) -> str:
 
 
 def escape(node: Any) -> Any:
-    """A resolved tree's literal `${` must not be read as interpolation the next time."""
+    """A resolved tree with every literal `${` escaped, so that it isn't read as interpolation again."""
     if isinstance(node, dict):
         return {key: escape(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

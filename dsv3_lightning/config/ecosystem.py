@@ -1,4 +1,4 @@
-"""Which of Lightning's callbacks and loggers a run takes; docs/lightning.md has the whole table."""
+"""Support for Lightning's callbacks and loggers; docs/lightning.md has the full table."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from dsv3_lightning.config.wording import nearest
 from dsv3_lightning.errors import ConfigError
 
 BATCH = "data.batch_size counts the samples of a step over all ranks and micro-batches"
-REFUSED: dict[type, str] = {  # these, and the classes that are made from them: what to use in their place
+REFUSED: dict[type, str] = {  # {class, with its subclasses: reason and replacement}
     callbacks.BackboneFinetuning: "the model has no `backbone`; init_from starts from the weights of another model",
     callbacks.BasePredictionWriter: "a run makes no predictions; dsv3 generate does",
     callbacks.BatchSizeFinder: f"{BATCH}; dsv3 plan shows their memory, trainer.accumulate_grad_batches lowers it",
@@ -40,7 +40,7 @@ PACKAGES: dict[type, tuple[str, str]] = {  # the module that a class needs beyon
 
 
 def check_class(cls: type, path: str) -> None:
-    """Raises ConfigError where no run can have such a callback or logger, or where its package is missing."""
+    """Raises ConfigError if a run can't use such a callback or logger, or if its package is missing."""
     if cls in BASES:
         raise ConfigError(f"{path}: {cls.__name__} is a base class that does nothing; name a subclass of it")
     for refused, reason in REFUSED.items():
@@ -52,7 +52,7 @@ def check_class(cls: type, path: str) -> None:
 
 
 def check_version(cls: type, init_args: Mapping[str, Any], path: str) -> None:
-    """Raises ConfigError for a logger that would delete, when the run goes on, what an earlier start has written."""
+    """Raises ConfigError for a logger that on resume would delete what an earlier start has written."""
     version = init_args.get("version")
     if issubclass(cls, loggers.CSVLogger) and version is not None:
         raise ConfigError(
@@ -62,7 +62,7 @@ def check_version(cls: type, init_args: Mapping[str, Any], path: str) -> None:
 
 
 def check_set(built: Mapping[str, Callback], strategy: Any, folder: Path) -> None:
-    """What no callback can decide alone. A ModelCheckpoint without a `dirpath` gets a folder of its own in the run's.
+    """Checks callbacks against each other. A ModelCheckpoint without `dirpath` gets a separate folder in the run's.
 
     built: callbacks by name. folder: the run's. Raises ConfigError for two progress bars, two callbacks whose states
     Lightning couldn't tell apart, averages of sharded weights, and files among the run's own checkpoints.
@@ -87,7 +87,7 @@ def check_set(built: Mapping[str, Callback], strategy: Any, folder: Path) -> Non
 
 
 def check_monitors(built: Mapping[str, Callback], tree: dict[str, Any]) -> None:
-    """Raises ConfigError for a monitored name that nothing logs. Callbacks of others may log whatever they want."""
+    """Raises ConfigError for a monitored name that nothing logs. Users' callbacks may log any name."""
     known = [name for names in logged_tags(tree, origins=2).values() for name in names]
     own = ("lightning.", "dsv3_lightning.")
     if any(isinstance(callback, callbacks.LearningRateMonitor) for callback in built.values()):
@@ -105,9 +105,9 @@ def check_monitors(built: Mapping[str, Callback], tree: dict[str, Any]) -> None:
 
 
 def check_fresh(built: Collection[Callback]) -> None:
-    """Raises ConfigError where a run starts anew and Lightning would go on from a file that it finds by itself.
+    """Raises ConfigError if a new run would resume from a file that Lightning finds on its own.
 
-    It looks for one where there is an OnExceptionCheckpoint: that one's, and the newest of each ModelCheckpoint.
+    With an OnExceptionCheckpoint, Lightning looks for its file and for the newest of each ModelCheckpoint.
     """
     watchers = [callback for callback in built if isinstance(callback, callbacks.OnExceptionCheckpoint)]
     files = [Path(watcher.ckpt_path) for watcher in watchers]

@@ -1,6 +1,6 @@
-"""From checked settings to live objects: Trainer arguments, strategy and callbacks, typed by jsonargparse.
+"""Instantiation of Trainer arguments, strategy and callbacks from checked settings, with types from jsonargparse.
 
-The only file here that needs torch; `check_objects` is what `dsv3 validate` adds to `schema.check`.
+Needs torch; `check_objects` is what `dsv3 validate` adds to `schema.check`.
 """
 
 import importlib
@@ -29,7 +29,7 @@ OUR_CALLBACKS = Path(__file__).resolve().parents[1].joinpath("callbacks").resolv
 
 
 def check_objects(config: Config) -> None:
-    """Everything that names a class or an argument of one. Raises ConfigError."""
+    """Checks all settings that name classes or their arguments. Raises ConfigError."""
     Arguments(Trainer, config.trainer, "trainer", skip=("precision", "logger"))
     logger_classes(config)
     build_strategy(config)
@@ -46,12 +46,12 @@ def build_trainer_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_loggers(config: Config) -> list[Logger]:
-    """The loggers of `trainer.logger`, which write beside the run's own."""
+    """The loggers of `trainer.logger`, in addition to the run's own."""
     return [build(LOGGERS, block, path) for path, block, _ in logger_classes(config)]
 
 
 def logger_classes(config: Config) -> list[tuple[str, dict[str, Any], type]]:
-    """Path, block and class of each of `trainer.logger`, without calling them: some open connections.
+    """Path, block and class of each logger in `trainer.logger`, not instantiated since some open connections.
 
     Raises ConfigError for one that can't be used, or whose arguments are wrong.
     """
@@ -71,7 +71,7 @@ def logger_classes(config: Config) -> list[tuple[str, dict[str, Any], type]]:
 
 
 def build_strategy(config: Config) -> str | Strategy:
-    """One of our strategies over a mesh, Lightning's own name of one, or what a class_path block describes."""
+    """One of our strategies over a mesh, a Lightning strategy's name, or the object of a class_path block."""
     mesh = mesh_strategy(config.strategy)
     if mesh is not None:
         dispatcher = import_class(mesh.dispatcher, Dispatcher, "strategy.dispatcher")
@@ -108,7 +108,7 @@ def named(base: type | tuple[type, ...], block: Any, path: str) -> tuple[type, d
 
 
 def import_class(class_path: str, base: type | tuple[type, ...], path: str) -> type:
-    """A subclass of `base` (or class with its methods) from anywhere, modules of the current folder included."""
+    """Imports a subclass of `base` (or a class with its methods), also from modules in the current folder."""
     where, (module, _, name) = f"{path}={show(class_path)}", class_path.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the scripts `dsv3` and `lightning` start without it, `python -m` with it

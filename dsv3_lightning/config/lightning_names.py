@@ -1,4 +1,4 @@
-"""Lightning's own names and types that settings may hold, so that a wrong one is told before Lightning is loaded.
+"""Lightning's names and types in settings, so that errors are reported before Lightning is imported.
 
 A test compares them with the installed Lightning.
 """

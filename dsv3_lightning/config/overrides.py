@@ -1,4 +1,4 @@
-"""`a.b=value` on the command line changes one place of the tree."""
+"""Command-line overrides: `a.b=value` changes one value of the tree."""
 
 import re
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ OVERRIDE = re.compile(r"[^\W\d][\w-]*(\.[\w-]+|\[\d+\])*=")
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(files, overrides): a word is an override where its start up to the first `=` is a dotted key, `a.b[1]=`.
+    """Splits words into (files, overrides): an override begins with a dotted key such as `a.b[1]=`.
 
-    A file whose name looks like that is given with its folder: ./a=b.yaml
+    A file with such a name must be given with its folder: ./a=b.yaml
     """
     overrides = [word for word in words if OVERRIDE.match(word)]
     return [word for word in words if not OVERRIDE.match(word)], overrides
@@ -38,7 +38,7 @@ def apply_override(merged: DictConfig, override: str) -> None:
 
 
 def text_override(key: str, text: str) -> str:
-    """The override that sets a key to just this text, in quotes where it would be read as something else."""
+    """The override that sets a key to exactly this text, quoted if it would be read as something else."""
     literal = escape_text(text)
     try:
         plain_text = loads(literal) == literal
@@ -48,18 +48,18 @@ def text_override(key: str, text: str) -> str:
 
 
 def escape_text(text: str) -> str:
-    r"""Text with its `${` and `???` marked as literal, so that neither is replaced.
+    r"""Text with its `${` and `???` escaped, so that they stay literal.
 
     >>> print(escape_text("${x}"), escape_text(r"\${x}"), escape_text("???"))
     \${x} \\\${x} \???
     """
-    if re.fullmatch(r"\\*\?\?\?", text):  # alone it stands for a value that is still missing
+    if re.fullmatch(r"\\*\?\?\?", text):  # alone it means a missing value
         return f"\\{text}"
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # backslashes count in pairs before an interpolation
 
 
 def check_reachable(tree: Any, key: str) -> None:
-    """Lists are changed at places that exist, and a number has no parts: OmegaConf would make a mapping of either."""
+    """Raises ConfigError for a missing list index or a key inside a scalar, both of which OmegaConf makes a mapping."""
     node, path = tree, ""
     for part in re.findall(r"[^.\[\]]+", key):
         if isinstance(node, list):
@@ -73,5 +73,5 @@ def check_reachable(tree: Any, key: str) -> None:
 
 
 def plain(tree: Any) -> Any:
-    """Unresolved, as dicts and lists."""
+    """The tree as dicts and lists, unresolved."""
     return OmegaConf.to_container(tree, resolve=False)

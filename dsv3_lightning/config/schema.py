@@ -1,4 +1,4 @@
-"""Config: one run's checked settings, by section. Imports no torch, so a wrong setting is named in the first second."""
+"""Config: a run's checked settings by section. Imports no torch, so that errors appear in the first second."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,10 +15,11 @@ from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerC
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives and how it starts. Raises ConfigError.
+    """The location of a run and how it starts. Raises ConfigError.
 
-    The run's folder is dir/name. seed: initial weights and order of the samples.
-    resume: `auto` continues the newest good checkpoint of the folder, or starts; False only starts; or a path.
+    The run's folder is dir/name. seed: for the initial weights and the order of the samples.
+    resume: `auto` continues from the newest good checkpoint in the folder if there is one; False only starts new runs;
+    a path continues from that checkpoint.
     """
 
     name: str
@@ -31,17 +32,17 @@ class RunConfig:
             raise ConfigError(f"run.name={self.name!r}: must be a folder's name, without / or \\ or spaces around it")
         if len(self.name.encode("utf-8", "surrogatepass")) > NAME_BYTES:
             raise ConfigError(f"run.name={show(self.name)}: a folder's name has at most {NAME_BYTES} bytes")
-        if not 0 <= self.seed < 2**32:  # what numpy's generators take
+        if not 0 <= self.seed < 2**32:  # the range of numpy's generators
             raise ConfigError(f"run.seed={self.seed}: must be between 0 and 2^32 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of
-    ours (parallel/mesh.py), or a block: of ours with its `kind`, of anybody's with its `class_path`.
+    """A run's settings. trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of ours
+    (parallel/mesh.py), or a block with `kind` (ours) or `class_path` (any).
 
-    init_from: a Hugging Face folder whose weights a run starts from; None: initial weights are random.
-    callbacks: by name, None where one is switched off.
+    init_from: a Hugging Face folder with the initial weights; None: they are random.
+    callbacks: by name, None if switched off.
     """
 
     run: RunConfig
@@ -59,11 +60,11 @@ class Config:
 def check(tree: dict[str, Any], mesh: bool = True) -> Config:
     """The typed settings of a composed tree. Raises ConfigError with the key, the value and what is valid.
 
-    mesh: whether the strategy's has to fit trainer.devices; a plan for other GPUs judges it by those.
+    mesh: whether the strategy's mesh must fit trainer.devices; a plan for other GPUs checks that itself.
     """
     trainer = tree.get("trainer")
     config = build(Config, {**tree, "trainer": check_trainer(trainer)} if isinstance(trainer, dict) else tree)
-    if config.init_from is not None and config.data.tokenizer is None:  # another would give the weights other meanings
+    if config.init_from is not None and config.data.tokenizer is None:  # the weights depend on their tokenizer
         config = replace(config, data=replace(config.data, tokenizer=config.init_from))
     others = {name: expand_home(getattr(config, name)) for name in ("trainer", "strategy", "callbacks")}
     config = replace(config, **others)
@@ -75,7 +76,7 @@ def check(tree: dict[str, Any], mesh: bool = True) -> Config:
 
 
 def to_tree(config: Config) -> dict[str, Any]:
-    """The settings in force as dicts, lists and scalars, defaults included; `check` gives the same Config back."""
+    """The settings in effect, with defaults, as dicts, lists and scalars; `check` turns them into an equal Config."""
     return as_lists(asdict(config))
 
 

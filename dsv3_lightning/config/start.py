@@ -1,4 +1,4 @@
-"""What a run is to start from, looked for before torch is imported."""
+"""A check of the run's starting point before torch is imported."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from dsv3_lightning.parallel.checkpoints.names import step_files
 
 
 def check_start(config: Config) -> None:
-    """Raises ConfigError for a checkpoint that isn't there, unless the run has come further by itself since."""
+    """Raises ConfigError for a missing checkpoint, unless the run has newer ones of its own."""
     wanted = config.run.resume
     if wanted is False or wanted == "auto" or Path(wanted).exists():
         return

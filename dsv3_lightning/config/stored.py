@@ -1,4 +1,4 @@
-"""The settings that a run was made with, as its folder holds them, read by later versions too."""
+"""The stored settings of a run's folder, readable by later versions."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from dsv3_lightning.config.compose import read_yaml, resolve
 
-# What a run did before there was such a setting. A setting that is added to the schema or to base.yaml gets a line
-# here, whatever its default is: runs that were started without it go on as they began.
+# Values that reproduce the behavior before a setting existed. Every setting added to the schema or to base.yaml gets a
+# line here, whatever its default, so that runs started without it continue unchanged.
 OFF: dict[str, Any] = {
     "init_from": None,
     "data.skip_bad_lines": False,
@@ -35,12 +35,12 @@ OFF: dict[str, Any] = {
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """The tree of a run's config.yaml, with the off value of each setting that it lacks. Raises ConfigError."""
+    """The tree of a run's config.yaml, with missing settings filled from OFF. Raises ConfigError."""
     return complete(resolve(OmegaConf.create(read_yaml(path))))
 
 
 def complete(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree with what it lacks of OFF. Arguments are added to callbacks that are there; absent ones stay absent.
+    """A tree with missing settings filled from OFF. Arguments are added only to callbacks that are present.
 
     >>> complete({"data": {"num_workers": 2}, "callbacks": {"mtp_weight": None}})["data"]["isolate_documents"]
     False

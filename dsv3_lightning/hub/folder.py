@@ -173,13 +173,13 @@ class HubFolder:
 
 
 # Settings that may differ from the folder that a run starts from, since they change no tensor.
-FREE = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "rope_interleave")
+MAY_DIFFER = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "rope_interleave")
 
 
 def check_same_model(found: ModelConfig, wanted: ModelConfig, path: str | Path) -> list[str]:
     """Raises ConfigError unless the weights fit the run's `model` section; returns notes about differences.
 
-    FREE settings (a context extension changes two of them) and the MTP depth may differ.
+    MAY_DIFFER settings (a context extension changes two of them) and the MTP depth may differ.
     """
     notes = []
     for name in wanted.__dataclass_fields__:
@@ -190,7 +190,7 @@ def check_same_model(found: ModelConfig, wanted: ModelConfig, path: str | Path) 
         if name == "num_nextn_predict_layers":
             new = "the others start anew" if ours > theirs else "the others are left out"
             notes.append(f"model.{name}={ours}: {path} has {theirs}; {new}")
-        elif name in FREE:
+        elif name in MAY_DIFFER:
             notes.append(f"model.{name}={ours}: {path} has {theirs}")
         else:
             raise ConfigError(f"model.{name}={ours}: init_from={path} has {theirs}")

@@ -5,7 +5,7 @@ from dsv3_lightning.inference.speculative import Drafts
 from dsv3_lightning.inference.text import TextStream
 
 
-class Texts:
+class TerminalWriter:
     """Writes several texts to one terminal: the first as it comes, each other one when those before it have ended."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[str], stop: tuple[str, ...]) -> None:
@@ -33,7 +33,7 @@ class Texts:
         self.held[self.current] = ""
 
 
-def told(counts: Drafts) -> str:
+def acceptance_line(counts: Drafts) -> str:
     """A line about the drafts: the share accepted at each depth, and tokens per pass."""
     if not counts.passes:
         return "dsv3: no room for a token, so nothing was drafted"

@@ -1,7 +1,7 @@
-"""Which settings may change when a run goes on, and what a change means. docs/resuming.md shows CHANGES.
+"""The settings that may change when a run continues, and the effect of a change. docs/resuming.md shows CHANGES.
 
-There are two roads into a run that goes on: its own name, whose record of settings must stay true, and
-`run.resume=PATH` under a new name, which begins another run where PATH ends.
+A run continues either under its own name, whose record of settings must stay true, or under a new name with
+`run.resume=PATH`, which begins another run where PATH ends.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Tree = dict[str, Any]
 
 
 class Change(NamedTuple):
-    """keys: settings or sections, the longest that fits counts. road: where they may change. meaning: of a change."""
+    """A rule for the settings or sections `keys` (longest match). road: where they may change. meaning: the effect."""
 
     keys: tuple[str, ...]
     road: str
@@ -51,13 +51,13 @@ CHANGES = (
 
 
 def rule(key: str) -> Change:
-    """Of the longest entry of CHANGES that is the key, or a section that it is in."""
+    """The rule with the longest entry in CHANGES that is the key or a section containing it."""
     fitting = [(len(entry), change) for change in CHANGES for entry in change.keys if f"{key}.".startswith(f"{entry}.")]
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
 def shown_differences(stored: Tree, tree: Tree, compared: bool = False) -> str:
-    """What may not differ under a run's own name: the first few, in words; empty where there is none.
+    """A description of the first few differences not allowed under a run's own name; empty if there are none.
 
     compared: the contents of the data are compared later, so that their place doesn't matter.
     """
@@ -66,9 +66,9 @@ def shown_differences(stored: Tree, tree: Tree, compared: bool = False) -> str:
 
 
 def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step: int, compared: bool) -> None:
-    """Raises ConfigError where a checkpoint can't be gone on from with other settings.
+    """Raises ConfigError if a run can't continue from a checkpoint with these settings.
 
-    stored, stateful: its own settings, and the keys of its callbacks' states. compared: as in `shown_differences`.
+    stored, stateful: its settings, and the keys of its callbacks' states. compared: as in `shown_differences`.
     """
     free = (ALWAYS, NEW_NAME, SAME_DATA) if compared else (ALWAYS, NEW_NAME)
     differing = differences(stored, tree, lambda key: rule(key).road in free)
@@ -80,9 +80,9 @@ def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step
 
 
 def changed_arguments(stored: Tree, stateful: set[str], callbacks: Tree) -> dict[str, tuple[Any, Any]]:
-    """Of callbacks of others that have a state: it may hold what they were made with, as EarlyStopping's its patience.
+    """Changed arguments of users' callbacks with state, which may include arguments, as EarlyStopping's patience.
 
-    A Timer's state is left behind.
+    The state of a Timer isn't restored, so its arguments may change.
     """
     return {
         f"callbacks.{name}.init_args": (old.get("init_args"), new.get("init_args"))

@@ -1,4 +1,4 @@
-"""Finds and reads models: of a run, of one of its checkpoints, or of a Hugging Face folder."""
+"""Loading of models from a run, one of its checkpoints, or a Hugging Face folder."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +43,9 @@ class Found(NamedTuple):
 
 
 def load(model: str | Path, chat: bool = False) -> tuple[Transformer, Tokenizer]:
-    """A run's model, or that of a Hugging Face folder, fp32 on CPU, laid out for decoding, with its tokenizer.
+    """The model of a run or a Hugging Face folder, fp32 on CPU, in the layout for decoding, and its tokenizer.
 
-    chat: first see that there can be one. Raises ConfigError.
+    chat: first check that the model can chat. Raises ConfigError.
     """
     given = user_path(model)
     if (given / "config.json").is_file():
@@ -58,7 +58,7 @@ def load(model: str | Path, chat: bool = False) -> tuple[Transformer, Tokenizer]
 
 
 def stored_config(folder: Path) -> Config:
-    """The settings that a run was made with."""
+    """The settings of a run's folder. Raises ConfigError."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
@@ -120,7 +120,7 @@ def carry(content: dict[str, Any], run: Path) -> None:
 
 
 def load_model(path: Path, config: ModelConfig) -> Transformer:
-    """The model with a checkpoint's weights, fp32, on CPU. Raises ConfigError where keys or shapes differ."""
+    """The model with a checkpoint's weights, fp32, on CPU. Raises ConfigError if keys or shapes differ."""
     model = empty_model(config)
     try:
         model.load_state_dict(read_weights(path))
@@ -130,7 +130,7 @@ def load_model(path: Path, config: ModelConfig) -> Transformer:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint, by the model's own names; a file's stay there until they are used."""
+    """The model's tensors in a checkpoint, by their names in the model; those of a file are loaded lazily."""
     if path.is_dir():
         shards = ShardReader(path)
         state = {name: shards.read(name) for name in shards.names()}
@@ -140,7 +140,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def part_reader(path: Path) -> Read:
-    """Of the model's tensors in a checkpoint, by the model's own names, one at a time or one expert's matrix."""
+    """A function that reads one of the model's tensors in a checkpoint, or one expert's matrix of it, by name."""
     if not path.is_dir():
         return reader(read_weights(path), path)
     shards = ShardReader(path)
@@ -155,7 +155,7 @@ def load_hub_folder(path: Path) -> Transformer:
 
 
 def empty_model(config: ModelConfig) -> Transformer:
-    """fp32, on CPU, its memory not written yet."""
+    """A model with uninitialized fp32 weights on CPU."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""The run's folder: made once, never overwritten, used by one process group at a time."""
+"""The run's folder: created once, never overwritten, and used by one process group at a time."""
 
 import json
 import os
@@ -19,7 +19,7 @@ BEGUN_FROM, SET_ASIDE, INPUTS = "begun_from.json", "set_aside", "data.json"
 
 
 class RunFolder:
-    """<run.dir>/<run.name> with config.yaml, sources/, checkpoints/, event files and reports."""
+    """The folder <run.dir>/<run.name> with config.yaml, sources/, checkpoints/, event files and reports."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -27,7 +27,7 @@ class RunFolder:
         self.lock = filelock.FileLock(self.path / ".lock")
 
     def reopen(self, tree: dict[str, Any]) -> None:
-        """Takes the folder of an existing run; first rank only. Raises ConfigError if it is in use, or another run's."""
+        """Takes an existing run's folder; first rank only. Raises ConfigError if it is in use or of another run."""
         self.take()
         stored = self.stored_tree()
         if stored is not None:
@@ -60,7 +60,7 @@ class RunFolder:
             raise ConfigError(f"{self.path}: the run's folder can't be written ({error.strerror})") from None
 
     def stored_tree(self) -> dict[str, Any] | None:
-        """The resolved configuration that the folder was made with."""
+        """The resolved configuration of the run in the folder, or None."""
         path = self.path / "config.yaml"
         return read_stored(path) if path.is_file() else None
 
@@ -101,28 +101,28 @@ class RunFolder:
             write_file(self.path / name, files[name])
 
     def finished(self) -> bool:
-        """Whether the run's report says that its last step is done."""
+        """Whether the run's report shows that its last step is done."""
         path = self.path / "report.json"
         if not path.is_file():
             return False
         return json.loads(path.read_text(encoding="utf-8"))["steps"] >= self.config.trainer["max_steps"]
 
     def goes_on(self) -> bool:
-        """Whether the run goes on by itself: by run.resume=auto, or from a path that it has begun from before."""
+        """Whether the run continues from its own checkpoints: run.resume is auto or the path that it began from."""
         wanted, begun = self.config.run.resume, self.begun_from()
         return wanted == "auto" or (begun is not None and begun["path"] == wanted)
 
     def begun_from(self) -> dict[str, Any] | None:
-        """The path that run.resume named when the run began from it, and its step."""
+        """The path in run.resume from which the run began, and its step; None for a run without one."""
         path = self.path / BEGUN_FROM
         begun: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         return begun
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
-        """The checkpoint to go on from and its step. The same on every rank: a function of the files alone.
+        """The checkpoint to resume from and its step, or None; the same on every rank, as it depends on files alone.
 
-        A path counts once: when the run has a checkpoint that was made since, it goes on from that. Raises ConfigError
-        where the path's checkpoint isn't there or was made with other settings than may change.
+        A path counts only until the run has a newer checkpoint of its own, from which it then continues. Raises
+        ConfigError if the path's checkpoint doesn't exist or differs in settings that may not change.
         """
         from dsv3_lightning.parallel.checkpoints.one_file import (  # sweep and compare load no torch
             made_with,
@@ -152,7 +152,7 @@ class RunFolder:
         return path, step
 
     def begin(self, start: tuple[Path, int]) -> None:
-        """Notes which path the run begins from, and puts away what it had made after that; first rank only."""
+        """Records the path that the run begins from and sets aside what it has of later steps; first rank only."""
         path, step = start
         if str(path) != self.config.run.resume:
             return

@@ -1,1 +1,1 @@
-"""Tokens on disk to batches."""
+"""Batches from token files on disk."""

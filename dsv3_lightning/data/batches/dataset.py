@@ -1,4 +1,4 @@
-"""A micro-batch from the packed index: tokens, what each head has to predict, and how many targets the step has."""
+"""Micro-batches from the packed index: tokens, the targets of each head, and the number of targets of the step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dsv3_lightning.data.batches.packing import PackedIndex, barriers, stretch
-from dsv3_lightning.data.batches.sampling import Draw
+from dsv3_lightning.data.batches.packing import PackedIndex, ranges, segment_start
+from dsv3_lightning.data.batches.sampling import MicroBatch
 from dsv3_lightning.data.text.store import TokenFile
 
 IGNORE = -100  # torch's ignore_index
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file in one go:
+    """A dataset where dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file at once:
 
     tokens [B, S] int64, padded with `pad_id`; mask [B, S] bool, False for padding.
-    targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `barriers`).
-        Where `answers` are given (TokenFile's), tokens outside of them are nobody's target.
+    targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `segment_start`).
+        If `answers` (of TokenFile) are given, tokens outside of them are no targets.
     target_counts [P] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [B] int64: position in the packed index; -1 for a row without a sample, which is all padding.
-    documents [B, S] int64, where asked for (`isolate`): a number for each token's document; -1 for padding.
-    step_tokens, step_mask (step_documents) [accumulate·B, S], where the draw has `step_samples`: of all the step's
-        micro-batches.
-    target_bytes [B] int64, where `bytes_per_token` [V] int64 is given: bytes of text behind the main head's targets.
-    origins [B, S] int64, where `origins` [documents] are given: those of each token's document; 0 for padding.
+    documents [B, S] int64, with `isolate`: a number that identifies each token's document; -1 for padding.
+    step_tokens, step_mask (step_documents) [accumulate·B, S], if the draw has `step_samples`: the same for all
+        micro-batches of the step.
+    target_bytes [B] int64, if `bytes_per_token` [V] int64 is given: bytes of text of the main head's targets.
+    origins [B, S] int64, if `origins` [documents] are given: the origin of each token's document; 0 for padding.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        tokens, mask, barriers = self.gather(draw.samples)
-        targets = targets_of(tokens, barriers, self.sequence_length)
+    def __getitem__(self, draw: MicroBatch) -> dict[str, Tensor]:
+        tokens, mask, segment_starts = self.gather(draw.samples)
+        targets = targets_of(tokens, segment_starts, self.sequence_length)
         batch: dict[str, Any] = {
             "tokens": tokens,
             "mask": mask,
@@ -75,18 +75,18 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens int64, mask and barriers int32 of the samples, each [B, S].
+        """Tokens int64, mask and segment starts int32 of the samples, each [B, S].
 
-        Nothing may predict padding, nor what is outside of the answers: no place is behind their barrier.
+        Padding and tokens outside of the answers start beyond every position, so that nothing predicts them.
         """
         length = self.sequence_length + 1 + self.mtp_depth
         tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
         limits = np.full((len(samples), length), length, dtype=np.int32)
         places, piece = self.places(samples)
         sizes = self.index.lengths[piece]
-        found = stretch(self.index.starts[piece], sizes)
+        found = ranges(self.index.starts[piece], sizes)
         tokens.reshape(-1)[places] = self.file.tokens[found]
-        of_pieces = barriers(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
+        of_pieces = segment_start(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
         limits.reshape(-1)[places] = np.repeat(of_pieces, sizes)
         mask = limits < length
         if self.answers is not None:
@@ -94,14 +94,14 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return tokens, mask, limits
 
     def spread(self, samples: np.ndarray, known: Callable[[np.ndarray], np.ndarray], padding: int) -> np.ndarray:
-        """What is known of pieces (numbers [n] to values [n]), at each of their tokens: int64 [B, S]."""
+        """A value per piece, repeated for each of its tokens: int64 [B, S]. known: piece numbers [n] to values [n]."""
         spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
         places, piece = self.places(samples)
         spread.reshape(-1)[places] = np.repeat(known(piece), self.index.lengths[piece])
         return spread
 
     def numbers_of(self, piece: np.ndarray) -> np.ndarray:
-        return piece  # stands for the document: no sample holds two pieces of one
+        return piece  # identifies the document: no sample has two pieces of one
 
     def origins_of(self, piece: np.ndarray) -> np.ndarray:
         assert self.origins is not None
@@ -109,21 +109,21 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return self.origins[documents]
 
     def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the samples' tokens lie in [B·S], piece after piece, and the pieces' numbers."""
+        """Positions of the samples' tokens in [B·S], piece after piece, and the piece numbers."""
         row, piece = pieces_of(self.index, samples)
         begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]
-        return stretch(begins, self.index.lengths[piece]), piece
+        return ranges(begins, self.index.lengths[piece]), piece
 
 
-def targets_of(tokens_BS: np.ndarray, barriers_BS: np.ndarray, sequence_length: int) -> np.ndarray:
-    """targets [B, P, T]: what follows k + 1 places later, or -100 where the barrier there lies behind the place."""
+def targets_of(tokens_BS: np.ndarray, starts_BS: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Targets [B, P, T]: the token k + 1 positions later; -100 if its segment starts after the predicting one."""
     following = np.lib.stride_tricks.sliding_window_view(tokens_BS, sequence_length, axis=1)[:, 1:]
-    barrier = np.lib.stride_tricks.sliding_window_view(barriers_BS, sequence_length, axis=1)[:, 1:]
-    return np.where(barrier <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
+    start = np.lib.stride_tricks.sliding_window_view(starts_BS, sequence_length, axis=1)[:, 1:]
+    return np.where(start <= np.arange(sequence_length, dtype=np.int32), following, IGNORE)
 
 
 def pieces_of(index: PackedIndex, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of all pieces of the samples [B]: the row and the piece's number, each [n]. A sample of -1 has none."""
+    """Row and number of each piece of the samples [B], each [n]. A sample of -1 has no pieces."""
     firsts = index.samples[samples]
     counts = np.where(samples < 0, 0, index.samples[samples + 1] - firsts)
-    return np.repeat(np.arange(len(samples)), counts), stretch(firsts, counts)
+    return np.repeat(np.arange(len(samples)), counts), ranges(firsts, counts)

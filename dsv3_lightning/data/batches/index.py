@@ -1,8 +1,8 @@
-"""The packed index as files beside the tokens, memory-mapped: all ranks and loader processes of a node share one copy.
+"""The packed index in memory-mapped files beside the tokens, shared by all ranks and loader processes of a node.
 
-    SPLIT/index-FORMAT-T-DEPTH[-masked]/NAME.npy    an array of `PackedIndex` each
+    SPLIT/index-FORMAT-T-DEPTH[-masked]/NAME.npy    one array of `PackedIndex` each
 
-The folder is built under another name and renamed when everything is on the disk. Imports no torch.
+The folder is built under another name and renamed when everything is on disk. Imports no torch.
 """
 
 import os
@@ -29,13 +29,13 @@ ARRAYS = [field.name for field in fields(PackedIndex)]
 
 @dataclass(frozen=True)
 class MappedIndex(PackedIndex):
-    """Travels to a loader process as its path."""
+    """A memory-mapped index, pickled as its path."""
 
     folder: Path
 
     @classmethod
     def open(cls, folder: Path) -> "MappedIndex":
-        """Raises OSError, ValueError or IndexError where it isn't there or a file is not what it was."""
+        """Opens the index. Raises OSError, ValueError or IndexError if it is missing or damaged."""
         arrays = {name: np.asarray(open_memmap(folder / f"{name}.npy", "r")) for name in ARRAYS}
         index = cls(**arrays, folder=folder)
         pieces = {len(arrays[name]) for name in ("starts", "lengths", "positions", "continues")}
@@ -48,7 +48,7 @@ class MappedIndex(PackedIndex):
 
 
 def open_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> MappedIndex | None:
-    """None where it isn't there, or damaged."""
+    """The index of a split; None if it is missing or damaged."""
     try:
         return MappedIndex.open(index_folder(folder, split, sequence_length, mtp_depth, masked))
     except (OSError, ValueError, IndexError):
@@ -56,9 +56,9 @@ def open_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, m
 
 
 def prepare_index(folder: Path, sequence_length: int, mtp_depth: int, masked: bool) -> None:
-    """Builds both splits' index if need be; several processes may call it at the same time.
+    """Builds the index of both splits if needed; several processes may call it at the same time.
 
-    Where the folder can't be written, which may be somebody else's, it only says so.
+    If the folder can't be written, for example because another user owns it, only prints a note.
     """
     shape = (sequence_length, mtp_depth, masked)
     try:
@@ -73,7 +73,7 @@ def prepare_index(folder: Path, sequence_length: int, mtp_depth: int, masked: bo
 
 
 def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> None:
-    """One process at a time. Raises WriteError."""
+    """Builds the index of a split. Only one process at a time may call this. Raises WriteError."""
     final = index_folder(folder, split, sequence_length, mtp_depth, masked)
     remove_leftovers(final.parent, final.name)
     file = TokenFile(folder, split)
@@ -86,12 +86,12 @@ def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, 
             make=lambda name, shape, dtype: new_file(beside / f"{name}.npy", shape, dtype),
         )  # fmt: skip
         for path in beside.iterdir():
-            if path.stem not in ARRAYS:  # what only packing needs
+            if path.stem not in ARRAYS:  # needed only for packing
                 path.unlink()
 
 
 def new_file(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array in a file. Raises OSError where the disk has no room for it: writing to it would kill the process."""
+    """An array in a file. Raises OSError if the disk is too full, since writing to it would kill the process."""
     array = open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with open(path, "r+b") as file:
@@ -100,5 +100,5 @@ def new_file(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def index_folder(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> Path:
-    """Named by all that shapes it but the tokens."""
+    """The index's folder, named by everything that determines the index except the tokens."""
     return folder / split / f"index-{FORMAT}-{sequence_length}-{mtp_depth}{'-masked' * masked}"

@@ -1,4 +1,4 @@
-"""TextDataModule: prepared text to batches, in one order for any number of ranks, loader processes and resumes."""
+"""TextDataModule: batches from prepared text, in the same order for any number of ranks, loaders and resumes."""
 
 import hashlib
 import time
@@ -30,7 +30,7 @@ MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.1626
 
 
 class TextDataModule(LightningDataModule):
-    """Batches as `PackedDataset` makes them; validation's also have `target_bytes` and `origins`. Raises ConfigError.
+    """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
 
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
@@ -131,13 +131,13 @@ class TextDataModule(LightningDataModule):
 
     @property
     def prepared(self) -> Path:
-        """The folder of the token files; there after `prepare_data` or `setup`."""
+        """The folder of the token files, available after `prepare_data` or `setup`."""
         assert self._folder is not None, "call prepare_data or setup first"
         return self._folder
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The store's: counts of both splits, sizes and hashes of the files."""
+        """The manifest of the token files: counts of both splits, sizes and hashes of the files."""
         return read_manifest(self.prepared)
 
     @cached_property
@@ -146,13 +146,13 @@ class TextDataModule(LightningDataModule):
 
     @property
     def gzip_bpb(self) -> float | None:
-        """Bits per byte of gzip -9 over the validation text, of conversations what the assistant says; None without."""
+        """Bits per byte of gzip -9 on the validation text (the assistant's in conversations); None without one."""
         bpb: float | None = self.manifest["gzip_bpb"]
         return bpb
 
     @property
     def origins(self) -> list[str]:
-        """Where documents are from: the numbers in a batch's `origins` are places in this list."""
+        """Names of the documents' origins, which a batch's `origins` index."""
         names: list[str] = self.manifest["origins"]
         return names
 
@@ -175,12 +175,12 @@ class TextDataModule(LightningDataModule):
         return len(self._datasets["train"] if "train" in self._datasets else self._dataset("train"))
 
     def passes(self, step: int) -> float:
-        """How often the run's first `step` optimizer steps go over the training data."""
+        """Number of passes over the training data in the run's first `step` optimizer steps."""
         return int(self.batch_sizes[:step].sum()) / self.train_samples
 
     @property
     def validation_bytes(self) -> int:
-        """Bytes of text in the validation split that are learned; its batches' `target_bytes` add up to it."""
+        """Bytes of the validation split's targets; the sum of `target_bytes` over its batches."""
         split = self.manifest["splits"]["validation"]
         return int(split.get("answer_bytes", split["text_bytes"]))
 
@@ -195,7 +195,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def _shape(self) -> tuple[int, int, bool]:
-        """What shapes the packed index, beside the tokens."""
+        """The settings that determine the packed index for given tokens."""
         return self.config.sequence_length, self.mtp_depth, self.config.mask_document_ends
 
     def _layout(self) -> Layout:
@@ -206,7 +206,7 @@ class TextDataModule(LightningDataModule):
 
 
 def length_note(passes: float, tokens: int) -> str:
-    """The run's length in passes over its data, with a warning where they are many.
+    """A note on the number of passes over the data, with a warning if it is large.
 
     >>> length_note(0.25, 1_000_000)
     'data: the run goes 0.25 times over its 1,000,000 training tokens'
@@ -218,10 +218,10 @@ def length_note(passes: float, tokens: int) -> str:
 
 
 class Loader:
-    """A DataLoader that Lightning takes as it is: it puts no sampler of its own in place of ours, and gives no advice.
+    """A DataLoader that Lightning uses unchanged, without replacing the sampler or warning about workers.
 
     Starting it draws no global random number, which would make a resumed run differ. Its position is part of the
-    module's state. `wait_seconds` is the time that its user has spent waiting for batches.
+    module's state. wait_seconds: time that the consumer has spent waiting for batches.
     """
 
     def __init__(self, dataset: PackedDataset, sampler: TrainSampler | ValidationSampler, num_workers: int) -> None:
@@ -257,10 +257,10 @@ class Loader:
 
 
 def index_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
-    """16 hexadecimal digits over the tokens, the samples that were packed of them, and the seed of their order."""
+    """A hash of the tokens, the packed samples and the seed of their order, as 16 hexadecimal digits."""
     index = dataset.index
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{manifest['files']['train/00000.bin']['sha256']} {seed}".encode())
     for part in (index.samples, index.starts, index.lengths):
-        digest.update(part.data)  # not its copy: it may be larger than the memory
+        digest.update(part.data)  # without a copy: it may be larger than memory
     return digest.hexdigest()

@@ -1,13 +1,13 @@
-"""Documents to fixed-length samples, as an index: the tokens themselves stay where they are. Imports no torch.
+"""Packing of documents into fixed-length samples as an index; the tokens aren't copied. Imports no torch.
 
 T = sequence_length. A sample has S = T + 1 + mtp_depth positions: T inputs, their next tokens, and mtp_depth more that
 only the MTP modules predict. Every token of a document but its first is the main head's target exactly once:
 
-- A document of more than T + 1 tokens is cut with stride T. Each cut but the last fills a sample of its own.
-- Last cuts and whole documents are packed best-fit-decreasing into T + 1 places (arXiv 2404.10830), without truncation.
+- A document of more than T + 1 tokens is cut with stride T. Each piece but the last fills a whole sample.
+- Last pieces and whole documents are packed best-fit-decreasing into T + 1 positions (arXiv 2404.10830), untruncated.
 
-What grows with the number of documents goes into arrays that the caller makes, which may be files: for a billion
-documents it is tens of gigabytes. Memory holds one or two numbers per sample, and a chunk of pieces.
+Arrays that grow with the number of documents, tens of gigabytes for a billion, are allocated by the caller and may be
+files. Memory holds one or two numbers per sample and a chunk of pieces.
 """
 
 from collections import defaultdict, deque
@@ -24,12 +24,12 @@ Make = Callable[[str, tuple[int, ...], Any], np.ndarray]  # name, shape and dtyp
 
 @dataclass(frozen=True)
 class PackedIndex:
-    """Samples made of pieces of documents, in the order of the corpus.
+    """An index of samples as pieces of documents, in the order of the corpus.
 
     samples [samples + 1] int64: sample s consists of the pieces samples[s] .. samples[s + 1] - 1.
-    starts, lengths [pieces] int64: which tokens of the file. positions [pieces] int64: the first one's in its sample.
-    continues [pieces] bool: the piece begins inside a document, and the end of the piece before it, elsewhere, has
-        already predicted its first token.
+    starts, lengths [pieces] int64: the piece's tokens in the file. positions [pieces] int64: its begin in the sample.
+    continues [pieces] bool: the piece begins inside a document; its first token is already a target at the end of the
+        document's previous piece, which is in another sample.
     target_counts [samples, P] int64: valid targets of each prediction head.
     """
 
@@ -56,10 +56,10 @@ def pack(
     answers: np.ndarray | None = None,
     make: Make = in_memory,
 ) -> PackedIndex:
-    """The samples of the documents that begin at offsets [documents + 1]. Deterministic.
+    """Packs the documents that begin at offsets [documents + 1] into samples, deterministically.
 
-    mask_document_ends, answers: decide which targets are valid (see `barriers`, TokenFile).
-    make: is also asked for arrays that the index doesn't have; they are done with in the end.
+    mask_document_ends, answers: decide which targets are valid (see `segment_start`, TokenFile).
+    make: also called for temporary arrays that are not part of the index.
     """
     offsets = np.asarray(offsets).astype(np.int64, copy=False)
     tails, pieces, documents = make("tails", (len(offsets) - 1,), np.int32), 0, 0
@@ -106,7 +106,7 @@ def pack(
 def cut_in_chunks(
     offsets: np.ndarray, sequence_length: int, mtp_depth: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """`cut_documents`, of so many documents at a time that they have some CHUNK pieces."""
+    """Yields `cut_documents` of groups of documents that have about CHUNK pieces."""
     begin, documents = 0, len(offsets) - 1
     while begin < documents:
         far = int(np.searchsorted(offsets, offsets[begin] + CHUNK * sequence_length, "right")) - 1
@@ -118,7 +118,7 @@ def cut_in_chunks(
 def cut_documents(
     offsets: np.ndarray, sequence_length: int, mtp_depth: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces as starts, lengths, continues (not a document's first) and whole (not its last), each [P]."""
+    """Pieces of documents: starts, lengths, continues (not a document's first) and whole (not its last), each [P]."""
     sizes = np.diff(offsets)
     cuts = np.where(sizes > 0, np.maximum(1, -(-(sizes - 1) // sequence_length)), 0)
     document = np.repeat(np.arange(len(sizes)), cuts)
@@ -131,8 +131,8 @@ def cut_documents(
 def best_fit_decreasing(lengths: np.ndarray, capacity: int, make: Make = in_memory) -> np.ndarray:
     """A bin for each item, int64 [n], bins numbered from 0: longest items first, each into the fullest bin it fits in.
 
-    Items of one length are placed together, and bins with equal space are alike, so the work grows with the number of
-    different lengths: a million documents take about a second. lengths [n], each from 1 to `capacity`.
+    Items of equal length are placed together and bins with equal space are interchangeable, so the work grows with the
+    number of different lengths: a million documents take about a second. lengths [n], each from 1 to `capacity`.
     """
     bins = make("bins", (len(lengths),), np.int64)
     by_space: dict[int, deque[np.ndarray]] = defaultdict(deque)  # free space -> bins, in arrays of some
@@ -168,7 +168,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, make: Make = in_memo
 
 
 def longest_first(lengths: np.ndarray, capacity: int, make: Make) -> Iterator[tuple[int, np.ndarray]]:
-    """Lengths, falling, and items that have them, rising: one length may come several times, with a CHUNK each."""
+    """Yields lengths, falling, with their items, rising; a length may repeat, with up to CHUNK items each time."""
     counts = np.zeros(capacity + 1, dtype=np.int64)
     for begin in range(0, len(lengths), CHUNK):
         counts += np.bincount(lengths[begin : begin + CHUNK], minlength=capacity + 1)
@@ -188,8 +188,8 @@ def longest_first(lengths: np.ndarray, capacity: int, make: Make) -> Iterator[tu
 def number_samples(wholes: Iterator[np.ndarray], bins: np.ndarray, sample: np.ndarray, make: Make) -> np.ndarray:
     """Fills in the sample of each piece [P]; returns PackedIndex.samples.
 
-    Samples are numbered by their first piece, and keep their pieces in the corpus' order: a share of them is then a
-    share of the corpus, not its longest documents. wholes: of pieces, in chunks. bins: of those that aren't whole.
+    Samples are numbered by their first piece and keep their pieces in corpus order, so that a share of the samples is a
+    share of the corpus, not its longest documents. wholes: which pieces are whole, in chunks. bins: of the others.
     """
     of_bin = np.full(int(bins.max(initial=-1)) + 1, -1, dtype=np.int64)
     count = begin = tail = 0
@@ -205,7 +205,7 @@ def number_samples(wholes: Iterator[np.ndarray], bins: np.ndarray, sample: np.nd
         number[packed] = of_bin[bin]
         sample[begin : begin + len(whole)] = number
         count, begin, tail = count + int(opens.sum()), begin + len(whole), tail + len(packed)
-    del of_bin  # before as much is needed for another purpose
+    del of_bin  # frees the memory before as much is allocated again
     samples = make("samples", (count + 1,), np.int64)
     samples[:] = 0
     for begin in range(0, len(sample), CHUNK):
@@ -216,29 +216,29 @@ def number_samples(wholes: Iterator[np.ndarray], bins: np.ndarray, sample: np.nd
 
 
 def take_places(free: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The next free place of each item's group, where a group's items stand together: int64 [n]. They are then taken.
+    """Takes the next free position of each item's group, with a group's items adjacent: int64 [n]. Updates `free`.
 
     >>> free = np.array([0, 10, 20])
     >>> take_places(free, np.array([2, 2, 0])).tolist(), free.tolist()
     ([20, 21, 0], [1, 10, 22])
     """
     first, counts = runs(groups)
-    places = stretch(free[groups[first]], counts)
+    places = ranges(free[groups[first]], counts)
     free[groups[first]] += counts
     return places
 
 
 def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where stretches of equal values (from 0 on) begin, and how long they are."""
+    """Begins and lengths of runs of equal values, which are at least 0."""
     first = np.flatnonzero(np.diff(values, prepend=-1))
     return first, np.diff(np.append(first, len(values)))
 
 
-def barriers(continues: np.ndarray, positions: np.ndarray, mask_document_ends: bool) -> np.ndarray:
-    """The first place of the sample that may predict into each piece, int32 [P]: 0, or the piece's own first place.
+def segment_start(continues: np.ndarray, positions: np.ndarray, mask_document_ends: bool) -> np.ndarray:
+    """The first position of the sample that may predict into each piece, int32 [P]: 0, or the piece's first position.
 
-    A piece that continues a document can't be foreseen from another piece, and the sample before it, in the document,
-    has its first tokens as targets already. With `mask_document_ends` no piece is predicted from another one.
+    A piece that continues a document can't be predicted from another document's piece, and its first tokens are already
+    targets in the document's previous sample. With `mask_document_ends` no piece is predicted from another one.
     """
     return np.where(continues | mask_document_ends, positions, 0).astype(np.int32)
 
@@ -254,44 +254,44 @@ def count_targets(
 ) -> np.ndarray:
     """Valid targets of the samples begin .. end - 1 and each head, int64 [end - begin, P], without reading a token.
 
-    Head k predicts place j from place j - 1 - k. In a piece over places [a, e) with barrier c that is possible for
-    max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last place that it predicts at all. Of those places
-    the ones that `answers` hold count, or all.
+    Head k predicts position j from position j - 1 - k. In a piece over positions [a, e) with segment start c
+    that is possible for max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last position that it predicts at
+    all. If `answers` are given, only the positions in them count.
     """
     samples = index.samples[begin : end + 1]
     pieces = slice(samples[0], samples[-1])
     positions, starts = index.positions[pieces, None], index.starts[pieces, None]
-    barrier = barriers(index.continues[pieces], index.positions[pieces], mask_document_ends)
+    segment_starts = segment_start(index.continues[pieces], index.positions[pieces], mask_document_ends)
     head = np.arange(1 + mtp_depth)
-    first = np.maximum(positions, barrier[:, None] + 1 + head)
+    first = np.maximum(positions, segment_starts[:, None] + 1 + head)
     last = np.minimum(positions + index.lengths[pieces, None], sequence_length + 1 + head)
     valid = np.maximum(last - first, 0)
     if answers is not None:
         places = starts - positions + first  # in the file
-        valid = inside(answers, places + valid) - inside(answers, places)
+        valid = count_in_spans(answers, places + valid) - count_in_spans(answers, places)
     totals = np.cumsum(valid, axis=0, dtype=np.int64)
     totals = np.concatenate([np.zeros((1, 1 + mtp_depth), dtype=np.int64), totals])
     counts: np.ndarray = np.diff(totals[samples - samples[0]], axis=0)
     return counts
 
 
-def inside(stretches: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many of 0 .. place - 1 the stretches hold, int64 like `places`. stretches [2n]: begin, end, begin, end, …
+def count_in_spans(spans: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many of 0 .. place - 1 are in the spans, int64 like `places`. spans [2n]: begin, end, begin, end, …
 
-    >>> inside(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
+    >>> count_in_spans(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
     [0, 1, 2, 2, 3, 3]
     """
-    passed = np.searchsorted(stretches, places, "right")  # an odd number of bounds: the place is within a stretch
-    whole = running_sum(stretches[1::2] - stretches[::2])[passed // 2]
-    return np.where(passed % 2, whole + places - stretches[np.maximum(passed - 1, 0)], whole)
+    passed = np.searchsorted(spans, places, "right")  # an odd number of bounds: the position is inside a span
+    whole = running_sum(spans[1::2] - spans[::2])[passed // 2]
+    return np.where(passed % 2, whole + places - spans[np.maximum(passed - 1, 0)], whole)
 
 
-def stretch(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, ... (counts[0] numbers), then firsts[1], firsts[1] + 1, ...: int64 [counts.sum()]."""
+def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Concatenated ranges: firsts[0], firsts[0] + 1, ... (counts[0] numbers), firsts[1], ...: int64 [counts.sum()]."""
     sums = running_sum(counts)
     return np.arange(sums[-1]) + np.repeat(firsts - sums[:-1], counts)
 
 
 def running_sum(counts: np.ndarray) -> np.ndarray:
-    """0, then the sum of the first 1, 2, ... counts: int64 [n + 1]."""
+    """Cumulative sums with a leading 0: int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""A batch that grows over a run's first tokens (V3 §4.2: 3,072 to 15,360 sequences over 469B). Plain Python."""
+"""The batch size ramp over a run's first tokens (V3 §4.2: 3,072 to 15,360 sequences over 469B). Plain Python."""
 
 from dsv3_lightning.data.config import DataConfig
 
@@ -7,7 +7,7 @@ def batch_sizes(config: DataConfig, steps: int) -> list[int]:
     """Samples of each of the run's first `steps` optimizer steps.
 
     With batch_ramp {start, increment, tokens}: start + i · increment, where i rises evenly with the tokens of the steps
-    before, so that batch_size is reached after `tokens` of them. A function of the settings alone, whatever the ranks.
+    before, so that batch_size is reached after `tokens` of them. It depends on the settings alone, not on the ranks.
     """
     ramp, full = config.batch_ramp, config.batch_size
     sizes = [full] * steps

@@ -1,8 +1,8 @@
-"""The order of the samples: a function of the seed and the sample's number in the run alone. Imports no torch.
+"""The order of the samples, a function of only the seed and the sample's number in the run. Imports no torch.
 
 Samples are numbered 0, 1, 2, … over the whole run. Each step takes the next `batch_size` of them; micro-batch m of A on
 rank r of W is part m · W + r of those. So the order is the same for any number of ranks, micro-batches and loader
-processes, and one integer is the whole position.
+processes, and the position is a single integer.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from dsv3_lightning.errors import ConfigError
 CHUNK = 1 << 16  # samples at a time
 
 
-class Draw(NamedTuple):
-    """One micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none. target_counts
-    [P] int64: valid targets of each head in the same step's samples of all ranks and micro-batches.
-    step_samples: with a step's first micro-batch, where asked for, those of all its micro-batches on this rank.
+class MicroBatch(NamedTuple):
+    """A micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none. target_counts
+    [P] int64: valid targets of each head in the step's samples of all ranks and micro-batches.
+    step_samples: in a step's first micro-batch, if requested, the samples of all its micro-batches on this rank.
     """
 
     samples: np.ndarray
@@ -29,9 +29,9 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step's samples are dealt out: `accumulate` micro-batches on each of `ranks`, of which this is `rank`.
+    """The division of a step's samples into `accumulate` micro-batches on each of `ranks`, of which this is `rank`.
 
-    Raises ConfigError where they don't divide.
+    Raises ConfigError if they don't divide evenly.
     """
 
     batch_size: int
@@ -54,10 +54,10 @@ class Layout:
 
 
 class TrainSampler:
-    """Draws of steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
+    """Samples steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
 
-    Its length is that of the whole run, also when it begins later: Lightning adds what an earlier life has drawn.
-    target_counts [samples, P] int64, of each sample. whole_steps: whether draws have `step_samples`.
+    Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume.
+    target_counts [samples, P] int64: those of each sample. whole_steps: whether draws have `step_samples`.
     sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
     """
 
@@ -81,7 +81,7 @@ class TrainSampler:
     def __len__(self) -> int:
         return self.max_steps * self.layout.accumulate
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         layout = self.layout
         order = Order(len(self.target_counts), self.seed)
         first = self.first_sample
@@ -91,16 +91,16 @@ class TrainSampler:
             target_counts = self.target_counts[samples].sum(0)
             parts = samples.reshape(layout.accumulate, layout.ranks, -1)[:, layout.rank]
             for number, part in enumerate(parts):
-                yield Draw(part, target_counts, parts.reshape(-1) if self.whole_steps and number == 0 else None)
+                yield MicroBatch(part, target_counts, parts.reshape(-1) if self.whole_steps and number == 0 else None)
 
 
 class ValidationSampler:
-    """Every sample once, in an order that is always the same: rank r takes number r, r + W, … of it.
+    """Samples every sample once in a fixed order, of which rank r takes numbers r, r + W, ….
 
-    The order is mixed, so that the first few batches are a sample of all documents. All ranks draw equally often; -1
-    where none is left.
-    limit: at most so many batches of `layout.batch_size` samples, or a share of them; the same samples whatever the
-    number of ranks and micro-batches is.
+    The order is shuffled, so that the first few batches represent all documents. All ranks draw equally often, with -1
+    if no sample is left.
+    limit: maximum number of batches of `layout.batch_size` samples, or a share of them. The samples don't depend on the
+    number of ranks and micro-batches.
     """
 
     def __init__(self, target_counts: np.ndarray, layout: Layout, limit: int | float = 1.0) -> None:
@@ -112,7 +112,7 @@ class ValidationSampler:
     def __len__(self) -> int:
         return -(-self.samples // (self.layout.ranks * self.layout.micro_batch_size))
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         size, ranks = self.layout.micro_batch_size, self.layout.ranks
         order = permutation(len(self.target_counts), seed=0, epoch=0)[: self.samples]
         for first in range(0, len(self) * size * ranks, size * ranks):
@@ -120,11 +120,11 @@ class ValidationSampler:
             samples = np.full(size, -1, dtype=np.int64)
             own = together[self.layout.rank :: ranks]
             samples[: len(own)] = own
-            yield Draw(samples, self.target_counts[together].sum(0))
+            yield MicroBatch(samples, self.target_counts[together].sum(0))
 
 
 class Order:
-    """order[a:b]: the samples with the run's numbers a .. b - 1, int64 [b - a], of `count` samples in the index."""
+    """A sliceable order of `count` samples: order[a:b] are those numbered a .. b - 1 in the run, int64 [b - a]."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -142,20 +142,20 @@ class Order:
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers 0 .. count - 1 in an order that depends on seed and epoch alone, int64 [count].
+    """The numbers 0 .. count - 1 in an order that depends only on seed and epoch, int64 [count].
 
-    Sorted by a hash rather than drawn from a library's generator, whose stream may change with its version.
+    They are sorted by a hash because a library's random generator may change with its version.
     """
     key = mix(mix(np.array([seed & (1 << 64) - 1], dtype=np.uint64)) + np.array([epoch], dtype=np.uint64))
     hashes = np.empty(count, dtype=np.uint64)
-    for begin in range(0, count, CHUNK):  # of 10^8 samples each step of `mix` would be another gigabyte
+    for begin in range(0, count, CHUNK):  # with 10^8 samples each step of `mix` would take another gigabyte
         part = hashes[begin : begin + CHUNK]
         part[:] = mix(np.arange(begin, begin + len(part), dtype=np.uint64) ^ key)
     return np.argsort(hashes).astype(np.int64, copy=False)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele et al. 2014, doi 10.1145/2660193.2660195): a bijection of uint64, so hashes never tie."""
+    """The splitmix64 hash (Steele et al. 2014, doi 10.1145/2660193.2660195): a bijection of uint64, so without ties."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,1 +1,1 @@
-"""Text to tokens on disk."""
+"""Token files on disk from text."""

@@ -1,4 +1,4 @@
-"""Three passes over a corpus that need not fit into memory: survey, learn the tokenizer, encode. Imports no torch."""
+"""Preparation in three passes over a corpus of any size: survey, train the tokenizer, encode. Imports no torch."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.progress import progress
 from dsv3_lightning.data.text.sources import Source, main_origins
 from dsv3_lightning.data.text.store import FORMAT, TokenWriter, token_dtype, write_manifest
-from dsv3_lightning.data.text.tally import Tally, notes
+from dsv3_lightning.data.text.tally import ReadStats, notes
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -28,10 +28,10 @@ TRAINING_BYTES = 1 << 31  # the tokenizer learns from so much at most: the libra
 
 
 class Document(NamedTuple):
-    """A text or a conversation, and its hash below HASHES: the same in every process and on every machine.
+    """A text or a conversation with its hash below HASHES, which is the same in every process and on every machine.
 
-    texts: the text, or what each message says. learned: which of the assistant's messages are. size: their bytes in
-    UTF-8. answers: the bytes that are learned. origin: number of where it is from, among those of the manifest.
+    texts: the text, or that of each message. learned: the messages that are trained on. size: UTF-8 bytes of all texts.
+    answers: UTF-8 bytes that are trained on. origin: index into the manifest's `origins`.
     """
 
     roles: list[str] | None
@@ -51,7 +51,7 @@ class Document(NamedTuple):
         learned = [message.learned for message in found if message.role == "assistant"]
         answers = "".join(message.text for message in found if message.learned).encode()
         size = sum(len(text.encode()) for text in texts)
-        said = json.dumps(list(zip(roles, texts)))  # alike whatever of it is learned: it stays on one side of the split
+        said = json.dumps(list(zip(roles, texts)))  # without `learned`, so that it stays on the same side of the split
         return cls(roles, texts, learned, size, answers, hash_of(said.encode()), origin)
 
 
@@ -63,17 +63,17 @@ def build(
     tokenizer: Tokenizer | None,
     inputs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Makes the folder with token files, tokenizer and manifest, which it returns. Raises ConfigError without text.
+    """Writes token files, tokenizer and manifest to the folder; returns the manifest. Raises ConfigError without text.
 
-    left_out: files that are not read, by suffix, for the manifest.
+    left_out: numbers of unread files by suffix, for the manifest.
     """
     folder.mkdir()
-    tally = Tally()
+    stats = ReadStats()
     with progress("reading", None) as advance:
-        hashes, text_bytes = survey(read_hashed(sources, config, tally), advance)
+        hashes, text_bytes = survey(read_hashed(sources, config, stats), advance)
     if not hashes:
         given = config.paths or "the standard library"
-        why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(tally.facts(), len(sources), {}))
+        why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(stats.facts(), len(sources), {}))
         raise ConfigError(f"data.paths={given}: no text in {len(sources)} files{why}")
     last_validation = validation_threshold(hashes, config.validation_fraction)
 
@@ -88,7 +88,7 @@ def build(
         "format": FORMAT,
         "dtype": token_dtype(tokenizer.vocab_size),
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
-        **tally.facts(),
+        **stats.facts(),
         "files_read": len(sources),
         "files_left_out": dict(left_out),
         "origins": origin_names(sources),
@@ -100,10 +100,10 @@ def build(
     return manifest
 
 
-def read_hashed(sources: list[Source], config: DataConfig, tally: Tally | None = None) -> Iterator[Document]:
+def read_hashed(sources: list[Source], config: DataConfig, stats: ReadStats | None = None) -> Iterator[Document]:
     names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
     for source in sources:
-        for found in read_documents([source], config.text_key, tally, config.skip_bad_lines):
+        for found in read_documents([source], config.text_key, stats, config.skip_bad_lines):
             yield Document.of(found, numbers[names[source.origin]])
 
 
@@ -112,12 +112,12 @@ def hash_of(content: bytes) -> int:
 
 
 def origin_names(sources: list[Source]) -> list[str]:
-    """The largest first, `others` last."""
+    """Names of the origins, the largest first and `others` last."""
     return list(dict.fromkeys(main_origins(sources).values()))
 
 
 def survey(documents: Iterable[Document], advance: Callable[[int], None]) -> tuple[Sequence[int], int]:
-    """The hash of each document, and the bytes of all."""
+    """The hash of each document, and the total bytes."""
     hashes, text_bytes = array("Q"), 0
     for document in documents:
         hashes.append(document.hash)
@@ -127,9 +127,9 @@ def survey(documents: Iterable[Document], advance: Callable[[int], None]) -> tup
 
 
 def validation_threshold(hashes: Iterable[int], fraction: float) -> int:
-    """Documents with a hash up to this one are validation; equal texts thus stay together.
+    """The largest hash of a validation document, so that equal texts stay together; -1 for fraction 0.
 
-    About `fraction` of them, but where there are two different documents at least one on each side; -1 for fraction 0.
+    About `fraction` of the documents are at or below it. With at least two different documents, each split has one.
     """
     if not fraction:
         return -1
@@ -139,7 +139,7 @@ def validation_threshold(hashes: Iterable[int], fraction: float) -> int:
 def training_texts(
     documents: Iterable[Document], last_validation: int, share: float, advance: Callable[[int], None]
 ) -> Iterator[str]:
-    """The training split's texts, or about `share` of them, chosen by another hash than the split."""
+    """The training split's texts, or about `share` of them, chosen by a hash independent of the split's."""
     for document in documents:
         advance(document.size)
         chosen = document.hash * 0x9E3779B97F4A7C15 % HASHES < share * HASHES
@@ -154,9 +154,9 @@ def encode(
     folder: Path,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Writes both splits. What the manifest says of them, and what gzip -9 makes of the validation text.
+    """Writes both splits; returns their entries for the manifest and the size of the validation text under gzip -9.
 
-    Of conversations gzip gets what the assistant says: the text that bits per byte are measured on.
+    In conversations gzip compresses only the assistant's text, on which bits per byte are measured.
     """
     writers = {
         split: TokenWriter(folder, split, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) for split in SPLITS
@@ -197,7 +197,7 @@ def encode(
 
 
 def batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    """Lists of documents of together at least `size` bytes; the last may be smaller."""
+    """Yields lists of documents of at least `size` bytes in total; the last may be smaller."""
     batch: list[Document] = []
     held = 0
     for document in documents:

@@ -1,6 +1,6 @@
 """Conversations in DeepSeek's format: begin, system text, then <｜User｜>…<｜Assistant｜>…end for every turn. No torch.
 
-This file alone knows it; training data, `dsv3 chat`, the server and exports have it from here.
+This is the only definition of the format; training data, `dsv3 chat`, the server and exports use it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 class Message(NamedTuple):
-    """learned: whether the model is to learn to say it; only the assistant's messages are."""
+    """A message. learned: whether it is trained on, which only an assistant's message can be."""
 
     role: str
     text: str
@@ -30,8 +30,8 @@ class Message(NamedTuple):
 
 
 class Written(NamedTuple):
-    """ids: from the begin token to the last message. answers: where in them what the assistant says begins and ends,
-    the end token included."""
+    """A tokenized conversation. ids: from the begin token to the last message. answers: (begin, end) of the assistant's
+    text in them, end token included."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -45,7 +45,7 @@ def check_role(role: object, number: int, name: str) -> None:
 
 
 def conversation(tokenizer: Tokenizer, messages: Iterable[tuple[str, Sequence[int]]]) -> Written:
-    """messages: role, and ids of the text alone. Raises ConfigError."""
+    """Tokenizes a conversation. messages: role, and ids of the text alone. Raises ConfigError."""
     written = Written([tokenizer.bos_id], [])
     for number, (role, words) in enumerate(messages):
         check_role(role, number, "role")
@@ -58,7 +58,7 @@ def conversation(tokenizer: Tokenizer, messages: Iterable[tuple[str, Sequence[in
 
 
 def turn(tokenizer: Tokenizer, role: str, words: Sequence[int]) -> list[int]:
-    """Ids of one message with its marks. Raises ConfigError where the tokenizer has none."""
+    """Ids of one message with its role tokens. Raises ConfigError if the tokenizer has none."""
     user, assistant = turn_ids(tokenizer)
     if role == "assistant":
         return [assistant, *words, tokenizer.eos_id]
@@ -66,7 +66,7 @@ def turn(tokenizer: Tokenizer, role: str, words: Sequence[int]) -> list[int]:
 
 
 def turn_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Ids of the two marks. Raises ConfigError where the tokenizer has none, or the model's own format is another."""
+    """Ids of the two role tokens. Raises ConfigError if the tokenizer has none or the model's format is different."""
     if (tokenizer.chat_template or CHAT_TEMPLATE).rstrip("\n") != CHAT_TEMPLATE:
         raise ConfigError(
             "the model's chat_template is not the one that conversations are written with here (DeepSeek's marks), so "

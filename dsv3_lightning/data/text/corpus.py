@@ -17,7 +17,7 @@ from dsv3_lightning.common.files import blocks, readable
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.messages import holds_messages, parse, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
-from dsv3_lightning.data.text.tally import Tally
+from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.errors import ConfigError
 
 BOM = b"\xef\xbb\xbf"
@@ -25,42 +25,42 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
-MOST_BAD_LINES = 10  # that one message names
+MOST_BAD_LINES = 10  # named in one message
 CONVERSATIONS = ("messages", "conversations")  # the usual names of their field
 
 
 def read_documents(
-    sources: Sequence[Source], text_key: str, tally: Tally | None = None, skip_bad_lines: bool = False
+    sources: Sequence[Source], text_key: str, stats: ReadStats | None = None, skip_bad_lines: bool = False
 ) -> Iterator[str | list[Message]]:
-    """The documents, a file or jsonl line each, never empty. Line ends stay as they are; a byte order mark is removed.
+    """Yields documents, one per file or jsonl line, never empty. Keeps line ends and removes a byte order mark.
 
-    skip_bad_lines: leave lines out that can't be used, and count them. Raises ConfigError with the file, and with the
-    numbers of its bad lines, for what can't be read.
+    skip_bad_lines: skip and count unusable lines. Raises ConfigError that names the file, and the numbers of its bad
+    lines, if something can't be read.
     """
-    tally = tally if tally is not None else Tally()
+    stats = stats if stats is not None else ReadStats()
     for source in sources:
         lines = source.path.name.lower().endswith(LINE_SUFFIXES)
         try:
-            found = read_lines(source, text_key, tally, skip_bad_lines) if lines else read_text(source, tally)
+            found = read_lines(source, text_key, stats, skip_bad_lines) if lines else read_text(source, stats)
             for document in found:
                 if not document:
-                    tally.empty += 1
+                    stats.empty += 1
                 elif isinstance(document, list) and not any(message.learned for message in document):
-                    tally.unlearned += 1
+                    stats.unlearned += 1
                 else:
-                    tally.documents += 1
+                    stats.documents += 1
                     yield document
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise unreadable(source.path, error) from error
 
 
-def read_text(source: Source, tally: Tally) -> Iterator[str]:
+def read_text(source: Source, stats: ReadStats) -> Iterator[str]:
     content = b"".join(content_of(source.path)).removeprefix(BOM)
     where = f"data.paths: {readable(source.path)}"
     refuse_no_text(where, content)
-    text = decode(content, source.name, tally)
+    text = decode(content, source.name, stats)
     begun = text.lstrip()
-    if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one document, or a line for each
+    if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one JSON document, or one per line
         raise ConfigError(
             f"{where}: holds conversations as JSON, which would be learned as they are spelled; write one a line into "
             "a file named .jsonl, and name their field by data.text_key"
@@ -69,7 +69,7 @@ def read_text(source: Source, tally: Tally) -> Iterator[str]:
 
 
 def refuse_no_text(where: str, content: bytes) -> None:
-    """Raises ConfigError for what only looks like a text file by its name."""
+    """Raises ConfigError for a file that only has the name of a text file."""
     if content.startswith(LFS_POINTER):
         raise ConfigError(f"{where}: is a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
     if content.startswith(UTF_16):
@@ -100,7 +100,7 @@ class BadLines:
         )
 
 
-def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool) -> Iterator[str | list[Message]]:
+def read_lines(source: Source, text_key: str, stats: ReadStats, skip_bad_lines: bool) -> Iterator[str | list[Message]]:
     bad, first = BadLines(source), True
     for number, line in enumerate(lines_of(source.path), 1):
         line = line.removeprefix(BOM) if number == 1 else line
@@ -110,11 +110,11 @@ def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool
             refuse_other_layouts(source, line)
         first = False
         try:
-            document = parse_line(decode(line, source.name, tally), text_key, source.name, tally)
+            document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
         except ConfigError as error:
             bad.add(number, str(error))
             if skip_bad_lines:
-                tally.skipped[source.name] += 1
+                stats.skipped[source.name] += 1
             elif bad.count == MOST_BAD_LINES:
                 raise bad.error() from None
             continue
@@ -124,7 +124,7 @@ def read_lines(source: Source, text_key: str, tally: Tally, skip_bad_lines: bool
 
 
 def refuse_other_layouts(source: Source, line: bytes) -> None:
-    """What the first line of another kind of file looks like. Raises ConfigError."""
+    """Raises ConfigError if the first line looks like another kind of file."""
     where, start = f"data.paths: {readable(source.path)}", line.strip()
     refuse_no_text(where, line)
     if start.startswith(b"["):
@@ -136,8 +136,8 @@ def refuse_other_layouts(source: Source, line: bytes) -> None:
         )
 
 
-def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[Message]:
-    """A text, which may be empty, or a conversation. Raises ConfigError without file and line."""
+def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | list[Message]:
+    """The text of a line, which may be empty, or its conversation. Raises ConfigError without file and line."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -155,18 +155,18 @@ def parse_line(line: str, text_key: str, file: str, tally: Tally) -> str | list[
     if text is None:
         return ""
     if isinstance(text, str):
-        text = whole(text, file, tally)
+        text = whole(text, file, stats)
         if holds_messages(text):
             raise ConfigError(f"{text_key}: is a conversation as JSON text; must be the list itself, not its spelling")
         return text
     if isinstance(text, list):
-        messages = parse(record, text_key, tally.unread)
-        return [message._replace(text=whole(message.text, file, tally)) for message in messages]
+        messages = parse(record, text_key, stats.unread)
+        return [message._replace(text=whole(message.text, file, stats)) for message in messages]
     raise ConfigError(f"{text_key}={short(text)}: must be text, or a list of messages")
 
 
 def advice(record: Any) -> str:
-    """Where the line looks like one for another `data.text_key`."""
+    """A hint if the line looks like one for another `data.text_key`, else an empty string."""
     if not isinstance(record, dict):
         return ""
     for name in CONVERSATIONS:
@@ -175,23 +175,23 @@ def advice(record: Any) -> str:
     return "; data.text_key=text reads its text" if isinstance(record.get("text"), str) else ""
 
 
-def whole(text: str, file: str, tally: Tally) -> str:
-    """JSON can spell half of a surrogate pair (\\ud83d), which UTF-8 has no bytes for."""
+def whole(text: str, file: str, stats: ReadStats) -> str:
+    """Replaces lone surrogates, which JSON can escape (\\ud83d) but UTF-8 can't encode."""
     if text.isascii():
         return text
     text, number = SURROGATES.subn(REPLACEMENT, text)
     if number:
-        tally.replaced[file] += number
+        stats.replaced[file] += number
     return text
 
 
-def decode(data: bytes, file: str, tally: Tally) -> str:
-    """UTF-8, with U+FFFD for what is not."""
+def decode(data: bytes, file: str, stats: ReadStats) -> str:
+    """Decodes UTF-8, with U+FFFD for invalid bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         text = data.decode(errors="replace")
-        tally.replaced[file] += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+        stats.replaced[file] += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
         return text
 
 
@@ -205,7 +205,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def content_of(path: Path) -> Iterator[bytes]:
-    """The content of such a file in pieces."""
+    """Yields the decompressed content of a plain, gzip or zstandard file in pieces."""
     if path.name.lower().endswith(".zst"):
         yield from zstandard_blocks(path)
     else:
@@ -218,7 +218,7 @@ def opened(path: Path) -> Any:
 
 
 def zstandard_blocks(path: Path) -> Iterator[bytes]:
-    """The content of all frames. Raises EOFError for a file that was cut off, which the library's reader accepts."""
+    """Yields the content of all frames. Raises EOFError for a truncated file, which the library's reader accepts."""
     frame = None
     for block in blocks(path):
         while block:
@@ -231,7 +231,7 @@ def zstandard_blocks(path: Path) -> Iterator[bytes]:
 
 
 def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline; linear in time also for a line over thousands of chunks."""
+    """Yields lines without their newline, in linear time even for a line that spans thousands of chunks."""
     rest: list[bytes] = []
     for chunk in chunks:
         first, *others = chunk.split(b"\n")

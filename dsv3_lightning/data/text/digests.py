@@ -1,8 +1,7 @@
-"""What is in large input files, remembered: a terabyte isn't read at each start to find it as it was. Imports no torch.
+"""Cached sha256 digests of large input files, so that a terabyte isn't read at each start. Imports no torch.
 
-A file counts as unchanged while its size, its inode and the times of its last changes are the same; the time of the
-inode's change is the system's, no program can set it back. What changed a moment ago isn't remembered: it could change
-again within the clock's tick, or by the clock of another machine.
+A file counts as unchanged if its size, inode, mtime and ctime are the same; no program can set ctime back. Recently
+changed files aren't cached, since they could change again within the clock's resolution or by another machine's clock.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ SETTLED = 60.0  # seconds
 
 
 class Digests:
-    """sha256 by file. path: where those of large files are kept, JSON; one that can't be read or written isn't used."""
+    """sha256 digests by file. path: the JSON cache for large files, ignored if it can't be read or written."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.changed = path, False
@@ -27,8 +26,8 @@ class Digests:
             self.known = json.loads(path.read_bytes())
 
     def of(self, file: Path) -> str:
-        """Hexadecimal. Raises OSError."""
-        status = file.stat()  # before it is read: a change meanwhile is seen the next time
+        """The file's sha256 in hexadecimal. Raises OSError."""
+        status = file.stat()  # before reading, so that a change during it is seen next time
         if status.st_size < LARGE:
             return digest(file)
         name = readable(file.resolve())
@@ -41,7 +40,7 @@ class Digests:
         return str(sha256)
 
     def save(self) -> None:
-        """The whole file anew. Of two processes at the same time the last one's stays; the other's is read again."""
+        """Rewrites the cache. If two processes save at once, the last wins and the other's files are read again."""
         if not self.changed:
             return
         with contextlib.suppress(WriteError):

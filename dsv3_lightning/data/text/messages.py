@@ -1,7 +1,7 @@
-"""A line of data to a conversation: what of it is learned, and what the format can't hold. Imports no torch.
+"""Parsing of conversations: the messages of a line of data and which of them are trained on. Imports no torch.
 
-What decides about learning is honored or refused, what the format has no place for is refused, and every other field is
-counted as unread: nothing of a line is dropped in silence.
+Fields that select what is trained on are honored or refused, content that the format can't represent is refused, and
+all other fields are counted as unread, so that nothing is dropped silently.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any
 from dsv3_lightning.data.text.conversation import ROLES, Message, check_role
 from dsv3_lightning.errors import ConfigError
 
-# Fields of a message, or of a whole line, that say whether it is learned: 0, 1, true or false.
+# Fields of a message or a line that say whether it is trained on: 0, 1, true or false.
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
 DECIDES = frozenset("mask masks masked weight weights loss train training trainable learn learned".split())
-# Words in the names of fields with a content that DeepSeek's plain chat format has no place for.
+# Words in the names of fields whose content DeepSeek's plain chat format can't represent.
 TOOLS = frozenset("tool tools function functions".split())
 MEDIA = frozenset("image images audio audios video videos".split())
 IN_MESSAGES = TOOLS | MEDIA | frozenset("reasoning thinking thought media file files prefix refusal name".split())
@@ -29,9 +29,9 @@ TYPES = {dict: "an object", list: "a list", bool: "a truth value", int: "a numbe
 
 
 def parse(record: Mapping[str, Any], key: str, unread: Counter[str]) -> list[Message]:
-    """The messages under `key` of a line of data, of each its role, its text and whether it is learned.
+    """The messages under `key` of a line of data, each with role, text and whether it is trained on.
 
-    unread: counts the fields that have no meaning here. Raises ConfigError with the field's name.
+    unread: counts the fields without a meaning for training. Raises ConfigError with the field's name.
     """
     messages = record[key]
     if not messages:
@@ -66,7 +66,7 @@ def parse_message(message: Any, number: int, where: str, unread: Counter[str]) -
 
 
 def read_fields(fields: Mapping[str, Any], impossible: frozenset[str], where: str, unread: Counter[str]) -> list[bool]:
-    """What the marks among the fields say. Raises ConfigError for those that can't be honored."""
+    """Values of the fields that say what is trained on. Raises ConfigError for those that can't be honored."""
     marks = []
     for name, value in fields.items():
         words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}
@@ -88,7 +88,7 @@ def read_fields(fields: Mapping[str, Any], impossible: frozenset[str], where: st
 
 
 def text_of(content: Any, where: str) -> str:
-    """Text, or content parts that are all text, joined. Raises ConfigError."""
+    """The text of a content: a string, or text parts joined. Raises ConfigError."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -100,7 +100,7 @@ def text_of(content: Any, where: str) -> str:
 
 
 def with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
-    """With the line's own system text in front. Raises ConfigError where there are two."""
+    """The messages, preceded by the line's system text if it has one. Raises ConfigError if there are two."""
     for name in SYSTEM:
         text = record.get(name)
         if text in NEUTRAL:
@@ -114,7 +114,7 @@ def with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mess
 
 
 def holds_messages(text: str) -> bool:
-    """Whether a text is JSON that holds a conversation, which would be learned as it is spelled."""
+    """Whether a text is JSON with a conversation, which would be trained on as raw JSON."""
     if not text.lstrip().startswith(("[", "{")) or not ('"role"' in text or '"from"' in text):
         return False
     try:
@@ -124,7 +124,7 @@ def holds_messages(text: str) -> bool:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether it is a list of messages, or holds one, or is a list of what does."""
+    """Whether a value is a list of messages, an object with one, or a list of such objects."""
     if isinstance(value, dict):
         return any(is_conversation(inside) for inside in value.values() if isinstance(inside, list))
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
@@ -136,6 +136,6 @@ def is_conversation(value: Any) -> bool:
 
 
 def short(value: Any, length: int = 60) -> str:
-    """The value as JSON, on one line and not long."""
+    """The value as JSON on one line, shortened to `length` characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,7 +1,7 @@
-"""Text files to token files, once: the same inputs and settings find what is already there. Imports no torch.
+"""Cached preparation of token files: the same inputs and settings reuse the existing files. Imports no torch.
 
-The result lies in `cache_dir/KEY`, KEY being a hash of the inputs' content and of the settings that shape the files. It
-is built under another name and renamed when everything is on the disk, so a folder of that name is a finished one.
+The result is in `cache_dir/KEY`, where KEY is a hash of the inputs' content and of the settings that affect the files.
+It is built under another name and renamed when everything is on disk, so a folder of that name is complete.
 """
 
 import time
@@ -32,7 +32,7 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
 
     known: what the data of a run that goes on were made of, as a manifest's `inputs`. Others are refused before
     anything is written. Where texts or tokenizer are gone, the tokens that were prepared of them are enough.
-    tell: gets a line for each kind of thing that was given and is not in the token files.
+    tell: called with one line for each kind of input that isn't in the token files.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
     if known is not None and (lost := gone(config)) is not None:
@@ -57,7 +57,7 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder):
-                if not is_complete(folder):  # another process may have finished it meanwhile
+                if not is_complete(folder):  # another process may have finished it in the meantime
                     build_whole(folder, config, sources, left_out, tokenizer, inputs)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
@@ -88,7 +88,7 @@ def build_whole(
     tokenizer: Tokenizer | None,
     inputs: dict[str, Any],
 ) -> None:
-    """The folder appears when all is there. One process at a time."""
+    """Builds the folder, which appears only when complete. Only one process at a time may call this."""
     begun = time.monotonic()
     if reason := why_anew(folder, inputs):
         say(f"data are prepared anew, {reason}")
@@ -99,7 +99,7 @@ def build_whole(
 
 
 def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """All that decides the files' content and nothing else: no change of batch, order or length prepares anew."""
+    """Everything that determines the files' content, and nothing else, such as batch size, order or sequence length."""
     files = []
     digests = Digests(user_path(config.cache_dir) / "digests.json")
     for source in sources:
@@ -121,7 +121,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock file beside the folder; the operating system lets go of it when its holder dies."""
+    """Holds a lock file beside the folder; the operating system releases it if the process dies."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)

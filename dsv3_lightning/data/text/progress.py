@@ -1,4 +1,4 @@
-"""How far long work is: a bar with the time left on a terminal, plain lines elsewhere. Writes to stderr."""
+"""Progress of long work on stderr: a bar with the time left on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def progress(label: str, total_bytes: int | None, every_seconds: float = 10.0) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(bytes)`. total_bytes None: not known. Plain lines come at the end and every so many seconds."""
+    """Yields `advance(bytes)`. total_bytes: None if unknown. every_seconds: interval of plain lines before the last."""
     if sys.stderr.isatty():
         columns = TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True)) as display:

@@ -1,9 +1,9 @@
-"""Conversations to try instruction tuning on, without a download: about the functions of Python's standard library.
+"""Sample conversations for instruction tuning without a download, about functions of Python's standard library.
 
     python -m dsv3_lightning.data.text.questions runs/questions.jsonl
 
-Each line is {"messages": [...]}: what a public function or class does (the first sentence of its docstring), and how it
-is called. Nothing is imported; the sources are read. Every tenth line also has a system message.
+Each line is {"messages": [...]}: what a public function or class does (the first sentence of its docstring) and how it
+is called. The sources are read, not imported. Every tenth line also has a system message.
 """
 
 import ast
@@ -42,7 +42,7 @@ def conversations() -> Iterator[list[dict[str, str]]]:
 
 
 def documented(body: list[ast.stmt], path: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
-    """Public functions and classes with their full names, methods too."""
+    """Yields public functions, methods and classes with their full names."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             name = f"{path}.{node.name}"
@@ -52,7 +52,7 @@ def documented(body: list[ast.stmt], path: str) -> Iterator[tuple[str, ast.Funct
 
 
 def write(path: Path) -> int:
-    """One conversation per line; how many."""
+    """Writes one conversation per line; returns their number."""
     lines = []
     for number, messages in enumerate(conversations()):
         system = [{"role": "system", "content": SYSTEM}] if number % 10 == 0 else []

@@ -1,4 +1,4 @@
-"""The files of a corpus: what `data.paths` names, which of it is read, and what is left out. Imports no torch."""
+"""The files of a corpus: which files of `data.paths` are read and which are left out. Imports no torch."""
 
 import importlib.util
 import os
@@ -20,18 +20,18 @@ TEXT_SUFFIXES = tuple(kind + packed for kind in (".txt", ".md", ".py") for packe
 LINE_SUFFIXES = tuple(".jsonl" + packed for packed in PACKED)
 READ = TEXT_SUFFIXES + LINE_SUFFIXES
 READ_SHOWN = ".txt .md .py .jsonl, also as .gz or .zst"
-# Left out of the standard library and of packages: Debian packs the tests apart, so that corpora would differ, and
-# other people's code. Tables that a program wrote (character sets, the text of help()) are a sixth of the library's
-# bytes and a third of its tokens.
+# Left out of the standard library and of packages: tests, which Debian packages separately, so corpora would differ;
+# third-party code; and generated tables (character sets, the text of help()), which are a sixth of the library's bytes
+# and a third of its tokens.
 LEFT_OUT_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 )
-# What lies beside the files of a downloaded data set and isn't its text.
+# Files that accompany a downloaded data set and aren't its text.
 CARD = re.compile(
     r"(readme|licen[sc]e|notice|citation|changelog|contributing|code_of_conduct|security|requirements|"
     r"(data|dataset|model)[-_]?card)\b.*"
 )
-# Files that hold data, and that nothing here reads.
+# Data files in formats that aren't supported.
 DATA = frozenset(
     ".parquet .csv .tsv .json .ndjson .arrow .feather .orc .avro .xlsx .tar .tgz .zip .7z .gz .zst .xz .bz2 .h5 .hdf5 "
     ".npy .npz .pkl .pickle .db .sqlite .tfrecord .mds .warc .wet .bin".split()
@@ -39,10 +39,10 @@ DATA = frozenset(
 
 
 class Source(NamedTuple):
-    """One file. `name` tells it apart wherever the corpus lies: the path below the folder that was given.
+    """A file. name: its path below the given folder, which identifies it wherever the corpus is.
 
-    origin: where its text is from, for measures by origin: the path that was given, or where that is a single folder
-    (or the standard library), the first folder below it.
+    origin: the source of its text, for metrics by origin: the given path, or if that is a single folder (or the
+    standard library), the first folder below it.
     """
 
     name: str
@@ -87,7 +87,7 @@ def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> 
 
 
 def refuse_cards_alone(given: str, folder: Path, found: list[Source], unread: Counter[str]) -> None:
-    """A downloaded data set isn't a corpus of its README, nor of the script that loads it. Raises ConfigError."""
+    """Raises ConfigError if the only texts in a data set's folder are its README or its loading script."""
     data = {label: number for label, number in unread.items() if "." + label.split(".")[-1] in DATA or first(label)}
     script = f"{folder.name.lower()}.py"
     names = [source.path.name.lower() for source in found]
@@ -100,12 +100,12 @@ def refuse_cards_alone(given: str, folder: Path, found: list[Source], unread: Co
 
 
 def first(label: str) -> bool:
-    """Whether a suffix such as .json.gz is one of data by its first part."""
+    """Whether the first part of a suffix such as .json.gz is that of a data file."""
     return "." + label.split(".")[1] in DATA if label.startswith(".") else False
 
 
 def package_folder(given: str) -> Path:
-    """Where the installed package of `package:NAME` lies; it isn't imported. Raises ConfigError."""
+    """The folder of the installed package of `package:NAME`, which isn't imported. Raises ConfigError."""
     name = given.removeprefix(PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -127,7 +127,7 @@ def first_folder(name: str) -> str:
 
 
 def main_origins(sources: Sequence[Source], limit: int = 16) -> dict[str, str]:
-    """Each origin's own name, or `others` for all but the `limit - 1` with the largest files, where there are more."""
+    """{origin: its name}; with more than `limit` origins, `others` for all but the `limit - 1` largest."""
     sizes: dict[str, int] = {}
     for source in sources:
         sizes[source.origin] = sizes.get(source.origin, 0) + source.path.stat().st_size
@@ -142,12 +142,12 @@ def walk(
     leave_out: frozenset[str] = frozenset(),
     unread: Counter[str] | None = None,
 ) -> list[Source]:
-    """Files below the folder with one of the suffixes, in any case, by relative path. Leaves out what is hidden.
+    """Files below the folder with one of the suffixes, in upper or lower case, by relative path, without hidden ones.
 
-    unread: where it is given, counts what is left out, and links to folders are followed, into each folder once.
+    unread: if given, counts what is left out, and links to folders are followed, into each folder once.
     """
     found, seen, waiting = [], set(), [folder]
-    for start in waiting:  # links to folders are added behind it
+    for start in waiting:  # links to folders are appended
         for root, folders, names in os.walk(start, onerror=_refuse):
             status = os.stat(root)
             if (status.st_dev, status.st_ino) in seen:
@@ -162,7 +162,7 @@ def walk(
                 waiting += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
             for name in shown:
                 path = Path(root, name)
-                irregular = path.exists() and not path.is_file()  # a pipe would be waited for
+                irregular = path.exists() and not path.is_file()  # reading a pipe would block
                 if name.lower().endswith(suffixes) and not irregular:
                     found.append(Source(readable(path.relative_to(folder)), path))
                 elif unread is not None:
@@ -171,7 +171,7 @@ def walk(
 
 
 def suffix_of(name: str) -> str:
-    """A file's kind by its name, in lower case.
+    """A file's suffix in lower case, with both parts of a compressed file's.
 
     >>> suffix_of("c4.JSON.gz"), suffix_of("a.b.csv"), suffix_of("Makefile")
     ('.json.gz', '.csv', 'without a suffix')

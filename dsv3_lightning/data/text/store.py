@@ -1,13 +1,13 @@
-"""Token files: what the documents became, on disk and memory-mapped. Imports no torch.
+"""Token files: the tokenized documents on disk, memory-mapped. Imports no torch.
 
     SPLIT/00000.bin  the ids of all documents, each BOS ... EOS; uint16 where the tokenizer fits into it, else uint32
     SPLIT/00000.idx  where each document begins, and the end: uint64 [documents + 1]
-    SPLIT/00000.src  where each document is from, as a number among the manifest's `origins`: uint16 [documents]
-    SPLIT/00000.ans  only with conversations: where each stretch of tokens that are learned begins and ends, in turns:
-                     uint64 [2 · stretches], rising
+    SPLIT/00000.src  the origin of each document, as an index into the manifest's `origins`: uint16 [documents]
+    SPLIT/00000.ans  only with conversations: begin and end of each span of tokens that are trained on, alternating:
+                     uint64 [2 · spans], rising
     manifest.json    width, counts, and bytes and sha256 of every file; written last
 
-All little-endian. Where documents begin is stored and never guessed from EOS, which a document may miss or hold twice.
+All little-endian. Document boundaries are stored, not inferred from EOS, which a document may lack or contain twice.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 
 
 class TokenWriter:
-    """Writes one split. `add` documents, then `close`. Raises ConfigError for an id that the tokenizer doesn't have."""
+    """Writes one split: `add` documents, then `close`. Raises ConfigError for an id that the tokenizer doesn't have."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int, bos_id: int, eos_id: int) -> None:
         (folder / split).mkdir()
@@ -40,13 +40,13 @@ class TokenWriter:
         self.file = open(folder / split / "00000.bin", "wb")
 
     def add(self, ids: np.ndarray, origin: int = 0) -> None:
-        """One document's ids [n], any integer type, without BOS and EOS, and the number of where it is from."""
+        """Adds a document's ids [n], any integer type, without BOS and EOS. origin: index of its origin."""
         document = np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]])
         self.add_whole(document, [(0, len(document))], origin)
 
     def add_whole(self, document: np.ndarray, answers: list[tuple[int, int]], origin: int) -> None:
-        """A document with its begin and end. answers: where what is learned of it begins and ends."""
-        if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap it around in silence
+        """Adds a document including BOS and EOS. answers: (begin, end) of the spans that are trained on."""
+        if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap silently
             wrong = document.max() if document.min() >= 0 else document.min()
             raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
         content = document.astype(self.dtype).tobytes()
@@ -54,7 +54,7 @@ class TokenWriter:
         self.sha256.update(content)
         for begin, end in answers:
             if self.answers and self.answers[-1] == self.offsets[-1] + begin:
-                self.answers.pop()  # goes on where the last one ended, as texts do: theirs is one stretch
+                self.answers.pop()  # continues the previous span, as texts always do
             else:
                 self.answers.append(self.offsets[-1] + begin)
             self.answers.append(self.offsets[-1] + end)
@@ -62,7 +62,7 @@ class TokenWriter:
         self.origins.append(origin)
 
     def close(self) -> dict[str, FileRecord]:
-        """Everything is on the disk; the split's files by their path below the folder."""
+        """Syncs everything to disk; returns the split's files by their path below the folder."""
         self.file.flush()
         os.fsync(self.file.fileno())
         size = self.file.tell()
@@ -81,7 +81,7 @@ class TokenWriter:
 
 
 class TokenFile:
-    """One split, memory-mapped. tokens: all ids [N] uint16 or uint32. Travels to a loader process as its path."""
+    """A memory-mapped split. tokens: all ids [N] uint16 or uint32. Pickled as its path."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
@@ -93,26 +93,26 @@ class TokenFile:
         return TokenFile, (self.folder, self.split)
 
     def offsets(self) -> np.ndarray:
-        """Where each document begins, and the end of the last: int64 [documents + 1]."""
+        """The begin of each document, and the end of the last: int64 [documents + 1]."""
         return self._offsets
 
     def origins(self) -> np.ndarray:
-        """Where each document is from, as numbers among the manifest's `origins`: uint16 [documents]."""
+        """The origin of each document, as an index into the manifest's `origins`: uint16 [documents]."""
         return mapped(self.folder / self.split / "00000.src", "<u2")
 
     def answers(self) -> np.ndarray | None:
-        """Where stretches of tokens that are learned begin and end: int64 [2 · stretches]; None: all are."""
+        """Begin and end of each span of tokens that are trained on: int64 [2 · spans]; None if all tokens are."""
         path = self.folder / self.split / "00000.ans"
         return mapped(path, "<i8") if path.exists() else None
 
 
 def mapped(path: Path, dtype: str) -> np.ndarray:
-    """A plain view: np.memmap's own slicing is several times slower. An empty file can't be mapped."""
+    """A memory-mapped array as a plain view, which slices several times faster than np.memmap; handles empty files."""
     return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Width of the ids 0 .. vocab_size - 1 in NumPy's notation."""
+    """NumPy name of the smallest type for the ids 0 .. vocab_size - 1."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder was finished, by this format, and every file still has its size."""
+    """Whether the folder was completed in this format and every file still has its size."""
     try:
         manifest = read_manifest(folder)
         return manifest["format"] == FORMAT and all(

@@ -1,4 +1,4 @@
-"""What reading a corpus met and left out, counted for the manifest and said in lines. Imports no torch."""
+"""Statistics of reading a corpus, for the manifest and for messages. Imports no torch."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ SHOWN = 8  # names in one line
 
 
 @dataclass
-class Tally:
-    """Counts of what was read, and of what was not.
+class ReadStats:
+    """Counts of what was read and what was left out.
 
-    documents: read. empty: left out, since there was no text. unlearned: conversations left out, since their marks say
-    that nothing of them is learned. replaced: characters by file that stand for bytes that are not UTF-8. skipped: bad
-    lines by file (data.skip_bad_lines). unread: fields of conversations, and of their lines, that have no meaning here.
+    documents: those read. empty: documents without text. unlearned: conversations whose fields exclude everything from
+    training. replaced: characters by file that replace invalid UTF-8. skipped: bad lines by file
+    (data.skip_bad_lines). unread: fields of conversations and of their lines without a meaning for training.
     """
 
     documents: int = 0
@@ -26,7 +26,7 @@ class Tally:
     unread: Counter[str] = field(default_factory=Counter)
 
     def facts(self) -> dict[str, Any]:
-        """Its part of the manifest."""
+        """The counts as they appear in the manifest."""
         return {
             "empty_documents": self.empty,
             "unlearned_conversations": self.unlearned,
@@ -37,9 +37,9 @@ class Tally:
 
 
 def notes(manifest: Mapping[str, Any], files_read: int, left_out: Mapping[str, int]) -> list[str]:
-    """Lines on everything that the token files lack of what was given; none where that is nothing.
+    """Messages about all input that is not in the token files; empty if all of it is.
 
-    left_out: how many files of each suffix were not read, as `find_sources` counts them.
+    left_out: number of unread files by suffix, as counted by `find_sources`.
     """
     lines = []
     if left_out:
@@ -63,7 +63,7 @@ def notes(manifest: Mapping[str, Any], files_read: int, left_out: Mapping[str, i
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """The largest counts first.
+    """The counts with their names, largest first.
 
     >>> listed({".csv": 1, ".json.gz": 3})
     '3 .json.gz, 1 .csv'

@@ -1,4 +1,4 @@
-"""What a tokenizer.json and the files beside it say of added tokens: which are marks, which begin and end a text.
+"""Control tokens of a tokenizer.json and the files beside it: which they are, and which begin and end a text.
 
 Imports no torch.
 """
@@ -12,7 +12,7 @@ from dsv3_lightning.errors import ConfigError
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 
-# Added tokens that are marks by their look. V3 has <think> and FIM as not special, so that text could spell them.
+# Added tokens that look like control tokens. V3 doesn't mark <think> and FIM as special, so text could contain them.
 MARK = re.compile(r"<[^<>\s]+>|<[|｜].+[|｜]>|\[/?[A-Z][A-Z0-9_]*\]")
 FILES_WITH_NAMES = ("tokenizer_config.json", "special_tokens_map.json")  # of control tokens
 FILES_WITH_IDS = ("generation_config.json", "config.json")
@@ -28,7 +28,7 @@ def parse(serialized: str, file: Path = Path("tokenizer.json")) -> dict[str, Any
 
 
 def added_tokens(description: dict[str, Any]) -> list[dict[str, Any]]:
-    """Raises ConfigError where they are none."""
+    """The added tokens of a tokenizer.json. Raises ConfigError if the entry is malformed."""
     tokens = description.get("added_tokens") or []
     if not isinstance(tokens, list):
         raise ConfigError(f"added_tokens={shown(tokens)}: must be a list of objects")
@@ -39,12 +39,12 @@ def added_tokens(description: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_control(token: dict[str, Any]) -> bool:
-    """Whether an added token means something else than the text that it is written as."""
+    """Whether an added token is a control token rather than text."""
     return bool(token.get("special")) or MARK.fullmatch(token["content"]) is not None
 
 
 def absent(file: Path) -> str:
-    """What to say, and to do, where there is no tokenizer.json."""
+    """The message for a missing tokenizer.json, with what to do."""
     missing = f"{file}: No such file or directory"
     found = [name for name in OTHERS if file.with_name(name).is_file()]
     if found:
@@ -57,7 +57,7 @@ def absent(file: Path) -> str:
 def find_names(description: dict[str, Any], folder: Path) -> tuple[str, str, str]:
     """Names of the begin, end and padding tokens. Raises ConfigError if there is no end token.
 
-    Where no file names an end token, ids in generation_config.json or config.json count.
+    If no file names an end token, ids in generation_config.json or config.json are used.
     """
     vocabulary = description["model"].get("vocab")
     added = added_tokens(description)

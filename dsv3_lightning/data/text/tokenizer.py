@@ -1,8 +1,8 @@
 """Byte-level BPE with DeepSeek-V3's pre-tokenization and special tokens (V3 §4.1). Imports no torch.
 
-Text never turns into a control token: documents are encoded with every control token switched off, and the ids of begin
-and end are added as integers. Added tokens that are text, such as letters or runs of spaces, are found in it, as
-transformers does. Every string comes back unchanged: decode(encode(text)) == text.
+Text never becomes a control token: documents are encoded with all control tokens disabled, and the ids of begin and end
+are added as integers. Added tokens that are text, such as letters or runs of spaces, are matched in it, as in
+transformers. Every string round-trips: decode(encode(text)) == text.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, *FIM, USER, ASSISTANT, "<|EOT|>")  # ids 0, 1, 2, … when trained here
 
-# The three splits of V3's tokenizer.json, one after the other: digits by three, runs of Chinese and kana, and the rest:
-# a mark with letters, words with their space, punctuation with its newlines, newlines, other spaces.
+# The three splits of V3's tokenizer.json, applied in order: groups of three digits; runs of Chinese and kana; and the
+# rest: punctuation with letters, words with their space, punctuation with its newlines, newlines, other spaces.
 SPLITS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
-PIECE = 1 << 18  # characters that are encoded at a time: keeps a huge document linear in time, and feeds every core
+PIECE = 1 << 18  # characters encoded at a time: linear time for huge documents, and work for every core
 GROUP = 1 << 22  # characters per call of the library, whose result takes some 150 bytes per token
-SEAM = re.compile(r"\n(?=\w)|\w(?= \w)")  # after one of these SPLITS always begins a new token
+SEAM = re.compile(r"\n(?=\w)|\w(?= \w)")  # SPLITS always begins a new token after a match
 ENDLESS = re.compile(r"\w+|\s+|[^\w\s]+")
 # What lossy tokenizers change: spaces, case, line ends, accents, marks, control tokens.
 PROBE = " x  1234 Don't\r\n\te\u0301 é\ufeff\0 中文かな \U0001f469\u200d\U0001f680" + BOS
@@ -49,7 +49,7 @@ BYTES = {chr(byte): byte for byte in PRINTABLE} | {
 
 
 class Tokenizer:
-    """serialized: the text of a tokenizer.json. bos, eos, pad: names of its tokens. Raises ConfigError if lossy."""
+    """The tokenizer of a tokenizer.json's text. bos, eos, pad: names of its tokens. Raises ConfigError if lossy."""
 
     def __init__(self, serialized: str, bos: str = BOS, eos: str = EOS, pad: str = PAD) -> None:
         self.serialized, self.names = serialized, (bos, eos, pad)
@@ -59,27 +59,27 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         special = {token["content"] for token in added_tokens(description) if token.get("special")} | set(self.names)
         self.added = {index: token.content for index, token in added.items()}
-        self.control_ids = {index for index, token in added.items() if token.special}  # never found in a text
-        self.special_ids = {index for index, name in self.added.items() if name in special}  # what decoding may skip
+        self.control_ids = {index for index, token in added.items() if token.special}  # never matched in text
+        self.special_ids = {index for index, name in self.added.items() if name in special}  # skipped on request
         self.bytes_by_id: dict[int, bytes] = {}
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.ids = np.unique(np.fromiter(vocabulary.values(), dtype=np.int64, count=len(vocabulary)))
         self.bos_id, self.eos_id, self.pad_id = (vocabulary[name] for name in self.names)
-        self.end_ids = {self.eos_id}  # of what a model writes; one from elsewhere may have more
-        self.chat_template: str | None = None  # of a model from elsewhere, where it has one
-        self.vocab_size = int(self.ids[-1]) + 1  # ids may have gaps, so not their number
+        self.end_ids = {self.eos_id}  # tokens that end generation; imported models may have several
+        self.chat_template: str | None = None  # an imported model's, if it has one
+        self.vocab_size = int(self.ids[-1]) + 1  # not the number of ids, which may have gaps
         ids = self.encode(PROBE)
         plain = [index for index in ids if index not in self.added]  # the library garbles added letters such as ø
         if self.decode(ids) != PROBE or self.backend.decode(plain) != self.decode(plain):
             raise ConfigError("does not give every text back; use a byte-level BPE without normalizer or added spaces")
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the backend forgets when pickled that text is no control token
+    def __reduce__(self) -> tuple[Any, ...]:  # a pickled backend loses that text can't contain control tokens
         return Tokenizer, (self.serialized, *self.names)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder. Its end token is the one that tokenizer_config.json beside it
-        names, else V3's; begin and padding are those with V3's names, else that file's, else the end serves.
+        """Reads a tokenizer.json, or the one in a folder. The end token is that of the tokenizer_config.json beside it,
+        else V3's; begin and padding are the tokens with V3's names, else those of that file, else the end token.
 
         Raises ConfigError that names the file.
         """
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns merges until there are `vocab_size` entries, special tokens included, or nothing is left to merge."""
+        """Trains merges until there are `vocab_size` entries, special tokens included, or nothing is left to merge."""
         backend = Backend(models.BPE())
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -107,7 +107,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that nothing is ever unknown
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that nothing is unknown
             show_progress=False,
         )
         pieces = (piece for text in texts for piece in cut(text))
@@ -115,14 +115,14 @@ class Tokenizer:
         return cls(backend.to_str())
 
     def ending_with(self, end: str | None) -> "Tokenizer":
-        """The same with another end token, or itself for None (`data.end_token`). Raises ConfigError."""
+        """This tokenizer with another end token (`data.end_token`), or unchanged for None. Raises ConfigError."""
         if end is None:
             return self
         check_end(end, [self.added[index] for index in sorted(self.control_ids)])
         return Tokenizer(self.serialized, self.names[0], end, self.names[2])
 
     def save(self, folder: Path) -> dict[str, FileRecord]:
-        """Writes what `AutoTokenizer.from_pretrained(folder)` reads; the files by name."""
+        """Writes the files for `AutoTokenizer.from_pretrained(folder)`; returns them by name."""
         bos, eos, pad = self.names
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -135,7 +135,7 @@ class Tokenizer:
         return {name: write_file(folder / name, text) for name, text in files.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without begin and end; never a special token's."""
+        """Ids of the text without begin and end, and never those of control tokens."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
@@ -155,12 +155,12 @@ class Tokenizer:
             pieces = pieces[count:]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text; U+FFFD where the ids stop inside a character."""
+        """The text of the ids, with U+FFFD if they stop inside a character."""
         kept = [index for index in ids if not (skip_special_tokens and index in self.special_ids)]
         return b"".join(map(self.bytes_of, kept)).decode("utf-8", "replace")
 
     def bytes_of(self, token: int) -> bytes:
-        """What stands for one id in the text; of a control token its name, of an unused id nothing."""
+        """The bytes of one id in text: the name of a control token, nothing for an unused id."""
         if token not in self.bytes_by_id:
             name = self.added.get(token)
             self.bytes_by_id[token] = (
@@ -169,7 +169,7 @@ class Tokenizer:
         return self.bytes_by_id[token]
 
     def bytes_per_token(self) -> np.ndarray:
-        """Bytes of text behind each id, int64 [vocab_size]; 0 for control tokens and unused ids."""
+        """Number of bytes of text for each id, int64 [vocab_size]; 0 for control tokens and unused ids."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             sizes[index] = len(plain_bytes(token))
@@ -178,16 +178,16 @@ class Tokenizer:
         return sizes
 
     def text_tokens(self) -> list[str]:
-        """The added tokens that are found in a text."""
+        """The added tokens that are matched in text."""
         return sorted(name for index, name in self.added.items() if index not in self.control_ids)
 
     def ids_without_text(self, rows: int) -> list[int]:
-        """Of a model's ids 0 to rows - 1 those that no token has."""
+        """The ids from 0 to rows - 1 that have no token."""
         return np.setdiff1d(np.arange(rows), self.ids).tolist()
 
 
 def plain_bytes(name: str) -> bytes:
-    """The bytes that a byte-level BPE writes as one character each; as the library does, of another name its own."""
+    """The bytes that a byte-level BPE token's name encodes; for any other name its UTF-8 bytes, as the library does."""
     try:
         return bytes([BYTES[character] for character in name])
     except KeyError:
@@ -195,9 +195,9 @@ def plain_bytes(name: str) -> bytes:
 
 
 def backend_of(description: dict[str, Any], names: Sequence[str]) -> Backend:
-    """The library's tokenizer, so that it never cuts, pads or finds a control token in the text. Raises ConfigError.
+    """The library's tokenizer, set up to never truncate, pad or match a control token in text. Raises ConfigError.
 
-    names: further control tokens.
+    names: additional control tokens.
     """
     guarded = [token | {"special": is_control(token)} for token in added_tokens(description)]
     description = description | {"truncation": None, "padding": None, "added_tokens": guarded}
@@ -211,16 +211,16 @@ def backend_of(description: dict[str, Any], names: Sequence[str]) -> Backend:
 
 
 def check_end(end: str, known: Sequence[str]) -> None:
-    """Text can't hold a control token, so nothing but an end ever looks like one. Raises ConfigError."""
+    """Raises ConfigError unless the end is a control token, which encoded text never contains."""
     if end not in known:
         listed = " ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
         raise ConfigError(f"data.end_token={end}: the tokenizer has no such control token; it has {listed}")
 
 
 def without_endless_words(text: str, block: int = 1000) -> Iterator[str]:
-    """The text around whole blocks that hold letters alone, spaces alone or marks alone, such as a picture in base64.
+    """Yields the text without long runs of only letters, spaces or punctuation, such as an image in base64.
 
-    They teach nothing, and learning takes time quadratic in the length of a word.
+    They are useless for training a tokenizer, which takes time quadratic in the length of a word.
     """
     start = 0
     for here in range(0, len(text), block):
@@ -232,9 +232,9 @@ def without_endless_words(text: str, block: int = 1000) -> Iterator[str]:
 
 
 def cut(text: str, size: int = PIECE) -> list[str]:
-    """The text in pieces of at most `size` characters, in front of a line or a word if one begins in the last part.
+    """The text in pieces of at most `size` characters, cut before a line or word if one begins near the end.
 
-    There the tokens are those of the whole text; in the middle of an endless word they may differ, never the bytes.
+    Such cuts don't change the tokens. Cuts inside an endless word may, but never the bytes.
     """
     pieces, start = [], 0
     while len(text) - start > size:

@@ -8,7 +8,7 @@ import torch
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
 from dsv3_lightning.data.batches.packing import pack
-from dsv3_lightning.data.batches.sampling import Draw
+from dsv3_lightning.data.batches.sampling import MicroBatch
 
 PAD = 2
 
@@ -36,8 +36,8 @@ def dataset_of(
     return PackedDataset(file, index, length, depth, PAD, mask_ends, isolate, answers, per_token)  # type: ignore[arg-type]
 
 
-def draw(*samples: int) -> Draw:
-    return Draw(np.array(samples), np.array([11, 12]))
+def draw(*samples: int) -> MicroBatch:
+    return MicroBatch(np.array(samples), np.array([11, 12]))
 
 
 @pytest.mark.parametrize("talk", [False, True])
@@ -53,7 +53,7 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
     )
     ends = np.cumsum(lengths)
     chosen = rng.permutation(len(dataset))
-    batch = dataset[Draw(chosen, np.zeros(1 + depth, dtype=np.int64))]
+    batch = dataset[MicroBatch(chosen, np.zeros(1 + depth, dtype=np.int64))]
     assert batch["tokens"].shape == batch["mask"].shape == (len(chosen), length + 1 + depth)
     assert batch["targets"].shape == (len(chosen), 1 + depth, length)
     for row, sample in enumerate(chosen):
@@ -105,5 +105,5 @@ def test_no_sample_is_all_padding() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])  # D tokens, BOS and EOS included or not
 def test_documents_as_short_as_the_depth_work(size: int) -> None:
-    batch = dataset_of([size], 8, 2, False)[Draw(np.array([0]), np.zeros(3, dtype=np.int64))]
+    batch = dataset_of([size], 8, 2, False)[MicroBatch(np.array([0]), np.zeros(3, dtype=np.int64))]
     assert (batch["targets"] != -100).sum((0, 2)).tolist() == [size - 1, max(size - 2, 0), 0]

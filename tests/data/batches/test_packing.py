@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3_lightning.data.batches import packing
 from dsv3_lightning.data.batches.dataset import targets_of
-from dsv3_lightning.data.batches.packing import PackedIndex, barriers, best_fit_decreasing, pack
+from dsv3_lightning.data.batches.packing import PackedIndex, best_fit_decreasing, pack, segment_start
 
 LENGTHS = st.lists(st.one_of(st.integers(1, 12), st.integers(0, 70)), min_size=1, max_size=40)
 
@@ -23,7 +23,7 @@ def main_targets(index: PackedIndex, length: int, depth: int, mask_ends: bool) -
     """What the main head predicts over one epoch; a token stands for itself by its place in the file."""
     places = length + 1 + depth
     tokens, barrier = np.full((len(index), places), -1), np.full((len(index), places), places)
-    limits = barriers(index.continues, index.positions, mask_ends)
+    limits = segment_start(index.continues, index.positions, mask_ends)
     for sample in range(len(index)):
         for piece in range(index.samples[sample], index.samples[sample + 1]):
             first, size = index.positions[piece], index.lengths[piece]
@@ -82,7 +82,7 @@ def test_a_tail_is_not_predicted_from_another_document() -> None:
     # Sample 0 holds 0 1 2 9 10 11 -. The main head predicts 1 2, not 9 (3-10 did), 10 11. The second one, from two
     # before: 2; 9 and 10 lie behind the barrier; 11 from 9. With the barrier forgotten it would be 5 and 4.
     assert index.target_counts.tolist() == [[4, 2], [6, 6]]
-    assert barriers(index.continues, index.positions, False).tolist() == [0, 3, 0]
+    assert segment_start(index.continues, index.positions, False).tolist() == [0, 3, 0]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))

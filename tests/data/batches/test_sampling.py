@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsv3_lightning.data.batches.sampling import Draw, Layout, Order, TrainSampler, ValidationSampler, permutation
+from dsv3_lightning.data.batches.sampling import Layout, MicroBatch, Order, TrainSampler, ValidationSampler, permutation
 from dsv3_lightning.errors import ConfigError
 
 
@@ -12,7 +12,7 @@ def counts_of(samples: int) -> np.ndarray:
     return np.stack([2 ** np.arange(samples), 3 * 2 ** np.arange(samples)], 1)
 
 
-def draws(samples: int, batch_size: int, accumulate: int, ranks: int, rank: int, steps: range) -> list[Draw]:
+def draws(samples: int, batch_size: int, accumulate: int, ranks: int, rank: int, steps: range) -> list[MicroBatch]:
     layout = Layout(batch_size, accumulate, ranks, rank)
     first = {"first_step": steps.start, "first_sample": steps.start * batch_size}
     return list(TrainSampler(counts_of(samples), layout, 5, steps.stop, **first))

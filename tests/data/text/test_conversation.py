@@ -13,7 +13,7 @@ import pytest
 
 from dsv3_lightning.data.batches.dataset import IGNORE
 from dsv3_lightning.data.batches.module import TextDataModule
-from dsv3_lightning.data.batches.sampling import Draw
+from dsv3_lightning.data.batches.sampling import MicroBatch
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import ROLES, conversation
 from dsv3_lightning.data.text.corpus import read_documents
@@ -21,7 +21,7 @@ from dsv3_lightning.data.text.messages import parse
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.sources import find_sources
 from dsv3_lightning.data.text.store import TokenFile, read_manifest
-from dsv3_lightning.data.text.tally import Tally
+from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER, Tokenizer
 from dsv3_lightning.data.text.tokenizer import BOS as BEGIN
 from dsv3_lightning.data.text.tokenizer import EOS as END
@@ -86,7 +86,7 @@ def test_every_token_of_an_answer_is_a_target_once_and_nothing_else_is(config: D
         dataset = module._datasets[split]
         bounds, ids = dataset.file.answers(), dataset.file.tokens.tolist()
         learned = sorted(token for begin, end in bounds.reshape(-1, 2) for token in ids[begin:end])
-        batch = dataset[Draw(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
+        batch = dataset[MicroBatch(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
         assert np.array_equal(dataset.index.target_counts, (batch["targets"] != IGNORE).sum(2))
         for k in range(3):
             targets = batch["targets"][:, k]
@@ -244,10 +244,10 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
     lines = [{"messages": talk("q", "a"), "weight": 0}, {"messages": talk("q", "b"), "train": True}]
     lines.append({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c", "weight": 0}]})
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tally = Tally()
-    found = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages", tally))
+    stats = ReadStats()
+    found = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages", stats))
     assert [[message.text for message in document] for document in found] == [["q", "b"]]
-    assert tally == Tally(documents=1, unlearned=2)
+    assert stats == ReadStats(documents=1, unlearned=2)
 
 
 @pytest.mark.parametrize(

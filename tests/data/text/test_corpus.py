@@ -13,7 +13,7 @@ import zstandard
 
 from dsv3_lightning.data.text.corpus import read_documents, split_lines
 from dsv3_lightning.data.text.sources import find_sources, main_origins
-from dsv3_lightning.data.text.tally import Tally, notes
+from dsv3_lightning.data.text.tally import ReadStats, notes
 from dsv3_lightning.errors import ConfigError
 
 TEXTS = ["one\r\ntwo\r\n", "数据 🙂", '\ttabs \\ "quotes" \u2028 line separator', "x" * 3_000_000]
@@ -22,8 +22,8 @@ TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 NOISE = [os.urandom(500).hex() for _ in range(1000)]
 
 
-def read(*paths: Path, text_key: str = "text", tally: Tally | None = None) -> list[str]:
-    return list(read_documents(find_sources([str(path) for path in paths]), text_key, tally))
+def read(*paths: Path, text_key: str = "text", stats: ReadStats | None = None) -> list[str]:
+    return list(read_documents(find_sources([str(path) for path in paths]), text_key, stats))
 
 
 def jsonl(texts: list[str], key: str = "text") -> bytes:
@@ -63,12 +63,12 @@ def test_odd_texts_are_counted(tmp_path: Path) -> None:
         '{"text": "\\ud83d!"}\n\n  \n{"text": ""}\n{"text": null}\n'
     )  # half a surrogate pair
     (tmp_path / "latin.txt").write_bytes("Größe \ufffd".encode() + "naïve Käse".encode("latin-1"))
-    tally = Tally()
-    texts = read(tmp_path, tally=tally)
+    stats = ReadStats()
+    texts = read(tmp_path, stats=stats)
     assert texts == ["a\ufffd\ufffdb", "\ufffd!", "Größe \ufffdna\ufffdve K\ufffdse"]
     replaced = {"bad.txt": 2, "half.jsonl": 1, "latin.txt": 2}  # one of latin.txt's was there before
-    assert tally == Tally(documents=3, empty=4, replaced=Counter(replaced))
-    assert notes(tally.facts(), 5, {}) == [
+    assert stats == ReadStats(documents=3, empty=4, replaced=Counter(replaced))
+    assert notes(stats.facts(), 5, {}) == [
         "data.paths: left out: 4 documents without text",
         "data.paths: not UTF-8: U+FFFD stands for 5 characters: 2 in bad.txt, 2 in latin.txt, 1 in half.jsonl",
     ]
@@ -90,7 +90,7 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
     assert [source.name for source in find_sources([str(tmp_path)], left_out)] == ["a.txt", "d/B.JSONL"]
     kinds = {".csv": 2, ".json.gz": 1, "without a suffix": 1, ".rst": 1, "of no regular kind": 1}
     assert left_out == {**kinds, "hidden": 2}
-    assert notes(Tally().facts(), 2, left_out) == [
+    assert notes(ReadStats().facts(), 2, left_out) == [
         "data.paths: read 2 of 8 files; not read: 2 .csv, 1 .json.gz, 1 .rst, 1 of no regular kind, 1 without a suffix"
         "; 2 hidden files or folders left out"
     ]
@@ -136,10 +136,10 @@ def test_all_bad_lines_of_a_file_are_told_at_once_and_skipped_on_demand(tmp_path
     assert "; line 4: no text under data.text_key=text" in told and told.endswith(
         "skip_bad_lines=true leaves bad lines out"
     )
-    tally = Tally()
-    assert list(read_documents(find_sources([str(path)]), "text", tally, skip_bad_lines=True)) == ["a", "b"]
-    assert tally == Tally(documents=2, empty=1, skipped=Counter({"x.jsonl": 4}))
-    assert "data.paths: left out (data.skip_bad_lines): 4 bad lines: 4 in x.jsonl" in notes(tally.facts(), 1, {})
+    stats = ReadStats()
+    assert list(read_documents(find_sources([str(path)]), "text", stats, skip_bad_lines=True)) == ["a", "b"]
+    assert stats == ReadStats(documents=2, empty=1, skipped=Counter({"x.jsonl": 4}))
+    assert "data.paths: left out (data.skip_bad_lines): 4 bad lines: 4 in x.jsonl" in notes(stats.facts(), 1, {})
     path.write_text('{"text": 5}\n' * 1000)
     with pytest.raises(ConfigError, match="lines 1, 2, .*, 10: text=5: .* [(]the rest of the file was not read[)];"):
         read(path)
