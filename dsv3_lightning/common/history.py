@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def scalar_history(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """All curves of a run from its event files, over all its lives: {tag: (steps, values)}."""
+    """All curves of a run from its event files, over all its sessions: {tag: (steps, values)}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

@@ -8,8 +8,8 @@ Loops = dict[str, Any]
 def loops_at(loops: Loops, step: int, micro_batches: int, validate_first: bool) -> Loops:
     """A checkpoint's `loops`, as a run with `micro_batches` per step has them between `step` and the next.
 
-    Lightning counts micro-batches, whose number per step may change between two lives of a run; what it counts in steps
-    stays. A run is one epoch, in which the loop is made to stand.
+    Lightning counts micro-batches, whose number per step may change between two sessions of a run; what it counts
+    in steps stays. A run is one epoch, in which the loop is made to stand.
     validate_first: whether the validation after `step` is yet to be made; the loop then takes it for interrupted.
     """
     done = step * micro_batches

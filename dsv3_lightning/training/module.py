@@ -201,7 +201,9 @@ class PretrainModule(pl.LightningModule):
         """What the settings say of the optimizer holds from the first step on, whatever a checkpoint says."""
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
-        publish(self.trainer, self.scalars)  # those of earlier lives: a monitored one may not be logged again for long
+        publish(
+            self.trainer, self.scalars
+        )  # those of earlier sessions: a monitored one may not be logged again for long
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:

@@ -31,7 +31,7 @@ def resumable_files(folder: Path) -> list[Path]:
     """All checkpoints that a run can go on from, newest first; of two of one step the regular one comes first.
 
     A best checkpoint holds the whole state, too. The regular one of its step was saved before that step's validation,
-    which the next life makes again, so that every callback sees it once.
+    which the next session makes again, so that every callback sees it once.
     """
     best = [path for _, path in best_files(folder)]
     return sorted([*step_files(folder), *best], key=lambda path: (step_in(path), path.name.startswith("step")))[::-1]
