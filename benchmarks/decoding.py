@@ -1,11 +1,11 @@
-"""Decoding speed of a run's model, one text: plain, with MTP guesses, and transformers with the same weights.
+"""Decoding speed of a run's model, one text: plain, with MTP drafts, and transformers with the same weights.
 
 python benchmarks/decoding.py runs/laptop [--tokens 100] [--pairs 5] [--threads 1] [--temperature 0]
 
-Time is what the one thread has of its core, so that waiting for others on the machine doesn't count; with more
-threads it is the clock's. All ways take turns, pair by pair, on the same prompts; what is shown is the median of the
-ratios within pairs, and the median speed of each. Then what a guess and the verifying pass of two tokens cost, in
-passes of one token: guesses save time if more tokens come out of a round than passes go in.
+With one thread, time is CPU time, so waiting for other processes doesn't count; with more it is wall-clock time. All
+ways take turns, pair by pair, on the same prompts. Printed are the median speed of each way and the median of the
+ratios within pairs, then the cost of a draft and of the pass that verifies two tokens, in passes of one token: drafting
+saves time if a round produces more tokens than it costs passes.
 """
 
 import argparse
@@ -46,15 +46,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         export.run(Path(arguments.run), Path(folder) / "out", "float32", False, 5.0)
         theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "out").eval()
-        kept = drafted = 0
+        accepted = drafted = 0
 
         def plain(prompt: list[int]) -> list[int]:
             return decode(model, [prompt], arguments.tokens, sampling, set(), 0)[0]
 
-        def guessing(prompt: list[int]) -> list[int]:
-            nonlocal kept, drafted
+        def drafting(prompt: list[int]) -> list[int]:
+            nonlocal accepted, drafted
             text, counts = speculate(model, prompt, arguments.tokens, sampling, set(), 0, 1)
-            kept, drafted = kept + counts.kept[0], drafted + counts.drafted[0]
+            accepted, drafted = accepted + counts.accepted[0], drafted + counts.drafted[0]
             return text
 
         def transformers(prompt: list[int]) -> list[int]:
@@ -67,7 +67,7 @@ def main() -> None:
 
         ways: dict[str, Callable[[list[int]], list[int]]] = {"plain": plain}
         if model.config.mtp_depth:
-            ways["with guesses"] = guessing
+            ways["with drafts"] = drafting
         ways["transformers"] = transformers
         for prompt in prompts:  # warm-up, and they agree
             texts = {name: way(prompt) for name, way in ways.items()}
@@ -84,14 +84,15 @@ def main() -> None:
         ratio = statistics.median(value / base for value, base in zip(values, speeds["plain"]))
         print(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} |")
     if drafted:
-        guess, two = costs(model, prompts[0], clock)
-        print(f"\nguesses kept: {kept / drafted:.1%} of {drafted}; a round gives {1 + kept / drafted:.2f} tokens")
-        print(f"and costs {two:.2f} passes for two tokens at once and {guess:.2f} for the guess")
+        draft, two = costs(model, prompts[0], clock)
+        share = accepted / drafted
+        print(f"\ndrafts accepted: {share:.1%} of {drafted}; a round gives {1 + share:.2f} tokens")
+        print(f"and costs {two:.2f} passes for two tokens at once and {draft:.2f} for the draft")
 
 
 @torch.inference_mode()
 def costs(model: Transformer, prompt: list[int], clock: Callable[[], float]) -> tuple[float, float]:
-    """Of a guess, and of a pass of two tokens with their logits, over that of a pass of one; medians of 100."""
+    """Costs of a draft and of a pass of two tokens with logits, in passes of one token: medians of 100."""
     decoder = Decoder(model, 1, len(prompt) + 4, 1)
     h_1TD, last = decoder.extend(torch.tensor([prompt])), torch.tensor([prompt[-1:]])
     decoder.extend_mtp(1, h_1TD, torch.tensor([[*prompt[1:], prompt[-1]]]), only_last=True)
@@ -101,19 +102,19 @@ def costs(model: Transformer, prompt: list[int], clock: Callable[[], float]) -> 
         decoder.logits(decoder.extend(new)).argmax(-1).tolist()
         decoder.lengths[0] -= tokens
 
-    def guess() -> None:
+    def draft() -> None:
         h_11D = decoder.extend_mtp(1, h_1TD[:, -1:], last, only_last=True)
         decoder.logits(h_11D, 1).argmax(-1).tolist()
         decoder.mtp_lengths[0][0] -= 1
 
     times: list[list[float]] = [[], [], []]
     for _ in range(100):
-        for taken, work in zip(times, (lambda: verify(1), guess, lambda: verify(2))):
+        for taken, work in zip(times, (lambda: verify(1), draft, lambda: verify(2))):
             start = clock()
             work()
             taken.append(clock() - start)
-    one, of_guess, two = map(statistics.median, times)
-    return of_guess / one, two / one
+    one, of_draft, two = map(statistics.median, times)
+    return of_draft / one, two / one
 
 
 if __name__ == "__main__":

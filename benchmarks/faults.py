@@ -1,9 +1,9 @@
-"""A run whose ranks are killed at random, again and again, beside one that is left alone: the same weights in the end.
+"""Fault injection: a run whose ranks are killed at random must end with the weights of an undisturbed run.
 
 python benchmarks/faults.py [--kills 5] [--ranks 4] [--seed 0]
 
-Under `torchrun --max-restarts`, with expert parallelism and checkpoints of shards every 5 steps. A kill is a SIGKILL of
-one rank, 0 to 10 seconds after the run has made a step since the one before.
+Runs under `torchrun --max-restarts` with expert parallelism and sharded checkpoints every 5 steps. Each kill sends
+SIGKILL to one rank, 0 to 10 seconds after the first step since the previous kill.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def start(name: str, arguments: argparse.Namespace, folder: Path) -> subprocess.
 
 
 def kill_now_and_then(process: subprocess.Popen, log: Path, arguments: argparse.Namespace) -> int:
-    """How many ranks were killed before the run ended."""
+    """Kills ranks until the run ends; returns the number of kills."""
     chance = random.Random(arguments.seed)
     for number in range(arguments.kills):
         seen = len(log.read_text())

@@ -1,10 +1,10 @@
-"""Damaged Hugging Face folders through `dsv3 import`: exit 0, or 2 with one line, and nothing left behind.
+"""Fuzzing of `dsv3 import` with damaged folders: it must exit with 0, or with 2 and one line, and leave nothing behind.
 
     python benchmarks/import_mutations.py --count 300 --seed 0
 
-Each mutation changes a small folder in one place: a value or key of its JSON files, or the bytes of any file. All go
-through the command's `main` in this process. What breaks the rule is printed with its number, by which `--first N
---count 1` repeats it.
+Each mutation changes a small folder in one place: a value or key of its JSON files, or the bytes of any file. All are
+imported by the command's `main` in this process. Failures are printed with their numbers; `--first N --count 1` repeats
+one.
 """
 
 import argparse
@@ -42,11 +42,11 @@ STRANGE: tuple[Any, ...] = (
     "../x", "\0", "ø" * 100, [], {}, [None], [[]], {"content": 3}, [1, 2], {"a": {"b": []}},
 )  # fmt: skip
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
-SECONDS = 30  # until a mutation counts as hanging
+SECONDS = 30  # after which a mutation counts as hanging
 
 
 def make_folder(folder: Path) -> None:
-    """A small model with MTP and YaRN in several files, with its tokenizer."""
+    """Writes a small model with MTP and YaRN in several files, with its tokenizer."""
     tokenizer = Tokenizer.train(["some plain words, 12 34"] * 3, 290)
     yarn = Yarn(factor=4, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
     config = ModelConfig(vocab_size=tokenizer.vocab_size + 30, rope_scaling=yarn, **SHAPE)
@@ -60,14 +60,14 @@ def make_folder(folder: Path) -> None:
 
 
 def mutate(folder: Path, chance: random.Random) -> str:
-    """Changes one thing; what, in words."""
+    """Applies one mutation; returns its description."""
     if chance.random() < 0.75:
         return mutate_json(chance.choice(sorted(folder.glob("*.json"))), chance)
     return mutate_bytes(chance.choice(sorted(folder.iterdir())), chance)
 
 
 def mutate_json(file: Path, chance: random.Random) -> str:
-    """Replaces, removes, adds or wraps a value anywhere in the file, config.json's own fields as often as deep ones."""
+    """Replaces, removes, adds or wraps a value anywhere in the file, at the top level as often as deeper."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if chance.random() < 0.03:
         content, what = chance.choice(STRANGE), "everything"
@@ -93,7 +93,7 @@ def mutate_json(file: Path, chance: random.Random) -> str:
 
 
 def places(node: Any, depth: int) -> list[tuple[Any, Any]]:
-    """Every container and key down to a depth."""
+    """All pairs of container and key, down to a depth."""
     keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else []
     found = [(node, key) for key in keys]
     return found + [place for key in keys if depth > 1 for place in places(node[key], depth - 1)]
@@ -126,14 +126,14 @@ def mutate_bytes(file: Path, chance: random.Random) -> str:
 
 
 def judge(folder: Path) -> str | None:
-    """What is wrong with how an import of the folder ended; None where nothing is."""
+    """Imports the folder; returns what was wrong with the outcome, or None."""
     before = sorted(folder.parent.iterdir())
     target = folder.parent / "written.yaml"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), alarm():
         try:
             code = main(["import", str(folder), "--out", str(target)])
-        except BaseException:  # also what a library panics with
+        except BaseException:  # also panics of native libraries
             return traceback.format_exc(limit=-4)
     said = err.getvalue()
     if code == 0:
@@ -161,7 +161,7 @@ def alarm() -> Iterator[None]:
 
 
 def run(count: int, seed: int, first: int, verbose: bool = False) -> list[str]:
-    """The faults found."""
+    """Tests mutations; returns the failures."""
     faults = []
     with tempfile.TemporaryDirectory() as base:
         sound, folder = Path(base) / "sound", Path(base) / "work" / "hf"

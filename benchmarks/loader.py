@@ -1,8 +1,8 @@
-"""How fast the loader alone is: tokens per second of finished training batches, with nothing that uses them.
+"""Data loading speed: tokens per second of training batches without a training step.
 
-Writes a token file of random ids with log-normal document lengths into a temporary folder, packs it, and draws batches
-in the training order for some seconds, several times, on one thread. A token is one of the T positions that the model
-reads; gathering, padding, targets of all heads and counts are included, and the file is in the page cache.
+Writes random tokens with log-normal document lengths into a temporary folder, packs them, and loads batches in the
+training order for some seconds, several times, on one thread. Tokens are the T positions that the model reads;
+gathering, padding, targets of all heads and counts are included, and the file is in the page cache.
 
     python benchmarks/loader.py --sequence-length 4096 --batch-size 4 --workers 2
 """
@@ -61,7 +61,7 @@ def write_random_tokens(folder: Path, documents: int, median: int, vocab_size: i
 
 
 def measure(dataset: PackedDataset, arguments: argparse.Namespace) -> float:
-    """Tokens per second, from the second batch on, so that starting processes isn't counted."""
+    """Tokens per second from the second batch on, so the start of processes isn't included."""
     sampler = TrainSampler(dataset.index.target_counts, Layout(arguments.batch_size), seed=0, max_steps=1_000_000)
     batches = iter(Loader(dataset, sampler, arguments.workers))
     next(batches)

@@ -1,9 +1,9 @@
-"""Peak memory of a rank on 1, 2 and 4 processes: planned, counted by a dry run, and measured.
+"""Peak memory per rank on 1, 2 and 4 processes: planned, counted by a dry run, and measured.
 
 python benchmarks/memory.py
 
-A model of 64M parameters in fp32 under `fsdp2`, three steps of 8 samples over all ranks. Measured is what a process
-holds at its most (VmHWM) above what it held before the weights were made. Linux only.
+A model of 64M parameters in fp32 under `fsdp2`, three steps of 8 samples over all ranks. The measured
+value is a process's peak (VmHWM) minus its memory before the weights were made. Linux only.
 """
 
 import os
@@ -36,10 +36,10 @@ QUIET = ("callbacks={sample_text: null, router_monitor: null, router_probe: null
 
 
 class Peak(Callback):
-    """Prints what the process came to hold from its `setup` to the end of training, in bytes."""
+    """Prints the peak memory of the process from `setup` to the end of training, minus that before, in bytes."""
 
     def setup(self, trainer, pl_module, stage):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         self.before = status("VmRSS")
 
     def on_train_end(self, trainer, pl_module):
@@ -47,17 +47,17 @@ class Peak(Callback):
 
 
 def status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """A value of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def measured(ranks: int, folder: str) -> int:
-    """The most of any rank."""
+    """The maximum peak over ranks, in bytes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
                "dsv3_lightning", "run", "nano", *MODEL, *QUIET, f"trainer.devices={ranks}", f"run.dir={folder}",
                f"run.name=on{ranks}"]  # fmt: skip
-    # Freed memory goes back at once, so that what is held is what is used.
+    # Freed memory is returned at once, so resident memory is what is in use.
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
                    "MALLOC_TRIM_THRESHOLD_": "0"}  # fmt: skip
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=folder)

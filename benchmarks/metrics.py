@@ -1,9 +1,9 @@
-"""What the router's metrics cost: the laptop run with every other window of ten steps not measured.
+"""Overhead of router metrics: a laptop run in which RouterMonitor is off in every other window of ten steps.
 
 Run: python benchmarks/metrics.py [--windows 24] [--threads N]
 
-The windows with and without RouterMonitor lie beside each other in one run, so that a machine that others use slows
-both. A window is as long as trainer.log_every_n_steps: it has one log with all statistics in it.
+Windows with and without RouterMonitor alternate within one run, so other load on the machine slows both. A window has
+trainer.log_every_n_steps steps, so it includes one log of all statistics.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WINDOW = 10
 
 
 class Switched(callbacks.RouterMonitor):
-    """A RouterMonitor that sleeps in every other window."""
+    """A RouterMonitor that is off in every other window."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -45,7 +45,7 @@ class Switched(callbacks.RouterMonitor):
 
 
 class Clock(Callback):
-    """The time at which each step ends."""
+    """Records the time at which each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

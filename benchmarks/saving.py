@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint of shards, beside one copy of the same tensors and the whole write.
+"""Stall of training for a sharded checkpoint, compared with a copy of the same tensors and with the full write.
 
 python benchmarks/saving.py [--ranks 2] [--megabytes 500] [--tensors 200] [--pairs 5]
 
-Every rank holds as many bytes, in tensors of equal size, as weights and AdamW's two moments would be. Copies and saves
-take turns; shown are medians over the pairs, on the slowest rank.
+Every rank holds the given bytes in tensors of equal size, like weights and AdamW's two moments. Copies and saves
+alternate; printed are medians over the pairs, on the slowest rank.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def measure(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Seconds, of the slowest rank."""
+    """Seconds that `work` takes on the slowest rank."""
     dist.barrier()
     start = time.perf_counter()
     work()

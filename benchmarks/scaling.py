@@ -1,10 +1,10 @@
-"""Tokens per second on 1 and 2 processes under DDP, FSDP2 and expert parallelism, and what of a step is communication.
+"""Tokens per second on 1 and 2 processes with DDP, FSDP2 and expert parallelism, and the share of communication.
 
 python benchmarks/scaling.py [--steps 6] [--samples 2]
 
-Each process computes on one thread, on samples of its own, over gloo. The share of communication is what a step gets
-faster by when collectives do nothing (torch's `fake` backend), with as many processes beside it. The last row sends
-every slot to all ranks, which keep their experts' ones: what expert parallelism would be without all-to-all.
+Each process computes on one thread, on different samples, over gloo. The share of communication is the time that a step
+saves when collectives do nothing (torch's `fake` backend), with as many processes running. The last row sends every
+routed token to all ranks, which keep those of their experts: expert parallelism without all-to-all.
 """
 
 import argparse
@@ -41,8 +41,8 @@ WAYS = ("ddp", "fsdp2", "fsdp2_ep", "all-gather")
 
 
 class Gathered(NamedTuple):
-    """x_WRD of all W ranks, padded to R routed tokens each, and their counts_WE; this rank's tokens are sorted by
-    order_R. index_R: those of this rank's experts, among all, sorted by expert."""
+    """Routed tokens x_WRD of all W ranks, padded to R each, and their counts_WE. order_R sorts this rank's tokens.
+    index_R: indices of the tokens for this rank's experts, sorted by expert."""
 
     x_WRD: Tensor
     counts_WE: Tensor
@@ -52,7 +52,7 @@ class Gathered(NamedTuple):
 
 
 class AllGather:
-    """A dispatcher that sends all routed tokens to every rank, which computes its experts; results are added up."""
+    """A dispatcher that sends all routed tokens to every rank, which computes its experts; the results are summed."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
         self.group, self.num_experts = group, num_experts
@@ -88,7 +88,7 @@ class AllGather:
 
 
 class Model(nn.Module):
-    """The mean loss as a module's forward pass, which is what DDP wraps."""
+    """A module whose forward pass returns the mean loss, since DDP wraps only `forward`."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def build(way: str, ranks: int, pretended: bool) -> tuple[nn.Module, Any]:
 
 
 def rank_seconds(way: str, ranks: int, pretended: bool, steps: int, samples: int) -> float:
-    """Seconds per step of one rank, the first two left out."""
+    """Seconds per step of one rank, without the first two steps."""
     torch.set_num_threads(1)
     if pretended:
         dist.init_process_group("fake", rank=int(os.environ["RANK"]), world_size=ranks, store=FakeStore())

@@ -1,9 +1,9 @@
-"""32 clients on a server for a minute: errors, mixed-up answers, memory, tokens per second.
+"""Load test of the server with 32 clients for a minute: errors, mixed-up answers, memory, tokens per second.
 
 python benchmarks/serving.py runs/laptop [--clients 32] [--seconds 60]
 
-Starts `dsv3 serve` in a process of its own. Each client asks for one of its own prompts again and again, greedy, every
-other time as a stream; the first answer of each is the one that all others must equal.
+Starts `dsv3 serve` as a separate process. Each client repeats greedy requests for its prompts, every other one as a
+stream; all answers to a prompt must equal the first.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""Memory of a long run on 1, 2 and 4 processes: 2,000 steps with every monitor on and a validation every 50.
+"""Leak test: memory of a run of 2,000 steps on 1, 2 and 4 processes, with all monitors and a validation every 50 steps.
 
 python benchmarks/soak.py [--ranks 1 2 4] [--steps 2000]
 
-What leaks for each step, a logged tensor that keeps its graph for one, shows as growth after the first quarter.
-Linux only.
+A leak per step, such as a logged tensor that keeps its graph, shows as growth after the first quarter. Linux only.
 """
 
 import argparse
@@ -31,7 +30,7 @@ RUN = (
 
 
 class Memory(Callback):
-    """Prints what a rank has in use after these steps, in bytes."""
+    """Prints the memory in use after the given steps, in bytes."""
 
     def __init__(self, steps: list[int]) -> None:
         self.steps = steps
@@ -42,7 +41,7 @@ class Memory(Callback):
 
 
 def memory_in_use() -> int:
-    """Resident bytes without what only waits to be freed or used again: garbage, and glibc's free lists."""
+    """Resident bytes after garbage collection and the release of glibc's free lists."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -50,7 +49,7 @@ def memory_in_use() -> int:
 
 
 def measured(ranks: int, steps: list[int], folder: str) -> dict[int, list[int]]:
-    """Bytes in use by step, of every rank."""
+    """Bytes in use by step, one value for each rank."""
     callback = f"callbacks.memory={{class_path: benchmarks.soak.Memory, init_args: {{steps: {steps}}}}}"
     strategy = "auto" if ranks == 1 else "{kind: fsdp2_ep, sharded_checkpoints: true}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",

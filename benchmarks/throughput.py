@@ -1,12 +1,12 @@
-"""Training speed on the `laptop` shape beside transformers' DeepseekV3, in one run.
+"""Training speed on the `laptop` shape, compared with transformers' DeepseekV3 in one run.
 
     python benchmarks/throughput.py [--rounds 8] [--batch-size 16] [--threads 2]
 
-A step is forward, backward and a fused AdamW step on random tokens, other ones than the step before; MTP is off, so
-that both do the same work. Each side may take any precision (fp32, bf16 autocast) and transformers any
-`experts_implementation`; the fastest of each is chosen first. Then rounds of (ours, products, theirs) alternate,
-so that a machine whose speed drifts is unfair to nobody. Printed are the medians: tokens/s, model FLOP/s as share of
-the matrix products' measured rate in the precision used, and the ratio of the two.
+A step is forward, backward and a fused AdamW step on new random tokens; MTP is off, so both do the same work. Each side
+may use any precision (fp32, bf16 autocast) and transformers any `experts_implementation`; the fastest of each is chosen
+first. Then rounds of (ours, matrix products, theirs) alternate, so a drift of the machine's speed affects all alike.
+Printed are medians: tokens/s, model FLOP/s as a share of the measured rate of matrix products in the same precision,
+and the ratio of the two speeds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.precision import measure_gemm
 
 CPU = torch.device("cpu")
-BATCHES = 16  # as in training, no step's experts get the same numbers of tokens as those of the one before
+BATCHES = 16  # as in training, the numbers of tokens per expert differ from step to step
 DTYPES = {"fp32": torch.float32, "bf16 autocast": torch.bfloat16}
 
 
@@ -79,7 +79,7 @@ class Side:
 
 
 def fastest(candidates: dict[str, tuple[Callable[[], None], torch.dtype]]) -> Side:
-    """The candidate with the lowest median of three steps, after two that warm it up."""
+    """The candidate with the lowest median of three steps, after two warm-up steps."""
     timed = []
     for name, (step, dtype) in candidates.items():
         step()

@@ -1,23 +1,24 @@
-"""The weight α of the balance losses over the run (V3 §4.2 keeps it constant)."""
+"""A schedule for the weight α of the balance losses (V3 §4.2 keeps it constant)."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.callbacks.settings import BalanceFactorSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
-from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class BalanceFactor(Callback):
     """Sets `pl_module.balance.scale`, a factor on every α, before each micro-batch.
 
     schedule: points [from, factor] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
-    Logs balance/factor, where there is a balance loss. No state: it follows from the step.
+    Logs balance/factor if the run has a balance loss. Stateless: the factor is computed from the step.
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 1.0),), by: str = "share") -> None:
-        check_schedule(schedule, by, "callbacks.balance_factor.schedule")
+        BalanceFactorSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
 
     @staticmethod

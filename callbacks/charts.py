@@ -1,9 +1,9 @@
-"""The charts of TensorBoard's custom scalars, in their order. What stands in them is declared beside what is logged.
+"""The charts of TensorBoard's custom scalars, in display order. Each class that logs declares the tags of its charts.
 
-A class that logs has `charts(tree, origins)`: {key of a chart here: tags}, for the settings `tree` of a run (to_tree's)
-and the number of `origins` of its validation text. A tag is a regular expression that must match from the tag's
-beginning. Several classes may add to one chart. Curves of training and of validation have charts of their own, since
-TensorBoard draws all curves of one run in one color.
+It does so in `charts(tree, origins)`, which returns {chart key from this file: tags} for a run's settings `tree` (from
+to_tree) and the number of `origins` of its validation text. A tag is a regular expression matched from the start of
+the tag. Several classes may add to one chart. Training and validation curves are in separate charts because
+TensorBoard draws all curves of one run in the same color.
 """
 
 Charts = dict[str, list[str]]

@@ -1,4 +1,4 @@
-"""Nothing is lost: a checkpoint every N steps, wherever a run stops, and the best by validation."""
+"""Checkpoints: every N steps, whenever a run stops, and the best by validation loss."""
 
 import math
 import os
@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.callbacks.settings import CheckpointSettings
 from dsv3_lightning.common.files import remove, whole
-from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.training.logging import is_last_micro_batch, latest_scalars, steps_done
@@ -29,28 +30,26 @@ GO_ON = "which is saved; the same command goes on from there"
 class Checkpoint(CheckpointBase):
     """Writes step=<n>.ckpt into <default_root_dir>/checkpoints, and last.ckpt, a link to the newest.
 
-    every_n_steps: optimizer steps between two. keep: how many of the newest stay. keep_best: how many stay of those
-    with the lowest validation loss, as best-step=<n>-loss=<x>.ckpt; a loss that is absent or not finite is no best one.
-    With strategy.sharded_checkpoints these are folders.
+    every_n_steps: optimizer steps between checkpoints. keep: number of newest checkpoints to keep. keep_best: number of
+    checkpoints with the lowest validation loss to keep, as best-step=<n>-loss=<x>.ckpt; a missing or non-finite loss
+    never counts. With strategy.sharded_checkpoints a checkpoint is a folder.
 
-    The folder itself is the record of what there is: a run that is killed at any moment has no state that disagrees.
-    Every stop is saved, and one line says why: the last step; the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (on any
-    rank), after the current step or validation; `trainer.max_time` and whatever else sets `trainer.should_stop`, after
-    the current step; in a run of one process also an exception, with the last step that is done. A second Ctrl-C ends
-    it at once.
-    A time limit holds for one start of the command.
-    Lightning runs checkpoint callbacks last, so what others change after a step is in the file.
+    The folder is the only record of its checkpoints, so a run killed at any moment leaves no state that disagrees.
+    Every stop writes a checkpoint and prints one line with the reason: after the last step; after the current step or
+    validation on the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (on any rank); after the current step when
+    `trainer.max_time` or anything else sets `trainer.should_stop`; and, in a run of one process, on an exception, with
+    the last completed step. A second Ctrl-C ends the run at once.
+    A time limit applies to one start of the command.
+    Lightning runs checkpoint callbacks last, so the file includes what other callbacks change after a step.
     """
 
     def __init__(self, every_n_steps: int = 100, keep: int = 2, keep_best: int = 1) -> None:
-        for name, value, least in (("every_n_steps", every_n_steps, 1), ("keep", keep, 1), ("keep_best", keep_best, 0)):
-            if value < least:
-                raise ConfigError(f"callbacks.checkpoint.{name}={value}: must be at least {least}")
+        CheckpointSettings(every_n_steps=every_n_steps, keep=keep, keep_best=keep_best)
         self.every_n_steps, self.keep, self.keep_best = every_n_steps, keep, keep_best
-        self.received = 0  # the signal that asks to stop
-        self.asked = False  # to stop in mid-step: that step is finished first
-        self.stopped_at: int | None = None  # the step that was saved since the run is to stop after it
-        self.done: int | None = None  # the last step that all callbacks have finished, if it can be saved
+        self.received = 0  # the signal that requested the stop
+        self.asked = False  # a stop was requested in the middle of a step, which is finished first
+        self.stopped_at: int | None = None  # the step after which the run stops, already saved
+        self.done: int | None = None  # the last step that all callbacks have completed, if it can be saved
         self.step_done = StepDone(self)
         self.handlers: dict[int, Any] = {}
         self.terminals: list[int] = []
@@ -71,7 +70,7 @@ class Checkpoint(CheckpointBase):
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == getattr(signal, "SIGHUP", None):
-            for handle in self.terminals:  # what is still written to a lost terminal would raise
+            for handle in self.terminals:  # writing to a terminal that is gone would raise
                 os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
         self.received = number
 
@@ -99,7 +98,7 @@ class Checkpoint(CheckpointBase):
         step, last = trainer.global_step, trainer.global_step >= trainer.max_steps
         stop = self.agreed(trainer)
         if stop or last or step % self.every_n_steps == 0:
-            self.done = None  # what fails to be saved isn't tried again
+            self.done = None  # a save that fails isn't retried
             self.save(trainer)
         if stop or last:
             self.stopped_at = step
@@ -109,7 +108,7 @@ class Checkpoint(CheckpointBase):
             raise_if_signal(stop, step)
 
     def agreed(self, trainer: Trainer) -> int:
-        """The signal by which, or ASKED where, the run is to stop now; 0 for going on. The same on all ranks."""
+        """The signal that stops the run now, ASKED for any other reason, or 0 to continue; the same on all ranks."""
         asked = trainer.should_stop and trainer.fit_loop._can_stop_early  # not before trainer.min_steps
         wanted = torch.tensor(ASKED if asked else self.received, device=trainer.strategy.root_device)
         stop = int(trainer.strategy.reduce(wanted, reduce_op="max"))
@@ -122,11 +121,11 @@ class Checkpoint(CheckpointBase):
 
     def write(self, trainer: Trainer, name: str) -> None:
         for logger in trainer.loggers:
-            logger.save()  # a resumed run must find every curve up to the step that it resumes from
+            logger.save()  # a resumed run needs every curve up to its first step
         trainer.save_checkpoint(checkpoint_folder(trainer) / name, weights_only=False)
 
     def settle(self, trainer: Trainer) -> None:
-        """Waits for what is written in the background, so that nothing is left to do."""
+        """Waits until all background writes have finished."""
         if isinstance(trainer.strategy, MeshStrategy):
             trainer.strategy.finish_saving()
         self.tidy(trainer, trainer.global_step)
@@ -140,7 +139,7 @@ class Checkpoint(CheckpointBase):
             print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the last step that is done, in a run of one process: of several, the others may be anywhere."""
+        """Saves the last completed step in a run of one process; with several, ranks may be at different steps."""
         if isinstance(exception, RunStopped | KeyboardInterrupt) or trainer.world_size > 1:
             return
         if self.done is not None and self.done == trainer.global_step and not getattr(pl_module, "updating", False):
@@ -158,10 +157,10 @@ class Checkpoint(CheckpointBase):
                 part.keep()
 
     def tidy(self, trainer: Trainer, step: int) -> None:
-        """Points last.ckpt to the newest that is wholly there, and removes what is too old or not among the best.
+        """Points last.ckpt to the newest complete checkpoint and removes those that are too old and not among the best.
 
-        Those of later steps are damaged, or the run was told to go on from an earlier one: they don't count, and stay
-        until this run has come as far.
+        Checkpoints of later steps are damaged, or the run was resumed from an earlier one. They don't count and stay
+        until this run reaches their step.
         """
         folder = checkpoint_folder(trainer)
         newest = step_files(folder, step)
@@ -192,17 +191,18 @@ class Checkpoint(CheckpointBase):
             return
         step, folder = steps_done(trainer), checkpoint_folder(trainer)
         best, path = best_files(folder), folder / best_name(step, loss)
-        if len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]:  # as it is written there
+        worse = len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]  # rounded as in the file name
+        if trainer.strategy.broadcast(worse):  # ranks may see the folder differently while a checkpoint is written
             return
         if trainer.state.fn == "fit":
             self.write(trainer, path.name)
-        elif trainer.is_global_zero and not path.exists():  # of a run that was stopped between last step and report
+        elif trainer.is_global_zero and not path.exists():  # the run was stopped between its last step and the report
             link(Path(str(trainer.ckpt_path)), path)
         self.tidy(trainer, step)
 
 
 class StepDone(Callback):
-    """Stands behind the callbacks whose state a checkpoint must hold and before those of others, which may fail."""
+    """Marks a step as completed, after the callbacks whose state is saved and before the user's, which may fail."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -215,7 +215,7 @@ class StepDone(Callback):
 
 
 def keepers(trainer: Trainer) -> list[Any]:
-    """The module and callbacks whose state a step changes before it is done: `take_back` gives that of `keep` back."""
+    """The module and callbacks that change state in mid-step; `take_back` restores what `keep` has stored."""
     parts = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
     return [part for part in parts if hasattr(part, "keep") and hasattr(part, "take_back")]
 
@@ -226,7 +226,7 @@ def raise_if_signal(stop: int, step: int) -> None:
 
 
 def who_stopped(trainer: Trainer) -> str:
-    """What has set trainer.should_stop, in words."""
+    """A description of what set trainer.should_stop."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
         left = callback.time_remaining() if isinstance(callback, Timer) else None
         if left is not None and left <= 0:
@@ -238,7 +238,7 @@ def who_stopped(trainer: Trainer) -> str:
 
 
 def link(path: Path, name: Path) -> None:
-    """A second name for a checkpoint, that stays when the first is removed."""
+    """Gives a checkpoint a second name, which remains when the first is removed."""
     with whole(name) as beside:
         if path.is_dir():
             shutil.copytree(path, beside, copy_function=os.link)

@@ -1,4 +1,4 @@
-"""How TensorBoard opens: curves grouped by question, and the run's settings in the HParams tab."""
+"""The TensorBoard layout: curves grouped by question, and the run's settings in the HParams tab."""
 
 import os
 from pathlib import Path
@@ -32,13 +32,13 @@ LOGGING: dict[str, Any] = {  # the callbacks that log, by their names in base.ya
     "weight_average": WeightAverage,
     "throughput": Throughput,
 }
-VARIED = (  # settings that the shipped experiments vary, or that tell models apart
+VARIED = (  # settings that the shipped experiments vary or that distinguish models
     "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.lr", "model.attention",
     "model.expert_bias_kind", "model.kv_lora_rank", "model.norm_topk_prob", "model.q_lora_rank", "model.qk_",
     "model.hidden_size", "model.moe_intermediate_size", "model.mtp_kind", "model.n_", "model.num_", "model.topk_group",
     "model.scoring_func", "model.v_head_dim",
 )  # fmt: skip
-ASIDE = (  # settings that say where, how often and how much is shown: nobody compares runs by them
+ASIDE = (  # settings for paths, intervals and the amount of output, by which nobody compares runs
     "callbacks.checkpoint", "callbacks.progress", "callbacks.router_monitor", "callbacks.run_report",
     "callbacks.sample_text", "callbacks.throughput", "data.cache_dir", "data.num_workers", "data.paths",
     "data.tokenizer", "data.vocab_size", "init_from", "run.", "trainer.accelerator", "trainer.devices",
@@ -48,9 +48,9 @@ ASIDE = (  # settings that say where, how often and how much is shown: nobody co
 
 
 def layout(tree: dict[str, Any], origins: int) -> Layout:
-    """{question: {chart: [kind, tags]}} for a run's settings: as many charts for 60 layers as for three.
+    """{question: {chart: [kind, tags]}} for a run's settings; the number of charts doesn't grow with the layers.
 
-    origins: of how many the validation text is. A chart is there where something that the run has logs its curves.
+    origins: number of origins of the validation text. Charts whose curves nothing in the run logs are left out.
     """
     declared = logged_tags(tree, origins)
     drawn = {
@@ -61,7 +61,7 @@ def layout(tree: dict[str, Any], origins: int) -> Layout:
 
 
 def logged_tags(tree: dict[str, Any], origins: int) -> Charts:
-    """{key of a chart: tags} of all that the run's module and callbacks log."""
+    """{chart key: tags} of everything that the run's module and callbacks log."""
     declared: Charts = {}
     sources = [PretrainModule, *(cls for name, cls in LOGGING.items() if tree["callbacks"].get(name) is not None)]
     for source in sources:
@@ -71,10 +71,10 @@ def logged_tags(tree: dict[str, Any], origins: int) -> Charts:
 
 
 class RunLogger(TensorBoardLogger):
-    """Event files straight in the run's folder. A resumed run purges what earlier lives logged after its step.
+    """A logger that writes event files directly into the run's folder and, on resume, purges what was logged later.
 
-    `purge_step` tells a dashboard that is open; `rewind` makes the files themselves agree with the checkpoint, which
-    was made before or after its step's validation."""
+    `purge_step` informs an open dashboard; `rewind` makes the files agree with the checkpoint, which was written
+    before or after the validation of its step."""
 
     def __init__(self, folder: str, resume_step: int | None) -> None:
         purge_step = None if resume_step is None else resume_step + 1
@@ -89,14 +89,14 @@ class RunLogger(TensorBoardLogger):
         self.experiment.flush()  # the base class would also write a hparams.yaml; config.yaml holds everything
 
     def position(self) -> dict[str, int]:
-        """{name of an event file: bytes written so far}, on the first rank: where the curves stand."""
+        """{name of an event file: bytes written so far}, on the first rank; empty on the others."""
         if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning hangs the rank on this function
             return {}
         self.save()
         return {path.name: path.stat().st_size for path in sorted(Path(self.log_dir).glob(EVENTS))}
 
     def rewind(self, position: dict[str, int]) -> None:
-        """Takes away what earlier lives logged after `position`, so that what is computed again isn't there twice."""
+        """Removes what was logged after `position`, so that recomputed steps don't appear twice."""
         if rank_zero_only.rank:  # type: ignore[attr-defined]
             return
         for path in self.earlier:
@@ -106,14 +106,14 @@ class RunLogger(TensorBoardLogger):
                 path.unlink()
 
     def describe(self, tree: dict[str, Any], origins: int, defaults: dict[str, Any]) -> None:
-        """Writes the layout and the HParams row: once per run, in its first life. defaults: what base.yaml holds."""
+        """Writes the layout and the HParams row once per run, at its first start. defaults: the values of base.yaml."""
         self.experiment.add_custom_scalars(layout(tree, origins))
         for summary in hparams_row(flatten(tree), flatten(defaults)):
             self.experiment.file_writer.add_summary(summary)
 
 
 def hparams_row(settings: dict[str, Any], defaults: dict[str, Any]) -> tuple[Summary, Summary, Summary]:
-    """What the HParams tab reads. TensorBoard puts settings that `differ` first, and within both parts goes by name."""
+    """The records of the HParams tab. TensorBoard lists settings that `differ` first, and each part by name."""
     experiment, start, end = hparams(settings, {"val/loss": 0.0, "val/bpb": 0.0})
     plugin = experiment.value[0].metadata.plugin_data
     content = metadata.parse_experiment_plugin_data(plugin.content)
@@ -124,15 +124,15 @@ def hparams_row(settings: dict[str, Any], defaults: dict[str, Any]) -> tuple[Sum
 
 
 def is_compared(key: str, value: Any, defaults: dict[str, Any]) -> bool:
-    """Whether people compare runs by this setting: experiments vary it, or it isn't what base.yaml says."""
+    """Whether people compare runs by this setting: experiments vary it, or it differs from base.yaml."""
     if key.startswith((*VARIED, *ASIDE)):
         return key.startswith(VARIED)
-    switched_off = any(other.startswith(f"{key}.") for other in defaults)  # a section that is null here
+    switched_off = any(other.startswith(f"{key}.") for other in defaults)  # a section set to null
     return switched_off or (key in defaults and value != defaults[key] and "${" not in str(defaults[key]))
 
 
 def flatten(tree: Any, key: str = "") -> dict[str, Any]:
-    """{dotted key: number, text or truth value}; lists and null as text."""
+    """{dotted key: number, text or bool}; lists and null become text."""
     if isinstance(tree, dict):
         return {
             path: value for name in tree for path, value in flatten(tree[name], f"{key}.{name}".lstrip(".")).items()

@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import ExpertBiasSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
-from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class Balanced(Protocol):
@@ -20,17 +20,17 @@ class Balanced(Protocol):
 
 
 class ExpertBias(Callback):
-    """b_i += speed · sign(mean c - c_i) for every router, after each optimizer step that was not skipped.
+    """Updates every router's b_i += speed · sign(mean c - c_i) after each optimizer step that was not skipped.
 
     speed: γ of the report (0.001); u in arXiv 2408.15664.
     schedule: points [from, factor on speed] or [at, factor, linear or cosine]; by: share (of the run), steps or tokens.
-        The report's is 1, then 0 for the last 3.4 %.
+        In the report: 1, then 0 for the last 3.4 %.
     rule: `sign`, or `proportional`: b_i += speed · (mean c - c_i) / mean c (arXiv 2408.15664 §4.3).
-    centered: takes the step's mean away, so that Σ b stays 0; no choice changes by that.
+    centered: subtracts the mean of the update, so that Σ b stays 0; this changes no routing decision.
 
     Reads outputs["expert_counts"] [L, E] int64: the micro-batch's tokens per expert, one row per module with an
-    `expert_bias`, in their order. The counts of a step's micro-batches and of all ranks are added up first.
-    Logs balance/bias_speed and balance/bias_absmax. The state is the buffers themselves, which the model saves.
+    `expert_bias`, in the model's order. The counts of a step's micro-batches and of all ranks are summed first.
+    Logs balance/bias_speed and balance/bias_absmax. The only state is the buffers, which the model saves.
     """
 
     def __init__(
@@ -41,9 +41,7 @@ class ExpertBias(Callback):
         rule: Literal["sign", "proportional"] = "sign",
         centered: bool = False,
     ) -> None:
-        if speed < 0:
-            raise ConfigError(f"callbacks.expert_bias.speed={speed}: must be at least 0")
-        check_schedule(schedule, by, "callbacks.expert_bias.schedule")
+        ExpertBiasSettings(speed=speed, schedule=schedule, by=by, rule=rule, centered=centered)
         self.speed, self.schedule, self.by, self.rule, self.centered = speed, schedule, by, rule, centered
         self.counts_LE: Tensor | int = 0
 
@@ -81,7 +79,7 @@ def routers_of(module: nn.Module) -> Iterator[Balanced]:
 def bias_step(counts_E: Tensor, speed: float, rule: str = "sign", centered: bool = False) -> Tensor:
     """speed · sign(mean c - c_i), or speed · (mean c - c_i) / mean c; fp32 [E], counts int64.
 
-    The difference is exact: E · c_i from the total, as integers. Nothing moves where nothing was routed.
+    The difference is exact: the total minus E · c_i, in integers. The step is 0 if no token was routed.
     """
     missing_E = counts_E.sum() - counts_E * counts_E.numel()
     step_E = torch.sign(missing_E).float() if rule == "sign" else missing_E.double() / counts_E.sum().clamp(min=1)

@@ -1,24 +1,25 @@
-"""The weight λ of the multi-token-prediction loss over the run (V3 §4.2: 0.3 for 10T tokens, then 0.1)."""
+"""A schedule for the weight λ of the multi-token-prediction loss (V3 §4.2: 0.3 for 10T tokens, then 0.1)."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
+from dsv3_lightning.callbacks.settings import MTPWeightSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
-from dsv3_lightning.training.schedule import Schedule, check_schedule, progress, value_at
+from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
 
 class MTPWeight(Callback):
-    """Sets `pl_module.mtp_weight` before each micro-batch, from the share of the run that lies behind.
+    """Sets `pl_module.mtp_weight` before each micro-batch from the progress of the run.
 
     schedule: points [from, λ] or [at, λ, linear or cosine]; by: share (of the run), steps or tokens.
-    Needs `pl_module.model` (a Transformer). Logs mtp/weight, where it has MTP modules. No state: it follows from the
-    step.
+    Needs `pl_module.model` (a Transformer). Logs mtp/weight if the model has MTP modules. Stateless: the weight is
+    computed from the step.
     """
 
     def __init__(self, schedule: Schedule = ((0.0, 0.3), (0.676, 0.1)), by: str = "share") -> None:
-        check_schedule(schedule, by, "callbacks.mtp_weight.schedule")
+        MTPWeightSettings(schedule=schedule, by=by)
         self.schedule, self.by = schedule, by
         self.weight = 0.0
 

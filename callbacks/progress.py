@@ -1,4 +1,4 @@
-"""The progress line: one per logged step, on a terminal and in a log file alike."""
+"""The progress line: one per logged step, the same on a terminal and in a log file."""
 
 import time
 from typing import Any

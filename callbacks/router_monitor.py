@@ -1,4 +1,4 @@
-"""How the load lies: MaxVio, percentiles, dead experts, bias; as scalars, histograms and maps of layers × experts."""
+"""The load of the experts: MaxVio, percentiles, dead experts, bias; as scalars, histograms and layer × expert maps."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.expert_bias import routers_of
+from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
-from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
@@ -18,26 +18,25 @@ from dsv3_lightning.training.router_metrics import load_statistics, relative_loa
 
 
 class RouterMonitor(Callback):
-    """Reads outputs["expert_counts"] [L, E] int64, in training and in validation.
+    """Logs how evenly the experts are loaded, from outputs["expert_counts"] [L, E] int64 of training and validation.
 
-    Logs, as means over layers and over the steps since the last log, with one all-reduce for everything:
-    balance/max_vio of the whole global batch, balance/max_vio_micro of a single micro-batch, and balance/max_vio_worst
-    of the worst layer, which a mean over sixty would hide; of the load of all those steps together balance/load_max,
+    Scalars are means over layers and over the steps since the last log, with one all-reduce for all of them:
+    balance/max_vio of the global batch, balance/max_vio_micro of a single micro-batch, and balance/max_vio_worst of
+    the worst layer, which a mean over sixty layers would hide; for the summed load of those steps balance/load_max,
     load_p95, load_p50, load_p5, load_min, load_cv, load_entropy, dead_experts and group_load_max (`load_statistics`);
-    balance/bias_spread (largest minus smallest bias) and balance/bias_mean, whose drift uncentered steps cause;
+    balance/bias_spread (largest minus smallest bias) and balance/bias_mean, which drifts if steps aren't centered;
     balance/router_grad_norm, before clipping.
-    After a validation, from counts over the whole set: balance/max_vio_global.
+    After a validation, balance/max_vio_global, from counts over the whole set.
     per_layer: also max_vio_layer_<l> and max_vio_global_layer_<l>, MoE layers numbered from 0, MTP modules last.
-    Every `every_n_steps`: maps and histograms of relative load and of the expert bias.
-    Saves the steps since the last log, summed over ranks, and the MaxVio of the last 50 steps.
+    Every `every_n_steps`, maps and histograms of relative load and of the expert bias.
+    The state is the steps since the last log, summed over ranks, and the MaxVio of the last 50 steps.
     """
 
     def __init__(self, every_n_steps: int = 100, per_layer: bool = False) -> None:
-        if every_n_steps < 1:
-            raise ConfigError(f"callbacks.router_monitor.every_n_steps={every_n_steps}: must be at least 1")
+        RouterMonitorSettings(every_n_steps=every_n_steps, per_layer=per_layer)
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self.step_counts: Tensor | int = 0
-        self.window: list[Tensor] = []  # a step's [L, E] each, since the last log
+        self.window: list[Tensor] = []  # [L, E] of each step since the last log
         self.micro_vio: Tensor | float = 0.0
         self.micro_batches = 0
         self.grad_norm: Tensor | None = None
@@ -69,11 +68,11 @@ class RouterMonitor(Callback):
         self.strategy = trainer.strategy
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank must ask: their windows are added up."""
+        """The state, summed over ranks; every rank must call this."""
         return {"window": self.summed_window() if self.window else None, "recent": self.recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The first rank takes the sums, whatever the number of ranks was; to the others' nothing has happened yet."""
+        """Loads the sums on the first rank and zeros on the others, so the number of ranks may have changed."""
         self.recent = state_dict["recent"]
         if state_dict["window"] is None:
             return
@@ -87,7 +86,7 @@ class RouterMonitor(Callback):
         self.kept = list(self.window), self.micro_vio, self.micro_batches
 
     def take_back(self) -> None:
-        """Forgets the micro-batches since `keep`."""
+        """Discards the micro-batches since `keep`."""
         self.window, self.micro_vio, self.micro_batches = self.kept
 
     def due(self, trainer: Trainer, step: int) -> bool:
@@ -138,9 +137,9 @@ class RouterMonitor(Callback):
             draw(trainer, "router/bias", bias_LE.cpu(), "expert bias", 0.0)
 
     def summed_window(self) -> tuple[Tensor, float, int]:
-        """Over all ranks: counts of the steps since the last log [S, L, E] int64, MaxVio of their micro-batches, number
-        of these."""
-        device = self.window[-1].device  # those before may be loaded ones
+        """Counts of the steps since the last log [S, L, E] int64, summed MaxVio of their micro-batches, and the number
+        of micro-batches, over all ranks."""
+        device = self.window[-1].device  # earlier ones may come from a checkpoint
         counts_by_step = torch.stack([counts_LE.to(device) for counts_LE in self.window])
         micro = torch.tensor([0.0, self.micro_batches], dtype=torch.float64, device=device)
         micro[0] += self.micro_vio
@@ -177,7 +176,7 @@ class RouterMonitor(Callback):
 def draw(
     trainer: Trainer, tag: str, values: Tensor, title: str, center: float, rows: str | list[str] = "MoE layer"
 ) -> None:
-    """A map of rows × experts and a histogram of its values, at this step."""
+    """Logs a map of rows × experts and a histogram of its values at this step."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             logger.experiment.add_figure(tag, heat_map(values, title, center, rows), steps_done(trainer))

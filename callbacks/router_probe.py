@@ -1,4 +1,4 @@
-"""How the choices are made, on validation text: margins, groups per token, experts that go together, or by origin."""
+"""Routing on validation text: margins, groups per token, coactivation of experts and specialization by origin."""
 
 from typing import Any
 
@@ -20,15 +20,15 @@ from dsv3_lightning.training.router_metrics import (
 
 
 class RouterProbe(Callback):
-    """Looks at the routers' outputs while a validation runs; training isn't touched and pays nothing.
+    """Measures the routers' outputs during validation; training is unaffected and costs nothing extra.
 
     Needs `pl_module.model` (a Transformer) and batches with `mask` [B, T + 1 + mtp_depth].
-    Where `trainer.datamodule.origins` names several, batches have `origins` of the same shape: numbers in that list.
-    Logs, as means over the MoE layers: balance/margin, how far the last chosen expert is above the first left out;
-    balance/groups_per_token, which the node limit bounds; balance/coactivation_max, how much oftener than by chance the
-    most attached pair of experts is chosen together; balance/specialization, how differently text of different origin
-    is routed. Draws router/coactivation of the layer that has that pair, and router/specialization, the relative load
-    by origin (V3 Figure 9), of the most specialized layer.
+    If `trainer.datamodule.origins` has several names, batches have `origins` of the same shape: indices into that list.
+    Logs, as means over the MoE layers: balance/margin, the score gap between the last chosen expert and the first one
+    left out; balance/groups_per_token, which the node limit bounds; balance/coactivation_max, how many times more often
+    than by chance the strongest pair of experts is chosen together; balance/specialization, how differently text of
+    different origin is routed. Draws router/coactivation of the layer with the strongest pair, and
+    router/specialization, the relative load by origin (V3 Figure 9), of the most specialized layer.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class RouterProbe(Callback):
 
 
 def place_of_largest(values: list[float | None]) -> int | None:
-    """Where the largest value stands; None where there is none.
+    """Index of the largest value; None if there is no value.
 
     >>> place_of_largest([1.0, None, 2.0]), place_of_largest([None])
     (2, None)
@@ -121,6 +121,6 @@ def place_of_largest(values: list[float | None]) -> int | None:
 
 
 def origins_of(trainer: Trainer) -> list[str]:
-    """The names behind the numbers in a batch's `origins`; one where the data has none."""
+    """The names that a batch's `origins` index; a single name if the data has no origins."""
     names: list[str] = getattr(trainer.datamodule, "origins", ["all"])  # type: ignore[attr-defined]
     return names

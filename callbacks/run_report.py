@@ -1,4 +1,4 @@
-"""report.md and report.json: what the run did, on one page, with its pictures and the next command."""
+"""report.md and report.json: the run's results on one page, with figures and the next command."""
 
 import platform
 import shlex
@@ -31,9 +31,9 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "tokenizers", "omegaconf", "te
 
 
 class RunReport(Callback):
-    """Writes the report into `trainer.default_root_dir` when a fit ends, or a validation of a finished run.
+    """Writes the report to `trainer.default_root_dir` after a fit, or after a validation of a finished run.
 
-    Units are SI, shares between 0 and 1, null is what was not measured. Saves the wall time of earlier lives.
+    Units are SI, shares are between 0 and 1, and null means not measured. The state is the wall time of earlier starts.
     """
 
     def __init__(self) -> None:
@@ -118,12 +118,12 @@ class RunReport(Callback):
 
 
 def find(trainer: Trainer, kind: type) -> Any | None:
-    """The run's callback of that class, if it has one."""
+    """The run's callback of this class, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
 def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias: bool, command: str) -> str:
-    """report.md: the numbers that matter first, each with its meaning."""
+    """The text of report.md, with the most important numbers first, each explained."""
 
     def show(value: Any, form: str = "{:.3f}") -> str:
         if isinstance(value, list):
@@ -163,7 +163,7 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
 
 
 def next_command(folder: Path, prompts: list[str], conversations: bool) -> str:
-    """What to do with the model: what it was trained on says whether to talk with it or to let it continue."""
+    """The command to try the model: `chat` if it was trained on conversations, else `generate`."""
     name = shlex.quote(str(folder))
     if conversations:
         return f"`dsv3 chat {name}` talks with it"

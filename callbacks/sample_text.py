@@ -1,4 +1,4 @@
-"""What the model writes: fixed prompts, continued every N steps, on the terminal and as TensorBoard text."""
+"""Text samples: fixed prompts, continued every N steps, on the terminal and as TensorBoard text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,17 +6,15 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import PROMPTS, SampleTextSettings
 from dsv3_lightning.inference.generate import generate
 from dsv3_lightning.training.logging import is_last_micro_batch
-
-PROMPTS = ("def ", "import os\n", "class Node:\n")
 
 
 class SampleText(Callback):
     """Continues `prompts` every `every_n_steps` and after the last step.
 
-    temperature: 0 is greedy. The same random numbers are used each time, apart from training's.
+    temperature: 0 is greedy. The same random numbers are used each time, independent of those of training.
     Logs samples/prompt_<i>. Needs `pl_module.model` (a Transformer) and `trainer.datamodule.tokenizer`.
     """
 
@@ -27,14 +25,9 @@ class SampleText(Callback):
         max_new_tokens: int = 64,
         temperature: float = 0.7,
     ) -> None:
-        if every_n_steps < 1:
-            raise ConfigError(f"callbacks.sample_text.every_n_steps={every_n_steps}: must be at least 1")
-        if max_new_tokens < 1:
-            raise ConfigError(f"callbacks.sample_text.max_new_tokens={max_new_tokens}: must be at least 1")
-        if temperature < 0:
-            raise ConfigError(f"callbacks.sample_text.temperature={temperature}: must be at least 0 (0 is greedy)")
-        if not prompts:
-            raise ConfigError("callbacks.sample_text.prompts=[]: needs a prompt; sample_text=null switches samples off")
+        SampleTextSettings(
+            every_n_steps=every_n_steps, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature
+        )
         self.every_n_steps, self.prompts = every_n_steps, prompts
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.latest: list[str] = []  # prompts with their continuations, for the report

@@ -1,22 +1,21 @@
-"""A run that starts unbalanced, to see whether a strategy gets it out of there."""
+"""An unbalanced start, to test whether a balancing strategy recovers from it."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.expert_bias import routers_of
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import SkewedStartSettings
 
 
 class SkewedStart(Callback):
-    """Before the first step expert i of E gets the bias strength · (1 - i / (E - 1)): the first ones are crowded.
+    """Sets the bias of expert i of E to strength · (1 - i / (E - 1)) before the first step, crowding the first experts.
 
-    With sigmoid affinities, which initially lie near 0.5, a strength of 0.5 leaves the last experts without a token.
-    Nothing is logged; no state: a run that goes on has its biases in the checkpoint.
+    Sigmoid affinities are initially near 0.5, so a strength of 0.5 leaves the last experts without a token.
+    Logs nothing. Stateless: the checkpoint of a resumed run contains the biases.
     """
 
     def __init__(self, strength: float) -> None:
-        if not strength > 0:
-            raise ConfigError(f"callbacks.skewed_start.strength={strength}: must be above 0; null for an even start")
+        SkewedStartSettings(strength=strength)
         self.strength = strength
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -26,7 +25,7 @@ class SkewedStart(Callback):
 
 
 def skew(experts: int, strength: float) -> torch.Tensor:
-    """From strength down to 0, fp32 [E].
+    """Biases that fall evenly from `strength` to 0, fp32 [E].
 
     >>> skew(3, 0.5).tolist()
     [0.5, 0.25, 0.0]

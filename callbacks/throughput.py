@@ -1,4 +1,4 @@
-"""How fast it is, and how near to what the device can do."""
+"""Training speed and its share of the device's peak."""
 
 import resource
 import sys
@@ -9,27 +9,26 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import ThroughputSettings
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
 
 
 class Throughput(Callback):
-    """Tokens/s, model FLOP/s and MFU over training time proper: validation, samples and checkpoints don't count.
+    """Logs tokens/s, model FLOP/s and MFU over the time spent in training, without validation, samples and checkpoints.
 
     peak_flops: FLOP/s of one device in this precision; None measures matrix products before the first step.
 
     Reads outputs["tokens"], the micro-batch's positions on this rank, and `pl_module.flops_per_token`, the training
-    FLOP per position; data wait is `wait_seconds` of the train loader, where it has one.
+    FLOP per position; the data wait is `wait_seconds` of the train loader, if it has that attribute.
 
     Logs throughput/tokens_per_second, throughput/model_flops_per_second (all ranks together), throughput/mfu (share of
-    peak · ranks), throughput/data_wait_share (share of the time in which the step waited for its batch) and
-    throughput/memory_bytes (peak of this process; on CUDA of its device memory).
+    peak · ranks), throughput/data_wait_share (share of the time spent waiting for batches) and
+    throughput/memory_bytes (peak of this process; its device memory on CUDA).
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
-        if peak_flops is not None and not peak_flops > 0:
-            raise ConfigError(f"callbacks.throughput.peak_flops={peak_flops}: must be above 0, or null to measure it")
+        ThroughputSettings(peak_flops=peak_flops)
         self.peak_flops, self.measure = peak_flops, peak_flops is None
         self.flops_per_token = 0.0
         self.window = Window()
@@ -71,7 +70,7 @@ class Throughput(Callback):
             self.window = Window()
 
     def rates(self, window: "Window", world_size: int) -> dict[str, float | None]:
-        """The rates of the logged names, without their group; None where no time has passed."""
+        """Rates keyed by logged name without its group; None if no time has passed."""
         rates: dict[str, float | None] = {"memory_bytes": float(peak_memory())}
         if not window.seconds:
             return rates | dict.fromkeys(("tokens_per_second", "model_flops_per_second", "mfu", "data_wait_share"))
@@ -86,7 +85,7 @@ class Throughput(Callback):
 
 
 class Window:
-    """Tokens of all ranks, seconds (waiting for data included) and seconds waited, of some micro-batches."""
+    """Tokens of all ranks, total seconds and seconds spent waiting for data, over several micro-batches."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
@@ -98,7 +97,7 @@ class Window:
 
 
 def peak_memory() -> int:
-    """Bytes: device memory on CUDA, else the resident set of this process."""
+    """Peak memory in bytes: device memory on CUDA, else the resident set of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept on the CPU (V3 §3.2.3) and evaluated beside the weights."""
+"""An exponential moving average of the weights, kept on the CPU (V3 §3.2.3) and validated along with the weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
 from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
@@ -17,21 +17,20 @@ from dsv3_lightning.training.metrics import TokenLoss
 
 
 class WeightAverage(Callback):
-    """a = d · a + (1 - d) · w after every optimizer step that was not skipped, d = min(decay, (1 + n) / (10 + n)).
+    """Averages a = d · a + (1 - d) · w after every optimizer step not skipped, with d = min(decay, (1 + n) / (10 + n)).
 
-    n counts the updates: a short run isn't ruled by its initial weights. a is fp32, on the CPU, of each rank the parts
-    that it has of the weights; the expert biases, which are no weights, stay as they are.
+    n is the number of updates, so that short runs aren't dominated by the initial weights. a is fp32 on the CPU; each
+    rank has the shards of its weights. Expert biases aren't weights and aren't averaged.
 
-    Needs `pl_module.model` with `losses`. After a validation goes over its batches once more with the average in the
-    weights' place. Logs val/loss_average. Saves n and the average: whole, or where parts are saved, as parts.
+    Needs `pl_module.model` with `losses`. After a validation, repeats its batches with the average in place of the
+    weights. Logs val/loss_average. The state is n and the average, full or sharded like the checkpoint.
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.weight_average.decay={decay}: must be at least 0 and below 1")
+        WeightAverageSettings(decay=decay)
         self.decay, self.updates = decay, 0
         self.weights: dict[str, nn.Parameter] = {}
-        self.average: dict[str, Tensor] = {}  # of each weight this rank's part
+        self.average: dict[str, Tensor] = {}  # this rank's shard of each weight
         self.loaded: dict[str, Tensor] | None = None
         self.to_save: Callable[[Tensor], Tensor] = gather_full
 
@@ -44,7 +43,7 @@ class WeightAverage(Callback):
         self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else gather_full
 
     def adopt(self, pl_module: Any) -> None:
-        """Takes the weights, or what a checkpoint held, as the average; once, when there are weights."""
+        """Initializes the average once from the weights or from a checkpoint."""
         if self.average:
             return
         reshard(pl_module.model)
@@ -87,7 +86,7 @@ class WeightAverage(Callback):
         log_scalars(trainer, {"val/loss_average": loss.compute()[0]})
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank must ask: parts are put together."""
+        """The state, with shards gathered; every rank must call this."""
         average = {
             name: self.to_save(as_dtensor_like(weight, self.average[name].to(local(weight).device)))
             for name, weight in self.weights.items()
@@ -100,27 +99,27 @@ class WeightAverage(Callback):
 
 
 def own_copy(weight: Tensor) -> Tensor:
-    """This rank's part of a weight: fp32 on the CPU, never a view of it."""
+    """A copy of this rank's shard of a weight: fp32 on the CPU, never a view."""
     return local(weight.detach()).to("cpu", torch.float32, copy=True)
 
 
 @torch.no_grad()
 def put(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Sets this rank's parts."""
+    """Sets this rank's shards of the weights."""
     reshard(model)
     for name, weight in model.named_parameters():
         local(weight).copy_(values[name])
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of what FSDP has gathered and not freed: its parameters are the parts again."""
+    """Frees parameters that FSDP has gathered, so that only the shards remain."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def batches(trainer: Trainer) -> Any:
-    """The batches of the validation that has just ended, on the device."""
+    """Yields the batches of the validation that has just ended, on the device."""
     for number, batch in enumerate(trainer.val_dataloaders):  # type: ignore[arg-type]
         if number >= trainer.num_val_batches[0]:
             return

@@ -1,7 +1,7 @@
-"""The command line: a table of verbs, each a plain function elsewhere. Help and mistakes import no torch.
+"""The command line: a table of verbs, each a plain function in a file of its own. Help and errors import no torch.
 
-A wrong setting is one line on stderr and exit code 2. `sys.argv` is never touched: Lightning starts the other ranks of
-a run by the same command line.
+A wrong setting prints one line on stderr and exits with code 2. `sys.argv` is never changed, because Lightning starts
+the other ranks of a run with the same command line.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from dsv3_lightning.parallel.launch import let_the_first_rank_speak
 
 
 class Verb(NamedTuple):
-    """module: has `arguments(parser)`, which declares the verb's flags, and `run`, which takes them by name."""
+    """A verb. Its module has `arguments(parser)`, which declares the flags, and `run`, which takes them by name."""
 
     module: str
     summary: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, 2 for a mistake of the user's, 130 for Ctrl-C, 141 for `| head`."""
+    """Runs one verb and returns the exit code: 0, 2 for a user error, 130 for Ctrl-C, 141 for `| head`."""
     try:
         if argv is None:
             read_names_as_utf8()
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reader_has_left() -> bool:
-    """Whether nobody reads our output any more; what is still to be written then goes nowhere."""
+    """Whether the reader of our output has closed it; if so, the remaining output is discarded."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
@@ -58,7 +58,7 @@ def reader_has_left() -> bool:
 
 
 def lightning_main() -> int:
-    """`lightning run FILE` is `dsv3 run FILE`; other words are for lightning-sdk, whose script has the same name."""
+    """Runs `lightning run FILE` as `dsv3 run FILE`; passes other verbs to lightning-sdk, whose script has this name."""
     words = sys.argv[1:]
     if words[:1] == ["run"] and words[1:2] not in (["job"], ["mmt"], ["model"]):
         return main()
@@ -74,7 +74,9 @@ def dispatch(words: Sequence[str]) -> int:
     top = Parser("dsv3", "Train DeepSeek-V3-style language models from one YAML file.", verb_list())
     top.add_argument("--version", action="version", version=f"dsv3-lightning {__version__}")
     top.add_argument("verb", choices=VERBS, metavar="VERB")
-    top.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="dsv3 VERB --help tells what a verb takes")
+    top.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="...", help="dsv3 VERB --help shows the arguments of a verb"
+    )
     if not words:
         top.print_help(sys.stderr)
         return 2
@@ -87,14 +89,14 @@ def dispatch(words: Sequence[str]) -> int:
 
 
 def read_names_as_utf8() -> None:
-    """Starts Python again in UTF-8 mode where the locale would have file names in ASCII (LC_ALL=C without coercion)."""
+    """Restarts Python in UTF-8 mode if the locale uses ASCII for file names (LC_ALL=C without coercion)."""
     if os.name == "posix" and sys.getfilesystemencoding() not in ("utf-8", "utf8"):
         os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are ConfigErrors, and options are written out."""
+    """A parser that raises ConfigError for errors and accepts no abbreviated options."""
 
     def __init__(self, prog: str, description: str, epilog: str) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)

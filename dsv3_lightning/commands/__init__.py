@@ -1,1 +1,1 @@
-"""What the command line's verbs do, one file each."""
+"""The verbs of the command line, one file each."""

@@ -13,7 +13,7 @@ from dsv3_lightning.errors import ConfigError
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     model_argument(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the first turn")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
     context_argument(parser)
     sampling_arguments(parser)
 
@@ -27,10 +27,10 @@ def run(
     seed: int,
     **sampling: Any,
 ) -> int:
-    """Each line is a turn, `/reset` begins the conversation anew, Ctrl-D ends. sampling: the fields of Sampling.
+    """Answers each input line; `/reset` starts a new conversation, Ctrl-D ends. sampling: the fields of Sampling.
 
-    A turn that can't be answered is told. On a terminal the conversation goes on without it; a file ends there, since
-    what follows is about that turn. Raises ConfigError.
+    A turn that can't be answered prints a message. On a terminal the conversation continues without it; input from a
+    file ends there, since the next lines refer to that turn. Raises ConfigError.
     """
     from dsv3_lightning.inference.chat import Chat
     from dsv3_lightning.inference.sampling import Sampling
@@ -41,7 +41,7 @@ def run(
     talk = Chat(model, tokenizer, how, seed, system, context)
     terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that a wrong byte is met in its line, by check_encoding
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that check_encoding can report the line of a wrong byte
     for number in itertools.count(1):
         print("> " if terminal else "", end="", flush=True)
         line = sys.stdin.readline()
@@ -70,7 +70,7 @@ def run(
 
 
 def check_encoding(line: str, number: int) -> None:
-    """Raises ConfigError for a byte that isn't of the input's encoding, which Python holds as a lone surrogate."""
+    """Raises ConfigError for a byte invalid in the input's encoding, which Python decodes to a lone surrogate."""
     wrong = next((character for character in line if "\udc80" <= character <= "\udcff"), None)
     if wrong is not None:
         encoding = (getattr(sys.stdin, "encoding", None) or "utf-8").upper()

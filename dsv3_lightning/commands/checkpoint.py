@@ -1,4 +1,4 @@
-"""`dsv3 checkpoint`: what is in a checkpoint, whether all of it is sound, and one file of many."""
+"""`dsv3 checkpoint`: inspects or verifies a checkpoint, or consolidates its shards into one file."""
 
 import argparse
 from pathlib import Path
@@ -17,12 +17,14 @@ PIECE = 2**20  # numbers
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("inspect", "verify", "consolidate"), help="consolidate makes one file of it")
     parser.add_argument(
-        "path", type=path_argument, metavar="CKPT", help="a file, a folder of shards, or a run's folder: its newest"
+        "action", choices=("inspect", "verify", "consolidate"), help="consolidate writes it as one file"
     )
     parser.add_argument(
-        "output", type=path_argument, metavar="FILE", nargs="?", help="of consolidate: the file to write"
+        "path", type=path_argument, metavar="CKPT", help="a file, a folder of shards, or a run's folder (its newest)"
+    )
+    parser.add_argument(
+        "output", type=path_argument, metavar="FILE", nargs="?", help="for consolidate: the file to write"
     )
 
 
@@ -49,7 +51,7 @@ def run(action: str, path: Path, output: Path | None) -> int:
 
 
 def newest_of_run(path: Path) -> Path:
-    """The newest good checkpoint of a run's folder; any other path as it is. Raises ConfigError."""
+    """The newest good checkpoint of a run's folder; any other path is returned unchanged. Raises ConfigError."""
     from dsv3_lightning.parallel.checkpoints.names import step_files
     from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good
 
@@ -87,9 +89,9 @@ def described(tensors: Any) -> str:
 
 
 def verified(path: Path, state: dict[str, Any], shards: "ShardReader | None") -> str:
-    """Reads every number: all finite, moments for all, biases fp32. Raises ConfigError with the first that is not.
+    """Reads all values and checks that they are finite, parameters have moments and biases are fp32; returns a summary.
 
-    state: of shards the outline; their numbers are read by the part that a rank wrote, one at a time.
+    state: for shards, the outline; their values are read one shard at a time. Raises ConfigError for the first fault.
     """
     import torch
 
@@ -108,7 +110,7 @@ def verified(path: Path, state: dict[str, Any], shards: "ShardReader | None") ->
 
 
 def named_tensors(path: Path, state: dict[str, Any]) -> "dict[str, Tensor]":
-    """Named as in shards, but the model's by their own names. Raises ConfigError for a parameter without moments."""
+    """Tensors by their names in shards, the model's without a prefix. Raises ConfigError for missing moments."""
     named: dict[str, Tensor] = dict(state["state_dict"])
     for number, optimizer in enumerate(state["optimizer_states"]):
         indices = [index for group in optimizer["param_groups"] for index in group["params"]]
@@ -126,7 +128,7 @@ def named_tensors(path: Path, state: dict[str, Any]) -> "dict[str, Tensor]":
 
 
 def check_finite(path: Path, name: str, value: "Tensor") -> None:
-    """By the piece, as isfinite takes several times the memory of what it looks at."""
+    """Checks a tensor in pieces, as isfinite takes several times the tensor's memory. Raises ConfigError."""
     import torch
 
     if not all(bool(torch.isfinite(piece).all()) for piece in value.reshape(-1).split(PIECE)):
@@ -134,7 +136,7 @@ def check_finite(path: Path, name: str, value: "Tensor") -> None:
 
 
 def tensors_of(kept: Any) -> "list[tuple[str, Tensor]]":
-    """Those that a callback keeps by name."""
+    """The named tensors in a callback's state."""
     import torch
 
     return [(name, v) for name, v in kept.items() if torch.is_tensor(v)] if isinstance(kept, dict) else []

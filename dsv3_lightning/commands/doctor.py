@@ -1,4 +1,4 @@
-"""`dsv3 doctor`: what this machine and installation can do, in one table. Changes nothing."""
+"""`dsv3 doctor`: a table of what this machine and installation can do. Changes nothing."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ PACKAGES = "torch lightning torchmetrics omegaconf jsonargparse tokenizers tenso
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """None: it shows everything."""
+    """Declares no flags, since the verb has none."""
 
 
 def run() -> int:
@@ -75,7 +75,7 @@ def describe(device: "torch.device") -> str:
 
 
 def speed(device: "torch.device") -> str:
-    """fp32 against bf16, which decides what `precision: auto` takes."""
+    """Measured fp32 and bf16 speed, from which `precision: auto` chooses."""
     import torch
 
     from dsv3_lightning.training.precision import measure_gemm
@@ -85,14 +85,14 @@ def speed(device: "torch.device") -> str:
 
 
 def script(name: str) -> str:
-    """Which program answers to the name now, and every installed package that claims it (the last installed wins)."""
+    """The program that the name runs now, and every installed package that claims it (the last installed wins)."""
     claims = entry_points(group="console_scripts", name=name)
     owners = sorted({f"{claim.dist.name} ({claim.value})" for claim in claims if claim.dist})
     return f"{shutil.which(name) or 'not on the PATH'}; claimed by {', '.join(owners) or 'no package'}"
 
 
 def writable(folder: Path) -> str:
-    """Tried, since permission bits don't tell about read-only or full disks. Creates nothing that stays."""
+    """Whether a file can be written, by trying, since permission bits don't show read-only or full disks."""
     parent = folder if folder.is_dir() else folder.absolute().parent
     try:
         with tempfile.NamedTemporaryFile(dir=parent):

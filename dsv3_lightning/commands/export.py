@@ -23,10 +23,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to make")
     types = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=types, default="float32", help="of the weights; default %(default)s")
+    parser.add_argument(
+        "--dtype", choices=types, default="float32", help="data type of the weights; default %(default)s"
+    )
     parser.add_argument(
         "--verify", type=path_argument, nargs="?", const=True, default=False, metavar="TOKENS.npy",
-        help="write the model's logits to verify/ beside OUT, read OUT back and compare; of these, or random tokens",
+        help="write the model's logits to verify/ beside OUT, read OUT back and compare; random tokens without FILE",
     )  # fmt: skip
     parser.add_argument(
         "--file-gigabytes", type=above_zero, default=5.0, metavar="X", help="largest file; default %(default)s"
@@ -34,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: float) -> int:
-    """Writes the folder, whole or not at all. verify: whether its logits are compared, or a file of tokens for it."""
+    """Writes the folder completely or not at all. verify: whether to compare logits, or a file of tokens for that."""
     from dsv3_lightning.data.text.tokenizer import Tokenizer
     from dsv3_lightning.hub.config import to_json
     from dsv3_lightning.hub.export import DTYPES, check_free, write_folder, write_weights
@@ -67,7 +69,7 @@ def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: f
 
 
 def compare(folder: Path, model: "Transformer", tokens: "Tensor", expected: tuple, dtype: "torch.dtype") -> int:
-    """Reads the folder back. Its logits must be those of the model with weights of that precision."""
+    """Reads the folder back and compares its logits with those of the model with weights in the same precision."""
     import torch
 
     from dsv3_lightning.hub.verify import TOLERANCE, all_logits, largest_difference
@@ -90,13 +92,13 @@ def compare(folder: Path, model: "Transformer", tokens: "Tensor", expected: tupl
 
 
 def model_card(config: Config, run_folder: Path, path: Path) -> str:
-    """README.md of the folder: what it is, how it is loaded, and the run's report."""
+    """The folder's README.md: a description, how to load the model, and the run's report."""
     counts = count_parameters(config.model)
     report = run_folder / "report.json"
     numbers = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in numbers.items() if value is not None)
     results = f"\n## The run's report\n\n| | |\n| --- | --- |\n{rows}\n" if rows else ""
-    mtp = f"\nIt holds {config.model.mtp_depth} multi-token prediction modules, as layers after the last.\n"
+    mtp = f"\nIt has {config.model.mtp_depth} multi-token prediction modules, stored as layers after the last.\n"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         f"# {config.run.name}\n\n{counts.total:,} parameters, {counts.active:,} active per token; context of "

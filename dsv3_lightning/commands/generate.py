@@ -14,10 +14,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="what to continue; may be repeated"
     )
-    help = "take names of control tokens in the prompt, such as <｜User｜>, for these tokens and not for text"
+    help = "read names of control tokens in the prompt, such as <｜User｜>, as these tokens instead of text"
     parser.add_argument("--parse-special", action="store_true", help=help)
     parser.add_argument(
-        "--draft", type=int, default=0, metavar="N", help="let N of the model's MTP modules guess ahead; the text stays"
+        "--draft", type=int, default=0, metavar="N", help="let N MTP modules draft tokens; the text stays the same"
     )
     sampling_arguments(parser)
 
@@ -32,7 +32,7 @@ def run(
     seed: int,
     **sampling: Any,
 ) -> int:
-    """Prints each prompt and, as it comes, its continuation; several are written together, or with guesses in turn.
+    """Prints each prompt and streams its continuation; several prompts run as one batch, or in turn with drafts.
 
     sampling: the fields of Sampling.
     """

@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(folder: Path, out: Path | None) -> int:
-    """Every key and shape is checked, by the files' headers alone: also of 671B parameters in seconds."""
+    """Checks every key and shape from the files' headers alone, even of 671B parameters in seconds."""
     from dsv3_lightning.hub.folder import HubFolder
 
     source = HubFolder(folder)
@@ -65,7 +65,7 @@ def run(folder: Path, out: Path | None) -> int:
 
 
 def check_tokenizer(source: "HubFolder") -> str | None:
-    """Notes ids that no token has. What to say where the folder has no tokenizer.json; a bad one is a ConfigError."""
+    """Notes ids without a token. Returns a message if there is no tokenizer.json; a bad one raises ConfigError."""
     from dsv3_lightning.hub.tokens import read_tokenizer, vocabulary_note
 
     file = source.path / "tokenizer.json"
@@ -77,7 +77,7 @@ def check_tokenizer(source: "HubFolder") -> str | None:
 
 
 def fitting(model: ModelConfig) -> dict[str, dict]:
-    """Switches off what this model has no use for."""
+    """Settings that switch off what this model has no use for."""
     callbacks: dict[str, None] = {}
     if model.topk_method != "noaux_tc" or not model.num_moe_layers:
         callbacks["expert_bias"] = None

@@ -13,15 +13,21 @@ from dsv3_lightning.common.strict_json import strict_json
 def arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     parser.add_argument(
-        "--lengths", type=positive, nargs="+", metavar="N", help="default: 1/4, 1/2, all of the context"
+        "--lengths",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="text lengths in tokens; default: 1/4, 1/2 and all of the context",
     )
-    parser.add_argument("--depths", type=positive, default=5, metavar="N", help="of the needle; default %(default)s")
-    parser.add_argument("--texts", type=positive, default=8, metavar="N", help="for each; default %(default)s")
+    parser.add_argument(
+        "--depths", type=positive, default=5, metavar="N", help="depths of the needle; default %(default)s"
+    )
+    parser.add_argument("--texts", type=positive, default=8, metavar="N", help="texts per cell; default %(default)s")
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: needle/ in the run's folder")
 
 
 def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path | None) -> int:
-    """Prints what the needle is worth by length and depth; writes needle.json and needle.png."""
+    """Prints how many nats the needle saves by length and depth; writes needle.json and needle.png."""
     from dsv3_lightning.commands.placement import validation_batches
     from dsv3_lightning.data.text.tokenizer import Tokenizer
     from dsv3_lightning.inference.needle import find_needles

@@ -1,4 +1,4 @@
-"""`dsv3 placement`: which GPU serves which experts, from the load that a run's validation text gives them."""
+"""`dsv3 placement`: assigns experts to GPUs by their load on a run's validation text."""
 
 import argparse
 from collections.abc import Iterable
@@ -22,14 +22,16 @@ BATCHES = 16  # of validation text
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
-    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs that serve it, of all nodes")
+    parser.add_argument(
+        "--gpus", type=positive, required=True, metavar="N", help="GPUs that serve the model, over all nodes"
+    )
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default %(default)s")
-    parser.add_argument("--replicas", type=positive, metavar="N", help="experts of a layer on all GPUs together")
+    parser.add_argument("--replicas", type=positive, metavar="N", help="expert replicas per layer, over all GPUs")
     parser.add_argument(
         "--loads",
         type=path_argument,
         metavar="FILE.npy",
-        help="tokens [layers, experts]; default: counted on validation text",
+        help="tokens per expert [layers, experts]; default: counted on validation text",
     )
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: placement/ in the run's folder")
 
@@ -44,7 +46,7 @@ def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | No
     if not config.model.num_moe_layers:
         raise ConfigError(f"{folder}: the model has no experts")
     experts = config.model.n_routed_experts
-    if replicas is None:  # one more on each GPU than it must hold, as in V3 §3.4.1
+    if replicas is None:  # one more per GPU than needed, as in V3 §3.4.1
         replicas = (-(-experts // gpus) + 1) * gpus
     target = folder / "placement" if out is None else out
     make_folder("--out", target)
@@ -65,13 +67,13 @@ def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | No
 
 
 def picture(before_LG: "Tensor", after_LG: "Tensor") -> "Figure":
-    """Every GPU's load as a multiple of its layer's mean, before and after, by tokens per layer and GPU."""
+    """Maps of each GPU's load as a multiple of its layer's mean, from tokens [layers, GPUs] before and after."""
     before, after = (loads_LG / loads_LG.mean(1, keepdim=True).clamp(min=1e-12) for loads_LG in (before_LG, after_LG))
     return heat_maps({"GPU load over its mean, before": before, "after": after}, 1.0, columns="GPU")
 
 
 def count_load(config: Config, path: Path) -> "Tensor":
-    """Tokens per expert, int64 [L, E], of some validation batches."""
+    """Tokens per expert, int64 [L, E], over up to BATCHES validation batches."""
     import torch
 
     from dsv3_lightning.runs.models import load_model
@@ -88,7 +90,7 @@ def count_load(config: Config, path: Path) -> "Tensor":
 
 
 def validation_batches(config: Config) -> "Iterable[dict[str, Tensor]]":
-    """The batches that the run validates on."""
+    """The run's validation batches."""
     from dsv3_lightning.data.batches.module import TextDataModule
 
     data = TextDataModule(config.data, config.model.mtp_depth, config.trainer["max_steps"])

@@ -1,4 +1,4 @@
-"""`dsv3 plan`: parameters by part, FLOP and memory of a config, by arithmetic alone; only --dry-run imports torch."""
+"""`dsv3 plan`: computes a config's parameters, FLOP and memory; only --dry-run imports torch."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser, "[--gpus N [--gpu KIND] [--inside X] [--between X] [--efficiency X] [--dry-run]] "
     )  # fmt: skip
     add = parser.add_argument
-    add("--gpus", type=positive, metavar="N", help="plan one rank of N, and the whole run's time")
+    add("--gpus", type=positive, metavar="N", help="plan one of N ranks, and the run's duration")
     add("--gpu", default="h100", metavar="KIND", help="a100, h100, h200, h800, b200; default %(default)s")
     for name, where in (("inside", "within a node"), ("between", "between nodes")):
         help = f"into a GPU {where}, in each direction; default: the data sheet's"
         add(f"--{name}", type=above_zero, metavar="GB/s", help=help)
-    help = "share of the peak that computing alone is assumed to reach; default %(default)s"
+    help = "assumed share of peak FLOP/s while computing; default %(default)s"
     add("--efficiency", type=share, default=0.45, metavar="X", help=help)
-    add("--dry-run", action="store_true", help="also count what a rank's step holds, without numbers")
+    add("--dry-run", action="store_true", help="also count the memory of one rank's step, on meta tensors")
 
 
 def run(
@@ -42,7 +42,7 @@ def run(
         return 0
     config = given.config
     if dry_run and gpus is None:
-        raise ConfigError("--dry-run: of one rank of how many? add --gpus N")
+        raise ConfigError("--dry-run: needs the number of ranks; add --gpus N")
     tables = [parameter_table(config), flop_table(config)]
     if gpus is None:
         tables.append(memory_table(config))
@@ -94,7 +94,7 @@ def batch(data: DataConfig) -> str:
 
 
 def memory_table(config: Config) -> str:
-    """Of one unsharded copy, with the micro-batch of one rank."""
+    """A table of the memory of one unsharded copy with the micro-batch of one rank."""
     trainer, policy = config.trainer, config.compute.activation_checkpointing
     devices = trainer["devices"]
     ranks = len(devices) if isinstance(devices, list) else devices if type(devices) is int and devices > 0 else 1

@@ -1,4 +1,4 @@
-"""The part of `dsv3 plan` that `--gpus` adds: one rank's memory, the wires, and what the run takes."""
+"""What `--gpus` adds to `dsv3 plan`: the memory of one rank, the communication, and the run's duration."""
 
 import math
 from dataclasses import replace
@@ -26,9 +26,9 @@ PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
 
 
 def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficiency: float, dry: bool) -> list[str]:
-    """Raises ConfigError for a mesh or a batch that doesn't divide, with the nearest that do.
+    """The tables of the plan on this many GPUs. dry: whether to add the counted memory of one rank's step.
 
-    dry: also counts what one rank makes in a step, without making it.
+    Raises ConfigError for a mesh or batch that doesn't divide, naming the nearest that do.
     """
     strategy, chosen = strategy_of(config)
     if dry and strategy.cpu_offload:
@@ -47,7 +47,7 @@ def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficienc
 
 
 def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
-    """The config's mesh, or one that fits a model of this kind; and a word on which."""
+    """The config's strategy, or an assumed one that suits the model, and a note if it is assumed."""
     strategy = mesh_strategy(config.strategy)
     if strategy is not None:
         return strategy, ""
@@ -57,7 +57,7 @@ def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
 
 
 def work_of(config: Config, gpus: int) -> Work:
-    """The micro-batch is the config's; the step is split over these GPUs, which are its ranks where it knows none."""
+    """The work of one rank: the config's micro-batch, with the step split over these GPUs."""
     trainer, devices = config.trainer, number_of_devices(config.trainer)
     ranks = gpus if devices is None else devices * trainer["num_nodes"]
     samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks))
@@ -69,9 +69,9 @@ def work_of(config: Config, gpus: int) -> Work:
 
 
 def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
-    """Raises ConfigError where the step is not whole micro-batches on these GPUs, with all settings that make it so.
+    """Raises ConfigError, naming settings that fit, if the step isn't made of whole micro-batches on these GPUs.
 
-    known: the ranks by which the config says its micro-batches.
+    known: the number of ranks that determines the config's micro-batch.
     """
     data, accumulate = config.data, config.trainer["accumulate_grad_batches"]
     sizes = [data.batch_size, *([data.batch_ramp.start, data.batch_ramp.increment] if data.batch_ramp else [])]
@@ -112,7 +112,7 @@ def verdict(memory: RankMemory, gpu: GPU) -> str:
 def policy_table(
     config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, gpu: GPU, efficiency: float
 ) -> str:
-    """What each policy of compute.activation_checkpointing would hold, and make again."""
+    """A table of the memory and the recomputation of each policy of compute.activation_checkpointing."""
     rows = [("by checkpointing policy", "activations", "sum", "", "computing")]
     for policy in RECOMPUTED:
         other = replace(work, policy=policy)
@@ -124,7 +124,7 @@ def policy_table(
 
 
 def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: Work, memory: RankMemory) -> str:
-    from dsv3_lightning.training.dry_run import dry_run  # which needs torch, as nothing else here does
+    from dsv3_lightning.training.dry_run import dry_run  # the only import of torch in this file
 
     samples = work.tokens // work.sequence_length
     counted = dry_run(

@@ -1,4 +1,4 @@
-"""`dsv3 prepare`: reads, tokenizes and cuts a config's data ahead of the run, which would do it otherwise."""
+"""`dsv3 prepare`: tokenizes and packs a config's data in advance, which otherwise the run does."""
 
 import argparse
 

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from dsv3_lightning.commands import settings
+from dsv3_lightning.config.start import check_start
 from dsv3_lightning.parallel.launch import rank_of
 
 
@@ -12,10 +13,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(words: list[str], print_config: bool) -> int:
-    """Trains to the last step, or says that this is done."""
+    """Trains to the last step, or says that the run is already finished."""
     given = settings.read(words, print_config)
     if given is None:
         return 0
+    check_start(given.config)
     rank_of(given[0].trainer, os.environ)  # before Lightning is imported, which believes less of it than it reads
     from dsv3_lightning.runs.fit import fit
 

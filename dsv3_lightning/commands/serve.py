@@ -11,7 +11,7 @@ from pathlib import Path
 from dsv3_lightning.common.flags import above_zero, context_argument, model_argument, port, positive
 from dsv3_lightning.errors import ConfigError
 
-KEY_VARIABLE = "DSV3_API_KEY"  # others of this machine can see a command's words, not its environment
+KEY_VARIABLE = "DSV3_API_KEY"  # other users can see a process's arguments but not its environment
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,19 +19,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="TEXT", help="what clients call the model; default: the folder's name")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any; default %(default)s")
-    parser.add_argument("--slots", type=int, default=16, metavar="N", help="texts at a time; default %(default)s")
-    context_argument(parser)
-    parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="beyond them; default %(default)s")
     parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="of a text; default %(default)s"
+        "--slots", type=int, default=16, metavar="N", help="requests generated at a time; default %(default)s"
     )
-    help = "the longest request; default %(default)s"
+    context_argument(parser)
+    parser.add_argument(
+        "--max-waiting",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests that may wait for a slot; default %(default)s",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="limit per request; default %(default)s"
+    )
+    help = "maximum size of a request; default %(default)s"
     parser.add_argument("--body-megabytes", type=above_zero, default=8.0, metavar="X", help=help)
     help = "the key that clients must give; default: $DSV3_API_KEY, else none"
     parser.add_argument("--api-key", metavar="TEXT", help=help)
-    help = "allow requests of web pages from there, such as http://localhost:3000; may be repeated"
+    help = "allow requests from web pages of this origin, such as http://localhost:3000; may be repeated"
     parser.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help=help)
-    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU; default: as torch chooses")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: torch's choice")
 
 
 def run(
@@ -95,13 +103,13 @@ def find_key(given: str | None) -> str | None:
 
 
 def check_origin(origin: str) -> None:
-    """Raises ConfigError for what no browser ever sends as an origin."""
+    """Raises ConfigError for a text that no browser sends as an origin."""
     if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
         raise ConfigError(f"--cors-origin {origin}: must be such as http://localhost:3000, without a path, or *")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Before the model is read, so that a port in use is told at once. Raises ConfigError."""
+    """A socket bound before the model is loaded, so that a port in use is reported at once. Raises ConfigError."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The words that `run`, `validate`, `prepare` and `plan` share: YAML files, presets and key=value. Imports no torch."""
+"""The arguments shared by `run`, `validate`, `prepare` and `plan`: YAML files, presets, key=value. Imports no torch."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ examples:
 
 
 class Settings(NamedTuple):
-    """A checked configuration, the same as plain YAML values, and the files that it was composed of."""
+    """A checked configuration, the same as plain YAML values, and its source files."""
 
     config: Config
     tree: dict[str, Any]
@@ -30,18 +30,18 @@ class Settings(NamedTuple):
 
 
 def arguments(parser: argparse.ArgumentParser, options: str = "") -> None:
-    """options: the verb's own flags, for its usage line."""
+    """Declares the shared arguments. options: the verb's other flags, for the usage line."""
     parser.usage = f"{parser.prog} FILE... [key=value ...] {options}[--print-config]"
     names = ", ".join(presets())
     parser.add_argument("words", nargs="+", metavar="FILE", help=f"YAML files, or presets by name: {names}")
-    parser.add_argument("--print-config", action="store_true", help="show all settings in force, and do nothing")
+    parser.add_argument("--print-config", action="store_true", help="print all settings in effect and exit")
     parser.epilog = HELP.format(prog=parser.prog, base=PRESETS / "base.yaml")
 
 
 def read(words: list[str], print_config: bool, mesh: bool = True) -> Settings | None:
-    """Composes and checks the settings; None where they were only to be shown. Raises ConfigError.
+    """Composes and checks the settings; returns None after printing them for --print-config. Raises ConfigError.
 
-    mesh: whether the strategy must fit trainer.devices; a plan for another number of GPUs judges it by that.
+    mesh: whether the strategy must fit trainer.devices, which doesn't apply to a plan for another number of GPUs.
     """
     files, overrides = split_words(words)
     if not files:

@@ -1,8 +1,10 @@
-"""`dsv3 validate`: everything that can be wrong with a config, without touching data, weights or a device."""
+"""`dsv3 validate`: checks a config completely, without touching data, weights or a device."""
 
 import argparse
 
 from dsv3_lightning.commands import settings
+from dsv3_lightning.config.checks import names_classes
+from dsv3_lightning.config.start import check_start
 from dsv3_lightning.planning.parameters import count_parameters
 
 
@@ -14,10 +16,12 @@ def run(words: list[str], print_config: bool) -> int:
     given = settings.read(words, print_config)
     if given is None:
         return 0
-    from dsv3_lightning.config.instantiate import check_objects
-
     config = given.config
-    check_objects(config)
+    check_start(config)
+    if names_classes(config.trainer, config.strategy, config.callbacks):
+        from dsv3_lightning.config.instantiate import check_objects  # imports torch
+
+        check_objects(config)
     parameters = count_parameters(config.model)
     print(f"ok: {config.run.name}, {parameters.total:,} parameters, {parameters.active:,} active per token")
     return 0

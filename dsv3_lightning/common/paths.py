@@ -12,12 +12,14 @@ from typing import Annotated, Any
 
 from dsv3_lightning.errors import ConfigError
 
+NAME_BYTES, PATH_BYTES = 255, 4095  # the most that file systems and Linux take
+
 
 def user_path(given: str | Path) -> Path:
     """The absolute path that is meant; one that was resolved before stays as it is.
 
     The name's bytes on disk are UTF-8, also where Python would encode names as ASCII (LC_ALL=C without UTF-8 mode).
-    Raises ConfigError for an empty path, a home folder that isn't known, and a NUL byte.
+    Raises ConfigError for an empty path, a home folder that isn't known, a NUL byte, and what is too long for a path.
     """
     text = os.fspath(given)
     if not text.strip():
@@ -28,6 +30,9 @@ def user_path(given: str | Path) -> Path:
     if text.startswith("~"):
         raise ConfigError(f"{text}: there is no home folder for {text.split('/')[0]}; ./{text} is a folder here")
     path = Path(text).absolute()
+    if len(os.fsencode(path)) > PATH_BYTES or any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
+        limits = f"a name has at most {NAME_BYTES} bytes, a path {PATH_BYTES:,}"
+        raise ConfigError(f"{text[:40]!r}... is too long for a path: {limits}")
     return path.resolve() if ".." in path.parts else path  # a link's parent is that of what it points to
 
 

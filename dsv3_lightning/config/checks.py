@@ -7,9 +7,18 @@ Everything here is plain arithmetic on plain values; types of the other Trainer 
 import difflib
 import math
 import os
+import re
+from dataclasses import asdict
 from typing import Any, Literal
 
-from dsv3_lightning.config.registry import CALLBACKS
+from dsv3_lightning.callbacks.settings import CALLBACKS
+from dsv3_lightning.config.lightning_names import (
+    ACCELERATORS,
+    DURATION,
+    DURATION_PARTS,
+    STRATEGIES,
+    TRAINER_MORE,
+)
 from dsv3_lightning.config.typed import build, convert
 from dsv3_lightning.config.wording import missing, nearest, show
 from dsv3_lightning.data.config import DataConfig
@@ -23,7 +32,7 @@ from dsv3_lightning.training.config import LossConfig
 TRAINER: dict[str, Any] = {  # the Trainer arguments that every config has, as base.yaml lists them
     "max_steps": int,
     "precision": Literal["auto", 32, "32", "bf16-mixed", "bf16"],
-    "accelerator": str,
+    "accelerator": Literal[ACCELERATORS],
     "devices": int | str | list[int] | None,
     "num_nodes": int | None,
     "accumulate_grad_batches": int,
@@ -66,7 +75,12 @@ def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
     for key in TRAINER:
         if key not in trainer:
             raise ConfigError(missing(f"trainer.{key}"))
-    trainer = trainer | {key: convert(trainer[key], hint, f"trainer.{key}") for key, hint in TRAINER.items()}
+    known = TRAINER | TRAINER_MORE
+    for key in trainer:
+        if key not in known:
+            raise ConfigError(f"trainer.{key}: no such argument of Trainer{nearest(str(key), known)}")
+    trainer = {key: convert(value, known[key], f"trainer.{key}") for key, value in trainer.items()}
+    check_finite(trainer, "trainer")
     for key in COUNTS:
         if trainer[key] is not None:
             check_count(f"trainer.{key}", trainer[key])
@@ -75,20 +89,79 @@ def check_trainer(trainer: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: must be at least 0, or null for no clipping")
     if not (type(limit) is int and limit >= 0 or type(limit) is float and 0 <= limit <= 1):
         raise ConfigError(f"trainer.limit_val_batches={show(limit)}: must be a number of batches, or a share 0.0-1.0")
+    if trainer["devices"] is not None:
+        check_devices(trainer["devices"])
+    check_duration(trainer.get("max_time"))
+    for key in ("profiler", "logger"):
+        blocks = trainer.get(key)
+        for number, block in enumerate(blocks if isinstance(blocks, list) else [blocks]):
+            if isinstance(block, dict) or (key == "logger" and block is not None and not isinstance(block, bool)):
+                check_class_block(block, f"trainer.{key}[{number}]" if isinstance(blocks, list) else f"trainer.{key}")
     return fill_in(trainer | {"precision": str(trainer["precision"])}, os.environ)
 
 
-def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> None:
-    """Each block is one of ours or names a class, and intervals count from 1. Raises ConfigError."""
+def check_devices(devices: int | str | list[int]) -> None:
+    """Raises ConfigError for what Lightning can't count: it takes a number, -1 for all, or a list of device numbers."""
+    valid = "must be auto, -1 for all, a number from 1 on, or a list of different device numbers"
+    if isinstance(devices, int):
+        right = devices == -1 or devices >= 1
+    elif isinstance(devices, str):
+        right = devices == "auto" or re.fullmatch(r"-1|[1-9]\d*|\d+(,\s*\d+)*,?", devices) is not None
+    else:
+        right = 0 < len(devices) == len({device for device in devices if device >= 0})
+    if not right:
+        raise ConfigError(f"trainer.devices={show(devices)}: {valid}")
+
+
+def check_duration(duration: str | dict[str, float] | None) -> None:
+    if isinstance(duration, str) and re.fullmatch(DURATION, duration.strip()) is None:
+        raise ConfigError(f"trainer.max_time={show(duration)}: must be DD:HH:MM:SS, such as 00:12:00:00")
+    for key in duration if isinstance(duration, dict) else ():
+        if key not in DURATION_PARTS:
+            raise ConfigError(f"trainer.max_time.{key}: no such unit of time{nearest(str(key), DURATION_PARTS)}")
+
+
+def check_callbacks(callbacks: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+    """The section with the arguments of our callbacks converted and completed. Raises ConfigError.
+
+    The arguments of a class_path are checked when its class has been imported.
+    """
+    checked: dict[str, dict[str, Any] | None] = {}
     for name, block in callbacks.items():
         # null for an unknown name may switch off a class_path block of another file, unless it looks like a slip
         slip = difflib.get_close_matches(name, CALLBACKS) if block is None else "class_path" not in block
         if name not in CALLBACKS and slip:
             raise ConfigError(f"callbacks.{name}: no such callback, nor a class_path{nearest(name, CALLBACKS)}")
         check_finite(block, f"callbacks.{name}")
-        for key, value in (block or {}).items():
-            if str(key).endswith("every_n_steps"):
-                check_count(f"callbacks.{name}.{key}", convert(value, int, f"callbacks.{name}.{key}"))
+        if block is not None and "class_path" in block:
+            check_class_block(block, f"callbacks.{name}")
+        elif block is not None:
+            block = asdict(build(CALLBACKS[name], block, f"callbacks.{name}"))
+        checked[name] = block
+    return checked
+
+
+def names_classes(trainer: dict[str, Any], strategy: str | dict[str, Any], callbacks: dict[str, Any]) -> bool:
+    """Whether there is anything left that only an import can check."""
+    blocks = [block for block in (strategy, *callbacks.values()) if isinstance(block, dict)]
+    return bool({"logger", "profiler"} & trainer.keys()) or any(
+        {"class_path", "dispatcher"} & block.keys() for block in blocks
+    )
+
+
+def check_class_block(block: Any, path: str) -> None:
+    """Raises ConfigError unless it is {class_path: package.module.Class, init_args: {...}}."""
+    if not isinstance(block, dict) or "class_path" not in block:
+        raise ConfigError(f"{path}={show(block)}: needs a class_path")
+    for key in block:
+        if key not in ("class_path", "init_args"):
+            raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
+    class_path = block["class_path"]
+    if not isinstance(class_path, str) or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", class_path) is None:
+        where = f"{path}.class_path={show(class_path)}"
+        raise ConfigError(f"{where}: must be the full name of a class, such as package.module.Class")
+    if not isinstance(block.get("init_args"), dict | None):
+        raise ConfigError(f"{path}.init_args={show(block['init_args'])}: must be a section of arguments")
 
 
 def check_finite(value: Any, key: str) -> None:
@@ -103,8 +176,16 @@ def check_finite(value: Any, key: str) -> None:
 def mesh_strategy(strategy: str | dict[str, Any]) -> StrategyConfig | None:
     """The settings of one of our strategies, by name or as a block with a `kind`; None for another. ConfigError."""
     if isinstance(strategy, str):
-        return build(StrategyConfig, {"kind": strategy}, "strategy") if strategy in KINDS else None
-    return None if "class_path" in strategy else build(StrategyConfig, strategy, "strategy")
+        if strategy in KINDS:
+            return build(StrategyConfig, {"kind": strategy}, "strategy")
+        if strategy not in STRATEGIES:
+            names = (*KINDS, *STRATEGIES)
+            raise ConfigError(f"strategy={show(strategy)}: no such strategy{nearest(strategy, names)}")
+        return None
+    if "class_path" in strategy:
+        check_class_block(strategy, "strategy")
+        return None
+    return build(StrategyConfig, strategy, "strategy")
 
 
 def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], model: ModelConfig) -> MeshShape | None:

@@ -62,8 +62,11 @@ def find(name: str, folder: Path) -> Path:
     if Path(name).name == name:
         candidates.append(Path(str(PRESETS / f"{name.removesuffix('.yaml')}.yaml")))
     for path in candidates:
-        if path.is_file():
-            return path.resolve()
+        try:
+            if path.is_file():
+                return path.resolve()
+        except OSError as error:  # a name that is too long, a folder that can't be read
+            raise ConfigError(f"{show(name)}: {error.strerror}") from error
     raise ConfigError(f"{name}: no such file in {folder.resolve()}, nor a preset{nearest(Path(name).stem, presets())}")
 
 

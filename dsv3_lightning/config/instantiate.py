@@ -6,21 +6,21 @@ The only file here that needs torch; `check_objects` is what `dsv3 validate` add
 import importlib
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import Strategy
 
+from dsv3_lightning import callbacks
+from dsv3_lightning.callbacks.settings import CLASSES
 from dsv3_lightning.config.arguments import Arguments
-from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.config.checks import check_class_block, mesh_strategy
 from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_monitors, check_set, check_version
-from dsv3_lightning.config.registry import CALLBACKS
 from dsv3_lightning.config.schema import Config, to_tree
-from dsv3_lightning.config.wording import nearest, show
+from dsv3_lightning.config.wording import show
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import Dispatcher
 from dsv3_lightning.parallel.strategy import MeshStrategy
@@ -76,15 +76,10 @@ def build_strategy(config: Config) -> str | Strategy:
     if mesh is not None:
         dispatcher = import_class(mesh.dispatcher, Dispatcher, "strategy.dispatcher")
         return MeshStrategy(**asdict(mesh) | {"dispatcher": dispatcher})
-    if isinstance(config.strategy, dict):
-        return build(Strategy, config.strategy, "strategy")
-    names = ["auto", *StrategyRegistry.available_strategies()]
-    if config.strategy not in names:
-        raise ConfigError(f"strategy={show(config.strategy)}: no such strategy{nearest(config.strategy, names)}")
-    return config.strategy
+    return build(Strategy, config.strategy, "strategy") if isinstance(config.strategy, dict) else config.strategy
 
 
-def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> dict[str, Callback]:
+def build_callbacks(config: Config) -> dict[str, Callback]:
     """The callbacks by name, in the order of the YAML; those set to null are left out."""
     built = {}
     for name, block in config.callbacks.items():
@@ -92,8 +87,7 @@ def build_callbacks(config: Config, registry: Mapping[str, str] = CALLBACKS) -> 
         if block is not None and "class_path" in block:
             built[name] = build(Callback, block, path)
         elif block is not None:
-            cls = import_class(registry[name], Callback, f"{path}.class_path")
-            built[name] = Arguments(cls, block, path).build()
+            built[name] = getattr(callbacks, CLASSES[name])(**block)
     check_set(built, config.strategy, Path(config.run.dir) / config.run.name)
     check_monitors(built, to_tree(config))
     return built
@@ -107,19 +101,15 @@ def build(base: type | tuple[type, ...], block: dict[str, Any], path: str) -> An
 
 def named(base: type | tuple[type, ...], block: Any, path: str) -> tuple[type, dict[str, Any], str]:
     """The class of a block {class_path, init_args}, its arguments and their path. Raises ConfigError."""
-    if not isinstance(block, dict) or "class_path" not in block:
-        raise ConfigError(f"{path}={show(block)}: needs a class_path")
-    for key in block:
-        if key not in ("class_path", "init_args"):
-            raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
+    check_class_block(block, path)
     cls = import_class(block["class_path"], base, f"{path}.class_path")
     check_class(cls, path)
     return cls, block.get("init_args") or {}, f"{path}.init_args"
 
 
-def import_class(class_path: Any, base: type | tuple[type, ...], path: str) -> type:
+def import_class(class_path: str, base: type | tuple[type, ...], path: str) -> type:
     """A subclass of `base` (or class with its methods) from anywhere, modules of the current folder included."""
-    where, (module, _, name) = f"{path}={show(class_path)}", str(class_path).rpartition(".")
+    where, (module, _, name) = f"{path}={show(class_path)}", class_path.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the scripts `dsv3` and `lightning` start without it, `python -m` with it
     if not module:
@@ -127,7 +117,7 @@ def import_class(class_path: Any, base: type | tuple[type, ...], path: str) -> t
     try:
         source = getattr(importlib.import_module(module), "__file__", None) or ""
         found = getattr(sys.modules[module], name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         first = base[0] if isinstance(base, tuple) else base

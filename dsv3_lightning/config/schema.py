@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from dsv3_lightning.common.paths import PathText, expand_home
+from dsv3_lightning.common.paths import NAME_BYTES, PathText, expand_home
 from dsv3_lightning.config.checks import check_callbacks, check_strategy, check_together, check_trainer
 from dsv3_lightning.config.typed import build
+from dsv3_lightning.config.wording import show
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
@@ -28,6 +29,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.name.strip() != self.name or self.name in ("", ".", "..") or set(self.name) & set("/\\\0\n"):
             raise ConfigError(f"run.name={self.name!r}: must be a folder's name, without / or \\ or spaces around it")
+        if len(self.name.encode("utf-8", "surrogatepass")) > NAME_BYTES:
+            raise ConfigError(f"run.name={show(self.name)}: a folder's name has at most {NAME_BYTES} bytes")
         if not 0 <= self.seed < 2**32:  # what numpy's generators take
             raise ConfigError(f"run.seed={self.seed}: must be between 0 and 2^32 - 1")
 
@@ -64,7 +67,7 @@ def check(tree: dict[str, Any], mesh: bool = True) -> Config:
         config = replace(config, data=replace(config.data, tokenizer=config.init_from))
     others = {name: expand_home(getattr(config, name)) for name in ("trainer", "strategy", "callbacks")}
     config = replace(config, **others)
-    check_callbacks(config.callbacks)
+    config = replace(config, callbacks=as_lists(check_callbacks(config.callbacks)))
     if mesh:
         check_strategy(config.strategy, config.trainer, config.model)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks)

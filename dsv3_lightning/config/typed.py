@@ -1,7 +1,8 @@
 """Plain trees into typed dataclasses, strictly: unknown keys, missing keys and wrong types are named by dotted path."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from math import isfinite
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -52,13 +53,16 @@ def fit(value: Any, hint: Any, path: str) -> Any:
         return fit_annotated(value, args, path)
     if origin is Literal and any(type(value) is type(arg) and value == arg for arg in args):
         return value
-    if origin is list and isinstance(value, list):
+    if origin in (list, Sequence) and isinstance(value, list):
         return [convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and isinstance(value, list) and len(value) == len(args):
         return tuple(convert(item, arg, f"{path}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
     if (origin or hint) is dict and isinstance(value, dict):
+        for key in value if args[:1] == (str,) else ():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path}.{key}: a name must be text, in quotes where it reads like a number")
         return {key: convert(item, args[1], f"{path}.{key}") for key, item in value.items()} if args else value
-    if hint is float and type(value) in (int, float) and isfinite(value):
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is int and (type(value) is int or type(value) is float and value.is_integer()):
         return int(value)
@@ -100,8 +104,8 @@ def words(hint: Any) -> list[str]:
         return words(args[0])
     if origin is Literal:
         return [show(arg).strip('"') for arg in args]
-    if origin is list:
-        return [f"a list, of {describe(args[0])} each"]
+    if origin in (list, Sequence):
+        return ["a list" if args[0] is Any else f"a list, of {describe(args[0])} each"]
     if origin is tuple:
         return [f"a list of {len(args)}: {', '.join(describe(arg) for arg in args)}"]
     if is_dataclass(hint) or (origin or hint) is dict:

@@ -16,8 +16,9 @@ def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
 
 
 def missing(key: str) -> str:
-    """base.yaml has everything but the model's shape and the run's name and length."""
-    return f"{key}: missing" + ("" if key.startswith("model") else "; `defaults: [base]` brings the usual settings")
+    """base.yaml has everything but the model's shape, the run's name and length, and callbacks that are off there."""
+    known = key.split(".")[0] in ("model", "callbacks")
+    return f"{key}: missing" + ("" if known else "; `defaults: [base]` brings the usual settings")
 
 
 def either(options: Iterable[str]) -> str:

@@ -1,1 +1,1 @@
-"""To and from Hugging Face folders, in the released checkpoints' layout."""
+"""Import from and export to Hugging Face folders in the layout of the released checkpoints."""

@@ -1,6 +1,6 @@
-"""config.json to and from ModelConfig: DeepSeek-V3, V2 and, for the older dense family, Llama. Imports no torch.
+"""Conversion between config.json and ModelConfig for DeepSeek-V3, V2 and Llama (the dense family). Imports no torch.
 
-What such a file can say and our model doesn't do is refused; what it leaves out is named with the value taken.
+A file with features that our model lacks is refused. For a field that it leaves out, a note names the default taken.
 """
 
 from dataclasses import MISSING, asdict, fields
@@ -21,7 +21,7 @@ EXPERTS = (
     "topk_method norm_topk_prob routed_scaling_factor num_nextn_predict_layers"
 ).split()
 FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM", "llama": "LlamaForCausalLM"}
-FIXED = {  # what our model does, and such a file may say otherwise
+FIXED = {  # the only supported values of fields that our model has no setting for
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -29,7 +29,7 @@ FIXED = {  # what our model does, and such a file may say otherwise
     "attention_dropout": 0.0,
     "pretraining_tp": 1,
 }
-# Of no consequence to the function, or read elsewhere. Loss weights are a run's own: `loss.balance_factor`.
+# Fields that don't affect the model's function, or are read elsewhere. A run sets its own loss weights.
 OTHERS = (
     "architectures model_type auto_map torch_dtype dtype transformers_version use_cache quantization_config "
     "bos_token_id eos_token_id pad_token_id ep_size aux_loss_alpha seq_aux head_dim num_key_value_heads rope_scaling "
@@ -40,8 +40,8 @@ OTHERS = (
 
 
 class Described(NamedTuple):
-    """config: the model of a folder. interleaved: whether its rotary channels are stored as neighboring pairs.
-    notes: what to tell the user, a line each."""
+    """The model of a folder. interleaved: True if rotary channels are stored as neighboring pairs. notes: lines for the
+    user."""
 
     config: ModelConfig
     interleaved: bool
@@ -49,7 +49,7 @@ class Described(NamedTuple):
 
 
 def family(config: ModelConfig) -> str:
-    """The model_type that has this function in transformers. Raises ConfigError where there is none."""
+    """The model_type in transformers that computes the same function. Raises ConfigError if there is none."""
     if config.attention == "gqa":
         for name, wanted in (("num_moe_layers", 0), ("qk_nope_head_dim", 0), ("rope_scaling", None)):
             if getattr(config, name) != wanted:
@@ -77,12 +77,12 @@ def family(config: ModelConfig) -> str:
 
 
 def interleaved_on_disk(config: ModelConfig) -> bool:
-    """Exports hold the layout that every reader of the family expects, whatever the model computes with."""
+    """True if exports store rotary channels as pairs, which depends on the family, not on `model.rope_interleave`."""
     return family(config) != "llama"
 
 
 def to_json(config: ModelConfig, tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
-    """The content of config.json. tokens: bos_token_id and its like. Raises ConfigError, see `family`."""
+    """The content of config.json. tokens: bos_token_id, eos_token_id and so on. Raises ConfigError as `family` does."""
     kind = family(config)
     content: dict[str, Any] = {"architectures": [FAMILIES[kind]], "model_type": kind, "torch_dtype": dtype, **tokens}
     content |= {name: getattr(config, name) for name in SHAPE}
@@ -98,14 +98,14 @@ def to_json(config: ModelConfig, tokens: dict[str, int | None], dtype: str) -> d
 
 
 def yarn_to_json(yarn: Yarn | None) -> dict[str, Any] | None:
-    """A weight of 0 is one that is absent: readers take it for 0, or for their own default."""
+    """The rope_scaling object, without weights of 0: readers take an absent one as 0 or as their default."""
     if yarn is None:
         return None
     return {name: value for name, value in asdict(yarn).items() if value or name not in ("mscale", "mscale_all_dim")}
 
 
 def from_json(content: dict[str, Any], where: str) -> Described:
-    """where: the file, for messages. Raises ConfigError where the model would not be ours."""
+    """The model that config.json describes. where: the file, for messages. Raises ConfigError if it isn't supported."""
     try:
         described = describe(content)
     except ConfigError as error:
@@ -135,9 +135,9 @@ def describe(content: dict[str, Any]) -> Described:
         given.setdefault("norm_topk_prob", kind == "deepseek_v3")
         if content.get("num_mtp_layers") is not None:
             given.setdefault("num_nextn_predict_layers", content["num_mtp_layers"])
-        if "n_shared_experts" in content:  # where it is null there are none
+        if "n_shared_experts" in content:  # null means none
             given.setdefault("n_shared_experts", 0)
-        if given["topk_method"] == "greedy":  # which ignores groups, also where the file names some
+        if given["topk_method"] == "greedy":  # greedy ignores groups, even if the file has some
             given |= {"n_group": 1, "topk_group": 1}
         interleaved = fit(content.get("rope_interleave", True), bool, "rope_interleave")
     needed = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.name not in given]
@@ -178,9 +178,9 @@ def llama_fields(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_from_json(content: dict[str, Any], kind: str) -> tuple[float, Yarn | None, list[str]]:
-    """Base and YaRN, and what to tell: `rope_theta` and `rope_scaling`, or `rope_parameters`, as transformers 5 writes.
+    """RoPE base, YaRN and notes, from `rope_theta` and `rope_scaling`, or from `rope_parameters` (transformers 5).
 
-    As there, YaRN's original length is max_position_embeddings where none is given.
+    As in transformers, YaRN's original length defaults to max_position_embeddings.
     """
     given = section(content, "rope_scaling") | section(content, "rope_parameters")
     theta = fit(given.pop("rope_theta", content.get("rope_theta", 10000.0)), float, "rope_theta")

@@ -1,4 +1,4 @@
-"""Weights into safetensors files of the released layout, file by file: memory stays at one file and one matrix."""
+"""Export of weights to safetensors files in the released layout. Memory: one file and one matrix at a time."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ Read = Callable[[str, int | None], Tensor]
 
 
 class Planned(NamedTuple):
-    """A tensor to be written."""
+    """A tensor that an export will contain."""
 
     stored: Stored
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Planned(NamedTuple):
 
 
 def plan(config: ModelConfig, dtype: torch.dtype) -> Iterator[Planned]:
-    """Everything that an export holds, from shapes alone."""
+    """All tensors of an export, planned from shapes only."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
     for stored in layout(config):
@@ -45,7 +45,7 @@ def plan(config: ModelConfig, dtype: torch.dtype) -> Iterator[Planned]:
 
 
 def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned]]:
-    """In order, at most `file_bytes` in each, or one tensor that is larger."""
+    """Splits tensors, in order, into files of at most `file_bytes`, or of a single larger tensor."""
     files: list[list[Planned]] = [[]]
     size = 0
     for item in planned:
@@ -58,7 +58,7 @@ def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned
 
 
 def reader(state: Mapping[str, Tensor], where: str | Path) -> Read:
-    """Of tensors that are in memory, or in a file that is mapped into it. Raises ConfigError for one that isn't."""
+    """A reader of tensors from a state dict in memory or memory-mapped. Raises ConfigError for a missing one."""
 
     def read(name: str, expert: int | None) -> Tensor:
         if name not in state:
@@ -69,10 +69,10 @@ def reader(state: Mapping[str, Tensor], where: str | Path) -> Read:
 
 
 def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dtype, file_bytes: int) -> int:
-    """Writes the files and their index into `folder`; bytes of all tensors.
+    """Writes the files and their index into `folder`; returns the bytes of all tensors.
 
-    read(name, expert): a parameter or buffer of ours, or one expert's matrix of a stacked one. A number beyond the
-    range of `dtype` is refused with its tensor's name.
+    read(name, expert): our parameter or buffer, or one expert's matrix of a stacked one. Raises ConfigError with the
+    tensor's name for a number beyond the range of `dtype`.
     """
     files = into_files(plan(config, dtype), file_bytes)
     permute = permutation(config.rope_interleave, interleaved_on_disk(config))
@@ -98,7 +98,7 @@ def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dt
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    """A copy of its own, contiguous."""
+    """A contiguous copy in `dtype`. Raises ConfigError for numbers that are not finite in it."""
     out = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if not torch.isfinite(out).all():
         raise ConfigError(f"{key}: holds a number that is not finite in {str(dtype).removeprefix('torch.')}")
@@ -111,9 +111,9 @@ def check_free(out: Path) -> None:
 
 
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder beside `out` and renames it when it is whole. Raises ConfigError if `out` is there already."""
+    """Fills a temporary folder and renames it to `out` when complete. Raises ConfigError if `out` exists."""
     check_free(out)
     with whole(out) as beside:
         beside.mkdir()
         write(beside)
-        check_free(out)  # another export may have been faster
+        check_free(out)  # another export may have finished first

@@ -1,4 +1,4 @@
-"""Values of config.json as the types that our model has for them. Imports no torch."""
+"""Type checks and conversions for fields of config.json. Imports no torch."""
 
 from math import isfinite
 from types import NoneType, UnionType
@@ -7,12 +7,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dsv3_lightning.common.json_files import shown, type_name
 from dsv3_lightning.errors import ConfigError
 
-LARGEST = 2**53  # beyond it floats skip whole numbers
+LARGEST = 2**53  # largest range in which floats represent all integers
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 def typed(cls: type, given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values with the types of the dataclass's fields: whole numbers may be written 4096.0. Raises ConfigError."""
+    """The values, converted to the types of the dataclass's fields (4096.0 is a valid int). Raises ConfigError."""
     hints = get_type_hints(cls)
     return {name: fit(value, hints[name], prefix + name) for name, value in given.items()}
 
@@ -37,7 +37,7 @@ def fit(value: Any, hint: Any, name: str) -> Any:
 
 
 def section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A field that holds an object; empty where it is null or absent. Raises ConfigError."""
+    """A field that holds an object; empty if it is null or absent. Raises ConfigError."""
     given = content.get(name)
     if given is not None and not isinstance(given, dict):
         raise ConfigError(f"{name}={shown(given)}: must be an object or null, not {type_name(given)}")

@@ -1,7 +1,6 @@
-"""A Hugging Face folder, of which one tensor is read at a time; FP8 blocks become numbers on the way."""
+"""Reading of a Hugging Face folder, one tensor at a time, with dequantization of FP8 blocks."""
 
 import re
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -16,14 +15,14 @@ from dsv3_lightning.hub.fp8 import SCALE, block_size, check_scales, dequantize
 from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation, stored_shape
 from dsv3_lightning.hub.weights import NARROW, READ_ERRORS, WIDE, choose_weights, open_weights
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.init import Fill
 from dsv3_lightning.model.transformer import Transformer
 
-NO_WEIGHTS = ("rotary_emb.inv_freq",)  # older files of the Llama-shaped family hold the rotary angles
-Place = Callable[[Tensor, int | None, Callable[[], Tensor]], None]
+NO_WEIGHTS = ("rotary_emb.inv_freq",)  # rotary frequencies in older Llama-style files
 
 
 class HubFolder:
-    """config.json and weights, with or without an index. Raises ConfigError, here and in every method."""
+    """A folder with config.json and weights, with or without an index. All methods raise ConfigError."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
@@ -46,7 +45,7 @@ class HubFolder:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """The file of every tensor that is there. Raises ConfigError for one that is there twice."""
+        """The file of each tensor, by key. Raises ConfigError for a key in two files."""
         found: dict[str, str] = {}
         for name, file in self.files.items():
             for key in file.keys():  # noqa: SIM118
@@ -56,7 +55,7 @@ class HubFolder:
         return found
 
     def without_absent_mtp(self, described: Described) -> Described:
-        """Some conversions keep config.json's MTP modules and leave out their weights."""
+        """The description without MTP modules if the weights lack them, as those of some conversions do."""
         config = described.config
         first = f"model.layers.{config.num_hidden_layers}."
         if not config.mtp_depth or any(key.startswith(first) for key in self.keys):
@@ -66,7 +65,7 @@ class HubFolder:
         return described._replace(config=ModelConfig(**fields | {"num_nextn_predict_layers": 0}))
 
     def audit(self) -> None:
-        """Every tensor there has a place in the model, with its shape, and every place its tensor."""
+        """Raises ConfigError unless names and shapes of the tensors are exactly those that the model needs."""
         shapes = self.shapes()
         expected = {stored.key: stored for stored in layout(self.config)}
         scales = {key + SCALE for key in expected if key + SCALE in self.keys}
@@ -86,7 +85,7 @@ class HubFolder:
         self.tell_unused(sorted(key for key in scales if not self.is_narrow(key.removesuffix(SCALE))))
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The model's parameters and buffers. Raises ConfigError before it makes more layers than there are weights."""
+        """Shapes of the model's parameters and buffers. Raises ConfigError if the weights lack layers or experts."""
         config = self.config
         for kind, name, wanted in (
             (r"model\.layers\.(\d{1,9})\.", "num_hidden_layers", config.num_hidden_layers + config.mtp_depth),
@@ -107,7 +106,7 @@ class HubFolder:
         return key in self.keys and self.files[self.keys[key]].dtype(key) in NARROW
 
     def check_numbers(self, key: str) -> None:
-        """Raises ConfigError for a tensor that holds no real numbers, or FP8 ones without a scale for each block."""
+        """Raises ConfigError for a tensor without floating-point numbers, or FP8 without a scale for each block."""
         file = self.files[self.keys[key]]
         if self.is_narrow(key):
             scales = self.keys.get(key + SCALE)
@@ -125,13 +124,13 @@ class HubFolder:
             raise ConfigError(f"{self.path}: {key} is {file.dtype(key)}; read are {', '.join((*WIDE, *NARROW))}")
 
     def tell_unused(self, scales: list[str]) -> None:
-        """Conversions to wider numbers often leave the scales of the FP8 ones behind."""
+        """Adds a note about unused scales, which conversions from FP8 often leave behind."""
         if scales:
             note = f"{self.path}: not used: {len(scales)} scales of numbers that are not FP8, such as {scales[0]}"
             self.notes += [note] if note not in self.notes else []
 
     def read(self, key: str) -> Tensor:
-        """The tensor, dequantized to fp32 where it is FP8, else as stored."""
+        """The tensor, dequantized to fp32 if it is FP8, else as stored."""
         try:
             tensor = self.files[self.keys[key]].tensor(key)
             if not self.is_narrow(key):
@@ -141,10 +140,10 @@ class HubFolder:
             raise ConfigError(f"{self.path}: {key} can't be read ({error})") from error
 
     @torch.no_grad()
-    def load_into(self, model: Transformer, place: Place) -> None:
-        """Fills the parameters and expert biases that the folder has; place(parameter, expert, draw) writes a matrix.
+    def load_into(self, model: Transformer, fill: Fill) -> None:
+        """Fills the parameters and expert biases that the folder has; fill(parameter, expert, draw) writes a matrix.
 
-        Modules beyond the model's MTP depth are left out, and those beyond the folder's stay as they are.
+        MTP modules beyond the model's depth are skipped, and those beyond the folder's keep their values.
         """
         self.audit()
         own = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -158,29 +157,29 @@ class HubFolder:
                 parts.setdefault((stored.name, stored.expert), []).append(stored)
         for name, buffer in model.named_buffers():
             if (name, None) not in parts:
-                buffer.zero_()  # a family without expert bias
+                buffer.zero_()  # families without expert bias
         for (name, expert), group in parts.items():
 
             def draw(group: list[Stored] = group) -> Tensor:
                 return from_disk(group, [self.read(stored.key) for stored in group], rotary, permute)
 
-            place(own[name], expert, draw)
+            fill(own[name], expert, draw)
 
     def check_copy(self, stored: Stored) -> None:
-        """A copy is used through its original, so it must be one."""
+        """Raises ConfigError if a copied tensor differs from its original, which is used in its place."""
         original = {s.name: s.key for s in layout(self.config) if not s.copy and s.expert is None}[stored.name]
         if stored.key in self.keys and not torch.equal(self.read(stored.key), self.read(original)):
             raise ConfigError(f"{self.path}: {stored.key} differs from {original}; here they are one parameter")
 
 
-# What a run may set otherwise than the folder it starts from: it changes no tensor, or says which are new.
+# Settings that may differ from the folder that a run starts from, since they change no tensor.
 FREE = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "rope_interleave")
 
 
 def check_same_model(found: ModelConfig, wanted: ModelConfig, path: str | Path) -> list[str]:
-    """Raises ConfigError where the weights don't mean what the run's `model` section says; returns what differs.
+    """Raises ConfigError unless the weights fit the run's `model` section; returns notes about differences.
 
-    FREE settings may differ (a context extension changes two of them), and the depth of MTP.
+    FREE settings (a context extension changes two of them) and the MTP depth may differ.
     """
     notes = []
     for name in wanted.__dataclass_fields__:

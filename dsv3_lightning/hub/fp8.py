@@ -1,4 +1,4 @@
-"""FP8 weights: blocks of narrow numbers, each block with a scale in a tensor beside it (README_WEIGHTS.md of V3)."""
+"""Block-scaled FP8 weights, with the scales in a separate tensor (README_WEIGHTS.md of V3)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SCALE = "_scale_inv"
 
 
 def block_size(content: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a block, by the quantization_config of a config.json. Raises ConfigError."""
+    """Rows and columns of a block, from quantization_config in config.json. Raises ConfigError."""
     settings = section(content, "quantization_config")
     if (method := settings.get("quant_method")) not in (None, "fp8"):
         raise ConfigError(f"quantization_config.quant_method={shown(method)}: only fp8 is supported")
@@ -28,7 +28,7 @@ def is_count(number: Any) -> bool:
 
 
 def check_scales(key: str, shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> None:
-    """Raises ConfigError where the scales of a weight are not one for each block."""
+    """Raises ConfigError unless a weight has one scale for each block."""
     if len(shape) != 2:
         raise ConfigError(f"{key}: is FP8 {list(shape)}; only matrices can have a scale for each block")
     wanted = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
@@ -40,7 +40,7 @@ def check_scales(key: str, shape: tuple[int, ...], scales: tuple[int, ...], bloc
 
 
 def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """fp32: each number times the scale of its block; the last blocks may be cut."""
+    """The weight in fp32: each number times the scale of its block. The last blocks may be partial."""
     rows, columns = weight.shape
     wide = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight.float() * wide

@@ -1,8 +1,8 @@
-"""Which tensor of a released checkpoint is which part of our parameters (README_WEIGHTS.md of the released weights).
+"""Mapping between tensors of a released checkpoint and our parameters (README_WEIGHTS.md of the released weights).
 
-There every expert has matrices of its own, [out, in]; here they are stacked, [E, in, out], gate beside up. MTP module k
-is layer num_hidden_layers + k - 1 and holds copies of embedding and head. Rotary channels are neighboring pairs, in
-Llama's layout halves; a model that computes with the other order gets its rows permuted.
+On disk every expert has separate matrices, [out, in]; ours are stacked, [E, in, out], with gate and up joined. MTP
+module k is layer num_hidden_layers + k - 1 and has copies of embedding and head. Rotary channels are neighboring pairs,
+or halves in Llama's layout; for a model that computes with the other order, rows are permuted.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ BIAS = "e_score_correction_bias"
 class Stored(NamedTuple):
     """The tensor `key` on disk, made of our parameter or buffer `name`.
 
-    expert: its place in a stacked parameter. half: 0 the first (gate), 1 the second (up) of what is joined here.
-    heads: so many heads' channels are its rows, of which the last of each rotate; 0: none rotate.
-    copy: holds what another key holds already. written: whether exports have it.
+    expert: the index in a stacked parameter. half: 0 for gate and 1 for up, which are joined in ours.
+    heads: the number of heads whose channels are its rows, the last of each being rotary; 0: none is rotary.
+    copy: a duplicate of another key. written: True if exports contain it.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Stored(NamedTuple):
 
 
 def layout(config: ModelConfig) -> Iterator[Stored]:
-    """Every tensor of the model, in the order of the files."""
+    """All tensors of the model on disk, in the order of the files."""
     yield Stored("model.embed_tokens.weight", "embed_tokens.weight")
     for i in range(config.num_hidden_layers):
         yield from block(config, f"model.layers.{i}.", f"layers.{i}.", dense=i < config.first_k_dense_replace)
@@ -75,7 +75,7 @@ def block(config: ModelConfig, there: str, here: str, dense: bool) -> Iterator[S
 
 
 def attention(config: ModelConfig) -> dict[str, int]:
-    """Its matrices and norms, with the number of heads whose channels rotate."""
+    """The matrices and norms of attention, with the number of heads that have rotary channels."""
     heads = config.num_attention_heads
     if config.attention == "gqa":
         return {"q_proj": heads, "k_proj": config.num_key_value_heads or heads, "v_proj": 0, "o_proj": 0}
@@ -84,7 +84,7 @@ def attention(config: ModelConfig) -> dict[str, int]:
 
 
 def stored_shape(stored: Stored, shape: torch.Size) -> tuple[int, ...]:
-    """The shape on disk of a part of a parameter of that shape."""
+    """The shape on disk of a tensor that is part of our parameter of shape `shape`."""
     if stored.expert is None:
         return tuple(shape)
     _, rows, columns = shape
@@ -93,14 +93,14 @@ def stored_shape(stored: Stored, shape: torch.Size) -> tuple[int, ...]:
 
 def to_disk(stored: Stored, ours: Tensor, rotary: int, permute: str | None) -> Tensor:
     """The tensor on disk. ours: the parameter, or the expert's matrix of a stacked one. rotary: channels that rotate.
-    permute: see `permute_rotary`; None where both agree."""
+    permute: see `permute_rotary`; None if the orders agree."""
     if stored.expert is not None:
         return (ours if stored.half is None else ours.chunk(2, -1)[stored.half]).T
     return permute_rotary(ours, stored.heads, rotary, permute) if stored.heads and permute else ours
 
 
 def from_disk(stored: list[Stored], tensors: list[Tensor], rotary: int, permute: str | None) -> Tensor:
-    """The inverse, of all tensors of one matrix of ours."""
+    """Our matrix from all tensors on disk that belong to it: the inverse of `to_disk`."""
     if stored[0].expert is not None:
         return torch.cat([tensor.T for tensor in tensors], -1)
     (tensor,) = tensors
@@ -117,7 +117,7 @@ def permute_rotary(weight: Tensor, heads: int, rotary: int, to: str) -> Tensor:
 
 
 def permutation(model_interleaves: bool, wanted_interleaved: bool) -> str | None:
-    """What `permute_rotary` has to do on the way from one to the other."""
+    """The argument `to` of `permute_rotary` for a conversion; None if the orders agree."""
     if model_interleaves == wanted_interleaved:
         return None
     return "pairs" if wanted_interleaved else "halves"

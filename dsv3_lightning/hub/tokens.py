@@ -1,4 +1,4 @@
-"""Tokenizer files with the chat's format, and generation_config.json: begin, end and padding are the same in all."""
+"""Tokenizer files, the chat template and generation_config.json, with the same special tokens in all of them."""
 
 import json
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """What AutoTokenizer reads. It puts the begin token in front, as every document in training has it.
+    """Writes the files that AutoTokenizer reads. It adds the begin token, as every document in training has it.
 
-    Where the tokenizer has the marks of a chat, `apply_chat_template` writes one as we do.
+    If the tokenizer has the chat tokens, `apply_chat_template` formats conversations as we do.
     """
     tokenizer.save(folder)
     description = json.loads(tokenizer.serialized)
@@ -41,7 +41,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """With all that the folder says of where a text ends and how a conversation is written. Raises ConfigError."""
+    """The folder's tokenizer, with its end tokens and chat template. Raises ConfigError."""
     tokenizer = Tokenizer.from_file(folder)
     tokenizer.end_ids |= end_ids(folder)
     tokenizer.chat_template = chat_template(folder)
@@ -49,21 +49,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def end_ids(folder: Path) -> set[int]:
-    """Where transformers stops, beside the tokenizer's end: an instruct model often has an end of turn, too."""
+    """The end tokens in the folder's JSON files: instruct models often have an end of turn beside the tokenizer's."""
     return {index for file in existing(folder, FILES_WITH_IDS) for index in id_list(read_json(file), file)}
 
 
 def chat_template(folder: Path) -> str | None:
-    """What transformers writes conversations with, if anything; its own file counts before the field."""
+    """The folder's chat template, if any: the separate file or else the tokenizer's field, as in transformers."""
     if (folder / "chat_template.jinja").exists():
         return read_text(folder / "chat_template.jinja")
     file = folder / "tokenizer_config.json"
     given: Any = read_json(file).get("chat_template") if file.is_file() else None
-    return given if given is None or isinstance(given, str) else json.dumps(given)  # several, by name: none is ours
+    return given if given is None or isinstance(given, str) else json.dumps(given)  # several templates by name
 
 
 def vocabulary_note(tokenizer: Tokenizer, rows: int, where: str | Path) -> str | None:
-    """What to tell where a model has more rows than its tokenizer ids. Raises ConfigError where it has fewer."""
+    """A note if the model has more rows than the tokenizer has ids. Raises ConfigError if it has fewer."""
     if tokenizer.vocab_size > rows:
         raise ConfigError(
             f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1:,}, and the model has "
@@ -75,7 +75,7 @@ def vocabulary_note(tokenizer: Tokenizer, rows: int, where: str | Path) -> str |
 
 
 def write_generation_config(tokenizer: Tokenizer, folder: Path, unused: Sequence[int] = ()) -> None:
-    """Without the end token transformers would never stop; unused ids it must not draw."""
+    """Writes the end tokens, without which transformers would not stop, and the unused ids that it must not draw."""
     suppressed = {"suppress_tokens": list(unused)} if unused else {}
     write_json(folder / "generation_config.json", {"_from_model_config": True, **token_ids(tokenizer), **suppressed})
 

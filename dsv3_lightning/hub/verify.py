@@ -1,4 +1,4 @@
-"""The training model's own logits, and whether a model that was read back gives them too."""
+"""Verification of exports: logits of the training model, compared with those of the model read back."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dsv3_lightning.common.numbers import read_numbers, write_numbers
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.mtp import MTPModule
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
 
 TOLERANCE = 1e-4
@@ -19,20 +19,20 @@ TOLERANCE = 1e-4
 
 @torch.no_grad()
 def all_logits(model: Transformer, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[B, T, V], row i of token i + 1; and module 1's [B, T - 1, V], row i of token i + 2, where there is one. fp32."""
+    """fp32 logits [B, T, V], row i for token i + 1, and those of MTP module 1, [B, T - 1, V], for token i + 2."""
     h_BTD, _ = model.trunk(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
     logits_BTV = model.lm_head(h_BTD)
     if not len(model.mtp) or tokens_BT.shape[1] < 2:
         return logits_BTV, None
     module, after = model.mtp[0], tokens_BT[:, 1:]
     assert isinstance(module, MTPModule)
-    at = rotation(model.config, torch.arange(after.shape[1]))
+    at = cos_sin(model.config, torch.arange(after.shape[1]))
     h_BTD, _ = module(h_BTD[:, :-1], model.embed_tokens(after), at, torch.ones_like(after, dtype=torch.bool))
     return logits_BTV, model.lm_head(module.norm(h_BTD))
 
 
 def verification_tokens(path: Path | None, config: ModelConfig) -> Tensor:
-    """int64 [B, T] of an .npy file, or two samples of 64 random ones. Raises ConfigError."""
+    """Tokens, int64 [B, T], from an .npy file, or two samples of 64 random ones. Raises ConfigError."""
     if path is None:
         length = min(64, config.max_position_embeddings)
         return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def verification_tokens(path: Path | None, config: ModelConfig) -> Tensor:
 
 
 def write_logits(folder: Path, tokens_BT: Tensor, logits: tuple[Tensor, Tensor | None]) -> None:
-    """tokens.npy, logits.npy and, with MTP, mtp_logits.npy. Raises ConfigError where `folder` can't be made."""
+    """Writes tokens.npy, logits.npy and, with MTP, mtp_logits.npy. Raises ConfigError if `folder` can't be made."""
     make_folder("--verify", folder)
     remove(folder / "mtp_logits.npy")
     for name, tensor in zip(("tokens", "logits", "mtp_logits"), (tokens_BT, *logits)):
@@ -59,6 +59,6 @@ def write_logits(folder: Path, tokens_BT: Tensor, logits: tuple[Tensor, Tensor |
 
 
 def largest_difference(ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None]) -> float:
-    """Over the logits of all heads; not a number where one of them isn't."""
+    """The largest absolute difference over the logits of all heads; NaN if one of them is NaN."""
     pairs = [(a, b) for a, b in zip(ours, theirs) if a is not None and b is not None]
     return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()

@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face folder: safetensors, or the pickled ones of older releases (DeepSeek LLM)."""
+"""Weight files of a Hugging Face folder: safetensors, or pickled ones as in older releases (DeepSeek LLM)."""
 
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -10,14 +10,14 @@ from torch import Tensor
 from dsv3_lightning.common.json_files import read_json, refuse_pointer, shown
 from dsv3_lightning.errors import ConfigError
 
-NAMES = ("model.safetensors", "pytorch_model.bin")  # the first that is there, whole or by an index, is taken
-WIDE = ("F64", "F32", "F16", "BF16")  # numbers that mean themselves, by the names of the safetensors format
-NARROW = ("F8_E4M3", "F8_E5M2")  # numbers that mean something with a scale
+NAMES = ("model.safetensors", "pytorch_model.bin")  # the first one found is used, as a single file or by its index
+WIDE = ("F64", "F32", "F16", "BF16")  # unscaled dtypes, by their safetensors names
+NARROW = ("F8_E4M3", "F8_E5M2")  # dtypes that need scales
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Weights(Protocol):
-    """An open file, of which a tensor is read when it is asked for."""
+    """An open file whose tensors are read on demand."""
 
     def keys(self) -> list[str]: ...
 
@@ -46,7 +46,7 @@ class Safetensors:
 
 
 class Pickled:
-    """Only tensors are accepted, no code runs; they stay in the file until they are used."""
+    """A pickled file, loaded with `weights_only` and memory-mapped; holds only tensors."""
 
     def __init__(self, path: Path) -> None:
         self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -67,14 +67,14 @@ class Pickled:
 
 
 class Chosen(NamedTuple):
-    """The weight files that count, by name, and what to tell of the others."""
+    """The names of the weight files to use, and notes about the others."""
 
     names: list[str]
     notes: list[str]
 
 
 def choose_weights(folder: Path) -> Chosen:
-    """As transformers chooses: safetensors before pickled ones. Raises ConfigError, also for two sets of one kind."""
+    """Chooses weight files as transformers does: safetensors first. Raises ConfigError, also for two sets of a kind."""
     name = next((n for n in NAMES if (folder / n).exists() or index_of(folder, n).exists()), NAMES[0])
     index = index_of(folder, name)
     names = names_in(index) if index.exists() else [name]
@@ -92,7 +92,7 @@ def choose_weights(folder: Path) -> Chosen:
 
 
 def names_in(index: Path) -> list[str]:
-    """The files that an index names. Raises ConfigError."""
+    """The names of the files in an index. Raises ConfigError."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ConfigError(
@@ -105,7 +105,7 @@ def names_in(index: Path) -> list[str]:
 
 
 def open_weights(folder: Path, names: list[str]) -> dict[str, Weights]:
-    """The weight files, by name. Raises ConfigError."""
+    """The opened weight files, by name. Raises ConfigError."""
     opened: dict[str, Weights] = {}
     for name in names:
         try:
@@ -116,7 +116,7 @@ def open_weights(folder: Path, names: list[str]) -> dict[str, Weights]:
             raise ConfigError(str(error) if named else f"{folder / name}: can't be read ({error})") from error
         except OSError as error:
             raise ConfigError(f"{folder / name}: can't be read ({error.strerror or error})") from error
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        except Exception as error:  # torch raises many types for a damaged file
             reason = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
             raise ConfigError(f"{folder / name}: can't be read ({reason})") from error
     return opened

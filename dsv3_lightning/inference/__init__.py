@@ -1,1 +1,1 @@
-"""Decoding with a latent cache, speculation by MTP, samplers, a server: what a trained model is used with."""
+"""Inference: decoding with a latent cache, speculative decoding by MTP, sampling, and a server."""

@@ -1,7 +1,7 @@
-"""Continuous batching: texts come and go while others are written, one token of each at a time.
+"""Continuous batching: texts join and leave the batch between decoding steps, which add one token to each.
 
-One thread owns model and cache. Between two steps it drops what was cancelled or is overdue and lets waiting texts in
-where a row is free (their prompts go through alone); then every row advances by a token.
+A single thread uses model and cache. Between two steps it drops cancelled and overdue texts and moves waiting ones into
+free rows (each prompt is a separate forward pass); then every row advances by a token.
 """
 
 import threading
@@ -24,14 +24,14 @@ Finish = Literal["stop", "length", "timeout", "error"]
 
 
 class Busy(Exception):
-    """As many texts wait as may."""
+    """Raised if the queue of waiting texts is full."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One text to write. deliver(piece, finish) is called from the engine's thread: pieces with None, at last why it
-    ended: `stop` (end token or stop string), `length`, `timeout` or `error`. number: which of its request's
-    texts it is, each with random numbers of its own. tokens: how many were written."""
+    """A text to generate. deliver(piece, finish) is called from the engine's thread, with finish None until the last
+    piece, then the reason of the end: `stop` (end token or stop string), `length`, `timeout` or `error`. number: the
+    number of the text in its request, each of which has its own random stream. tokens: the number of new tokens."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -49,8 +49,8 @@ class Job:
 
 
 class Engine:
-    """rows: texts written at a time. waiting: how many may wait. seconds: from a text's arrival to its end.
-    context: tokens of a text, at most the model's, which is the default. Raises ConfigError."""
+    """The decoding thread and its queue. rows: texts decoded at a time. waiting: texts that may wait. seconds: the time
+    limit of a text from its arrival. context: tokens of a text, by default the model's limit. Raises ConfigError."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Engine:
         self.thread.start()
 
     def submit(self, jobs: list[Job]) -> None:
-        """All of them, or none. Raises ConfigError for an impossible one, Busy where too many wait already."""
+        """Queues all jobs or none. Raises ConfigError for an impossible one, Busy if too many are waiting."""
         self.check_count(len(jobs))
         for job in jobs:
             check_lengths([len(job.prompt)], job.max_new_tokens, self.limit)
@@ -88,13 +88,13 @@ class Engine:
             self.changed.notify()
 
     def check_count(self, texts: int) -> None:
-        """Raises ConfigError for more in one request than ever fit; not Busy, since no later time is better."""
+        """Raises ConfigError for more texts in one request than ever fit; not Busy, since waiting would not help."""
         if texts > self.rows + self.max_waiting:
             most = f"slots={self.rows} and max_waiting={self.max_waiting} hold {self.rows + self.max_waiting} at most"
             raise ConfigError(f"{texts} texts in one request: {most}")
 
     def cancel(self, job: Job) -> None:
-        """Nothing more is delivered; its row is free after the current step."""
+        """Stops a job: nothing more is delivered, and its row is free after the current step."""
         job.cancelled = True
 
     def close(self) -> None:
@@ -112,14 +112,14 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # whoever waits must hear of it, and the next ones get a clean start
+            except Exception as error:  # tell waiting clients, and start cleanly with the next jobs
                 print(f"dsv3: decoding failed: {type(error).__name__}: {error}", flush=True)
                 for job in self.running:
                     job.deliver("", "error")
                 self.running = []
 
     def step(self) -> None:
-        """Drops, admits, advances."""
+        """Drops ended texts, admits waiting ones, and advances each by a token."""
         now = time.monotonic()
         for row in reversed(range(len(self.running))):
             if self.over(self.running[row], now):
@@ -156,7 +156,7 @@ class Engine:
         self.take(row, self.decoder.logits(h_1TD[:, -1:])[:, -1])
 
     def take(self, row: int, logits_1V: torch.Tensor) -> None:
-        """The next token of one row, and whether it was the last."""
+        """Samples and delivers the next token of a row, and ends its text if it was the last."""
         job = self.running[row]
         assert job.stream is not None and job.generator is not None
         (job.last,) = job.sampling.pick(logits_1V, [job.generator])
@@ -183,7 +183,7 @@ class Engine:
         self.leave(row)
 
     def leave(self, row: int) -> None:
-        """The last row takes its place."""
+        """Frees a row by moving the last one into it."""
         with self.changed:
             self.decoder.move(len(self.running) - 1, row)
             self.running[row] = self.running[-1]

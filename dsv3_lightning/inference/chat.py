@@ -1,6 +1,6 @@
-"""A conversation with a model, in the format of data/conversation.py.
+"""A conversation with a model, in the format of data/text/conversation.py.
 
-The cache lives on between turns: only what is new goes through the model.
+The cache persists between turns: only new tokens go through the model.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from dsv3_lightning.model.transformer import Transformer
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Iterable[tuple[str, str]]) -> list[int]:
-    """Ids of (role, text) messages, ready for the assistant's next. ConfigError."""
+    """Token ids of (role, text) messages, up to the start of the assistant's answer. Raises ConfigError."""
     ids = conversation(tokenizer, ((role, encode(tokenizer, text)) for role, text in messages)).ids
     return [*ids, turn_ids(tokenizer)[1]]
 
@@ -26,9 +26,9 @@ def chat_prompt(tokenizer: Tokenizer, messages: Iterable[tuple[str, str]]) -> li
 class Chat:
     """One conversation with a model, of at most `context` tokens (default: the model's limit). Raises ConfigError.
 
-    A turn is what the user said and the answer. Where a new one needs the room, the oldest are dropped, never the
-    system message. dropped: how many the last reply dropped. cut: whether its answer ended because the context was
-    full.
+    A turn is a user message and its answer. If a new turn needs room, the oldest are dropped, but never the system
+    message. dropped: the number of turns that the last reply dropped. cut: True if its answer ended because the
+    context was full.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class Chat:
         self.dropped, self.cut = 0, False
 
     def reset(self) -> None:
-        """Forgets all turns."""
+        """Deletes all turns."""
         self.turns = []
         self.keep_head_in_cache()
 
     def keep_head_in_cache(self) -> None:
-        """What follows the system message goes through the model again, at its new place."""
+        """Truncates the cache to the system message; later tokens are recomputed at their new positions."""
         self.decoder.lengths[0] = min(self.decoder.lengths[0], len(self.head))
 
     def reply(self, text: str, max_new_tokens: int, stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """The answer, piece by piece. Raises ConfigError, and leaves all as it is, for a text that can never fit."""
+        """Yields the answer in pieces. Raises ConfigError for a text that can't fit, and changes nothing then."""
         asked = [*turn(self.tokenizer, "user", encode(self.tokenizer, text)), self.assistant]
         self.make_room(len(asked), max_new_tokens)
         self.turns.append(asked)
@@ -82,12 +82,12 @@ class Chat:
             yield stream.push(token)
             if stream.stopped:
                 break
-        asked.append(self.tokenizer.eos_id)  # the format's, whichever end the model wrote
+        asked.append(self.tokenizer.eos_id)  # the chat format's end token, whichever one the model wrote
         yield stream.finish()
 
     def make_room(self, asked: int, max_new_tokens: int) -> None:
-        """Drops as many of the oldest turns as it takes for a turn that begins with so many tokens, and for its answer,
-        but for that at most a quarter of the context. Raises ConfigError."""
+        """Drops the oldest turns until `asked` tokens and the answer fit; at most a quarter of the context is reserved
+        for the answer. Raises ConfigError."""
         room = max(1, min(max_new_tokens, self.limit // 4))
         least = len(self.head) + asked
         if least >= self.limit:

@@ -1,4 +1,4 @@
-"""Continues prompts of different lengths together, a token each at a time; a row that ends makes room."""
+"""Batched decoding of prompts of different lengths, one token each per step; ended rows leave the batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,10 +22,10 @@ def decode(
     on_token: Stop | None = None,
     unused: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without an end token, or the context limit. Raises ConfigError.
+    """The new tokens of each prompt, up to the context limit or an end token, which is left out. Raises ConfigError.
 
-    Each prompt has random numbers of its own, from the seed and the prompt's number, so its text doesn't depend on
-    those beside it, and two prompts that are alike have different texts.
+    Each prompt has its own random stream, from the seed and the prompt's number, so its text doesn't depend on the
+    other prompts, and two equal prompts have different texts.
     on_token(prompt's number, token): called for every new token; True ends that text, with this token.
     unused: ids that no token has, which are never drawn.
     """
@@ -37,10 +37,10 @@ def decode(
     decoder = Decoder(model, len(prompts), capacity, unused=unused)
     generators = [random_stream(seed, number) for number in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
-    running: list[int] = []  # which prompt each row holds
+    running: list[int] = []  # the prompt of each row
 
     def take(token: int, number: int) -> bool:
-        """Whether the text goes on after this token."""
+        """True if the text continues after this token."""
         if token in end_ids or len(prompts[number]) + len(new[number]) >= limit:
             return False
         new[number].append(token)

@@ -1,4 +1,4 @@
-"""The model as a state that grows: tokens go in, the hidden states of the new ones come out."""
+"""Incremental decoding: a model with its cache, which takes tokens and returns their hidden states."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
 from dsv3_lightning.inference.layers import DraftModule, Layer, Norm
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
 
 
 class Decoder:
     """A model and the cache of `rows` texts, each up to `capacity` tokens.
 
-    lengths: tokens in the cache of each row; lowering one forgets the tokens after it. mtp_lengths: the same of the MTP
-    modules' caches, by module and row. A row never holds padding: rows go through the model with as many tokens as each
-    other, and a prompt goes alone. lower: what to lower where the cache doesn't fit, which is a ConfigError.
-    unused: ids that no token has; their logits are -inf, of the MTP modules too, so that none is ever drawn.
+    lengths: tokens in the cache of each row; lowering a length drops the tokens after it. mtp_lengths: the same for the
+    MTP modules' caches, by module and row. Rows never contain padding: a forward pass has equally many new tokens in
+    each row, and prompts are separate passes. lower: the settings to name in the ConfigError for insufficient memory.
+    unused: ids that no token has; their logits are -inf, also those of MTP modules, so none is ever drawn.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Decoder:
         layers = self.config.num_hidden_layers + mtp_depth
         self.cache = Cache(self.config, layers, rows, capacity, model.embed_tokens.weight, lower)
         self.entries = self.cache.entries.unbind()
-        self.rotations = rotation(self.config, torch.arange(capacity, device=self.device))
+        self.rotations = cos_sin(self.config, torch.arange(capacity, device=self.device))
         with torch.no_grad():
             self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
             self.draft_modules = [DraftModule(module) for module in model.mtp[:mtp_depth]]
@@ -50,7 +50,7 @@ class Decoder:
 
     @torch.inference_mode()
     def extend(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
-        """The next T tokens of B rows from `first` on: their hidden states after the final norm, [B, T, D]."""
+        """Appends T tokens to each of B rows from `first` on; returns hidden states after the final norm, [B, T, D]."""
         step = self.step(self.lengths, first, tokens_BT.shape[1], len(tokens_BT))
         h_BTD = self.model.embed_tokens(tokens_BT)
         for layer, entries_BUC in zip(self.layers, self.entries):
@@ -59,8 +59,10 @@ class Decoder:
 
     @torch.inference_mode()
     def extend_mtp(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
-        """Module k (from 1) at the next T positions: from h_{k-1} there and the tokens k places on, h_k before its
-        norm; of the last position alone where no other module needs the rest."""
+        """Runs MTP module k (from 1) at the next T positions, with h_{k-1} there and the tokens k positions ahead.
+
+        Returns h_k before its norm, [B, T, D]. only_last: of the last position, if no other module needs the rest.
+        """
         step = self.step(self.mtp_lengths[k - 1], first, tokens_BT.shape[1], len(tokens_BT))
         entries_BUC = self.entries[len(self.layers) + k - 1]
         return self.draft_modules[k - 1](self.model.embed_tokens(tokens_BT), h_BTD, entries_BUC, step, only_last)
@@ -74,25 +76,25 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, h_BTD: Tensor, k: int = 0) -> Tensor:
-        """Of what `extend` gave, or `extend_mtp` of module k: fp32 [B, T, V]."""
+        """Logits, fp32 [B, T, V], from the hidden states of `extend` or, for k above 0, `extend_mtp` of module k."""
         h_BTD = self.draft_modules[k - 1].norm(h_BTD) if k else h_BTD
         return without(F.linear(h_BTD, self.model.lm_head.weight).float(), self.unused)
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
-        """Row `source` takes the place of row `target`."""
+        """Overwrites row `target` by row `source`."""
         self.cache.move(source, target)
         for lengths in (self.lengths, *self.mtp_lengths):
             lengths[target] = lengths[source]
 
 
 def without(logits_V: Tensor, unused: Tensor) -> Tensor:
-    """The logits [..., V], in place, with -inf for the unused ids (int64 [n])."""
+    """Sets the logits [..., V] of unused ids (int64 [n]) to -inf, in place."""
     return logits_V.index_fill_(-1, unused, -torch.inf) if len(unused) else logits_V
 
 
 def context_of(config: ModelConfig, wanted: int | None) -> int:
-    """Tokens that a text may have: `--context`, or the model's limit. Raises ConfigError."""
+    """The context length: `--context`, or the model's limit. Raises ConfigError."""
     most = config.max_position_embeddings
     if wanted is not None and not 1 <= wanted <= most:
         raise ConfigError(f"--context {wanted}: must be between 1 and {most}, the model's max_position_embeddings")
@@ -100,7 +102,7 @@ def context_of(config: ModelConfig, wanted: int | None) -> int:
 
 
 def check_lengths(lengths: list[int], max_new_tokens: int, limit: int) -> None:
-    """Raises ConfigError for a prompt that is empty or too long, never cuts it."""
+    """Raises ConfigError for a prompt that is empty or too long; prompts are never truncated."""
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if min(lengths) < 1:

@@ -1,10 +1,10 @@
-"""Where experts live when a model is served: the loaded ones several times, and every GPU with as much to do (V3 §3.4).
+"""Expert placement for serving: replicas of the most loaded experts, packed so that GPUs have equal loads (V3 §3.4).
 
-First each layer's experts get replicas, one after the other to the expert with the most load per replica. Then replicas
-are packed onto GPUs, equally many on each: the heaviest first, each onto the least loaded GPU with room. Where nodes
-divide the router's groups, whole groups are packed onto nodes before, and the rest happens within nodes, so that a
-token that is limited to few groups visits few nodes. This is the policy of the published load balancer (EPLB); what it
-leaves uneven is then swapped between the heaviest GPU and the others, as long as that helps.
+First each replica of a layer goes to the expert with the highest load per replica. Then replicas are packed onto GPUs,
+equally many on each: the heaviest first, each onto the least loaded GPU with room. If nodes divide the router's groups,
+whole groups are first packed onto nodes, and the rest happens within nodes, so a token that is limited to few groups
+visits few nodes. This is the policy of the published load balancer (EPLB). Finally replicas are swapped between the
+most loaded GPU and the others, as long as that lowers the maximum.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from dsv3_lightning.errors import ConfigError
 
 
 class Placement(NamedTuple):
-    """Where the physical experts of L layers lie: the E experts and their replicas. int64.
+    """The placement of the physical experts of L layers, which are the E experts and their replicas: int64.
 
-    physical_to_logical [L, physical]: the expert at each position; each GPU has an equal run of positions.
-    logical_to_physical [L, E, most replicas]: the positions of each expert, then -1. expert_count [L, E]: how many.
+    physical_to_logical [L, physical]: the expert at each position; GPUs have equal ranges of positions.
+    logical_to_physical [L, E, most replicas]: each expert's positions, padded with -1. expert_count [L, E]: how many.
     """
 
     physical_to_logical: Tensor
@@ -28,10 +28,10 @@ class Placement(NamedTuple):
 
 
 def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Placement:
-    """weight [L, E]: tokens per expert, or any load. num_replicas: R, of all GPUs together. Raises ConfigError.
+    """Places experts by load. weight [L, E]: tokens per expert, or any load. num_replicas: R, over all GPUs.
 
-    Where num_nodes divides num_groups, a group's experts stay on one node; one group and one node ask for the most even
-    plan, wherever that puts them.
+    If num_nodes divides num_groups, a group's experts stay on one node; one group and one node give the most even
+    placement, without such limits. Raises ConfigError.
     """
     load_LE = weight.detach().double().cpu()
     check(load_LE, num_replicas, num_groups, num_nodes, num_gpus)
@@ -42,9 +42,9 @@ def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_no
 
 
 def place_layer(load: list[float], replicas: int, groups: int, nodes: int, gpus: int) -> list[int]:
-    """The expert at each of R places, GPU by GPU, node by node.
+    """The expert at each of R positions, GPU by GPU, node by node.
 
-    Nodes that are more even may be harder to divide among GPUs: of both ways the one whose busiest GPU has less to do.
+    More even nodes may be harder to divide among GPUs, so both ways are tried, and the lower maximum load wins.
     """
     size = len(load) // groups
     group_loads = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
@@ -66,7 +66,7 @@ def place_layer(load: list[float], replicas: int, groups: int, nodes: int, gpus:
 
 
 def replicate(load: list[float], replicas: int) -> list[int]:
-    """How often each expert is there: once, and each further replica goes where the load per replica is largest."""
+    """The number of copies of each expert: one, plus replicas where the load per copy is highest."""
     counts = [1] * len(load)
     for _ in range(replicas - len(load)):
         largest = max(range(len(load)), key=lambda e: load[e] / counts[e])
@@ -75,7 +75,7 @@ def replicate(load: list[float], replicas: int) -> list[int]:
 
 
 def pack(weights: list[float], packs: int) -> list[list[int]]:
-    """Items by pack, equally many in each: the heaviest first, each into the lightest pack with room."""
+    """Packs items, equally many in each: the heaviest first, each into the lightest pack with room."""
     room = len(weights) // packs
     content: list[list[int]] = [[] for _ in range(packs)]
     total = [0.0] * packs
@@ -88,7 +88,7 @@ def pack(weights: list[float], packs: int) -> list[list[int]]:
 
 
 def even_out(packs: list[list[int]], weights: list[float]) -> list[list[int]]:
-    """Swaps an item of the heaviest pack for a lighter one of another, while that makes the heavier of the two lighter.
+    """Swaps items of the heaviest pack for lighter ones, as long as that lowers the maximum of the two packs.
 
     >>> even_out([[0, 2, 4], [1, 3, 5]], [7.0, 7.0, 5.0, 5.0, 5.0, 1.0])
     [[3, 2, 4], [1, 0, 5]]
@@ -105,7 +105,7 @@ def even_out(packs: list[list[int]], weights: list[float]) -> list[list[int]]:
             if (less := weights[item] - weights[other]) > 0 and total[p] + less < total[heaviest]
         ]
         heavier, at, p, there = min(swaps, default=(total[heaviest], 0, 0, 0))
-        if heavier >= total[heaviest] * (1 - 1e-9):  # nothing is left, or rounding alone
+        if heavier >= total[heaviest] * (1 - 1e-9):  # no gain beyond rounding
             return packs
         packs[heaviest][at], packs[p][there] = packs[p][there], packs[heaviest][at]
 
@@ -124,20 +124,20 @@ def tables(physical: Tensor, num_experts: int) -> Placement:
 
 
 def gpu_loads(weight: Tensor, placement: Placement, num_gpus: int) -> Tensor:
-    """[L, GPUs] fp64: an expert's tokens are shared evenly by its replicas."""
+    """Load of each GPU, [L, GPUs] fp64, with an expert's tokens divided evenly among its replicas."""
     share_LE = weight.double() / placement.expert_count
     return share_LE.gather(1, placement.physical_to_logical).unflatten(1, (num_gpus, -1)).sum(-1)
 
 
 def loads_in_order(weight: Tensor, num_gpus: int) -> Tensor:
-    """[L, GPUs] fp64 without balancing: every expert once, in order, as equally many on each GPU as can be."""
+    """Load of each GPU, [L, GPUs] fp64, without replicas: experts in order, as equally many on each as possible."""
     layers, experts = weight.shape
     gpu_E = torch.arange(experts) * num_gpus // experts
     return torch.zeros(layers, num_gpus, dtype=torch.float64).index_add_(1, gpu_E, weight.double())
 
 
 def overload(loads_LG: Tensor) -> Tensor:
-    """[L]: the busiest GPU's load over the mean; 1 is balance, and nothing to do is balanced."""
+    """Load of the busiest GPU over the mean, [L]; 1 is balance, also for no load at all."""
     mean_L = loads_LG.mean(1)
     return torch.where(mean_L > 0, loads_LG.amax(1) / mean_L, 1.0)
 

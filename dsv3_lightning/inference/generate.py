@@ -1,4 +1,4 @@
-"""Continues prompts by running the whole context through the model for each new token, also a sharded one."""
+"""Generation without a cache, which runs the full context for each new token; works with sharded models."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ def generate(
     seed: int,
     unused: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The new tokens of each prompt (ids, at least one each), up to and without the end token or the context limit.
+    """The new tokens of each prompt (of at least one id), up to the context limit or the end token, which is left out.
 
-    temperature 0 is greedy. Each prompt has random numbers of its own, from the seed and the prompt's number. Prompts
-    of different lengths are padded on the right, which a causal model doesn't see.
+    temperature 0 is greedy. Each prompt has its own random stream, from the seed and the prompt's number. Shorter
+    prompts are padded on the right, which causal attention doesn't see.
     unused: ids that no token has, which are never drawn.
     Raises ConfigError for an impossible argument or a prompt that fills the context.
     """
@@ -40,7 +40,7 @@ def generate(
     unused_N = torch.tensor(unused, dtype=torch.int64, device=device)
     for _ in range(max_new_tokens):
         context = tokens_BT[:, : int(lengths.max())]
-        logits_BV = model(context, lengths - 1).float()  # as a call, which gathers weights that are sharded
+        logits_BV = model(context, lengths - 1).float()  # called as a module, so sharded weights are gathered
         chosen = torch.tensor(sampling.pick(without(logits_BV, unused_N), generators), device=device)
         running = running & (chosen != eos_id) & (lengths < limit)
         if not running.any():

@@ -1,8 +1,8 @@
-"""The model's layers as decoding runs them: its own parameters, in few operations.
+"""Layers for decoding: the model's parameters, with few operations per token.
 
-Of one token most of the time goes into starting operations, not into them. So nothing here is a module: norms, products
-and routing are called at once, on tensors that are looked up when the decoder is made. The model's own layers say what
-must come out (tests/inference/test_decoding.py).
+For a single token, launch overhead takes most of the time. So nothing here is a module: norms, products and routing are
+direct calls on tensors that are looked up when the decoder is made. tests/inference/test_decoding.py compares the
+results with those of the model's layers.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.moe import MLP, MoE
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.norm import RMSNorm
-from dsv3_lightning.model.rope import rotate
+from dsv3_lightning.model.rope import apply_rope
 from dsv3_lightning.model.router import route
 from dsv3_lightning.model.transformer import Transformer
 
-FEW = 32  # slots, tokens times experts per token, up to which a product for each is the fastest
+FEW = 32  # routed tokens (tokens times experts per token) up to which one product for each is the fastest
 
 
 def lay_by_columns(model: Transformer) -> Transformer:
-    """The same weights, in memory column after column: on CPU a product of few rows then reads them faster.
+    """Lays the weights out in column-major order, in place: on CPUs products of few rows then read them faster.
 
-    Where more than one product reads a matrix, or the embedding is the head, they stay as they are.
+    A matrix that several products read, or a tied embedding, keeps its layout.
     """
     for name, module in model.named_modules():
         embedded = module is model.lm_head and model.config.tie_word_embeddings
@@ -38,7 +38,7 @@ def lay_by_columns(model: Transformer) -> Transformer:
 
 
 class Norm:
-    """RMSNorm. On CPU torch's takes seven operations; x · (w √D) / hypot(|x|, √(D ε)) is the same in four."""
+    """RMSNorm. On CPUs torch takes seven operations; x · (w √D) / hypot(|x|, √(D ε)) is equal and takes four."""
 
     def __init__(self, norm: nn.Module) -> None:
         assert isinstance(norm, RMSNorm)
@@ -54,7 +54,7 @@ class Norm:
 
 
 class LatentAttention:
-    """MLA with W_UK and W_UV absorbed (V3 §2.1.1): queries meet the latents themselves."""
+    """MLA with W_UK and W_UV absorbed (V3 §2.1.1): queries attend to the latents directly."""
 
     def __init__(self, attention: MultiHeadLatentAttention) -> None:
         self.heads, self.rank, self.scale = attention.heads, attention.kv_rank, attention.scale
@@ -72,13 +72,13 @@ class LatentAttention:
         c_kv, k_r = F.linear(x_BTD, self.w_dkv).split((self.rank, self.sizes[1]), -1)
         c_q = self.q_norm(F.linear(x_BTD, self.w_dq)) if self.compressed else x_BTD
         q_c, q_r = F.linear(c_q, self.w_uq).unflatten(-1, (self.heads, -1)).split(self.sizes, -1)
-        turned = rotate(torch.cat((q_r, k_r[:, :, None]), 2), step.rotation, self.interleave)
+        turned = apply_rope(torch.cat((q_r, k_r[:, :, None]), 2), step.rotation, self.interleave)
         q_r, k_r = turned.split((self.heads, 1), 2)
         latents_BUC = step.append(entries_BUC, torch.cat((self.kv_norm(c_kv), k_r[:, :, 0]), -1))
         if only_last:
             q_c, q_r, step = q_c[:, -1:], q_r[:, -1:], step.of_last()
         q_c, q_r = q_c.transpose(1, 2), q_r.transpose(1, 2)
-        if step.start == 0 and step.T > 1:  # a prompt: expanded as in training, which takes fewer products
+        if step.start == 0 and step.T > 1:  # prompts: expanded as in training, which takes fewer FLOP
             c_kv, k_r = latents_BUC[:, None].split((self.rank, self.sizes[1]), -1)
             k_BHTC = torch.cat((c_kv @ self.w_uk.mT, k_r.expand(-1, self.heads, -1, -1)), -1)
             out_BHTC = causal_attention(torch.cat((q_c, q_r), -1), k_BHTC, c_kv @ self.w_uv, self.scale)
@@ -91,7 +91,7 @@ class LatentAttention:
 
 
 class SharedAttention:
-    """Grouped queries: each key and value of the cache is met by several heads."""
+    """Grouped-query attention: several heads share each key and value of the cache."""
 
     def __init__(self, attention: GroupedQueryAttention) -> None:
         self.attention = attention
@@ -111,7 +111,7 @@ class SharedAttention:
 
 
 def softmax(products: Tensor, scale: float, heads: int, step: Step) -> Tensor:
-    """Over what each new token may see; N runs over heads and, within them, new tokens."""
+    """Causal softmax of attention scores; N runs over heads and, within them, new tokens."""
     scores = products.float() * scale
     if step.hidden_BTU is not None:
         hidden = step.hidden_BTU[:, None]
@@ -130,7 +130,7 @@ class Dense:
 
 
 class Mixture:
-    """DeepSeekMoE, without what only training asks for."""
+    """DeepSeekMoE without training-only computations."""
 
     def __init__(self, moe: MoE) -> None:
         self.config, self.experts, self.dispatcher = moe.config, moe.experts, moe.dispatcher
@@ -153,7 +153,7 @@ class Mixture:
         return out_ND.view_as(u_BTD)
 
     def few_tokens(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """A product per chosen expert: for few tokens torch's grouped product costs more on CPU."""
+        """Computes one product per chosen expert: on CPUs torch's grouped product is slower for few tokens."""
         K = experts_NK.shape[1]
         chosen, rows = experts_NK.flatten().tolist(), x_ND.split(1)
         gate, up = torch.cat([torch.mm(rows[s // K], self.gate_up[e]) for s, e in enumerate(chosen)]).chunk(2, -1)
@@ -169,7 +169,7 @@ ATTENTION: dict[type, Callable] = {
 
 
 class Layer:
-    """norm, attention, norm, MLP or experts."""
+    """A block: norm, attention, norm, and MLP or experts."""
 
     def __init__(self, block: nn.Module) -> None:
         assert isinstance(block, Block)
@@ -178,14 +178,14 @@ class Layer:
         self.mlp = Mixture(block.mlp) if isinstance(block.mlp, MoE) else Dense(block.mlp)
 
     def __call__(self, x_BTD: Tensor, entries_BUC: Tensor, step: Step, only_last: bool = False) -> Tensor:
-        """The new tokens' output, or that of the last of them, which see all before them."""
+        """The output of the new tokens, [B, T, D], or with only_last of the last one. Attention is causal."""
         seen_BTD = self.attention(self.norm(x_BTD), entries_BUC, step, only_last)
         x_BTD = (x_BTD[:, -1:] if only_last else x_BTD) + seen_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class DraftModule:
-    """An MTP module."""
+    """An MTP module for drafting."""
 
     def __init__(self, module: nn.Module) -> None:
         assert isinstance(module, MTPModule)

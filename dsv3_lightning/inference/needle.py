@@ -1,8 +1,8 @@
-"""Needle in a haystack: does the model find one line of a long text again, wherever it stands?
+"""Needle-in-a-haystack test: retrieval of one line at various depths of a long text.
 
-The text is filler, with "the secret number is …" at some depth, and ends with the same words; what is measured are the
-digits after them. A small model won't answer, so beside the share of digits that greedy decoding gets right stands what
-the needle is worth: nats per token that it saves, against the same text with another number in its place.
+The text is filler with "the secret number is …" at some depth, and ends with the same words; the model has to predict
+the digits after them. Small models rarely succeed, so next to the share of digits that greedy decoding gets right, the
+result has the gain in nats per token against the same text with another number.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ ASK = "\n# The secret number is "
 
 
 class Found(NamedTuple):
-    """[lengths, depths] fp64. right: share of the digits' tokens that greedy decoding gives. saved: nats per token."""
+    """Results, fp64 [lengths, depths]. right: share of digit tokens greedy decoding finds. saved: nats per token."""
 
     right: Tensor
     saved: Tensor
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 def find_needles(
     model: Transformer, tokenizer: Tokenizer, filler: list[int], lengths: list[int], depths: list[float], texts: int
 ) -> Found:
-    """depths: 0 is the beginning, 1 the end. Means over `texts` numbers and pieces of filler. Raises ConfigError."""
+    """Means over `texts` numbers and filler texts. depths: from 0, the beginning, to 1, the end. Raises ConfigError."""
     limit = model.config.max_position_embeddings
     ask, unused = tokenizer.encode(ASK), tokenizer.ids_without_text(model.config.vocab_size)
     right, saved = torch.zeros(2, len(lengths), len(depths), dtype=torch.float64).unbind()
@@ -59,13 +59,13 @@ def find_needles(
 
 
 def secret(text: int, which: int) -> int:
-    """Six digits; the two of a text differ in every one."""
+    """A number of six digits; the two numbers of a text differ in every digit."""
     digits = f"{(text + 1) * 716_537 % 1_000_000:06}"
     return int("".join(str((int(digit) + 5 * which) % 10) for digit in f"1{digits[1:]}"))
 
 
 def score(model: Transformer, ids: list[int], answer: int, unused: Sequence[int] = ()) -> tuple[float, float]:
-    """Of the last `answer` tokens: the share that is the likeliest, and the mean log-probability.
+    """The share of the last `answer` tokens that is most likely, and their mean log-probability.
 
     unused: ids that no token has, which get no probability.
     """

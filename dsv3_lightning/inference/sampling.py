@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, then top-k, top-p and min-p, all on the tempered distribution."""
+"""Sampling of tokens: temperature, then top-k, top-p and min-p, all on the tempered distribution."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from dsv3_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Raises ConfigError.
+    """Settings of sampling. Raises ConfigError.
 
-    temperature: 0 is greedy. top_k: the k likeliest may be drawn; 0: all. top_p: the fewest likeliest tokens whose
-    probabilities sum to at least p; always one. min_p: those at least p times as likely as the likeliest.
+    temperature: 0 is greedy. top_k: only the k most likely tokens; 0: all. top_p: the fewest most likely tokens whose
+    probabilities sum to at least p. min_p: tokens at least p times as likely as the most likely one. One always stays.
     """
 
     temperature: float = 0.0
@@ -32,17 +32,17 @@ class Sampling:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be between 0 and 1")
 
     def probabilities(self, logits_NV: Tensor) -> Tensor:
-        """What is drawn from, fp64 [N, V]; for greedy all weight is on the likeliest."""
+        """The distribution to sample from, fp64 [N, V]; with temperature 0 all weight is on the most likely token."""
         logits_NV = logits_NV.double()
         if self.temperature == 0:
             return torch.zeros_like(logits_NV).scatter_(1, logits_NV.argmax(1, keepdim=True), 1.0)
-        # Shifted first, so that a tiny temperature can't overflow.
+        # Shifted first, so a tiny temperature can't overflow.
         p_NV = ((logits_NV - logits_NV.amax(1, keepdim=True)) / self.temperature).softmax(1)
         if not (self.top_k or self.top_p < 1 or self.min_p):
             return p_NV
         sorted_NV, order_NV = p_NV.sort(dim=1, descending=True, stable=True)
         kept_NV = sorted_NV >= self.min_p * sorted_NV[:, :1]
-        kept_NV &= sorted_NV.cumsum(1) - sorted_NV < self.top_p  # what stands before it doesn't suffice yet
+        kept_NV &= sorted_NV.cumsum(1) - sorted_NV < self.top_p  # the more likely tokens sum to less than p
         if self.top_k:
             kept_NV[:, self.top_k :] = False
         kept_NV[:, 0] = True
@@ -51,7 +51,7 @@ class Sampling:
         return p_NV / p_NV.sum(1, keepdim=True)
 
     def pick(self, logits_NV: Tensor, generators: list[torch.Generator]) -> list[int]:
-        """One token per row, each from its own stream of random numbers."""
+        """Samples one token per row, each from its own random stream."""
         if self.temperature == 0:
             return logits_NV.argmax(1).tolist()
         p_NV = self.probabilities(logits_NV).cpu()
@@ -63,6 +63,6 @@ def draw(p_V: Tensor, generator: torch.Generator) -> int:
 
 
 def random_stream(seed: int, number: int = 0) -> torch.Generator:
-    """The random numbers of the text of that number, counted from 0; other numbers and other seeds have other ones."""
+    """The random stream of text `number` (from 0), independent between numbers and between seeds."""
     (mixed,) = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed))

@@ -1,4 +1,4 @@
-"""From tokens to text as it comes: whole characters only, and never a part of a stop string."""
+"""Text of prompts to token ids, and streaming of tokens to text: whole characters, and no part of a stop string."""
 
 import codecs
 import re
@@ -8,7 +8,7 @@ from dsv3_lightning.errors import ConfigError
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of what a user gave. Raises ConfigError for half characters, as a wrongly coded terminal makes them."""
+    """Token ids of a user's text. Raises ConfigError for lone surrogates, which a wrongly configured terminal sends."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -17,41 +17,41 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_with_marks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The same, but the name of a control token, such as <｜User｜>, is that token and not plain text.
+    """Token ids of a text in which names of control tokens, such as <｜User｜>, stand for these tokens.
 
-    For a whole prompt that its author has formatted; never for a part that came from somebody else.
+    Only for whole prompts that their author has formatted, never for parts from somebody else.
     """
     marks = {token.content: number for number, token in tokenizer.backend.get_added_tokens_decoder().items()}
     longest_first = sorted(marks, key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if marks else [text]
     ids: list[int] = []
-    for place, part in enumerate(parts):  # every second one is a name
+    for place, part in enumerate(parts):  # odd ones are names
         ids += [marks[part]] if place % 2 else encode(tokenizer, part)
     return ids
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, marks: bool) -> list[int]:
-    """A prompt that begins with the begin token, once. marks: whether names of control tokens are these tokens."""
+    """Token ids of a prompt, with one begin token. marks: True if names of control tokens stand for these tokens."""
     ids = encode_with_marks(tokenizer, text) if marks else encode(tokenizer, text)
     return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
-    """Bytes of text that one token stands for, at most."""
+    """The largest number of bytes of text that one token stands for."""
     names = (token.content for token in tokenizer.backend.get_added_tokens_decoder().values())
     return max(int(tokenizer.bytes_per_token().max()), *(len(name.encode()) for name in names))
 
 
 def whole_characters(text: str) -> str:
-    """The text with U+FFFD for every half character (a surrogate without its other half)."""
+    """The text with U+FFFD for every lone surrogate."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class TextStream:
-    """push(token) gives the text that is certain by now, finish() the rest; joined they are the whole text.
+    """A stream of text from tokens: push(token) returns what is final by then, finish() the rest.
 
-    stop: the text ends before the first of these strings; `stopped` says that one came. A character whose last bytes
-    never come is one replacement sign at the end.
+    stop: the text ends before the first of these strings; `stopped` is True once one came. An incomplete character at
+    the end becomes a replacement character.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
@@ -80,7 +80,7 @@ class TextStream:
         return ready
 
     def beginning_of_a_stop(self) -> int:
-        """Characters at the end that a stop string may begin with."""
+        """The number of characters at the end with which a stop string may begin."""
         longest = max((len(word) for word in self.stop), default=1) - 1
         for size in range(min(longest, len(self.held)), 0, -1):
             if any(word.startswith(self.held[-size:]) for word in self.stop):

@@ -1,6 +1,6 @@
 """The DeepSeek-V3 model in pure PyTorch, one idea per file.
 
-For readers of the report, in the order of its section 2: config, rope, norm, attention, router, experts, moe, balance,
+For readers of the report, in the order of its section 2: config, rope, norm, attention, router, experts, balance, moe,
 block, mtp, losses, transformer. The other files are machinery (checks, init, recompute, permute, dispatch, fused_loss,
 cpu, autocast, balance_table) and what relatives of the model have (grouped_query, parallel_heads).
 
@@ -30,8 +30,9 @@ Where the model departs from the report, and why:
 - MTP module 1 starts from the main model's output after its final norm, as inference engines of the released weights
   run it; the report does not say which.
 - The two latent norms of MLA have eps 1e-6, whatever `rms_norm_eps` says, as in the released code.
-- A group is scored by its two best experts, as in the released code, for any K and M (report: by its K/M best).
-- Experts outside the open groups get -inf, as in the official code, and not 0: with negative biases 0 would win.
+- A group is scored by its two best experts, as in the released code, for any number of chosen
+  experts and groups (report: by its K/M best).
+- Experts outside the selected groups get -inf, as in the official code, and not 0: with negative biases 0 would win.
 - 1e-20 is added to the sum of the gates before dividing by it (eq. 13), as in the released code.
 - The balance loss is also taken in the MoE layers of MTP modules.
 - Every mean is over valid targets: padding and masked targets count neither as tokens nor as losses.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.cpu import pad_to_one_width
 from dsv3_lightning.model.norm import RMSNorm
-from dsv3_lightning.model.rope import Rotation, rotate, softmax_scale
+from dsv3_lightning.model.rope import CosSin, apply_rope, softmax_scale
 
 # Both latent norms have this eps, whatever `rms_norm_eps` says, in the released code as in transformers (#44261).
 LATENT_EPS = 1e-6
@@ -37,12 +37,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope_size + self.v_size), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_size, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, attn_mask_B1TT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: CosSin, attn_mask_B1TT: Tensor | None = None) -> Tensor:
         q_BHTC, k_BHTC, v_BHTC = self.queries(x_BTD, rope), *self.keys_values(x_BTD, rope)
         out_BHTC = causal_attention(q_BHTC, k_BHTC, v_BHTC, self.scale, attn_mask_B1TT)
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))  # eq. 11
 
-    def queries(self, x_BTD: Tensor, rope: Rotation) -> Tensor:
+    def queries(self, x_BTD: Tensor, rope: CosSin) -> Tensor:
         """[B, H, T, nope + rope] (eq. 6-9)."""
         if self.compresses_queries:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
@@ -50,14 +50,14 @@ class MultiHeadLatentAttention(nn.Module):
             q = self.q_proj(x_BTD)
         q_BHTC = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q_c, q_r = q_BHTC.split((self.nope_size, self.rope_size), -1)
-        return torch.cat((q_c, rotate(q_r, rope, self.interleave)), -1)
+        return torch.cat((q_c, apply_rope(q_r, rope, self.interleave)), -1)
 
-    def keys_values(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_BTD: Tensor, rope: CosSin) -> tuple[Tensor, Tensor]:
         """[B, H, T, nope + rope] and [B, H, T, v] (eq. 1-5); the rotary key is one per token, shared by all heads."""
         c_kv, k_r = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_rank, self.rope_size), -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(c_kv)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_c, v_BHTC = kv.split((self.nope_size, self.v_size), -1)
-        k_r = rotate(k_r, rope, self.interleave)[:, None].expand(-1, self.heads, -1, -1)
+        k_r = apply_rope(k_r, rope, self.interleave)[:, None].expand(-1, self.heads, -1, -1)
         return torch.cat((k_c, k_r.to(k_c.dtype)), -1), v_BHTC
 
 

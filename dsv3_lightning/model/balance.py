@@ -1,10 +1,10 @@
-"""Balance losses: what an uneven router pays. Pure functions of affinities and choices, all without their factor α.
+"""Balance losses: penalties for uneven routing. Pure functions of affinities and choices, all without their factor α.
 
 Two kinds, told apart by `whole_batch` in the table. Most are means over sequences, so micro-batches and ranks with
 equally many sequences average to the whole batch's. `batch` and `switch` multiply frequencies f and affinities P of the
 whole global batch. f carries no gradient, and P is a sum over tokens; so a layer reports that sum, Σ_t p_i,t [E], and
 `batch_loss` puts it together with the token counts of the whole optimizer step, summed over micro-batches and ranks:
-the exact gradient of the global loss, in parts that add up.
+the exact gradient of the global loss, as contributions that add up.
 
 f_i = E/(K·T) · tokens that chose expert i; perfect balance gives 1 for all losses but `z`.
 """
@@ -37,31 +37,31 @@ def balance_terms(names: tuple[str, ...], choices: Choices) -> dict[str, Tensor]
 
 def sequence_loss(choices: Choices) -> Tensor:
     """Σ_i f_i P_i per sequence, with affinities normalized to sum to 1; mean over the sequences (V3 eq. 17-20)."""
-    return product(frequencies(choices), mean(normalized(choices.scores_BTE), choices.mask_BT))
+    return mean_f_dot_p(frequencies(choices), masked_mean(normalized(choices.scores_BTE), choices.mask_BT))
 
 
 def expert_loss(choices: Choices) -> Tensor:
     """V2 eq. 23-25: Σ_i f_i P_i per sequence, with the affinities as they are (V2's softmax sums to 1)."""
-    return product(frequencies(choices), mean(choices.scores_BTE, choices.mask_BT))
+    return mean_f_dot_p(frequencies(choices), masked_mean(choices.scores_BTE, choices.mask_BT))
 
 
 def device_loss(choices: Choices) -> Tensor:
     """V2 eq. 26-28: Σ_d f'_d P'_d over the groups, f' the mean of their experts' f, P' the sum of their P."""
     f_BG = frequencies(choices).unflatten(-1, (choices.n_group, -1)).mean(-1)
-    return product(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
+    return mean_f_dot_p(f_BG, per_group(choices, masked_mean(choices.scores_BTE, choices.mask_BT)))
 
 
 def communication_loss(choices: Choices) -> Tensor:
     """V2 eq. 29-31: Σ_d f''_d P''_d, f''_d = G/(M·T) · tokens that are sent to group d, P'' the sum of its P."""
     size = choices.scores_BTE.shape[-1] // choices.n_group
     sent_BTG = torch.zeros_like(choices.scores_BTE[..., : choices.n_group]).scatter(-1, choices.experts_BTK // size, 1)
-    f_BG = mean(sent_BTG, choices.mask_BT) * (choices.n_group / choices.topk_group)
-    return product(f_BG, per_group(choices, mean(choices.scores_BTE, choices.mask_BT)))
+    f_BG = masked_mean(sent_BTG, choices.mask_BT) * (choices.n_group / choices.topk_group)
+    return mean_f_dot_p(f_BG, per_group(choices, masked_mean(choices.scores_BTE, choices.mask_BT)))
 
 
 def z_loss(choices: Choices) -> Tensor:
     """Mean over tokens of log² Σ_i exp(logit_i), per sequence, then over sequences (arXiv 2202.08906 eq. 5)."""
-    return mean(choices.logits_BTE.logsumexp(-1, keepdim=True).square(), choices.mask_BT).mean()
+    return masked_mean(choices.logits_BTE.logsumexp(-1, keepdim=True).square(), choices.mask_BT).mean()
 
 
 def batch_sums(choices: Choices) -> Tensor:
@@ -75,7 +75,7 @@ def switch_sums(choices: Choices) -> Tensor:
 
 
 def batch_loss(sums_LE: Tensor, counts_LE: Tensor, experts_per_token: int) -> Tensor:
-    """Σ_i f_i P_i of each layer [L], the part of the tokens in `sums_LE`; parts with the same counts add up.
+    """The contribution of these tokens to Σ_i f_i P_i of each layer [L]; those with the same counts add up to it.
 
     counts_LE: int64, tokens per expert of the whole optimizer step; f_i = E/(K·N) c_i, P_i = sums_i / N.
     """
@@ -97,7 +97,7 @@ def frequencies(choices: Choices) -> Tensor:
     return chosen_BE * (E / K) / mask_BT1.sum(1).clamp(min=1)
 
 
-def mean(x: Tensor, mask_BT: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask_BT: Tensor) -> Tensor:
     """The mean of x [B, T, ...] over the tokens of each sequence that are not padding: [B, ...]."""
     mask_BT1 = mask_BT[..., None].to(x.dtype)
     return (x * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
@@ -107,7 +107,7 @@ def per_group(choices: Choices, P_BE: Tensor) -> Tensor:
     return P_BE.unflatten(-1, (choices.n_group, -1)).sum(-1)
 
 
-def product(f: Tensor, P: Tensor) -> Tensor:
+def mean_f_dot_p(f: Tensor, P: Tensor) -> Tensor:
     """Σ_i f_i P_i of each sequence, then the mean over the sequences."""
     return (f * P).sum(-1).mean()
 

@@ -7,7 +7,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.moe import DenseMLP, MoE, RouterStats
 from dsv3_lightning.model.norm import RMSNorm
-from dsv3_lightning.model.rope import Rotation
+from dsv3_lightning.model.rope import CosSin
 
 ATTENTION = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.mlp = DenseMLP(config.hidden_size, config.intermediate_size) if dense else MoE(config, balance)
 
     def forward(
-        self, x_BTD: Tensor, rope: Rotation, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
+        self, x_BTD: Tensor, rope: CosSin, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attn_mask_B1TT)
         out_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD), mask_BT)

@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS_HELD = 2**27  # logits that exist at a time: 512 MiB in fp32
-LOGITS_HELD_CPU = 2**20  # 4 MiB, so that they stay in the cache
+MAX_LOGITS = 2**27  # logits that exist at a time: 512 MiB in fp32
+MAX_LOGITS_CPU = 2**20  # 4 MiB, so that they stay in the cache
 # oneDNN compiles a program for every new shape of a bf16 product, which takes longer than running it. The numbers of
 # tokens per expert are new in every step; their multiples of 16 are few.
 ROW_MULTIPLE_CPU = 16
 
 
-def logits_held(device: torch.device, chosen: int | None) -> int:
+def max_logits(device: torch.device, chosen: int | None) -> int:
     """How many logits may exist at a time."""
     if chosen is not None:
         return chosen
-    return LOGITS_HELD_CPU if device.type == "cpu" else LOGITS_HELD
+    return MAX_LOGITS_CPU if device.type == "cpu" else MAX_LOGITS
 
 
 def row_multiple(x: Tensor, chosen: int | None) -> int:

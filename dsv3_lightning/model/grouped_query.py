@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.model.attention import causal_attention
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.rope import Rotation, rotate, softmax_scale
+from dsv3_lightning.model.rope import CosSin, apply_rope, softmax_scale
 
 
 class GroupedQueryAttention(nn.Module):
@@ -28,20 +28,20 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * config.v_head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, attn_mask_B1TT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: CosSin, attn_mask_B1TT: Tensor | None = None) -> Tensor:
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in self.keys_values(x_BTD, rope))
         out_BHTC = causal_attention(self.queries(x_BTD, rope), k, v, self.scale, attn_mask_B1TT)
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
 
-    def queries(self, x_BTD: Tensor, rope: Rotation) -> Tensor:
+    def queries(self, x_BTD: Tensor, rope: CosSin) -> Tensor:
         """[B, H, T, nope + rope]."""
         return self.rotated(self.q_proj(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2), rope)
 
-    def keys_values(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_BTD: Tensor, rope: CosSin) -> tuple[Tensor, Tensor]:
         """[B, num_key_value_heads, T, nope + rope] and [B, num_key_value_heads, T, v]: the contents of a cache."""
         k, v = (proj(x_BTD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
         return self.rotated(k, rope), v
 
-    def rotated(self, x_BHTC: Tensor, rope: Rotation) -> Tensor:
+    def rotated(self, x_BHTC: Tensor, rope: CosSin) -> Tensor:
         fixed, turning = x_BHTC.split((self.nope_size, self.rope_size), -1)
-        return torch.cat((fixed, rotate(turning, rope, self.interleave)), -1)
+        return torch.cat((fixed, apply_rope(turning, rope, self.interleave)), -1)

@@ -9,7 +9,7 @@ from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.norm import RMSNorm
-from dsv3_lightning.model.rope import Rotation
+from dsv3_lightning.model.rope import CosSin
 
 Embed = Callable[[Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor | None, Tensor]
@@ -39,7 +39,7 @@ class MTPModule(nn.Module):
         return h_BTD, embed(tokens_BS[:, ahead]), mask_BS[:, ahead]
 
     def forward(
-        self, h_BTD: Tensor, embedding_BTD: Tensor, rope: Rotation, mask_BT: Tensor,
+        self, h_BTD: Tensor, embedding_BTD: Tensor, rope: CosSin, mask_BT: Tensor,
         attn_mask_B1TT: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats]:  # fmt: skip
         """h_k [B, T, D], before `norm` and the output head."""

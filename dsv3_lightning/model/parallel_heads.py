@@ -7,7 +7,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.mtp import Embed, Inputs
 from dsv3_lightning.model.norm import RMSNorm
-from dsv3_lightning.model.rope import Rotation
+from dsv3_lightning.model.rope import CosSin
 
 
 class ParallelHead(nn.Module):
@@ -27,7 +27,7 @@ class ParallelHead(nn.Module):
         return trunk_BTD, None, mask_BS[:, : h_BTD.shape[1]]
 
     def forward(
-        self, h_BTD: Tensor, embedding_BTD: None, rope: Rotation, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
+        self, h_BTD: Tensor, embedding_BTD: None, rope: CosSin, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
     ) -> tuple[Tensor, RouterStats]:
         """The head's output [B, T, D], before `norm` and the output head."""
         return self.block(h_BTD, rope, mask_BT, attn_mask_B1TT)

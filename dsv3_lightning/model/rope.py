@@ -9,24 +9,24 @@ from torch import Tensor
 from dsv3_lightning.model.config import ModelConfig, Yarn
 
 
-class Rotation(NamedTuple):
+class CosSin(NamedTuple):
     """Angles of T positions: cos and sin [T, R/2] fp32, already times YaRN's factor on the rotary part."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotation(config: ModelConfig, positions_T: Tensor) -> Rotation:
-    """The rotation at each of the given positions (int64 [T]). Recomputed per forward pass: no buffer to keep right."""
+def cos_sin(config: ModelConfig, positions_T: Tensor) -> CosSin:
+    """cos and sin at positions (int64 [T]), recomputed per forward pass so that there is no buffer to cast."""
     frequencies = inverse_frequencies(
         config.qk_rope_head_dim, config.rope_theta, config.rope_scaling, positions_T.device
     )
     angles = positions_T.float()[:, None] * frequencies
-    factor = rotary_factor(config.rope_scaling)
-    return Rotation(angles.cos() * factor, angles.sin() * factor)
+    factor = attention_factor(config.rope_scaling)
+    return CosSin(angles.cos() * factor, angles.sin() * factor)
 
 
-def rotate(x: Tensor, rope: Rotation, interleave: bool) -> Tensor:
+def apply_rope(x: Tensor, rope: CosSin, interleave: bool) -> Tensor:
     """Rotates channel pairs of x [..., T, R]: neighbors (2i, 2i+1) with `interleave`, else (i, i + R/2).
 
     The result holds all first channels of the pairs, then all second ones, in both cases: queries and keys are
@@ -42,12 +42,12 @@ def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None, device: torch
     if yarn is None:
         return frequencies
 
-    def pair_that_rotates(times: float) -> float:  # the (fractional) pair that turns so often in the original length
-        return dim * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+    def correction_dim(rotations: float) -> float:  # the (fractional) pair that rotates so often in the original length
+        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_rotates(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_rotates(yarn.beta_slow)), dim - 1)
-    # A width of 0.001 in place of 0; below 0, where no pair turns so often, nothing is divided: as in transformers.
+    low = max(math.floor(correction_dim(yarn.beta_fast)), 0)
+    high = min(math.ceil(correction_dim(yarn.beta_slow)), dim - 1)
+    # A width of 0.001 in place of 0; below 0, where no pair rotates so often, nothing is divided: as in transformers.
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
     slow = ramp.clamp(0, 1)
     return frequencies * (1 - slow) + frequencies / yarn.factor * slow
@@ -58,7 +58,7 @@ def yarn_mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0
 
 
-def rotary_factor(yarn: Yarn | None) -> float:
+def attention_factor(yarn: Yarn | None) -> float:
     """Factor on the rotary part of queries and keys: 1 for the released models, whose two weights are equal."""
     if yarn is None:
         return 1.0

@@ -56,7 +56,7 @@ class Router(nn.Module):
 
 def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Chosen experts [N, K] int64 and gates [N, K]: the choice is biased (eq. 16), the gates are not (eq. 13)."""
-    choice_NE = biased_choice(scores_NE.detach(), expert_bias_E, config)
+    choice_NE = biased_scores(scores_NE.detach(), expert_bias_E, config)
     experts_NK = choice_NE.topk(config.num_experts_per_tok, -1).indices
     gates_NK = scores_NE.gather(-1, experts_NK)
     if config.norm_topk_prob:
@@ -64,26 +64,26 @@ def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tupl
     return experts_NK, gates_NK * config.routed_scaling_factor
 
 
-def biased_choice(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> Tensor:
-    """The values whose largest are chosen: s + b or s · (1 + b), -inf outside the open groups."""
+def biased_scores(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> Tensor:
+    """Scores for top-k: s + b or s · (1 + b), -inf outside the selected groups."""
     additive = config.expert_bias_kind == "additive"
-    return keep_best_groups(scores_NE + expert_bias_E if additive else scores_NE * (1 + expert_bias_E), config)
+    return mask_unselected_groups(scores_NE + expert_bias_E if additive else scores_NE * (1 + expert_bias_E), config)
 
 
-def keep_best_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
+def mask_unselected_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
     """-inf for experts outside each token's `topk_group` best groups (V3 §2.1.2, node-limited routing).
 
-    0 would not do: with a strongly negative bias an expert of a closed group could win. A group's score is the sum of
-    its two best experts' (V3: K/M = 2), or that of its best one (V2).
+    0 would not do: with a strongly negative bias an expert of an unselected group could win. A group's score is the
+    sum of its two best experts' (V3: K/M = 2), or that of its best one (V2).
     """
     if config.n_group == 1:
         return choice_NE
     by_group = choice_NE.unflatten(-1, (config.n_group, -1))
     best = 2 if config.topk_method == "noaux_tc" else 1
     score_NG = by_group.topk(best, -1).values.sum(-1)
-    closed_NG = torch.ones_like(score_NG, dtype=torch.bool)
-    closed_NG.scatter_(-1, score_NG.topk(config.topk_group, -1).indices, False)
-    return by_group.masked_fill(closed_NG[..., None], -torch.inf).flatten(-2)
+    unselected_NG = torch.ones_like(score_NG, dtype=torch.bool)
+    unselected_NG.scatter_(-1, score_NG.topk(config.topk_group, -1).indices, False)
+    return by_group.masked_fill(unselected_NG[..., None], -torch.inf).flatten(-2)
 
 
 def count_tokens(experts_NK: Tensor, mask_N: Tensor, num_experts: int) -> Tensor:

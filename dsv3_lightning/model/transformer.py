@@ -16,7 +16,7 @@ from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.parallel_heads import ParallelHead
 from dsv3_lightning.model.recompute import RECOMPUTE
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 
 MTP_KINDS = {"sequential": MTPModule, "parallel": ParallelHead}
 
@@ -36,16 +36,16 @@ class Losses(NamedTuple):
 
 
 class OutputHead(nn.Linear):
-    """h [..., D] -> logits [..., V]. `loss` never holds them all, but logits_held numbers (see `cpu.logits_held`)."""
+    """h [..., D] -> logits [..., V]. `loss` never holds them all, but max_logits numbers (see `cpu.max_logits`)."""
 
-    logits_held: int | None = None
+    max_logits: int | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight.to(h.dtype))  # sharded and tied to the embedding, the weight is wider in bf16
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Summed cross-entropy of the targets that are not IGNORE, fp32 scalar."""
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.logits_held)
+        return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.max_logits)
 
     @torch.no_grad()
     def greedy(self, h_BTD: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         self, tokens_BT: Tensor, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """The main model up to its final norm: [B, T, D], and the stats of its MoE layers."""
-        rope = rotation(self.config, torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
+        rope = cos_sin(self.config, torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
         h_BTD = self.embed_tokens(tokens_BT)
         stats = []
         for block in self.layers:
@@ -123,21 +123,21 @@ class Transformer(nn.Module):
         parallel head from h_0.
         """
         T = tokens_BS.shape[1] - 1 - self.config.mtp_depth if targets_BPT is None else targets_BPT.shape[-1]
-        # Position i of module k also knows token i + k. Where that token belongs to another document, no later position
-        # belongs to the document of i, so the only thing affected is what i itself predicts, which is no target.
+        # At a document's end, module k sees a token of the next document. Only that position's own prediction is
+        # affected, and it has no target.
         attn_mask_B1TT = None if documents_BS is None else document_mask(documents_BS[:, :T])
         trunk_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T], attn_mask_B1TT)
-        rope = rotation(self.config, torch.arange(T, device=tokens_BS.device))
-        h_BTD, heads = trunk_BTD, [trunk_BTD]  # heads: the inputs of the output head
+        rope = cos_sin(self.config, torch.arange(T, device=tokens_BS.device))
+        h_BTD, head_inputs = trunk_BTD, [trunk_BTD]
         for k, module in enumerate(cast(list[MTPModule], self.mtp), start=1):
             h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, self.embed_tokens, tokens_BS, mask_BS)
             h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, attn_mask_B1TT)
             stats.append(layer_stats)
-            heads.append(module.norm(h_BTD))
+            head_inputs.append(module.norm(h_BTD))
         nll_P = torch.zeros(0, device=h_BTD.device)
         if targets_BPT is not None:
-            nll_P = torch.stack([self.lm_head.loss(h, targets_BPT[:, p]) for p, h in enumerate(heads)])
-        drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in heads], 1) if draft else None
+            nll_P = torch.stack([self.lm_head.loss(h, targets_BPT[:, p]) for p, h in enumerate(head_inputs)])
+        drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in head_inputs], 1) if draft else None
         return Losses(nll_P, *stack_stats(stats, self.config.n_routed_experts, h_BTD.device), drafts_BPT)
 
     def init_weights(self, seed: int, fill_parameter: Fill = fill) -> None:

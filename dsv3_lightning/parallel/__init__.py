@@ -1,1 +1,1 @@
-"""One mesh of processes, and what is laid over it: sharded parameters, experts apart, checkpoints of all of them."""
+"""Training on a mesh of processes: sharded parameters, expert parallelism, and checkpoints of both."""

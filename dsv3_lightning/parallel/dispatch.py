@@ -1,6 +1,6 @@
 """The exchange of tokens between the ranks that hold different experts (V3 §3.2): one all-to-all each way.
 
-No token is dropped. Imports no Lightning. Another library's exchange can take this one's place: a class with the
+No token is dropped. Imports no Lightning. Another library's exchange can replace this one by a class with the
 methods of `model.dispatch.Dispatcher`, called with the process group and the number of experts.
 """
 
@@ -16,9 +16,10 @@ from dsv3_lightning.model.permute import Permute, Unpermute, permute, unpermute
 
 @dataclass
 class Exchange:
-    """x_RD: the routed tokens received, by rank and then by expert, perhaps still on their way; None once taken.
+    """An all-to-all that may still be running. x_RD: the routed tokens received, by rank and then by expert.
 
-    received_WE: how many of them, by sending rank and expert of this rank. sent, received: routed tokens by rank.
+    received_WE: their number by sending rank and local expert. sent, received: numbers of routed tokens by rank. x_RD
+    is None once taken.
     """
 
     x_RD: Tensor | None
@@ -27,7 +28,7 @@ class Exchange:
     received: list[int]
 
     def take(self) -> Tensor:
-        """The routed tokens, to which nothing refers any longer: they are a step's widest tensors."""
+        """Returns the routed tokens and drops the reference: they are among the largest tensors of a step."""
         assert self.x_RD is not None
         x_RD, self.x_RD = self.x_RD, None
         return x_RD
@@ -35,7 +36,7 @@ class Exchange:
 
 @dataclass
 class Sent:
-    """Tokens on their way, and how to put them in order: here by order_R, at the receiver by received_order_R."""
+    """Tokens in transit, and the orders that sort them by expert: order_R here, received_order_R at the receiver."""
 
     exchange: Exchange
     order_R: Tensor
@@ -44,7 +45,7 @@ class Sent:
 
 
 class AllToAll:
-    """The dispatcher of a group whose rank w has the w-th of equal parts of the experts.
+    """The dispatcher for a group of W ranks, of which rank w holds the w-th of W equal shares of the experts.
 
     Every rank of the group must take part in each call.
     """
@@ -53,7 +54,7 @@ class AllToAll:
         self.group, self.num_experts = group, num_experts
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Sent:
-        """Returns while the tokens are on their way; only their numbers are waited for."""
+        """Starts the exchange and returns before the tokens have arrived; waits only for their numbers."""
         x_RD, order_R, counts_E = permute(x_ND, experts_NK, self.num_experts)
         return Sent(self.exchange(x_RD, counts_E), order_R, gates_NK)
 
@@ -86,5 +87,5 @@ class AllToAll:
 
 
 def tokens_by_rank(counts_E: Tensor, ranks: int) -> Tensor:
-    """Routed tokens for each rank, int64 [ranks]: a message goes to those above 0."""
+    """The number of routed tokens for each rank, int64 [ranks]; only ranks with some get a message."""
     return counts_E.view(ranks, -1).sum(1)

@@ -1,4 +1,4 @@
-"""The process groups of a mesh."""
+"""Device meshes and process groups for the axes of a mesh."""
 
 import os
 from datetime import timedelta
@@ -12,7 +12,7 @@ from dsv3_lightning.parallel.mesh import MeshShape
 
 
 class Meshes(NamedTuple):
-    """Three views of the same ranks.
+    """Three device meshes over the same ranks.
 
     dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
     experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
@@ -27,8 +27,8 @@ class Meshes(NamedTuple):
 def init_after_restart(backend: str, timeout: timedelta) -> None:
     """Initializes the process group after a restart by torchrun; at the first start Lightning does it.
 
-    torchrun's store outlives a restart (seen in torch 2.13): under the old names it still has the addresses of the
-    processes that died, and the new processes would wait for those.
+    torchrun's store survives a restart (seen in torch 2.13). Under the old names it still holds the addresses of the
+    processes that died, and the new ones would wait for them.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
@@ -39,11 +39,11 @@ def init_after_restart(backend: str, timeout: timedelta) -> None:
 
 
 def build_meshes(shape: MeshShape, device_type: str, timeout: timedelta | None = None) -> Meshes:
-    """The meshes over the default process group, which must have `shape.ranks` ranks. Those of an ep group are
+    """The meshes over the default process group, which must have `shape.ranks` ranks. Ranks of an ep group are
     neighbors.
 
-    timeout: for the collectives of every group; without it torch gives the groups of a mesh its own default, not the
-        default group's timeout.
+    timeout: of the collectives of every group. Without it torch uses its default for the groups of a mesh, not the
+        timeout of the default group.
     """
     meshes = lay_out(shape, device_type)
     if timeout is not None:

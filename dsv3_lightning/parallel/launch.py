@@ -1,8 +1,8 @@
-"""Who started this process, as which rank of how many: the environment, read in one place. Imports no torch.
+"""Detection of the launcher, rank and number of processes from environment variables. Imports no torch.
 
 Lightning's Trainer reads the same variables in the same order (torchrun, srun, jsrun, MPI, then LOCAL_RANK and
-NODE_RANK), but some of its readers believe a single one of them. What is left over from another launcher is ignored
-where Lightning ignores it, and refused by its name where it doesn't.
+NODE_RANK), but some of its readers trust a single one of them. Variables left over from another launcher are ignored
+where Lightning ignores them, and refused by name where it doesn't.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ Environment = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Launcher:
-    """The names of a launcher's variables. mark: is set in the processes that it starts, and only there."""
+    """The names of a launcher's variables. mark: a variable that is set only in processes that it starts."""
 
     name: str
     mark: str
@@ -51,10 +51,10 @@ BY_HAND = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK")
 
 @dataclass(frozen=True)
 class Launch:
-    """launcher: None where no program has started all processes; they are then started by hand or by Lightning.
+    """How this process was started. launcher: None if processes are started by hand or by Lightning.
 
-    size: of all processes, None where the environment doesn't tell. local_size: of a node's, likewise. node: its
-    number. rank: None where it follows from node, devices per node and local_rank.
+    size: the number of all processes, None if the environment doesn't say. local_size: the same for a node. node: the
+    node's number. rank: None if it follows from node, devices per node and local_rank.
     """
 
     launcher: Launcher | None = None
@@ -66,7 +66,7 @@ class Launch:
 
 
 def find_launch(environment: Environment) -> Launch:
-    """Raises ConfigError for variables that are no numbers, or that belong to a launcher whose others are missing."""
+    """The launch that the environment describes. Raises ConfigError for invalid or incomplete variables."""
     for launcher in (TORCHRUN, SRUN, JSRUN, *MPI):
         for name in (launcher.rank, launcher.size, launcher.local_rank, launcher.local_size, launcher.nodes):
             number(environment, name)
@@ -75,7 +75,7 @@ def find_launch(environment: Environment) -> Launch:
         if launcher.mark in environment and not interactive(launcher, environment):
             launch = complete(launcher, environment)
             if launcher in MPI and launch.size == 1:
-                continue  # Lightning goes on looking
+                continue  # Lightning tries the next one
             return launch
     local_rank, size = number(environment, "LOCAL_RANK"), number(environment, "WORLD_SIZE")
     if local_rank is not None:
@@ -89,12 +89,12 @@ def find_launch(environment: Environment) -> Launch:
 
 
 def interactive(launcher: Launcher, environment: Environment) -> bool:
-    """Whether it is a shell within a SLURM job, in which Lightning doesn't count tasks."""
+    """True in an interactive SLURM shell, where Lightning ignores the number of tasks."""
     return launcher is SRUN and environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def complete(launcher: Launcher, environment: Environment) -> Launch:
-    """The launch, if all that the launcher sets is there and fits. Raises ConfigError."""
+    """The launch, from a complete and consistent set of the launcher's variables. Raises ConfigError."""
     shown = f"{launcher.mark}={environment[launcher.mark]}"
     size, rank = number(environment, launcher.size), number(environment, launcher.rank)
     if size == 1 and launcher.mark == launcher.size and rank is None:
@@ -122,7 +122,7 @@ def complete(launcher: Launcher, environment: Environment) -> Launch:
 
 
 def number(environment: Environment, name: str, default: int | None = None) -> int | None:
-    """The variable's value. Raises ConfigError where it isn't a number from 0 on; Lightning would at its import."""
+    """The variable's value. Raises ConfigError unless it is a whole number of at least 0; Lightning fails at import."""
     text = environment.get(name)
     if text is None:
         return default
@@ -132,9 +132,9 @@ def number(environment: Environment, name: str, default: int | None = None) -> i
 
 
 def fill_in(trainer: dict[str, Any], environment: Environment) -> dict[str, Any]:
-    """The trainer's settings with `devices` and `num_nodes` as numbers, where it is null: the launcher's, or 1.
+    """The trainer's settings with null `devices` and `num_nodes` replaced by the launcher's numbers, or by 1.
 
-    `devices: auto` is the launcher's as well; without one it stays, for Lightning to look at the machine.
+    `devices: auto` is replaced by the launcher's as well; without a launcher Lightning detects the devices.
     """
     launch = find_launch(environment)
     devices, nodes = trainer["devices"], trainer["num_nodes"]
@@ -149,11 +149,11 @@ def fill_in(trainer: dict[str, Any], environment: Environment) -> dict[str, Any]
 
 
 def rank_of(trainer: dict[str, Any], environment: Environment) -> int:
-    """This process's rank, as the Trainer will have it. Raises ConfigError where environment and settings differ."""
+    """This process's rank in the Trainer. Raises ConfigError if environment and settings contradict each other."""
     launch, nodes, devices = find_launch(environment), trainer["num_nodes"], trainer["devices"]
     devices = len(devices) if isinstance(devices, list) else devices
     if isinstance(devices, str) or devices < 1:
-        return launch.rank or 0  # only the machine knows
+        return launch.rank or 0  # depends on the machine's devices
     shown, size = f"trainer.devices={devices} x trainer.num_nodes={nodes}", devices * nodes
     if launch.launcher is not None:
         if size != launch.size:
@@ -187,7 +187,7 @@ def rank_of(trainer: dict[str, Any], environment: Environment) -> int:
 
 
 def let_the_first_rank_speak(environment: Environment, seconds: float = 3.0) -> None:
-    """Waits on any other rank. A mistake is every rank's; launchers end the others when one of them has ended."""
+    """Delays other ranks' errors: all ranks have the same one, and launchers stop them once the first has ended."""
     try:
         launch = find_launch(environment)
     except ConfigError:
@@ -197,9 +197,9 @@ def let_the_first_rank_speak(environment: Environment, seconds: float = 3.0) -> 
 
 
 def wait_for_first_rank(path: Path, rank: int, say_after: float = 20.0, give_up_after: float = 1800.0) -> None:
-    """Waits for the file that the first rank writes when the data is prepared. Raises RunStopped after so many seconds.
+    """Waits for the file that the first rank writes once the data is prepared. Raises RunStopped after a limit.
 
-    The first rank may have ended with a mistake, and not every launcher ends the others then.
+    The first rank may have failed, and not every launcher then stops the others.
     """
     begun, said = time.monotonic(), False
     while not path.exists():
@@ -217,7 +217,7 @@ def wait_for_first_rank(path: Path, rank: int, say_after: float = 20.0, give_up_
 
 @contextmanager
 def a_word_after(seconds: float, line: str, unless: Callable[[], bool]) -> Iterator[None]:
-    """Prints the line where something still isn't so after that time; what is in the block waits for it."""
+    """Prints the line if `unless` is still false after `seconds`, while the block waits."""
     timer = threading.Timer(seconds, lambda: None if unless() else print(line, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
@@ -232,7 +232,7 @@ LEFT_BY_LIGHTNING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "W
 
 @contextmanager
 def put_back(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Takes away what Lightning sets for the processes that it starts: a second run would take it for a launcher's."""
+    """Restores the environment: a second run would mistake variables that Lightning sets for a launcher's."""
     missing = [name for name in LEFT_BY_LIGHTNING if name not in environment]
     try:
         yield

@@ -1,8 +1,8 @@
-"""The mesh as arithmetic: which sizes fit how many processes. Imports no torch, so a laptop can judge 2,048 ranks.
+"""Arithmetic of the device mesh: which axis sizes fit a number of processes. Imports no torch.
 
-Every rank is a data-parallel rank: it has samples of its own. `dp_replicate` groups hold a copy of the model each,
-sharded over the `dp_shard` ranks of the group. `expert_parallel` (axis `ep`) is cut out of `dp_shard`: so many
-neighboring ranks hold different experts and send each other tokens, and what is left of `dp_shard` shards each expert.
+Every rank is a data-parallel rank with different samples. Each of `dp_replicate` groups holds a copy of the model,
+sharded over the `dp_shard` ranks of the group. `expert_parallel` (axis `ep`) divides `dp_shard`: that many neighboring
+ranks hold different experts and exchange tokens, and the other factor of `dp_shard` shards each expert.
 """
 
 import math
@@ -18,23 +18,23 @@ Size = int | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """How a model is spread over processes. Raises ConfigError.
+    """The parallelism of a run: how its model is spread over processes. Raises ConfigError.
 
     kind: `fsdp2` shards parameters, gradients and optimizer state over all ranks (arXiv 1910.02054, stage 3); `hsdp`
         shards within a node and keeps a copy per node; `fsdp2_ep` is fsdp2 with experts that stay where they are
         while tokens travel (V3 §3.2).
     dp_replicate, dp_shard: sizes of the mesh, outermost first; their product is the number of processes.
-    expert_parallel: ranks over which the experts of a layer are spread, of any kind. `auto` is 1 for fsdp2 and hsdp,
+    expert_parallel: ranks over which a layer's experts are spread, with any `kind`. `auto` is 1 for fsdp2 and hsdp,
         and for fsdp2_ep as many ranks of a node as divide the experts.
     reshard_after_forward: frees a block's gathered parameters after its forward pass and gathers them again for the
-        backward pass: less memory, half as much communication again.
+        backward pass: less memory, 50 % more communication.
     cpu_offload: parameters, gradients and optimizer state live in the host's memory (GPUs only).
-    prefetch: blocks whose parameters are gathered ahead of the one that computes.
-    sharded_checkpoints: each rank writes its parts, in the background, so that none ever has the whole and training
-        waits for a copy alone; otherwise the first rank writes one file. Either goes on on any mesh.
-    dispatcher: the class that takes tokens to the ranks of their experts and back, with the methods of
+    prefetch: the number of blocks whose parameters are gathered ahead of the one that computes.
+    sharded_checkpoints: each rank writes its shards in the background, so no rank ever gathers the model and training
+        waits only for a copy in memory; otherwise the first rank writes one file. Both can be resumed on any mesh.
+    dispatcher: the class that sends tokens to the ranks of their experts and back, with the methods of
         `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
-    timeout_minutes: how long a collective waits for a rank before all give up.
+    timeout_minutes: how long a collective waits for a rank before all ranks stop.
     """
 
     kind: Literal["fsdp2", "hsdp", "fsdp2_ep"]
@@ -61,7 +61,7 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes by axis; ep is a part of dp_shard."""
+    """The size of each mesh axis; ep divides dp_shard."""
 
     dp_replicate: int
     dp_shard: int
@@ -73,7 +73,7 @@ class MeshShape:
 
     @property
     def expert_shard(self) -> int:
-        """Ranks that share one expert's parameters."""
+        """The number of ranks over which one expert is sharded."""
         return self.dp_shard // self.ep
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class MeshShape:
 
 
 def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: ModelConfig | None = None) -> MeshShape:
-    """The sizes for so many processes, `auto` filled in. Raises ConfigError, which names the nearest that fit."""
+    """The mesh for `ranks` processes, with `auto` resolved. Raises ConfigError that names the nearest valid sizes."""
     wanted, shard = config.dp_replicate, config.dp_shard
     if wanted != "auto":
         replicate = wanted
@@ -109,7 +109,7 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
 
 
 def expert_size(config: StrategyConfig, shard: int, ranks_per_node: int, model: ModelConfig | None) -> int:
-    """Ranks over which a layer's experts are spread. Raises ConfigError where they don't divide."""
+    """The size of the ep axis. Raises ConfigError if it doesn't divide dp_shard and the number of experts."""
     experts = model.n_routed_experts if model is not None and model.num_moe_layers else 0
     ep = config.expert_parallel
     if ep == "auto":
@@ -127,7 +127,7 @@ def expert_size(config: StrategyConfig, shard: int, ranks_per_node: int, model: 
 
 
 def check_expert_widths(shape: MeshShape, model: ModelConfig) -> None:
-    """The ranks that share an expert cut it along a width. Raises ConfigError where that isn't even."""
+    """Raises ConfigError unless the ranks that shard an expert divide one of its widths."""
     share, widths = shape.expert_shard, (model.hidden_size, model.moe_intermediate_size)
     if all(width % share for width in widths):
         raise ConfigError(
@@ -137,7 +137,7 @@ def check_expert_widths(shape: MeshShape, model: ModelConfig) -> None:
 
 
 def near(value: int, number: int) -> str:
-    """The divisors of `number` next to `value`, in words."""
+    """The divisors of `number` that are nearest to `value`, in words."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below = [d for d in divisors if d < value][-1:]
     above = [d for d in divisors if d > value][:1]

@@ -1,7 +1,7 @@
-"""What FSDP2 gathers together, and in which precision (torch.distributed.fsdp.fully_shard).
+"""FSDP2 units of the model and their precision (torch.distributed.fsdp.fully_shard).
 
-One unit per block's matrices, one per block's experts, one for each end of the model, and one for everything small:
-norms and routers, which stay fp32 and are gathered once per pass.
+The units are: each block's matrices, each block's experts, the embedding, the output head, and all small parameters
+together. The last are norms and routers, which stay fp32 and are gathered once per pass.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import Meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig
 
-MakeDispatcher = Callable[[dist.ProcessGroup, int], Dispatcher]  # of an ep group and the number of experts
+MakeDispatcher = Callable[[dist.ProcessGroup, int], Dispatcher]  # takes the ep group and the number of experts
 
 
 def shard_model(
@@ -40,12 +40,12 @@ def shard_model(
 ) -> None:  # fmt: skip
     """Makes every parameter a DTensor, in place; the model may be on the meta device.
 
-    Parts, their gradients and the sums of these are fp32. precision: by Lightning's names; under `bf16-mixed` and
-    `bf16-true` matrices are gathered, and a micro-batch's gradients made, in bf16.
+    Shards, their gradients and gradient reductions are fp32. precision: Lightning's name; with `bf16-mixed` and
+    `bf16-true` matrices are gathered in bf16, and a micro-batch's gradients are computed in bf16.
     """
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     matrices = exact if precision == "32-true" else replace(exact, param_dtype=torch.bfloat16)
-    embedding = matrices if precision == "bf16-true" else exact  # mixed: the residual stream begins in fp32
+    embedding = matrices if precision == "bf16-true" else exact  # mixed: the residual stream starts in fp32
     offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments) -> None:
@@ -56,7 +56,7 @@ def shard_model(
     for moe in (module for module in model.modules() if isinstance(module, MoE)):
         spread_experts(moe, meshes, dispatcher)
 
-    # The root first, with the small parameters alone: later units then leave these to it.
+    # The root comes first, with only the small parameters, so that later units skip these.
     tied = model.config.tie_word_embeddings
     small = small_parameters(model) | ({model.embed_tokens.weight} if tied else set())
     fully_shard(model, mesh=meshes.dense, reshard_after_forward=False, mp_policy=exact, offload_policy=offload,
@@ -66,9 +66,9 @@ def shard_model(
             experts = block.mlp.experts
             unit(experts, matrices, config.reshard_after_forward, mesh=meshes.experts,
                  shard_placement_fn=expert_placement(meshes))  # fmt: skip
-            if meshes.ep is not None:  # its gradients are sums over the ep ranks' tokens; the mean is over all ranks
+            if meshes.ep is not None:  # gradients are sums over the ep ranks' tokens, but the mean is over all ranks
                 as_unit(experts).set_gradient_divide_factor(float(meshes.dense.size()))
-                # gloo has no sum with a factor; a group of one would, in torch 2.13, divide twice if told this
+                # gloo has no pre-multiplied sum; with this set, torch 2.13 would divide twice in a group of one
                 as_unit(experts).set_force_sum_reduction_for_comms(meshes.experts.size(-1) > 1)
         unit(block, matrices, config.reshard_after_forward)
     for module in model.mtp:
@@ -76,9 +76,9 @@ def shard_model(
             unit(module.eh_proj, matrices, config.reshard_after_forward)
     if not tied:
         unit(model.embed_tokens, embedding, config.reshard_after_forward)
-        unit(model.lm_head, matrices, False)  # the backward pass begins with it
+        unit(model.lm_head, matrices, False)  # the backward pass starts with it
         register_fsdp_forward_method(model.lm_head, "loss")
-    elif embedding is not exact:  # it is gathered in fp32, with the norms
+    elif embedding is not exact:  # a tied embedding is gathered in fp32, with the norms
         model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.bfloat16())
     register_fsdp_forward_method(model, "losses")
     prefetch(blocks(model), config.prefetch)
@@ -89,13 +89,13 @@ def blocks(model: Transformer) -> list[Block]:
 
 
 def small_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Norms and routers: fp32 whatever the precision, and too few to be worth gathering by block."""
+    """Norms and routers, which are fp32 in every precision and too small to be gathered block by block."""
     routers = {module.weight for module in model.modules() if isinstance(module, Router)}
     return routers | {p for p in model.parameters() if p.dim() == 1}
 
 
 def spread_experts(moe: MoE, meshes: Meshes, dispatcher: MakeDispatcher) -> None:
-    """Gives each rank of an ep group its experts and a dispatcher to those of the others; weights are still on meta."""
+    """Splits a layer's experts, still on the meta device, over the ep group, and sets the dispatcher."""
     if meshes.ep is None:
         return
     for name, weight in list(moe.experts.named_parameters()):
@@ -108,9 +108,9 @@ def spread_experts(moe: MoE, meshes: Meshes, dispatcher: MakeDispatcher) -> None
 
 
 def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:
-    """The first dim that divides evenly: whole experts where there are enough, else rows or columns of all of them.
+    """Shards experts along the first dim that divides evenly: whole experts if possible, else their rows or columns.
 
-    Where experts are spread over ep their own dim is taken.
+    With an ep group the expert dim is already taken.
     """
     shards, first = meshes.experts.size(-1), 0 if meshes.ep is None else 1
 
@@ -121,7 +121,7 @@ def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:
 
 
 def prefetch(order: list[Block], ahead: int) -> None:
-    """Gathers the next blocks' parameters, in both directions, while one computes."""
+    """Lets FSDP gather the next `ahead` blocks while one computes, in the forward and the backward pass."""
     if not ahead:
         return
     for sequence, announce in (
@@ -134,10 +134,10 @@ def prefetch(order: list[Block], ahead: int) -> None:
 
 
 def units(block: Block) -> list[FSDPModule]:
-    """What of a block is gathered on its own: the block, and its experts."""
+    """The FSDP units of a block: the block itself and, if it has any, its experts."""
     return [as_unit(block), *([as_unit(block.mlp.experts)] if isinstance(block.mlp, MoE) else [])]
 
 
 def as_unit(module: nn.Module) -> FSDPModule:
-    """`fully_shard` has made it one, by changing its class."""
+    """The module, typed as the FSDPModule that `fully_shard` has made it by changing its class."""
     return cast(FSDPModule, module)

@@ -1,4 +1,4 @@
-"""The Lightning strategy over one mesh: FSDP2, replicas of it, and expert parallelism, by the names in KINDS."""
+"""The Lightning strategy for FSDP2, HSDP and expert parallelism over one mesh; the kinds are in mesh.KINDS."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,17 +22,17 @@ from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_
 
 
 class MeshStrategy(ModelParallelStrategy):
-    """Spreads `pl_module.model`, a Transformer, over all processes; its arguments are those of StrategyConfig, and the
-    dispatcher its class.
+    """Spreads `pl_module.model`, a Transformer, over all processes. Takes the arguments of StrategyConfig, with the
+    dispatcher as a class.
 
-    Every rank is a data-parallel rank. The LightningModule's `configure_model` calls `shard` while its model is still
-    on the meta device, and puts each weight into its parts with what that returns: no process ever holds the whole.
+    Every rank is a data-parallel rank. The LightningModule's `configure_model` calls `shard` while its model is on the
+    meta device, and fills each shard with the function that it returns: no process ever holds the full model.
     """
 
     def __init__(self, dispatcher: MakeDispatcher = AllToAll, **settings: Any) -> None:
         self.config, self.dispatcher = StrategyConfig(**settings), dispatcher
         timeout = timedelta(minutes=self.config.timeout_minutes)
-        # What is offloaded is gathered for a checkpoint between hosts, without a detour over the GPUs.
+        # For a checkpoint, offloaded tensors are gathered between hosts without a copy to the GPUs.
         backend = "cpu:gloo,cuda:nccl" if self.config.cpu_offload else None
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout, process_group_backend=backend)
         self.saver: Saver | None = None
@@ -57,12 +57,12 @@ class MeshStrategy(ModelParallelStrategy):
         return torch.device("cpu") if self.config.cpu_offload else self.root_device
 
     def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
-        """Lays the model, on the meta device, over the mesh; returns how initial weights are put into its parts."""
+        """Shards a model on the meta device; returns the function that writes initial weights into its shards."""
         shard_model(model, self.meshes, self.config, str(self.precision_plugin.precision), self.dispatcher)
         return fill_shard
 
     def model_to_device(self) -> None:
-        """Weights were made where they belong; what is left are metrics and, where it is offloaded, buffers."""
+        """Moves metrics and, with offloading, buffers to the device; the weights are there already."""
         if self.config.cpu_offload:
             move_all_but_parameters(self.lightning_module, self.root_device)
         else:
@@ -78,12 +78,12 @@ class MeshStrategy(ModelParallelStrategy):
         super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the CPU, gathered one at a time, on the first rank alone; or each rank's parts."""
+        """Full tensors on the CPU, gathered one at a time, on the first rank only; or each rank's shards."""
         state = self.lightning_module.state_dict()  # type: ignore[union-attr]
         return self.on_first_rank({name: self.to_save(value) for name, value in state.items()})
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As AdamW's on one process, so that the file is the same for any number of them."""
+        """The state as AdamW has it on one process, so the file is the same for any number of processes."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
@@ -92,7 +92,7 @@ class MeshStrategy(ModelParallelStrategy):
         return self.on_first_rank(state)
 
     def to_save(self, tensor: Tensor) -> Tensor:
-        """Its part; or, for a single file, the whole of it on the first rank and nothing on the others."""
+        """This rank's shard; or, for a single file, the full tensor on the first rank and an empty one elsewhere."""
         if self.saver is not None:
             return tensor.detach()
         gathered = gather_full(tensor)
@@ -108,7 +108,7 @@ class MeshStrategy(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Each rank reads its parts: of a file, or of shards, which may be another mesh's."""
+        """Reads this rank's shards from a file or from a sharded checkpoint, which may be of another mesh."""
         module = self.lightning_module
         assert module is not None
         own = module.state_dict()
@@ -129,30 +129,30 @@ class MeshStrategy(ModelParallelStrategy):
             for index, weight in enumerate(weights):
                 state["state"][index] = {k: local_shard(v, weight) for k, v in state["state"][index].items()}
             with torch.no_grad():
-                for weight, master in zip(weights, state.pop("masters", [])):  # of one process, whose weights are bf16
+                for weight, master in zip(weights, state.pop("masters", [])):  # of one process with bf16 weights
                     local(weight).copy_(local_shard(master, weight))
             optimizer.load_state_dict(state)
         return checkpoint
 
 
 def move_all_but_parameters(module: Any, device: torch.device) -> None:
-    """Of a LightningModule whose parameters are all in its `model`. It then says that it is on the device."""
+    """Moves buffers and metrics of a LightningModule whose parameters are all in its `model`, and sets its device."""
     for child in module.children():
         if child is not module.model:
             child.to(device)  # metrics
     for layer in module.model.modules():
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(device))
-    module._device = device  # as Lightning's `to` does, which would move parameters too
+    module._device = device  # as Lightning's `to` sets it, which would also move parameters
 
 
 def weights_of(optimizer: Any) -> list[Tensor]:
-    """The parameters that the optimizer has its own parts or copies of, in the order of its state."""
+    """The model's parameters in the order of the optimizer's state, which holds shards or fp32 copies of them."""
     return optimizer.weights
 
 
 def register() -> None:
-    """Makes `Trainer(strategy="fsdp2")` and its siblings work, with every size chosen."""
+    """Registers the kinds with Lightning, so `Trainer(strategy="fsdp2")` works, with default sizes."""
     for kind in KINDS:
         if kind not in StrategyRegistry:
             StrategyRegistry.register(kind, MeshStrategy, f"dsv3-lightning: {kind}", kind=kind)

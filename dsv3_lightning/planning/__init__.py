@@ -1,1 +1,1 @@
-"""Parameters, FLOP and memory of a model as arithmetic on its ModelConfig: no torch, no device."""
+"""Estimates of parameters, FLOP, memory and step time from a ModelConfig, without torch or a device."""

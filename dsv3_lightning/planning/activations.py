@@ -1,6 +1,6 @@
-"""Bytes per token that a step holds from its forward to its backward pass: an estimate, counted from the layers' code.
+"""Activation memory: an estimate of the bytes per token saved for the backward pass, from the layers' code.
 
-Checked against a count of what a step makes (tests/training/test_dry_run.py); `dsv3 plan --gpus N --dry-run` counts.
+tests/training/test_dry_run.py compares it with the tensors of a dry run, which `dsv3 plan --gpus N --dry-run` counts.
 """
 
 import functools
@@ -11,33 +11,33 @@ from dsv3_lightning.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per token. kept: of all blocks and heads. made_again: of one block, while its backward pass begins."""
+    """Bytes per token. kept: saved by all blocks and heads. made_again: recomputed for one block's backward pass."""
 
     kept: int
     made_again: int
 
 
 def activations(model: ModelConfig, precision: str, policy: str) -> Activations:
-    """policy: of compute.activation_checkpointing. `none` keeps all; the others make one block's own again."""
+    """Bytes per token of a step. policy: compute.activation_checkpointing; all but `none` recompute block by block."""
     widths = Widths(model, 4 if precision == "32" else 2, 2 if precision == "bf16" else 4)
     dense, depth = model.first_k_dense_replace, model.mtp_depth
     layers = [widths.block(policy, moe=i >= dense) for i in range(model.num_hidden_layers)]
     mtp = [widths.mtp(policy) for _ in range(depth)]
     ends = (1 + depth) * (widths.residual * model.hidden_size + widths.head())
-    slots = widths.slots() if model.num_moe_layers or depth else 0
-    return Activations(sum(layers) + sum(mtp) + ends, widths.made_again(policy) + slots)
+    combining = widths.combining() if model.num_moe_layers or depth else 0
+    return Activations(sum(layers) + sum(mtp) + ends, widths.made_again(policy) + combining)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes per token of a model's layers. computed, residual: bytes of a number in products and between blocks."""
+    """Bytes per token of layers. computed, residual: bytes of a number in products and in the residual stream."""
 
     model: ModelConfig
     computed: int
     residual: int
 
     def norm(self, size: int) -> int:
-        """Input and normalized input in fp32, and the result. (A fused one, as on GPUs, keeps one fp32 tensor less.)"""
+        """Bytes of a norm: fp32 input and normalized input, and the result. (Fused, as on GPUs: one fp32 less.)"""
         return 8 * size + self.computed * size
 
     def block(self, policy: str, moe: bool) -> int:
@@ -50,7 +50,7 @@ class Widths:
         )
 
     def mtp(self, policy: str) -> int:
-        """Embedding, both norms and what joins them; then a block."""
+        """Bytes of an MTP module: embedding, both norms, the projection that joins them, and a block."""
         D = self.model.hidden_size
         if self.model.mtp_kind == "parallel":
             return self.block(policy, moe=True)
@@ -61,38 +61,38 @@ class Widths:
         return self.block(policy, moe=True) + 2 * 8 * D + 2 * self.computed * D
 
     def made_again(self, policy: str) -> int:
-        """What a block makes anew before its backward pass, beside what was kept of it: of the one that makes most."""
+        """Bytes that a block recomputes before its backward pass: the maximum over kinds of blocks."""
         kinds = [self.mtp] if self.model.mtp_depth else []
         kinds += [functools.partial(self.block, moe=True)] if self.model.num_moe_layers else []
         kinds += [functools.partial(self.block, moe=False)] if self.model.first_k_dense_replace else []
         return max(kind("none") - kind(policy) for kind in kinds)
 
     def head(self) -> int:
-        """The final norm, and the gradient that the fused loss makes."""
+        """Bytes of a head: the final norm, and the gradient that the fused loss computes."""
         return self.norm(self.model.hidden_size) + self.computed * self.model.hidden_size
 
-    def slots(self) -> int:
-        """A gradient for each of a token's slots, while those are being combined."""
+    def combining(self) -> int:
+        """The gradients of a token's K expert outputs, while these are being combined."""
         return self.computed * self.model.num_experts_per_tok * self.model.hidden_size
 
     def moe(self, policy: str) -> int:
         model, c = self.model, self.computed
         D, K, E, F = model.hidden_size, model.num_experts_per_tok, model.n_routed_experts, model.moe_intermediate_size
-        routed = K * (self.swiglu(F, policy) + (2 * c * D if policy == "none" else 0))  # as sorted and as combined
+        routed = K * (self.swiglu(F, policy) + (2 * c * D if policy == "none" else 0))  # sorted and combined
         shared = self.swiglu(model.n_shared_experts * F, policy) if model.n_shared_experts else 0
         router = 4 * E if policy == "selective" else 16 * E + (4 * D if c == 2 else 0)  # scores; the input in fp32
         return routed + shared + router
 
     def swiglu(self, width: int, policy: str) -> int:
-        """gate and up, then the activated gate and the product; or only what the three products gave."""
+        """Bytes of a SwiGLU: gate, up, activated gate and their product; or only the results of the matrix products."""
         return self.computed * (4 * width if policy == "none" else 2 * width + self.model.hidden_size)
 
     def attention(self, policy: str) -> int:
-        """With both norms of the block."""
+        """Bytes of attention, with both norms of the block."""
         model, c = self.model, self.computed
         D, H = model.hidden_size, model.num_attention_heads
         padded = H * max(model.qk_head_dim, model.v_head_dim)
-        kernel = c * padded + 4 * H  # its result and the logarithms of its sums
+        kernel = c * padded + 4 * H  # output and log-sum-exp
         latents = (
             []
             if model.attention == "gqa"

@@ -1,8 +1,8 @@
-"""A run on a mesh as arithmetic: bytes per rank, bytes on the wires, seconds per step. No torch, no device.
+"""Estimate of a run on a mesh: memory per rank, network traffic and time per step. Uses no torch and no device.
 
-Memory is exact for weights, gradients and optimizer state, an estimate for the rest. Times are bytes over bandwidth and
-FLOP over an assumed share of the peak: what is not overlapped is added. Latencies, stragglers, the loading of data and
-uneven loads of experts are not in them.
+Memory is exact for weights, gradients and optimizer state, and an estimate for the rest. Times are FLOP over an assumed
+share of the peak, plus bytes over bandwidth for communication that doesn't overlap. They leave out latencies,
+stragglers, data loading and uneven expert loads.
 """
 
 import math
@@ -16,12 +16,12 @@ from dsv3_lightning.planning.hardware import GPU
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import attention_weights, count_parameters, moe_parts, swiglu
 
-RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}  # of a step's FLOP; `selective` keeps the products
-LOGITS_HELD = 2**27  # at a time, as model/cpu.py has it for GPUs
+RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}  # FLOP factor; `selective` keeps matrix products
+MAX_LOGITS = 2**27  # logits computed at a time, as in model/cpu.py for GPUs
 
 
 class Mesh(Protocol):
-    """Sizes by axis, as `parallel.mesh.MeshShape` has them."""
+    """The size of each mesh axis; see `parallel.mesh.MeshShape`."""
 
     @property
     def dp_replicate(self) -> int: ...
@@ -36,7 +36,7 @@ class Mesh(Protocol):
 
 
 class Policy(Protocol):
-    """When parameters are gathered, as `parallel.mesh.StrategyConfig` has it."""
+    """Settings of gathering and offloading; see `parallel.mesh.StrategyConfig`."""
 
     @property
     def reshard_after_forward(self) -> bool: ...
@@ -48,7 +48,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step. tokens: of a micro-batch on one rank; micro_batches: per rank and step."""
+    """The work of an optimizer step. tokens: per micro-batch and rank. micro_batches: per rank and step."""
 
     tokens: int
     micro_batches: int
@@ -59,7 +59,7 @@ class Work:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. gathered: parameters that are whole for a moment, and gradients of the output matrix.
+    """Memory of one rank, in bytes. gathered: parameters gathered at the peak, and gradients of the output matrix.
 
     offloaded: weights, gradients and optimizer state are in the host's memory.
     """
@@ -73,20 +73,20 @@ class RankMemory:
 
     @property
     def kept(self) -> float:
-        """Between steps, wherever it is."""
+        """Bytes between steps, on the GPU or the host."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        """On the GPU."""
+        """Bytes on the GPU at the peak."""
         return (0.0 if self.offloaded else self.kept) + self.gathered + self.activations
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank receives per step, and their seconds: of parameters and gradients, and of tokens.
+    """Bytes that one rank receives per step, and the seconds this takes, for parameters and gradients and for tokens.
 
-    host: parameters that come from the host's memory and gradients that go there, where they are offloaded.
+    host: with offloading, parameters from the host's memory and gradients to it.
     """
 
     parameters: float
@@ -100,9 +100,9 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds per step. Tokens' traffic is not overlapped; parameters' is, with computing.
+    """Seconds per step. Parameter traffic overlaps with compute; token traffic doesn't.
 
-    Offloaded, AdamW runs on the host; its time is not in here.
+    With offloading AdamW runs on the host; its time is not included.
     """
 
     compute: float
@@ -116,7 +116,7 @@ class StepTime:
 
 
 class Batch(NamedTuple):
-    """Samples per step, micro-batches per step and rank that the config knows, and a ramp's start and increment."""
+    """The batch settings: samples per step, micro-batches per step and rank, and a ramp's start and increment."""
 
     size: int
     accumulate: int
@@ -124,8 +124,8 @@ class Batch(NamedTuple):
 
 
 def fitting_batch(batch: Batch, known: int, ranks: int) -> Batch:
-    """The nearest batch that meets all checks at once: whole micro-batches on `ranks` ranks, and on the `known` ones of
-    the config, also while a ramp makes it grow."""
+    """The nearest batch that passes all checks: equal micro-batches on `ranks` ranks and on the `known` ranks of the
+    config, also during a ramp."""
     step = ranks // math.gcd(ranks, known)
     accumulate = nearest(batch.accumulate, step)
     parts = accumulate * known
@@ -137,19 +137,19 @@ def fitting_batch(batch: Batch, known: int, ranks: int) -> Batch:
 
 
 def nearest(value: int, unit: int) -> int:
-    """The multiple of the unit that is nearest, at least one."""
+    """The nearest multiple of the unit, at least the unit itself."""
     return max(1, (2 * value + unit) // (2 * unit)) * unit
 
 
 def parameter_split(model: ModelConfig) -> tuple[int, int]:
-    """All parameters but routed experts, and routed experts."""
+    """Numbers of parameters: all but routed experts, and routed experts."""
     parameters = count_parameters(model)
     routed = sum(part["routed experts"].total for part in (parameters.main, parameters.mtp) if "routed experts" in part)
     return parameters.total - routed, routed
 
 
 def last_block(model: ModelConfig, ep: int) -> int:
-    """Parameters that are whole on a rank while the last layer, or the last MTP module's, computes."""
+    """The number of parameters gathered on a rank while the last block, perhaps an MTP module's, computes."""
     if not model.num_moe_layers and not model.mtp_depth:
         return attention_weights(model) + swiglu(model.hidden_size, model.intermediate_size)
     parts = moe_parts(model)
@@ -157,8 +157,9 @@ def last_block(model: ModelConfig, ep: int) -> int:
 
 
 def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -> RankMemory:
-    """Three moments compete for the most: the loss, with its logits and a gradient of the output matrix per head in
-    fp32; that gradient's scaling; and the backward pass of the last block, when it is on its way to be added up.
+    """The memory of a rank at the peak, the maximum of three moments: the loss, with its logits and per head an
+    fp32 gradient of the output matrix; the scaling of this gradient; and the last block's backward pass, during the
+    gradient's reduction.
     """
     whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True)
     computed = bytes_computed(work)
@@ -169,7 +170,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     else:
         dense, routed = parameter_split(model)
         ahead = computed * (dense + routed / shape.ep)
-    logits = min(work.tokens, LOGITS_HELD // model.vocab_size) * model.vocab_size
+    logits = min(work.tokens, MAX_LOGITS // model.vocab_size) * model.vocab_size
     moments = [
         (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + (computed + 4) * logits,
          work.tokens * per_token.kept),
@@ -188,38 +189,38 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
 
 
 def bytes_computed(work: Work) -> int:
-    """Of a number in matrix products."""
+    """Bytes of a number in matrix products."""
     return 4 if work.precision == "32" else 2
 
 
 def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: GPU) -> Traffic:
-    """Gathers and scatters by ring: (n - 1)/n of the whole per rank; all-to-alls of K slots per token and layer."""
+    """Bytes and seconds of ring collectives, (n - 1)/n of the whole per rank, and of all-to-alls of routed tokens."""
     dense, routed = parameter_split(model)
     computed = bytes_computed(work)
-    per_pass = computed * (2 if strategy.reshard_after_forward else 1) + 4  # gathered, and gradients in fp32
+    per_pass = computed * (2 if strategy.reshard_after_forward else 1) + 4  # gathers, and fp32 gradients
     n, m, r = shape.dp_shard, shape.expert_shard, shape.dp_replicate
     dense_bytes = work.micro_batches * per_pass * dense * (n - 1) / n
     expert_bytes = work.micro_batches * per_pass * routed / shape.ep * (m - 1) / m
     replicas = work.micro_batches * 2 * (r - 1) / r * 4 * (dense + routed) / n
-    ways = 4 if work.policy == "none" else 6  # there and back, and their gradients; the first two again if recomputed
-    slots = work.tokens * model.num_experts_per_tok * model.num_moe_layers * work.micro_batches
-    slots_bytes = ways * slots * model.hidden_size * computed
+    ways = 4 if work.policy == "none" else 6  # dispatch, combine and their gradients; the first two twice if recomputed
+    routed_tokens = work.tokens * model.num_experts_per_tok * model.num_moe_layers * work.micro_batches
+    token_bytes = ways * routed_tokens * model.hidden_size * computed
     away = (shape.ep - 1) / shape.ep
     outside = max(0.0, 1 - gpu.per_node / shape.ep) if shape.ep > gpu.per_node else 0.0
     seconds = dense_bytes / speed(n, gpu) + expert_bytes / speed(n if m > 1 else 1, gpu)
     seconds += replicas / (gpu.between if shape.ranks > gpu.per_node else gpu.inside)
-    token_seconds = slots_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
+    token_seconds = token_bytes * ((away - outside) / gpu.inside + outside / gpu.between)
     host = 0.0
     if strategy.cpu_offload:
         passes = 2 if strategy.reshard_after_forward else 1
         host = work.micro_batches * 4 * (passes + 1) * (dense + routed) / n
     return Traffic(
-        dense_bytes + expert_bytes, replicas, slots_bytes * away, host, seconds, token_seconds, host / gpu.host
+        dense_bytes + expert_bytes, replicas, token_bytes * away, host, seconds, token_seconds, host / gpu.host
     )
 
 
 def speed(ranks: int, gpu: GPU) -> float:
-    """Bytes/s into a rank of a ring: the slowest link's."""
+    """Bandwidth of a ring in bytes/s per rank: that of the slowest link."""
     return gpu.inside if ranks <= gpu.per_node else gpu.between
 
 

@@ -1,7 +1,7 @@
-"""FLOP per token, counted over what is multiplied: the usual 6 per weight and token, and attention's own products.
+"""FLOP per token of matrix products: 6 per weight and token in training, plus attention scores and values.
 
-Not counted: embedding look-up, norms, activations, softmax, the optimizer. Recomputed work isn't counted either, so a
-utilization made from these figures is model FLOP utilization (MFU).
+Not counted: embedding look-up, norms, activations, softmax, the optimizer. Recomputation isn't counted either, so a
+utilization computed from these numbers is model FLOP utilization (MFU).
 """
 
 from dsv3_lightning.model.config import ModelConfig
@@ -9,7 +9,7 @@ from dsv3_lightning.planning.parameters import count_parameters
 
 
 def training_flop_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Forward and backward of main model and MTP modules, in FLOP; the backward pass does twice the forward's work.
+    """FLOP of forward and backward passes of main model and MTP modules; the backward pass has twice the forward's.
 
     6 · weights + 3 · layers · H · (d_qk + d_v) · T: causal attention works on half of the T × T square.
     """
@@ -17,14 +17,14 @@ def training_flop_per_token(model: ModelConfig, sequence_length: int) -> int:
 
 
 def forward_flop_per_token(model: ModelConfig, sequence_length: int, with_mtp: bool = True) -> int:
-    """FLOP; each weight is one multiplication and one addition."""
+    """FLOP of the forward pass; each weight counts as one multiplication and one addition."""
     layers = model.num_hidden_layers + (model.mtp_depth if with_mtp else 0)
     attention = layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim) * sequence_length
     return 2 * multiplied_weights(model, with_mtp) + attention
 
 
 def multiplied_weights(model: ModelConfig, with_mtp: bool = True) -> int:
-    """Weights that take part in a matrix product for a given token: every head counts, the embedding doesn't."""
+    """The number of weights in matrix products for a token: every head counts, the embedding doesn't."""
     parameters = count_parameters(model)
     heads = (1 + model.mtp_depth if with_mtp else 1) * model.vocab_size * model.hidden_size
     layers = sum(count.active for part, count in parameters.main.items() if part not in ("embedding", "head", "norms"))

@@ -1,4 +1,4 @@
-"""What GPUs can do, from their makers' data sheets: nothing here is measured, and no unknown GPU is guessed."""
+"""GPU specifications from data sheets, not measurements. Unknown GPUs are refused."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from dsv3_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class GPU:
-    """peak: dense bf16 FLOP/s; peak_fp32: of real fp32, as torch computes unless it is allowed TF32. memory: bytes.
+    """Specification of a GPU. peak: dense bf16 FLOP/s. peak_fp32: FLOP/s without TF32, torch's default. memory: bytes.
 
     inside, between: bytes/s per GPU and direction, within and between nodes.
-    host: bytes/s per GPU and direction to the host's memory (PCIe 5, and 4 for the A100). A node has `per_node` GPUs.
+    host: bytes/s per GPU and direction to host memory (PCIe 5; PCIe 4 for the A100). A node has `per_node` GPUs.
     """
 
     peak: float
@@ -22,7 +22,7 @@ class GPU:
     per_node: int = 8
 
     def peak_in(self, precision: str) -> float:
-        """FLOP/s of the matrix products of a run with this trainer.precision."""
+        """Peak FLOP/s of matrix products for a trainer.precision."""
         return self.peak_fp32 if precision == "32" else self.peak
 
 
@@ -30,13 +30,13 @@ GPUS = {
     "a100": GPU(312e12, 19.5e12, 80e9, 300e9, 25e9, host=32e9),
     "h100": GPU(989e12, 67e12, 80e9, 450e9, 50e9),
     "h200": GPU(989e12, 67e12, 141e9, 450e9, 50e9),
-    "h800": GPU(989e12, 67e12, 80e9, 160e9, 50e9),  # bandwidths as V3 §3.2.2 has them
+    "h800": GPU(989e12, 67e12, 80e9, 160e9, 50e9),  # bandwidths from V3 §3.2.2
     "b200": GPU(2250e12, 75e12, 180e9, 900e9, 50e9),
 }
 
 
 def gpu_named(name: str) -> GPU:
-    """Raises ConfigError."""
+    """The GPU of that name. Raises ConfigError for an unknown one."""
     if name.lower() not in GPUS:
         raise ConfigError(f"--gpu {name}: not known; must be {', '.join(GPUS)}")
     return GPUS[name.lower()]

@@ -1,7 +1,7 @@
-"""Bytes of one unsharded copy of a training run.
+"""Memory of training without sharding, in bytes.
 
-Exact: parameters, gradients, AdamW's moments and master weights. Estimate: activations, counted from what the layers
-keep for their backward pass. Not counted: the allocator's slack, buffers of collectives, the data, the runtime itself.
+Exact: parameters, gradients, AdamW's moments and master weights. Estimated: activations, from what the layers save for
+the backward pass. Not counted: allocator overhead, communication buffers, data, and the runtime itself.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dsv3_lightning.planning.parameters import count_parameters
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. weights, gradients and optimizer are exact, activations are an estimate."""
+    """Bytes of a training run. weights, gradients and optimizer are exact; activations are an estimate."""
 
     weights: int
     gradients: int
@@ -26,11 +26,11 @@ class Memory:
 
 
 def training_memory(model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False) -> Memory:
-    """For a micro-batch of `tokens` tokens on one rank.
+    """Memory for a micro-batch of `tokens` tokens on one rank.
 
-    Weights and gradients are fp32, as AdamW's two moments are. Under precision `bf16` unsharded weights have two bytes
-    and an fp32 copy in AdamW; sharded ones are fp32, and gathered in bf16. (Norms and routers always are fp32, a share
-    of 1e-4 that is ignored.)
+    Weights, gradients and AdamW's two moments are fp32. With precision `bf16` unsharded weights are bf16 with an fp32
+    copy in AdamW; sharded ones are fp32 and gathered in bf16. (Norms and routers are always fp32; they are 1e-4 of all
+    and ignored.)
     """
     parameters = count_parameters(model)
     stored, moments = (2, 12) if precision == "bf16" and not sharded else (4, 8)
@@ -44,7 +44,7 @@ def training_memory(model: ModelConfig, tokens: int, precision: str, policy: str
 
 
 def cache_per_token(model: ModelConfig) -> int:
-    """Numbers that decoding keeps per token, over all layers: MLA's latents and rotary keys (V3 §2.1.1), or k and v."""
+    """Cached numbers per token over all layers: MLA's latents and rotary keys (V3 §2.1.1), or keys and values."""
     if model.attention == "mla":
         return model.num_hidden_layers * (model.kv_lora_rank + model.qk_rope_head_dim)
     shared = model.num_key_value_heads or model.num_attention_heads

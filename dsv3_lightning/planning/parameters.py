@@ -1,7 +1,7 @@
-"""Parameter counts by part, exact, from the shapes alone (V3 §2.1, §2.2, §4.2).
+"""Exact parameter counts by part, from the shapes (V3 §2.1, §2.2, §4.2).
 
-`total` is what is trained and stored, `active` what one token passes through: of the routed experts only the chosen
-ones; embedding and head count fully.
+`total` counts all trained parameters, `active` those used for one token: only the chosen ones of the routed experts;
+embedding and head count fully.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameters:
-    """main, mtp: parts of the main model and of the MTP modules (their own; embedding and head are the main model's).
+    """Counts by part. main: the main model. mtp: MTP modules, without the embedding and head that they share with it.
 
     bias_entries: expert biases of all routers. They are buffers, not parameters, and in no other count.
     """
@@ -31,7 +31,7 @@ class Parameters:
 
     @property
     def main_model(self) -> Count:
-        """What is left in inference."""
+        """The count of the main model, which is what inference needs."""
         return add(self.main)
 
     @property
@@ -40,12 +40,12 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Everything that is trained."""
+        """The count of all trained parameters."""
         return self.main_model.total + self.mtp_modules.total
 
     @property
     def active(self) -> int:
-        """Per token, of the main model."""
+        """The count of the main model's parameters used for one token."""
         return self.main_model.active
 
 
@@ -68,7 +68,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         "attention": same(attention_weights(model)),
         **moe_parts(model),
         "eh_proj": same(2 * D * D if model.mtp_kind == "sequential" else 0),
-        # enorm, hnorm and the one before the head; a parallel head has the last alone
+        # enorm, hnorm and the norm before the head; a parallel head has only the last
         "norms": same(block_norms(model) + (3 if model.mtp_kind == "sequential" else 1) * D),
     }
     mtp = {part: count.times(model.mtp_depth) for part, count in mtp.items() if model.mtp_depth}
@@ -84,7 +84,7 @@ def swiglu(hidden_size: int, width: int) -> int:
 
 
 def attention_weights(model: ModelConfig) -> int:
-    """One layer's projections, without norms (V3 eq. 1-11; arXiv 2401.02954 §2.2)."""
+    """Weights of the attention projections of one layer, without norms (V3 eq. 1-11; arXiv 2401.02954 §2.2)."""
     D, H = model.hidden_size, model.num_attention_heads
     if model.attention == "gqa":
         shared = model.num_key_value_heads or H
@@ -97,12 +97,12 @@ def attention_weights(model: ModelConfig) -> int:
 
 
 def block_norms(model: ModelConfig) -> int:
-    """One layer's: before attention, before the FFN, and after the compressed latents."""
+    """Norm weights of one layer: before attention, before the FFN, and of the latents."""
     return 2 * model.hidden_size + (model.q_lora_rank or 0) + model.kv_lora_rank
 
 
 def moe_parts(model: ModelConfig) -> dict[str, Count]:
-    """One MoE layer (V3 eq. 12-16)."""
+    """Counts by part of one MoE layer (V3 eq. 12-16)."""
     D = model.hidden_size
     expert = swiglu(D, model.moe_intermediate_size)
     return {

@@ -1,1 +1,1 @@
-"""Experiments of several runs: running them, comparing them, and the verdicts on the papers' claims."""
+"""Experiments of several runs: running and comparing them, and testing the papers' claims."""

@@ -1,4 +1,4 @@
-"""What the papers claim, each as an inequality between variants of an experiment, and what our seeds say of it."""
+"""The papers' claims as inequalities between variants of an experiment, and their verdicts from our runs."""
 
 import math
 import statistics
@@ -9,13 +9,13 @@ from dsv3_lightning.studies.compare import COLUMNS, Finished, spread
 
 REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced at this scale", "undecided", "not run"
 EXPERIMENTS = ("balance", "bias_speed", "mtp", "moe", "attention", "routing")
-SEEDS = 3  # at least, for a verdict
+SEEDS = 3  # minimum for a verdict
 STUDENT = (2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # 95 % quantiles of t for 3, 4, … seeds
 
 
 @dataclass(frozen=True)
 class Claim:
-    """times · low < high, in a column of `dsv3 compare`; low and high are variants of the experiment, or numbers."""
+    """The inequality times · low < high in a column of `dsv3 compare`; low and high are variants or numbers."""
 
     text: str
     source: str
@@ -85,7 +85,7 @@ CLAIMS = (
 
 
 def verdict(differences: list[float]) -> str:
-    """Of a claim that differences are above 0, one for each seed, by Student's t at 5 % (one-sided, either way).
+    """The verdict on a claim that the differences, one per seed, are above 0: one-sided Student's t at 5 % either way.
 
     >>> verdict([1.0, 1.1, 0.9]), verdict([-0.2, 0.3, 0.1]), verdict([-1.0, -1.1, -0.9]), verdict([1.0, 1.0])
     ('reproduced', 'undecided', 'not reproduced at this scale', 'undecided')
@@ -101,7 +101,7 @@ def verdict(differences: list[float]) -> str:
 
 
 def judge(claim: Claim, groups: Mapping[str, list[Finished]]) -> tuple[str, str]:
-    """Our numbers and the verdict, from an experiment's finished runs by variant. Runs of one seed are compared."""
+    """Our numbers and the verdict, from an experiment's finished runs by variant, paired by seed."""
     form, value = COLUMNS[claim.column]
     sides = [by_seed(side, groups, value) for side in (claim.low, claim.high)]
     seeds = set.union(*(set(side) for side in sides if isinstance(side, dict)))
@@ -115,7 +115,7 @@ def judge(claim: Claim, groups: Mapping[str, list[Finished]]) -> tuple[str, str]
 def by_seed(
     side: str | float, groups: Mapping[str, list[Finished]], value: Callable[[Finished], float | None]
 ) -> dict[int, float] | float:
-    """A variant's values by the seed of its runs; a number stays one."""
+    """A variant's values by seed; a number is returned unchanged."""
     if isinstance(side, float):
         return side
     return {run.config.run.seed: number for run in groups.get(side, []) if (number := value(run)) is not None}

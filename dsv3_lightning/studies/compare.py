@@ -1,4 +1,4 @@
-"""`dsv3 compare`: finished runs side by side, seeds of a variant together: a table, Markdown, curves."""
+"""`dsv3 compare`: compares finished runs, averaged over seeds, in a table, as Markdown and as curves."""
 
 import argparse
 import json
@@ -54,8 +54,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Finished], float | None]]] = {  # header
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="folders of runs, or of experiments")
-    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the table there, too")
-    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the curves there, as PNG")
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="also write the table to FILE")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the curves to FILE, as PNG")
     help = "test whether two runs have the same curves to the bit, and name the first step that differs"
     parser.add_argument("--equal", action="store_true", help=help)
 
@@ -93,7 +93,7 @@ def compare_to_the_bit(runs: list[Path]) -> int:
 
 
 def find_runs(paths: list[Path]) -> list[Finished]:
-    """The finished runs among folders of runs and folders that hold such. Raises ConfigError where there is none."""
+    """The finished runs in or below these folders. Raises ConfigError for a folder without one."""
     folders: list[Path] = []
     for path in paths:
         inside = sorted(report.parent for report in path.glob("*/report.json"))
@@ -112,7 +112,7 @@ def read_run(folder: Path) -> Finished:
 
 
 def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:
-    """By name without its seed, in the order of an experiment's file where there is one. Raises ConfigError."""
+    """Runs grouped by name without the seed, in the order of the experiment's file, if any. Raises ConfigError."""
     groups: dict[str, list[Finished]] = {}
     for run in runs:
         label = SEED.sub("", run.folder.name)
@@ -128,7 +128,7 @@ def values_of(runs: list[Finished], value: Callable[[Finished], float | None]) -
 
 
 def comparison(groups: dict[str, list[Finished]], leave_out: tuple[str, ...] = ()) -> list[list[str]]:
-    """Header and rows, without empty columns. A value that all seeds share has no spread."""
+    """Header and rows of the table, without empty columns. Values that are equal for all seeds have no ±."""
     kept = {
         name: column
         for name, column in COLUMNS.items()
@@ -156,17 +156,17 @@ def spread(values: list[float], form: str = "{:.3f}") -> str:
 
 
 def markdown_table(rows: list[list[str]], left: int = 1) -> str:
-    """left: columns of words, which come first; the others are numbers, to the right."""
+    """A Markdown table. left: number of leading columns aligned left; the others are aligned right."""
     header, *body = rows
     lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def curves_by_group(groups: dict[str, list[Finished]], leave_out: tuple[str, ...] = ()) -> Any:
-    """What the runs have of PANELS over their steps, without the tags to leave out.
+    """A figure of the logged PANELS over steps, without the tags in `leave_out`.
 
-    A variant's mean over its seeds is a line, from the lowest to the highest of them goes a band; its color is the same
-    in all panels.
+    A line is a variant's mean over seeds and a band the range from the lowest to the highest seed. A variant has the
+    same color in all panels.
     """
     from matplotlib.figure import Figure
 
@@ -178,7 +178,7 @@ def curves_by_group(groups: dict[str, list[Finished]], leave_out: tuple[str, ...
     places = figure.subplots(rows, 2, squeeze=False).flatten().tolist()
     for axes in places[len(shown) :]:
         axes.remove()
-    lines: dict[str, Any] = {}  # a variant's in the last panel that has it, for the legend
+    lines: dict[str, Any] = {}  # each variant's line in the last panel that has one, for the legend
     for axes, (tag, title) in zip(places, shown.items(), strict=False):
         for number, (label, runs) in enumerate(histories.items()):
             curves = [dict(zip(*run[tag], strict=True)) for run in runs if tag in run]

@@ -20,10 +20,10 @@ from dsv3_lightning.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an experiment's file holds.
+    """The content of an experiment's file.
 
-    config: files or presets, as `dsv3 run` takes them. common: settings of all variants. variants: by name, what each
-    changes. seeds: of every variant. Raises ConfigError.
+    config: files or presets, as for `dsv3 run`. common: settings of all variants. variants: {name: changed settings}.
+    seeds: those of every variant. Raises ConfigError.
     """
 
     config: list[str]
@@ -41,9 +41,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """One run: its name `VARIANT-seedN`, the files it is composed of, the overrides after them, what comes of both.
+    """One run: its name `VARIANT-seedN`, its source files, the overrides, and the resulting settings.
 
-    variant: the last of the files, which `write_variant` makes. changes: what it holds.
+    variant: the last of the files, written by `write_variant`. changes: its content.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Task:
     config: Config
 
     def write_variant(self) -> None:
-        """The file of the task's variant, where it doesn't hold these settings already."""
+        """Writes the file of the task's variant unless it already has these settings."""
         text = dumps(self.changes)
         if not self.variant.is_file() or self.variant.read_text(encoding="utf-8") != text:  # it may be read-only
             write_file(self.variant, text)
 
 
 class Experiment:
-    """Tasks in the order of the file, all seeds of a variant together. Every task's settings are checked at once."""
+    """An experiment with its tasks in file order, seeds of a variant together. All settings are checked up front."""
 
     def __init__(self, word: str, overrides: list[str]) -> None:
         self.path = find_experiment(word)
@@ -82,9 +82,8 @@ class Experiment:
         """Every run, its settings checked; nothing is written. Raises ConfigError."""
         tasks = []
         for variant, changes in self.plan.variants.items():
-            if not isinstance(variant, str) or not re.fullmatch(r"[^\W.][\w.+-]*", variant):
-                quotes = "" if isinstance(variant, str) else ", in quotes where it reads like a number"
-                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder{quotes}")
+            if not re.fullmatch(r"[^\W.][\w.+-]*", variant):
+                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
             merged = plain(OmegaConf.merge(self.plan.common, changes or {}))
             file = self.folder / "variants" / f"{variant}.yaml"
             for seed in self.plan.seeds:
@@ -102,12 +101,12 @@ class Experiment:
             raise ConfigError(f"{self.path}: {name}: {error}") from None
 
     def overrides_after(self) -> list[str]:
-        """What the command line gave, but for the folder of all runs, which the experiment's lies in."""
+        """The overrides of the command line, except the folder of all runs, which contains the experiment's folder."""
         return [override for override in self.overrides if not override.startswith("run.dir=")]
 
 
 def find_experiment(word: str) -> Path:
-    """A file, or the name of an experiment that comes with the package."""
+    """The path of an experiment, given as a file or as the name of one in the package. Raises ConfigError."""
     shipped = Path(str(PRESETS / "experiments"))
     for path in (user_path(word), user_path(f"{word}.yaml"), shipped / f"{word.removesuffix('.yaml')}.yaml"):
         if path.is_file():

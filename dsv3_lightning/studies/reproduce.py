@@ -1,4 +1,4 @@
-"""`dsv3 reproduce`: runs the experiments that the papers' claims need, and writes down what came of each."""
+"""`dsv3 reproduce`: runs the experiments behind the papers' claims and writes a report with a verdict on each."""
 
 import argparse
 import platform
@@ -59,17 +59,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=path_argument, metavar="FILE", help="the report; default: reproduction.md in that folder"
     )
     jobs_argument(parser)
-    parser.add_argument("--quick", action="store_true", help="30 steps a run: whether it works, not what it shows")
+    parser.add_argument("--quick", action="store_true", help="30 steps per run, to test that everything works")
     parser.add_argument(
-        "--report", dest="report_only", action="store_true", help="run nothing, report what is finished"
+        "--report", dest="report_only", action="store_true", help="run nothing; report the finished runs"
     )
 
 
 def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: bool, report_only: bool) -> int:
-    """Runs what isn't finished below `folder`, and writes the report of what is. Returns 0 if no run failed.
+    """Runs the unfinished runs below `folder` and writes the report of the finished ones. Returns 0 if no run failed.
 
-    quick: a few steps only, to see that everything works. Raises ConfigError where there is nothing to report, or a
-    run was made with other settings than the command that the report would print.
+    quick: a few steps only, to test that everything works. Raises ConfigError if there is nothing to report, or if the
+    settings of a run differ from those of the command that the report would print.
     """
 
     code, words = 0, [*(QUICK if quick else ()), *overrides]
@@ -84,7 +84,7 @@ def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: 
                 refuse_other_settings(task)
     path = out or folder / "reproduction.md"
     pictures = path.with_suffix("")
-    for name, groups in experiments.items():  # speeds of runs beside each other say nothing
+    for name, groups in experiments.items():  # speeds of concurrent runs mean nothing
         save_figure(curves_by_group(groups, leave_out=(SPEED,)), pictures / f"{name}.png", dpi=70)
     write_file(path, report(experiments, words, pictures.name))
     print(f"report: {path}")
@@ -92,7 +92,7 @@ def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: 
 
 
 def finished_runs(folder: Path, name: str) -> Groups:
-    """Those of an experiment, by variant, in the order of its file."""
+    """The finished runs of an experiment by variant, in the order of its file."""
     if not list(folder.glob(f"{name}/*/report.json")):
         return {}
     groups = grouped(find_runs([folder / name]))
@@ -100,7 +100,7 @@ def finished_runs(folder: Path, name: str) -> Groups:
 
 
 def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) -> str:
-    """docs/reproduction.md: a row per claim, then a table and curves per experiment with the command that made it."""
+    """The text of docs/reproduction.md: a row per claim, then each experiment's table, curves and command."""
     rows = [["claim", "source", "published", "ours", "verdict"]]
     for claim in CLAIMS:
         ours, verdict = judge(claim, experiments.get(claim.experiment, {}))

@@ -1,4 +1,4 @@
-"""`dsv3 sweep`: the runs of an experiment, one after another or some at a time, here or as a SLURM array."""
+"""`dsv3 sweep`: runs an experiment, one or several runs at a time, on this machine or as a SLURM array."""
 
 import argparse
 import json
@@ -19,18 +19,19 @@ from dsv3_lightning.studies.experiment import Experiment, Task
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="EXPERIMENT", help="a file, or one of ours; then key=value for all")
+    parser.add_argument(
+        "words", nargs="+", metavar="EXPERIMENT", help="a file or a shipped experiment; then key=value for all runs"
+    )
     jobs_argument(parser)
-    parser.add_argument("--task", type=int, metavar="N", help="only the run of that number, from 0")
-    parser.add_argument("--slurm", action="store_true", help="print a SLURM batch script, and do nothing")
+    parser.add_argument("--task", type=int, metavar="N", help="only run N, counted from 0")
+    parser.add_argument("--slurm", action="store_true", help="print a SLURM batch script and exit")
 
 
 def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
-    """Runs what isn't finished; returns 0 if everything is, else 1. words: the experiment, then key=value overrides.
+    """Runs the unfinished runs; returns 0 if all are finished, else 1. words: the experiment, then key=value overrides.
 
-    Each run is a process of its own with an equal share of the cores, and writes to `<run>.log` beside its folder. One
-    that fails doesn't stop the others. task: only the run of that number, from 0. slurm: print a batch script,
-    and write nothing.
+    Each run is a separate process with an equal share of the cores and logs to `<run>.log` beside its folder. A failed
+    run doesn't stop the others. task: index of the only run to run. slurm: print a batch script and write nothing.
     """
 
     experiment = Experiment(words[0], words[1:])
@@ -49,7 +50,7 @@ def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
     with ThreadPoolExecutor(jobs) as pool:
         try:
             codes = list(pool.map(lambda one: run_task(one, experiment.folder, threads), tasks))
-        except KeyboardInterrupt:  # the runs got it too: they save and stop
+        except KeyboardInterrupt:  # the runs also received it; they save and stop
             pool.shutdown(cancel_futures=True)
             raise
     failed = [one.name for one, code in zip(tasks, codes, strict=True) if code]
@@ -61,7 +62,7 @@ def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
 
 
 def run_task(task: Task, folder: Path, threads: int) -> int:
-    """Runs one task to its end, if it isn't there already, with these settings. Returns the exit status."""
+    """Runs one task to its end unless it is finished with these settings. Returns the exit status."""
     report = folder / task.name / "report.json"
     if report.is_file():
         try:
@@ -87,7 +88,7 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
 
 
 def refuse_other_settings(task: Task) -> None:
-    """Raises ConfigError where the task's folder holds a run that was made with others."""
+    """Raises ConfigError if the task's folder has a run with other settings."""
     run = RunFolder(task.config)
     if differing := shown_differences(run.stored_tree() or {}, to_tree(task.config)):
         raise ConfigError(
@@ -103,9 +104,9 @@ def outcome(report: Path) -> str:
 
 
 def slurm_script(words: list[str], tasks: int, name: str) -> str:
-    """A job array with one run per task. A task that is sent a second time goes on from its checkpoint.
+    """A batch script for a job array with one run per task; a requeued task resumes from its checkpoint.
 
-    SLURM opens a task's log before the task starts, so the log lies in a folder that is there: the current one.
+    SLURM opens a task's log before the task starts, so the log is in the current folder, which exists.
     """
     command = shlex.join([sys.executable, "-m", "dsv3_lightning", "sweep", *words, "--task"])
     return (

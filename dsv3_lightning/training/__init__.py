@@ -1,1 +1,1 @@
-"""Losses, optimizer, schedules, precision and logging: what a training step needs beside the model."""
+"""The training step around the model: losses, optimizer, schedules, precision and logging."""

@@ -1,4 +1,4 @@
-"""The balance term of the loss: Σ α · loss, each over the right tokens, however the step is spread."""
+"""The balance term of the loss: Σ α · loss, independent of how a step is split into micro-batches and ranks."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,19 @@ from dsv3_lightning.model.transformer import Losses, Transformer
 
 
 class BalanceTerm:
-    """Micro-batch by micro-batch: `weigh` gives what the mean over micro-batches and ranks adds up to the loss.
+    """The weighted balance losses of each micro-batch; their mean over micro-batches and ranks is the loss of the step.
 
-    factors: α by name. experts_per_token: K. scale: a common factor on α, which a callback may move.
+    factors: α by name. experts_per_token: K. scale: a common factor on α, which a callback may change.
 
-    Losses over the whole batch need the token counts of the whole step before the first backward pass. With one
-    micro-batch per step its own forward pass has them (`counts`: one all-reduce for all layers). With several,
-    `count_step` runs the step's other forward passes first, without gradient: the exact global loss, for a third
-    more compute.
+    Losses over the global batch need the token counts of the whole step before the first backward pass. With one
+    micro-batch per step its forward pass gives them (one all-reduce for all layers). With several, `count_step` first
+    runs the forward passes of the step without gradients: the exact global loss, for a third more compute.
     """
 
     def __init__(self, factors: dict[str, float], experts_per_token: int) -> None:
         self.factors, self.experts_per_token = factors, experts_per_token
         self.scale = 1.0
-        self.step_counts_LE: Tensor | None = None  # of the whole step, where it has several micro-batches
+        self.step_counts_LE: Tensor | None = None  # of the whole step, if it has several micro-batches
         self.clear()
 
     @property
@@ -31,16 +30,16 @@ class BalanceTerm:
 
     @property
     def names(self) -> list[str]:
-        """What is logged: the term as it is added to the loss, and each loss without α per layer."""
+        """The logged tags: the term as it is added to the loss, and each loss per layer without α."""
         return ["loss/balance", *(f"loss/balance_{name}" for name in self.factors)] if self.factors else []
 
     def clear(self) -> None:
-        """Forgets what was added up for the log."""
+        """Resets the sums for the log."""
         self.sums: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)
         self.steps = 0.0
 
     def weigh(self, losses: Losses, counts_LE: Tensor | None, parts: int) -> Tensor | float:
-        """Σ α · Σ_layers loss. counts_LE: the step's; parts: micro-batches · ranks, over which is averaged later."""
+        """Σ α · Σ_layers loss. counts_LE: the step's token counts. parts: micro-batches · ranks, for the later mean."""
         total: Tensor | float = 0.0
         for name, factor in self.factors.items():
             term = losses.balance.get(name)
@@ -53,15 +52,15 @@ class BalanceTerm:
             self.sums[f"loss/balance_{name}"] += term.detach().mean() / parts
         if self.factors:
             self.sums["loss/balance"] += torch.as_tensor(total).detach() / parts
-        self.steps += 1 / parts  # so that each step weighs the same, also after a resume with other parts
+        self.steps += 1 / parts  # each step has the same weight, also after a resume with different parts
         return total
 
     def packed(self) -> Tensor:
-        """The sums of `names` since `clear`, and of how many steps they are: this rank's part of both, fp64."""
+        """This rank's sums of `names` since `clear`, and its share of the number of steps: fp64."""
         return torch.stack([torch.as_tensor(value).double().cpu() for value in (*self.sums.values(), self.steps)])
 
     def unpack(self, packed: list[float]) -> None:
-        """Goes on from these."""
+        """Restores the sums from such a list."""
         *sums, self.steps = packed
         self.sums = dict(zip(self.names, sums, strict=True))
 
@@ -70,12 +69,12 @@ class BalanceTerm:
 def count_step(
     model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, documents_BS: Tensor | None, micro_batch_size: int
 ) -> Tensor:
-    """Tokens per expert [L, E] of a step's micro-batches on this rank, by the forward passes that are to come."""
+    """Tokens per expert [L, E] of a step's micro-batches on this rank, from forward passes without gradients."""
     counts = []
     for first in range(0, len(tokens_BS), micro_batch_size):
         part = slice(first, first + micro_batch_size)
         documents = None if documents_BS is None else documents_BS[part]
         counts.append(model.losses(tokens_BS[part], mask_BS[part], None, documents_BS=documents).counts_LE)
     counts_LE = torch.stack(counts).sum(0)
-    torch.clear_autocast_cache()  # it holds weights that were cast without a gradient
+    torch.clear_autocast_cache()  # the cache holds weights that were cast without gradients
     return counts_LE

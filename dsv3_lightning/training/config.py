@@ -1,4 +1,4 @@
-"""The settings of optimization and of the loss. Imports no torch."""
+"""Settings of the optimizer, the loss and activation checkpointing. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +14,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One stretch of the learning-rate schedule: up to `until` (share of the run's steps), by `shape`, to `to` · lr."""
+    """A phase of the learning-rate schedule that ends at `until` (share of the run's steps) with the rate `to` · lr."""
 
     until: float
     shape: Literal["constant", "linear", "cosine"]
@@ -27,8 +27,8 @@ class OptimizerConfig:
 
     lr: the peak. betas, eps: AdamW's. weight_decay: on matrices only, never on norms.
     warmup_steps: linear from 0 to lr, within the first phase.
-    phases: what follows, in order; `constant` stays at `to`, the others move from the last phase's `to` to this one's.
-    max_skipped_steps: a step with a non-finite loss or gradient is skipped; this many in a row stop the run.
+    phases: the rest, in order; `constant` stays at `to`, the others move from the previous phase's `to` to this one's.
+    max_skipped_steps: steps with a non-finite loss or gradient are skipped; this many in a row stop the run.
     """
 
     lr: float
@@ -63,12 +63,9 @@ class OptimizerConfig:
 class LossConfig:
     """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + Σ α · Σ_layers L_balance (V3 eq. 17, 25). Raises ConfigError.
 
-    balance: the name of a balance loss, a list of several, or `none`.
-        sequence: V3 eq. 17-20. batch: the same over the global batch (V3 §4.5.3).
-        expert, device, communication: V2 eq. 23-31; a device is one of model.n_group groups.
-        switch: softmax probabilities over the global batch (arXiv 2101.03961). z: router z-loss (arXiv 2202.08906).
-    balance_factor: its α, or a list with one for each.
-    mtp_weight: a constant λ; null where callbacks.mtp_weight schedules it.
+    balance: the name of a balance loss in `model/balance_table.py`, a list of several, or `none`.
+    balance_factor: α, or a list with one for each loss.
+    mtp_weight: a constant λ; null if callbacks.mtp_weight schedules it.
     """
 
     balance: BalanceName | list[BalanceName]
@@ -77,7 +74,7 @@ class LossConfig:
 
     @property
     def balance_factors(self) -> dict[str, float]:
-        """α by the loss's name; empty for `none`."""
+        """The factor α of each loss, by its name; empty for `none`."""
         names = [self.balance] if isinstance(self.balance, str) else self.balance
         factors = self.balance_factor if isinstance(self.balance_factor, list) else [self.balance_factor]
         return {} if names == ["none"] else dict(zip(names, factors, strict=True))
@@ -100,7 +97,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """What is traded for memory and speed; none of it changes the numbers beyond rounding.
+    """Trade-offs between memory and speed, which change results by rounding only.
 
     activation_checkpointing: `none` keeps all activations; `selective` recomputes norms, activations and MLA's
         up-projections in the backward pass (V3 §3.2.3); `full` recomputes whole blocks.

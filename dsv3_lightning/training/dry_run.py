@@ -1,8 +1,7 @@
-"""One rank's step without its numbers: the tensors that a rank of any mesh would make, counted on a laptop.
+"""Dry run of a training step: the memory of one rank of any mesh, counted on a laptop without computing.
 
-The model is built, sharded and stepped as in a run, by the same code, among processes that are pretended and with
-tensors that have shapes alone. What can't be known without numbers is how uneven the experts' loads are; here they are
-even.
+The run's own code builds, shards and steps the model, in a fake process group and with fake tensors, which have shapes
+but no data. Expert loads depend on data, so they are assumed to be even.
 """
 
 import weakref
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # noqa: F401  collectives of tensors without numbers
+import torch.distributed._tools.fake_collectives  # noqa: F401  collectives of fake tensors
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
@@ -39,7 +38,7 @@ from dsv3_lightning.training.precision import precision_plugin
 
 @dataclass(frozen=True)
 class MemoryCount:
-    """Bytes on the first rank: what it always has, and the most of a step. parameters: of the whole model."""
+    """Bytes on the first rank: its persistent state, and the peak of a step. parameters: of the whole model."""
 
     weights: int
     gradients: int
@@ -52,7 +51,7 @@ def dry_run(
     model: ModelConfig, optimizer: OptimizerConfig, strategy: StrategyConfig, shape: MeshShape, samples: int,
     sequence_length: int, precision: str, checkpointing: str,
 ) -> MemoryCount:  # fmt: skip
-    """Two steps of one micro-batch of `samples` samples on the first of `shape.ranks` ranks."""
+    """Counts two steps of one micro-batch of `samples` samples on the first of `shape.ranks` ranks."""
     plugin = precision_plugin(precision, torch.device("cpu"))
     with fake_process_group(shape.ranks):
         with torch.device("meta"):
@@ -65,8 +64,8 @@ def dry_run(
             module.tie_weights()
             weights = counter.now
             adamw = build_optimizer(module, optimizer)
-            counter.peak = 0  # where a DTensor is made, one of the whole's shape is looked at
-            for _ in range(2):  # moments are made in the first, whose gradients stay: as between micro-batches
+            counter.peak = 0  # making a DTensor creates a fake tensor of the full shape
+            for _ in range(2):  # the first makes the moments; its gradients stay, as between micro-batches
                 step(module, adamw, plugin, samples, sequence_length)
             gradients = sum(local(p.grad).nbytes for p in module.parameters() if p.grad is not None)
             return MemoryCount(weights, gradients, counter.now - weights - gradients, counter.peak, parameters)
@@ -84,7 +83,7 @@ def step(module: Transformer, adamw: torch.optim.Optimizer, plugin: Precision, s
 
 @contextmanager
 def fake_process_group(ranks: int) -> Iterator[None]:
-    """This process is the first of so many; what it sends goes nowhere."""
+    """Makes this process the first of `ranks`; collectives send nothing."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield
@@ -93,15 +92,15 @@ def fake_process_group(ranks: int) -> Iterator[None]:
 
 
 def compute_as_on_a_gpu(model: Transformer) -> None:
-    """Leaves out what the model does for the sake of CPUs."""
-    model.lm_head.logits_held = cpu.LOGITS_HELD
+    """Turns off the model's CPU-specific code paths."""
+    model.lm_head.max_logits = cpu.MAX_LOGITS
     for module in model.modules():
         if isinstance(module, Experts):
             module.row_multiple = 1
 
 
 class EvenLoads(AllToAll):
-    """Every rank's experts get equally many routed tokens."""
+    """A dispatcher that assumes equally many routed tokens for every rank's experts."""
 
     def exchange(self, x_RD: Tensor, counts_E: Tensor) -> Exchange:
         ranks, tokens = self.group.size(), len(x_RD)
@@ -110,7 +109,7 @@ class EvenLoads(AllToAll):
 
 
 class Counter(TorchDispatchMode):
-    """now: bytes of all tensors made since that are still alive. peak: the most so far."""
+    """Counts memory. now: bytes of all tensors that were made under it and still live. peak: the maximum so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +120,7 @@ class Counter(TorchDispatchMode):
     def __enter__(self) -> "Counter":
         self.resize = torch.UntypedStorage.resize_
 
-        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:  # FSDP's; no operation of torch
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:  # FSDP calls it directly
             result = self.resize(storage, size)
             if storage in self.known:
                 self.add(size - self.known[storage][0])
@@ -136,17 +135,17 @@ class Counter(TorchDispatchMode):
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:  # its parts come by themselves
+        if DTensor in types:  # its local tensors are counted themselves
             return NotImplemented
-        if func is torch.ops.aten.bincount.default:  # its result's length depends on numbers
+        if func is torch.ops.aten.bincount.default:  # its output shape depends on the data
             return args[0].new_zeros((kwargs or {}).get("minlength", args[-1]))
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return args[0].new_empty(grouped_shape(*args))
-        if func is torch.ops._c10d_functional.wait_tensor.default:  # which makes nothing
+        if func is torch.ops._c10d_functional.wait_tensor.default:  # allocates nothing
             return args[0]
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and active_fake_mode() is self.fake:  # DTensor looks ahead in one of its own
+            if isinstance(tensor, Tensor) and active_fake_mode() is self.fake:  # DTensor has another mode for shapes
                 self.meet(tensor)
         return result
 
@@ -169,5 +168,5 @@ class Counter(TorchDispatchMode):
 
 
 def grouped_shape(a: Tensor, b: Tensor, offsets_E: Tensor, *more: Any) -> tuple[int, ...]:
-    """Of a grouped product, which torch knows without numbers for bf16 alone."""
+    """The output shape of a grouped product, which torch's fake tensors support for bf16 only."""
     return (len(a), b.shape[-1]) if b.dim() == 3 else (len(offsets_E), len(a), b.shape[-1])

@@ -1,18 +1,18 @@
-"""One way to log: every scalar goes to all loggers at an explicit optimizer step, so that all curves share their x."""
+"""Logging of scalars: all go to all loggers at an explicit optimizer step, so all curves share an x-axis."""
 
 from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
 
-SHORT = ("loss/main", "val/loss")  # what Lightning's progress bars show, which have one line for all
+SHORT = ("loss/main", "val/loss")  # shown by Lightning's progress bars, which have a single line
 
 
 def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int | None = None) -> None:
-    """Logs at `step` (default: optimizer steps done), and remembers the latest values.
+    """Logs at `step` (default: optimizer steps done), and stores the latest values.
 
-    EarlyStopping, ModelCheckpoint and tuners find them in `trainer.callback_metrics`. None is a mean over nothing: it
-    has no point in its curve, and `latest_scalars` has no value until there is something again.
+    EarlyStopping, ModelCheckpoint and tuners read them from `trainer.callback_metrics`. None is a mean over nothing: it
+    adds no point to its curve, and `latest_scalars` has no value until the next one.
     """
     present = {name: value for name, value in values.items() if value is not None}
     for logger in trainer.loggers if present else []:
@@ -25,7 +25,7 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int 
 
 
 def publish(trainer: Trainer, values: dict[str, float]) -> None:
-    """Puts the values where other callbacks look for them: fp32, on the CPU, in the Trainer's own dictionaries."""
+    """Stores the values in the Trainer's metric dictionaries, as fp32 on the CPU, where other callbacks read them."""
     tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
@@ -33,19 +33,19 @@ def publish(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
-    """The last value of everything that had one when it was last logged."""
+    """The latest value of each scalar, without those that were None when last logged."""
     return vars(trainer.lightning_module).setdefault("scalars", {})
 
 
 def steps_done(trainer: Trainer) -> int:
-    """Optimizer steps of the run so far; to the Trainer a finished run that is only validated has made none."""
+    """Optimizer steps of the run so far, also for a finished run that is only validated, where the Trainer has 0."""
     return getattr(trainer.lightning_module, "steps_done", trainer.global_step)
 
 
 def is_log_step(trainer: Trainer, step: int) -> bool:
-    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # the Trainer leaves it undeclared
+    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # not declared by the Trainer
 
 
 def is_last_micro_batch(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch was the last of its optimizer step. Runs never end with a short step."""
+    """True for the last micro-batch of an optimizer step. Runs never end with a short step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

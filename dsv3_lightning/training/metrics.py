@@ -1,4 +1,4 @@
-"""What is averaged over steps and ranks, as torchmetrics: sums first, ratios last, from global counts."""
+"""Metrics over steps and ranks (torchmetrics): sums are reduced, ratios computed last from global counts."""
 
 import math
 import statistics
@@ -14,9 +14,9 @@ from dsv3_lightning.model.losses import IGNORE
 
 
 class Sums(Metric):
-    """A metric whose states are all sums: ranks add each up in one all-reduce.
+    """A metric whose states are all sums; each is reduced over ranks by one all-reduce.
 
-    torchmetrics gathers every rank's copy on every rank and sums them there: of 31 MB on 2,048 ranks, 127 GB.
+    torchmetrics itself gathers every rank's copy on every rank: for a state of 31 MB on 2,048 ranks, 127 GB.
     """
 
     full_state_update = False
@@ -29,13 +29,13 @@ class Sums(Metric):
 
 
 def add_up(value: Tensor, group: Any = None) -> list[Tensor]:
-    """In place, as torchmetrics has kept a copy of each state for `unsync`; in a list, as it sums what it gets."""
+    """All-reduces in place, since torchmetrics keeps a copy for `unsync`. Returns a list, since it sums the result."""
     dist.all_reduce(value, group=group)
     return [value]
 
 
 def means(totals: Tensor, counts: Tensor) -> list[float | None]:
-    """total / count of each pair, in fp64. None where the count is 0: a mean over nothing is absent, neither 0 nor NaN.
+    """total / count of each pair, in fp64. A mean over nothing (count 0) is None, neither 0 nor NaN.
 
     >>> means(torch.tensor([6.0, 0.0]), torch.tensor([4, 0]))
     [1.5, None]
@@ -45,7 +45,7 @@ def means(totals: Tensor, counts: Tensor) -> list[float | None]:
 
 
 def mean_present(values: Iterable[float | None]) -> float | None:
-    """The mean of what is there, None where nothing is.
+    """The mean of the values that are not None; None if there is none.
 
     >>> mean_present([1.0, None, 2.0]), mean_present([None])
     (1.5, None)
@@ -55,7 +55,7 @@ def mean_present(values: Iterable[float | None]) -> float | None:
 
 
 class TokenLoss(Sums):
-    """Mean loss per token of each head, a list of 1 + mtp_depth: Σ nll / Σ valid targets, None where there is none.
+    """Mean loss per token of each head, a list of 1 + mtp_depth: Σ nll / Σ valid targets, None without valid targets.
 
     update: nll_P (sums) and targets_BPT int64 with IGNORE.
     """
@@ -77,9 +77,9 @@ class TokenLoss(Sums):
 
 
 class BitsPerByte(Sums):
-    """Bits that the main head spends per byte of text: Σ nll / (ln 2 · Σ bytes); comparable between tokenizers.
+    """Bits per byte of text of the main head: Σ nll / (ln 2 · Σ bytes), comparable between tokenizers.
 
-    None where no text was predicted.
+    None if no text was predicted.
     update: nll scalar (a sum, nats) and target_bytes_B int64, the text bytes of the predicted tokens.
     """
 
@@ -100,12 +100,12 @@ class BitsPerByte(Sums):
 
 
 class Acceptance(Sums):
-    """What greedy speculative decoding would keep of the MTP modules' guesses: a list of mtp_depth shares.
+    """Acceptance rate of MTP drafts in greedy speculative decoding: a list of mtp_depth shares.
 
-    Module k at place i guesses the token k + 1 places on, which the main model chooses at place i + k. A guess counts
-    as kept where it and all shallower ones from the same place are the main model's own choice. update: drafts_BPT
-    and targets_BPT, int64, main head first. A place counts where module k and all shallower ones have a target, and the
-    main model has it too, k places on: elsewhere decoding would draft nothing. None for a depth without such places.
+    At position i module k drafts the token at i + k + 1, which the main model predicts at i + k. A draft is accepted if
+    it and all shallower ones from the same position equal the main model's predictions. update: drafts_BPT and
+    targets_BPT, int64, main head first. A position counts if module k and all shallower ones have a target there, and
+    the main model has it at i + k: elsewhere decoding would draft nothing. None for a depth without such positions.
     """
 
     accepted: Tensor
@@ -132,7 +132,7 @@ class Acceptance(Sums):
 
 
 class MaxVio(Sums):
-    """Worst overload of each MoE layer, [L] fp64: (max c - mean c) / mean c; 0 is balance (arXiv 2408.15664 §4.1).
+    """MaxVio of each MoE layer, [L] fp64: (max c - mean c) / mean c; 0 is perfect balance (arXiv 2408.15664 §4.1).
 
     update: counts_LE int64. Over a whole validation set this is MaxVio_global.
     """
@@ -151,7 +151,7 @@ class MaxVio(Sums):
 
 
 def max_vio(counts_E: Tensor) -> Tensor:
-    """(max c - mean c) / mean c over the last dim, fp64; 0 where nothing was routed.
+    """(max c - mean c) / mean c over the last dim, fp64; 0 if nothing was routed.
 
     >>> max_vio(torch.tensor([[2, 1, 1, 0], [5, 5, 5, 5]]))
     tensor([1., 0.], dtype=torch.float64)

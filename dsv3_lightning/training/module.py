@@ -1,4 +1,4 @@
-"""PretrainModule: from a batch to losses, gradients and logs. What happens between steps is the callbacks' business."""
+"""PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
 from typing import Any
 
@@ -26,14 +26,14 @@ from dsv3_lightning.training.schedule import lr_factor
 
 
 class PretrainModule(pl.LightningModule):
-    """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25).
+    """Pre-training with L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25).
 
     A batch holds `tokens` and `mask` [B, T + 1 + mtp_depth], `targets` [B, 1 + mtp_depth, T] and `target_counts`
-    [1 + mtp_depth], the valid targets of the whole optimizer step over all ranks and micro-batches: with it every mean
-    is over the global count, however the batch is spread.
-    Where `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
-    With `data.isolate_documents` there are `documents` (and `step_documents`) beside.
-    init_from: a folder whose weights are the initial ones, in place of random ones.
+    [1 + mtp_depth], the number of valid targets of the optimizer step over all ranks and micro-batches, by which
+    every mean is divided, however the batch is split.
+    If `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
+    With `data.isolate_documents` it also holds `documents` (and `step_documents`).
+    init_from: a folder with initial weights, in place of random ones.
     `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
     `expert_counts`, int64 [L, E], and `tokens`, the micro-batch's positions.
     """
@@ -54,7 +54,7 @@ class PretrainModule(pl.LightningModule):
         self.flops_per_token = training_flop_per_token(model, sequence_length)
         self.seed, self.init_from = seed, init_from
         self.balance = BalanceTerm(loss.balance_factors, model.num_experts_per_tok)
-        with torch.device("meta"):  # until `configure_model`, when it is known which part is made where
+        with torch.device("meta"):  # until `configure_model`, when the sharding is known
             self.model = Transformer(model, compute.activation_checkpointing, tuple(loss.balance_factors))
         self.mtp_weight = loss.mtp_weight or 0.0
         self.train_loss = TokenLoss(1 + model.mtp_depth)
@@ -62,18 +62,18 @@ class PretrainModule(pl.LightningModule):
         self.val_bpb = BitsPerByte()
         self.val_acceptance = Acceptance(model.mtp_depth)
         self.scalars: dict[str, float] = {}
-        self.step_loss: Tensor | float = 0.0  # of the current step's micro-batches on this rank
+        self.step_loss: Tensor | float = 0.0  # sum over the current step's micro-batches on this rank
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
         self.kept: tuple[Tensor, Tensor, list[float]] | None = None
         self.updating = False
-        self.settings: dict[str, Any] = {}  # of the run, for its checkpoints
-        self.validated_step: int | None = None  # the step after which the last validation was
+        self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
+        self.validated_step: int | None = None  # the step of the last validation
 
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> dict[str, list[str]]:
-        """The tags that it logs, by the charts of callbacks/charts.py."""
+        """The tags that the module logs, by chart (callbacks/charts.py)."""
         balanced, mtp = tree["loss"]["balance"] not in ("none", ["none"]), tree["model"]["num_nextn_predict_layers"] > 0
         return {
             "loss": ["loss/main"],
@@ -90,26 +90,26 @@ class PretrainModule(pl.LightningModule):
         }
 
     def configure_model(self) -> None:
-        """Makes the initial weights: all of them, or this rank's part, the same whatever the number of ranks."""
+        """Makes the initial weights, or this rank's shards of them; they don't depend on the number of ranks."""
         if not self.model.embed_tokens.weight.is_meta:
             return
         strategy = self.trainer.strategy
         if isinstance(strategy, MeshStrategy):
-            place, device = strategy.shard(self.model), strategy.parameter_device
+            fill_parameter, device = strategy.shard(self.model), strategy.parameter_device
         else:
-            place, device = fill, strategy.root_device
+            fill_parameter, device = fill, strategy.root_device
         self.model.to_empty(device=device)
-        self.model.init_weights(self.seed, place)
+        self.model.init_weights(self.seed, fill_parameter)
         if self.init_from is not None:
-            self.init_from.load_into(self.model, place)
+            self.init_from.load_into(self.model, fill_parameter)
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps of the run so far, also where a finished run was only loaded for validation."""
+        """Optimizer steps of the run so far, also if a finished run is loaded only for validation."""
         return max(self.trainer.global_step, self.loaded_step)
 
     def step_counts(self, batch: dict[str, Tensor], losses: Losses) -> Tensor | None:
-        """Tokens per expert of the whole step, over all micro-batches and ranks, where a loss needs them."""
+        """Tokens per expert of the whole step over all micro-batches and ranks, or None if no loss needs them."""
         if not self.balance.needs_counts:
             return None
         counts_LE = losses.counts_LE
@@ -125,7 +125,7 @@ class PretrainModule(pl.LightningModule):
         losses = self.model.losses(
             batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
         )
-        # Lightning averages over micro-batches and DDP over ranks; the counts are those of all of them.
+        # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         mean_P = losses.nll_P / batch["target_counts"].clamp(min=1) * parts
         loss = mean_P[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
@@ -141,11 +141,11 @@ class PretrainModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Once per optimizer step, with all its gradients there: skip what isn't finite, clip the rest, log."""
+        """Skips a step with non-finite values, else clips its gradients, and logs. Called once per optimizer step."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = global_norm(gradients)
         finite = torch.isfinite(norm + self.step_loss).float()
-        # Every rank must decide alike: a value may be broken on one of them only.
+        # All ranks must decide alike, and a value may be non-finite on one of them only.
         self.step_skipped = not bool(self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size)
         self.step_loss = 0.0
         if self.step_skipped:
@@ -159,15 +159,15 @@ class PretrainModule(pl.LightningModule):
             elif gradient_clip_val:
                 torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
         self.log_step(float(norm))
-        self.updating = True  # what comes next are the weights
+        self.updating = True  # the weights change next
 
     def skip_step(self) -> None:
-        """Takes the gradients away: AdamW then leaves weights and moments alone. Raises RunStopped after too many."""
+        """Drops the gradients, so AdamW changes neither weights nor moments. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self.train_loss.reset()  # its sums may hold the non-finite loss
+        self.train_loss.reset()  # its sums may include the non-finite loss
         self.balance.clear()
         step = self.trainer.global_step + 1
         if self.skipped_in_a_row >= self.optimizer_config.max_skipped_steps:
@@ -179,13 +179,13 @@ class PretrainModule(pl.LightningModule):
             print(f"step {step}: the loss or a gradient is not finite; step skipped ({self.skipped_steps} so far)")
 
     def log_step(self, norm: float) -> None:
-        """Logs the means since the last logged step. The optimizer's step counter has yet to move."""
+        """Logs the means since the last logged step. Called before the optimizer's step counter increases."""
         step = self.trainer.global_step + 1
         if not is_log_step(self.trainer, step):
             return
         names = ["loss/main", *(f"loss/mtp_{k}" for k in range(1, self.model.config.mtp_depth + 1))]
         values: dict[str, float | None] = {}
-        if self.balance.steps:  # none where every step since the last log was skipped
+        if self.balance.steps:  # 0 if every step since the last log was skipped
             values = dict(zip(names, self.train_loss.compute(), strict=True))
             *sums, steps = self.summed(self.balance.packed())
             values |= {name: total / steps for name, total in zip(self.balance.names, sums, strict=True)}
@@ -198,16 +198,14 @@ class PretrainModule(pl.LightningModule):
         log_scalars(self.trainer, values, step)
 
     def on_train_start(self) -> None:
-        """What the settings say of the optimizer holds from the first step on, whatever a checkpoint says."""
+        """Applies the optimizer settings of this run in place of those in a checkpoint."""
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
-        publish(
-            self.trainer, self.scalars
-        )  # those of earlier sessions: a monitored one may not be logged again for long
+        publish(self.trainer, self.scalars)  # from before a resume: a monitored one may not be logged again soon
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
-            self.trainer.should_stop = True  # Lightning then validates once more before it stops
+            self.trainer.should_stop = True  # Lightning still validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draft, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
@@ -246,17 +244,17 @@ class PretrainModule(pl.LightningModule):
         return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
 
     def summed(self, values: Tensor) -> list[Any]:
-        """Over all ranks, which must ask together."""
+        """The values summed over all ranks, all of which must call it."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
         return reduced.tolist()
 
     def keep(self) -> None:
-        """Remembers what a step changes before it is done: what is averaged for the log."""
+        """Stores the sums for the log, which a step changes before it is complete."""
         self.kept = self.train_loss.nll_P.clone(), self.train_loss.count_P.clone(), self.balance.packed().tolist()
         self.updating = False
 
     def take_back(self) -> None:
-        """Forgets the micro-batches since `keep`."""
+        """Restores the sums of the last `keep`, without the micro-batches since."""
         assert self.kept is not None, "call keep first"
         self.train_loss.nll_P, self.train_loss.count_P = self.kept[0].clone(), self.kept[1].clone()
         self.balance.unpack(self.kept[2])
@@ -279,13 +277,13 @@ class PretrainModule(pl.LightningModule):
         validate_first = due and not checkpoint["validated"]
         checkpoint["loops"] = loops_at(checkpoint["loops"], step, micro_batches, validate_first)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer):  # or a run whose time was up would never make another step
+            if isinstance(callback, Timer):  # else a run whose time was up would never make another step
                 checkpoint["callbacks"].pop(callback.state_key, None)
-        if self.trainer.is_global_zero:  # the sums of all ranks, whatever their number was
+        if self.trainer.is_global_zero:  # the sums were of all ranks, whatever their number
             nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
             self.train_loss.nll_P += nll_P
             self.train_loss.count_P += count_P.long()
-            if checkpoint["since_log"]["names"] == self.balance.names:  # else the losses are others from here on
+            if checkpoint["since_log"]["names"] == self.balance.names:  # else the losses have changed
                 self.balance.unpack(checkpoint["since_log"]["balance"])
         for state in checkpoint["lr_schedulers"]:
             rates = [self.optimizer_config.lr] * len(state["base_lrs"])

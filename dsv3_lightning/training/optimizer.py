@@ -1,4 +1,4 @@
-"""AdamW as the report uses it (V3 §4.2): decay on matrices only; low-precision weights keep an fp32 master copy."""
+"""AdamW as in V3 §4.2: weight decay on matrices only, fp32 master copies of low-precision weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from dsv3_lightning.training.config import OptimizerConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Two groups: matrices, with weight decay, and norms, without. Shared parameters are in one group, once."""
+    """AdamW with two groups: matrices, with weight decay, and norms, without. Shared parameters appear once."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -23,12 +23,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on this rank's parts of the parameters; of low-precision ones on fp32 copies, rounded back after a step.
+    """AdamW on this rank's shards; low-precision weights are updated in fp32 master copies and rounded after each step.
 
-    Without copies updates below 1/256 of a bf16 weight would round away (V3 §3.3.2 keeps fp32 master weights too).
-    A copy begins as the weight's `master`, what it was before it was rounded, where it has one. They are saved in the
-    state: the rounded weights alone could not continue a run exactly. AdamW works element by element, so that parts
-    need not know of the whole, and parameters on several meshes are one group.
+    Without copies, updates below 1/256 of a bf16 weight would be lost (V3 §3.3.2 has fp32 master weights too). A copy
+    starts from the weight's `master`, its value before rounding, if it has one. Copies are part of the state, since
+    rounded weights could not resume a run exactly. AdamW is elementwise, so it can run on shards, and parameters of
+    several meshes form one group.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class MasterAdamW(torch.optim.AdamW):
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else local(weight.grad).to(master.dtype)
             if weight.dtype == master.dtype:
-                master.data = local(weight.detach())  # FSDP2 may have moved it
+                master.data = local(weight.detach())  # FSDP2 may have moved the shard
         super().step()
         for master in self.masters:
             master.grad = None
@@ -64,7 +64,7 @@ class MasterAdamW(torch.optim.AdamW):
         return {**super().state_dict(), "masters": [master.detach() for master in self.masters]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Without masters, as of a run with sharded weights, those stay that were made of the fp32 weights."""
+        """Loads the state. Without saved masters, as from sharded weights, those made of the fp32 weights remain."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
         if "masters" in state_dict:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Precision by name, and `auto`: CPUs differ by a factor of hundreds in bf16, so it is measured, not guessed."""
+"""Precision by name. `auto` measures matrix products, since bf16 speeds of CPUs differ by a factor of hundreds."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -17,11 +17,11 @@ PRECISIONS = ("auto", "32", "bf16-mixed", "bf16")
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """The precision to use, and a line that says why. `auto` takes bf16-mixed where its products are faster."""
+    """The precision, and a line with the reason. `auto` chooses bf16-mixed if its matrix products are faster."""
     if name != "auto":
         return name, f"precision {name}, as set"
     full, half = measure_gemm(torch.float32, device), measure_gemm(torch.bfloat16, device)
-    chosen = "bf16-mixed" if half > 1.2 * full else "32"  # below that, the casts cost more than is won
+    chosen = "bf16-mixed" if half > 1.2 * full else "32"  # below that, casts cost more than they save
     rates = f"matrix products: fp32 {full / 1e9:.0f}, bf16 {half / 1e9:.1f} GFLOP/s"
     return chosen, f"precision {chosen}, chosen by measurement ({rates})"
 
@@ -34,11 +34,11 @@ def precision_plugin(name: str, device: torch.device) -> Precision:
 
 
 class BF16Weights(Precision):
-    """Matrices in bf16; router, norms, expert bias and metrics stay fp32, and MasterAdamW has fp32 copies.
+    """Matrices in bf16 with fp32 master copies in MasterAdamW; router, norms, expert bias and metrics stay fp32.
 
-    Gradients are made in bf16, and added up over micro-batches and ranks in fp32 (V3 §3.3.2). Sharded weights stay
-    fp32: FSDP2 gathers them in bf16, so that a rank's parts are their own master copies.
-    Lightning's bf16-true would cast the expert bias too, and lose updates of 0.001 at a bias of 0.5.
+    Gradients are computed in bf16 and accumulated over micro-batches and ranks in fp32 (V3 §3.3.2). Sharded weights
+    stay fp32 and FSDP2 gathers them in bf16, so a rank's shards need no master copies.
+    Lightning's bf16-true would also cast the expert bias, and lose updates of 0.001 at a bias of 0.5.
     """
 
     precision = "bf16-true"
@@ -54,7 +54,7 @@ class BF16Weights(Precision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Steppable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """DDP would add up the ranks' gradients in bf16. So it adds up none, and they are when the last is there."""
+        """Turns off DDP's bf16 all-reduce; gradients are averaged in fp32 after the step's last backward pass."""
         strategy = model.trainer.strategy
 
         def last_micro_batch() -> Any:
@@ -68,15 +68,15 @@ class BF16Weights(Precision):
 
 
 def round_weight(parameter: nn.Parameter) -> None:
-    """To bf16. Its gradient will be fp32, and `master` is what it was: the optimizer's copy, which begins unrounded."""
-    if parameter.dtype != torch.bfloat16:  # as it is already where a run's module is set up again to be validated
+    """Rounds a weight to bf16. Its gradient is fp32; `master` holds the unrounded weight for the optimizer's copy."""
+    if parameter.dtype != torch.bfloat16:  # it is already when a run's module is set up again for validation
         parameter.master = parameter.data  # type: ignore[attr-defined]
         parameter.data = parameter.data.bfloat16()
         parameter.grad_dtype = torch.float32
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:
-    """Gradients over all ranks."""
+    """Averages gradients over all ranks."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     torch._foreach_div_(gradients, dist.get_world_size())
     for under_way in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
@@ -84,14 +84,14 @@ def average(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def measure_gemm(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
-    """FLOP/s of square matrix products, the best of those tried in about `seconds` each.
+    """FLOP/s of square matrix products: the best of several sizes, each tried for about `seconds`.
 
-    Starts small and grows while a product is cheap, so that a CPU with 0.8 GFLOP/s in bf16 answers as soon as others.
+    Sizes grow while a product is cheap, so a CPU with 0.8 GFLOP/s in bf16 takes no longer than others.
     """
     best, size, elapsed = 0.0, 128, 0.0
     while elapsed < seconds / 4 and size <= 8192:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
-        a @ b  # the first product pays for set-up
+        a @ b  # warm-up
         start, runs = now(device), 0
         while (elapsed := now(device) - start) < seconds / 4 or runs < 2:
             for _ in range(1 if size >= 512 else 8):
@@ -106,7 +106,7 @@ def measure_gemm(dtype: torch.dtype, device: torch.device, seconds: float = 0.1)
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after everything queued on the device is done."""
+    """The time in seconds, once everything queued on the device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""What routers do, in numbers: pure functions of token counts, and a metric of the choices themselves."""
+"""Router statistics: pure functions of token counts, and a metric of the routing decisions."""
 
 import math
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.router import Routing, biased_choice
+from dsv3_lightning.model.router import Routing, biased_scores
 from dsv3_lightning.training.metrics import Sums, means
 
 
 def relative_load(counts_E: Tensor) -> Tensor:
-    """Each expert's load over its fair share, fp64; 1 is fair. 0 where nothing was routed."""
+    """Each expert's load over the mean load, fp64; 1 is balanced. 0 if nothing was routed."""
     counts_E = counts_E.double()
     return counts_E / counts_E.mean(-1, keepdim=True).clamp(min=1e-9)
 
 
 def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
-    """By name, a value per layer [L] fp64, from counts_LE int64.
+    """Statistics of the expert load by name, each [L] fp64, from counts_LE int64.
 
-    load_max, load_p95, load_p50, load_p5, load_min: relative load of the busiest expert, … and the idlest.
-    load_cv: standard deviation over mean. load_entropy: of the load, over log E; 1 is balance; not of a single expert.
+    load_max, load_p95, load_p50, load_p5, load_min: maximum, percentiles and minimum of the relative load.
+    load_cv: standard deviation over mean. load_entropy: entropy over log E; 1 is balance; absent for a single expert.
     dead_experts: share of experts without a token. group_load_max: the busiest group's relative load.
 
     >>> values = load_statistics(torch.tensor([[4, 2, 2, 0]]), 2)
@@ -43,12 +43,12 @@ def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
 
 
 class ChoiceStatistics(Sums):
-    """Of each MoE layer's choices, over a whole set. update: the layer's number, Routing and mask_N of some tokens,
-    and origins_N int64, the number of where each token is from, below `origins`.
+    """Statistics of each MoE layer's routing over a data set. update: the layer's number, Routing and mask_N of some
+    tokens, and origins_N int64, the number of each token's origin, below `origins`.
 
-    compute: by layer the mean margin, how far the last chosen expert is above the first one left out (among the open
-    groups), and the mean number of groups per token, each None where there is none; together_LEE int64, tokens that
-    chose both experts i and j (on the diagonal: i); counts_LOE int64, tokens per origin and expert.
+    compute: by layer the mean margin between the last chosen expert and the first one left out (among the selected
+    groups), and the mean number of groups per token, each None without tokens; together_LEE int64, tokens that chose
+    both experts i and j (on the diagonal: i); counts_LOE int64, tokens per origin and expert.
     """
 
     margins_L: Tensor
@@ -76,12 +76,12 @@ class ChoiceStatistics(Sums):
         scores_NE, experts_NK = routing.scores_NE[mask_N], routing.experts_NK[mask_N]
         chosen_NE = torch.zeros_like(scores_NE).scatter_(1, experts_NK, 1.0)
         if config.n_routed_experts // config.n_group * config.topk_group > K:
-            best_NK = biased_choice(scores_NE, expert_bias_E, config).topk(K + 1).values
+            best_NK = biased_scores(scores_NE, expert_bias_E, config).topk(K + 1).values
             self.margins_L[layer] += (best_NK[:, -2] - best_NK[:, -1]).double().sum()
             self.margin_tokens_L[layer] += mask_N.sum()
         self.groups_L[layer] += chosen_NE.unflatten(1, (config.n_group, -1)).amax(2).sum().long()
         self.tokens_L[layer] += mask_N.sum()
-        self.together_LEE[layer] += (chosen_NE.T @ chosen_NE).long()  # of one batch: exact in fp32
+        self.together_LEE[layer] += (chosen_NE.T @ chosen_NE).long()  # sums of one batch are exact in fp32
         if origins_N is not None:
             self.counts_LOE[layer].index_add_(0, origins_N[mask_N], chosen_NE.long())
 
@@ -91,13 +91,13 @@ class ChoiceStatistics(Sums):
 
 
 def relative_coactivation(together_EE: Tensor) -> Tensor:
-    """How much oftener two experts are chosen together than independent choices of their loads would be, fp64 [E, E].
+    """Co-activation of expert pairs relative to independent choices with the same loads, fp64 [E, E].
 
-    P(j | i) / P(j); 1 is independence. The diagonal is 1.
+    This is P(j | i) / P(j), so 1 is independence. The diagonal is 1.
     """
     together_EE = together_EE.double()
     loads_E = together_EE.diagonal(dim1=-2, dim2=-1)
-    # each of a token's K experts meets K, itself included: Σ together = K · Σ loads = K² · tokens
+    # each of a token's K experts pairs with K, itself included: Σ together = K · Σ loads = K² · tokens
     tokens = loads_E.sum(-1).square() / together_EE.sum((-2, -1)).clamp(min=1)
     chance_EE = loads_E[..., :, None] * loads_E[..., None, :] / tokens.clamp(min=1)[..., None, None]
     eye = torch.eye(together_EE.shape[-1], dtype=torch.bool, device=together_EE.device)
@@ -105,10 +105,10 @@ def relative_coactivation(together_EE: Tensor) -> Tensor:
 
 
 def specialization(counts_OE: Tensor) -> Tensor:
-    """Share of choices that another origin's tokens would have made otherwise, [...] fp64, from counts [..., S, E].
+    """Total variation distance between the loads of an origin and of all tokens, [...] fp64, from counts [..., S, E].
 
-    Half of Σ_e |load of origin s on e - load of all on e|, as shares, averaged over origins by their tokens: 0 where
-    experts don't tell origins apart, towards 1 where each origin has experts of its own.
+    For origin s it is half of Σ_e |load share of s on e - load share of all on e|; the result is the mean over origins,
+    weighted by their tokens. 0: experts don't distinguish origins. Near 1: each origin has different experts.
 
     >>> specialization(torch.tensor([[[4, 0], [0, 4]], [[3, 1], [3, 1]]]))
     tensor([0.5000, 0.0000], dtype=torch.float64)

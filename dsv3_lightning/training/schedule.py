@@ -1,22 +1,23 @@
-"""What changes over a run: the learning rate by share of its steps; λ, α and the bias speed also by steps or tokens."""
+"""Schedules: the learning rate by share of the run's steps; λ, α and the bias speed also by steps or tokens."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 Schedule = Sequence[Sequence[Any]]
 UNITS = ("share", "steps", "tokens")
 
 
 def lr_factor(step: int, max_steps: int, warmup_steps: int, phases: list[Phase]) -> float:
-    """Factor on the peak rate for the step with number `step` (from 0): warm-up times the current phase's curve.
+    """The factor on the peak rate at step number `step` (from 0): warm-up times the current phase's curve.
 
-    V3 §4.2 is linear warm-up, constant, cosine, constant, constant; other papers' schedules are other lists of phases.
+    V3 §4.2 has linear warm-up, constant, cosine, constant, constant; other papers' schedules are other lists of phases.
     """
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     share, start, value = step / max_steps, 0.0, 1.0
@@ -29,7 +30,7 @@ def lr_factor(step: int, max_steps: int, warmup_steps: int, phases: list[Phase])
 
 
 def blend(start: float, end: float, within: float, shape: str) -> float:
-    """From `start` at within = 0 to `end` at 1; `constant` is `end` throughout."""
+    """Interpolates from `start` at within = 0 to `end` at 1; `constant` is `end` throughout."""
     if shape == "constant":
         return end
     done = within if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * within)
@@ -37,10 +38,10 @@ def blend(start: float, end: float, within: float, shape: str) -> float:
 
 
 def value_at(schedule: Schedule, place: float) -> float:
-    """The value at `place`, from points [from, value] and [at, value, shape] in rising order.
+    """The value at progress `place`, from points [from, value] and [at, value, shape] in rising order.
 
-    A point without a shape is a step: its value holds from there on. With `linear` or `cosine` the value has been on
-    its way there since the point before.
+    A point without a shape is a step: its value holds from there on. With `linear` or `cosine` the value moves to it
+    from that of the previous point.
 
     >>> [value_at([[0.0, 1.0], [0.5, 1.0], [1.0, 0.0, "linear"]], place) for place in (0.25, 0.5, 0.75, 1.0)]
     [1.0, 1.0, 0.5, 0.0]
@@ -53,7 +54,7 @@ def value_at(schedule: Schedule, place: float) -> float:
     return value
 
 
-def progress(trainer: Trainer, step: int, by: str) -> float:
+def progress(trainer: "Trainer", step: int, by: str) -> float:
     """A run's progress after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
     if by == "share":
         return step / trainer.max_steps

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from dsv3_lightning import callbacks
+from dsv3_lightning.callbacks.settings import CALLBACKS, CLASSES
 from dsv3_lightning.config.compose import PRESETS
-from dsv3_lightning.config.registry import CALLBACKS
 
 
 def as_lists(value: Any) -> Any:
@@ -19,7 +19,7 @@ def test_constructor_defaults_are_those_of_base_yaml():
     assert blocks.keys() == CALLBACKS.keys()
     on = {name: block for name, block in blocks.items() if block is not None}
     for name, block in on.items():
-        kind = getattr(callbacks, CALLBACKS[name].rpartition(".")[2])
+        kind = getattr(callbacks, CLASSES[name])
         parameters = inspect.signature(kind).parameters.values()
         assert {p.name: as_lists(p.default) for p in parameters} == block, name
         kind()  # the defaults are valid

@@ -175,7 +175,7 @@ def test_validate_says_ok_and_what_is_wrong(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["validate", "nano"]) == 0
     assert capsys.readouterr().out == "ok: nano, 713,728 parameters, 310,400 active per token\n"
     assert cli.main(["validate", "nano", "callbacks.checkpoint.every_step=3"]) == 2
-    message = "callbacks.checkpoint.every_step: no such argument of Checkpoint; did you mean every_n_steps?"
+    message = "callbacks.checkpoint.every_step: no such key; did you mean callbacks.checkpoint.every_n_steps?"
     assert capsys.readouterr().err == f"dsv3: error: {message}\n"
 
 

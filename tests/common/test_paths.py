@@ -59,13 +59,22 @@ def test_links_keep_their_names_and_their_parent_is_that_of_what_they_point_to(h
 
 
 @pytest.mark.parametrize(
-    ("wrong", "why"), [("", "empty"), ("  ", "empty"), ("a\0b", "NUL"), ("~no-such-user/x", "home")]
-)
+    ("wrong", "why"),
+    [
+        ("", "empty"), ("  ", "empty"), ("a\0b", "NUL"), ("~no-such-user/x", "home"),
+        ("x" * 256, "too long"), (f"a/{'ü' * 128}/b", "too long"), ("x/" * 2100, "too long"),
+    ],
+)  # fmt: skip
 def test_what_can_be_no_path_is_refused(wrong: str, why: str):
     with pytest.raises(ConfigError, match=why):
         user_path(wrong)
     with pytest.raises(argparse.ArgumentTypeError, match=why):
         path_argument(wrong)
+
+
+def test_the_longest_names_that_a_file_system_takes_are_paths(home: Path):
+    user_path("x" * 255).touch()
+    user_path("ü" * 127).touch()
 
 
 def test_messages_show_what_lies_below_the_working_folder_in_short(home: Path):

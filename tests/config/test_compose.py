@@ -157,6 +157,7 @@ def here(name: str = "") -> str:
         ("a:\n- b: ???", "a[0].b: has no value yet (???); set it in a file or as a[0].b=…"),
         ("defaults: [x]", "{file}: defaults go in a circle: x.yaml -> x.yaml"),
         ("defaults: [lapto]", "lapto: no such file in {here}, nor a preset; did you mean laptop?"),
+        (f"defaults: [{'x' * 300}]", f'"{"x" * 78}…: File name too long'),
     ],
 )
 def test_a_broken_file_is_told_in_one_line(text: str, expected: str):

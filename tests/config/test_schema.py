@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from dsv3_lightning.callbacks.settings import CALLBACKS
 from dsv3_lightning.config.compose import compose, to_yaml
 from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 
 
 def nano(*overrides: str) -> dict[str, Any]:
@@ -63,12 +65,9 @@ def test_a_callback_of_another_file_can_be_switched_off_by_name():
     assert check(nano("callbacks.mine=null")).callbacks["mine"] is None
 
 
-LOSSES = "sequence, batch, expert, device, communication, switch, z"
+LOSSES = ", ".join(BALANCE_LOSSES)
 PARTS = "does not divide into accumulate_grad_batches × devices × num_nodes ="
-NAMES = (
-    "expert_bias, balance_factor, skewed_start, mtp_weight, router_monitor, router_probe, weight_average, throughput, "
-    "sample_text, checkpoint, progress, run_report"
-)
+NAMES = ", ".join(CALLBACKS)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +111,12 @@ NAMES = (
         (["optimizer.lr=-1e-4"], "optimizer.lr=-0.0001: must be above 0"),
         (["run.name=a/b"], "run.name='a/b': must be a folder's name, without / or \\ or spaces around it"),
         (["run.name=''"], "run.name='': must be a folder's name, without / or \\ or spaces around it"),
+        ([f"run.name={'x' * 256}"], f"run.name=\"{'x' * 78}…: a folder's name has at most 255 bytes"),
+        (
+            [f"run.resume={'x' * 256}"],
+            f"run.resume=\"{'x' * 78}…: '{'x' * 40}'... is too long for a path: "
+            "a name has at most 255 bytes, a path 4,095",
+        ),
         (["run.seed=-1"], "run.seed=-1: must be between 0 and 2^32 - 1"),
         (
             ["data.isolate_documents=true"],
@@ -128,7 +133,7 @@ NAMES = (
         (["trainer.val_check_interval=0.5"], "trainer.val_check_interval=0.5: must be a whole number"),
         (
             ["callbacks.checkpoint.every_n_steps=0"],
-            "callbacks.checkpoint.every_n_steps=0: must be at least 1 (optimizer steps and ranks are counted from 1)",
+            "callbacks.checkpoint.every_n_steps=0: must be at least 1",
         ),
         (["trainer.precision=16"], "trainer.precision=16: must be auto, 32, bf16-mixed or bf16"),
         (

@@ -8,7 +8,8 @@ import pytest
 from dsv3_lightning.config.compose import compose, to_yaml
 from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.config.stored import OFF, read_stored
-from dsv3_lightning.runs.record import differences
+from dsv3_lightning.runs.changes import ALWAYS, rule
+from dsv3_lightning.runs.changes import differences as all_differences
 
 FIRST = Path(__file__).with_name("stored_0.1.0.yaml")  # the config.yaml of a run of nano, made by version 0.1.0
 SAME = ["run.dir=/runs", "data.cache_dir=/runs/data"]
@@ -16,6 +17,11 @@ SAME = ["run.dir=/runs", "data.cache_dir=/runs/data"]
 
 def nano(*overrides: str) -> dict[str, Any]:
     return to_tree(check(compose(["nano"], [*SAME, *overrides]).tree))
+
+
+def differences(stored: dict[str, Any], tree: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of the settings that may not change under a run's own name."""
+    return all_differences(stored, tree, lambda key: rule(key).road == ALWAYS)
 
 
 def test_a_run_of_the_first_version_still_has_the_settings_of_its_preset():

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3_lightning.cli import main
+from dsv3_lightning.config.compose import compose
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import from_json, to_json
@@ -293,3 +294,16 @@ def test_the_folder_tells_of_itself_once(folder):
     source.audit()
     source.audit()
     assert len(source.notes) == len(set(source.notes))
+
+
+@pytest.mark.parametrize("name", ["695e0514", "12e5", "010", "no", "2026-01-02", "1_000", "12:30", "x: y #z"])
+def test_a_folders_name_is_text_whatever_yaml_reads_in_it(folder, name, capsys):
+    """The beginning of a commit's hash may look like a number."""
+    folder.rename(folder.with_name(name))
+    assert main(["import", name]) == 0
+    capsys.readouterr()
+    assert main(["validate", f"{name}.yaml"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"ok: {name}, ") and not told.err
+    tree = compose([f"{name}.yaml"]).tree
+    assert (tree["run"]["name"], tree["init_from"]) == (name, str(folder.with_name(name)))

@@ -48,11 +48,11 @@ def folder(tokenizer, model, tmp_path_factory):
     return str(out)
 
 
-def test_no_room_for_a_token_is_no_error_with_guesses_either(folder, capsys):
+def test_no_room_for_a_token_is_no_error_with_drafts_either(folder, capsys):
     for more in ([], ["--draft", "1"]):
         assert main(["generate", folder, "--prompt", "def ", "--max-new-tokens", "0", *more]) == 0
         shown = capsys.readouterr()
-        assert shown.out == "def \n" and ("nothing was guessed" in shown.err) == bool(more)
+        assert shown.out == "def \n" and ("nothing was drafted" in shown.err) == bool(more)
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
@@ -76,7 +76,7 @@ def test_generate_stops_before_a_string(folder, capsys):
     assert capsys.readouterr().out == whole[: whole.find(stop)] + "\n"
 
 
-def test_guesses_leave_the_text_as_it_is_and_are_counted(folder, capsys):
+def test_drafts_leave_the_text_as_it_is_and_are_counted(folder, capsys):
     arguments = ["generate", folder, "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "30"]
     assert main(arguments) == 0
     plain = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_several_prompts_are_shown_one_after_the_other(folder, capsys):
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_every_end_that_the_folder_names_ends_a_text(name, folder, model, tokenizer, tmp_path, monkeypatch, capsys):
-    """generate, with guesses, chat, and the engine of serve: where transformers stops."""
+    """generate, with drafts, chat, and the engine of serve: where transformers stops."""
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     asked = [[tokenizer.bos_id, *tokenizer.encode("def ")], chat_prompt(tokenizer, [("system", ""), ("user", "hi")])]
     texts = [decode(model, [ids], 12, Sampling(), set(), 0)[0] for ids in asked]

@@ -19,7 +19,7 @@ GREEDY = Sampling()
 
 
 def model_with(depth: int, agreeing: bool = False, **changes) -> Transformer:
-    """Untrained modules, whose guesses are mostly wrong; or agreeing: a successor table that all heads know.
+    """Untrained modules, whose drafts are mostly wrong; or agreeing: a successor table that all heads know.
 
     The main model's blocks and the modules' add little to the embedding, and the head says which token follows it.
     """
@@ -54,7 +54,9 @@ def test_greedy_text_is_that_of_plain_decoding(depth, used, agreeing):
         (plain,) = decode(model, [prompt], 300, GREEDY, set(), seed=0)
         text, counts = speculate(model, prompt, 300, GREEDY, set(), 0, used)
         assert text == plain and len(text) == min(300, 320 - length)
-        assert counts.passes + sum(counts.kept) == len(text)  # a pass is a token, and one more for each kept
+        assert counts.passes + sum(counts.accepted) == len(
+            text
+        )  # a pass is a token, and one more for each accepted draft
         shares.append(counts.acceptance()[0])
     assert all(share < 0.5 for share in shares[:3]) if not agreeing else all(share > 0.9 for share in shares[:3])
 
@@ -88,7 +90,7 @@ def test_caches_hold_the_tokens_kept_and_nothing_else():
 
 
 @pytest.mark.parametrize("agreeing", [False, True])
-def test_an_end_token_ends_it_also_among_kept_guesses(agreeing):
+def test_an_end_token_ends_it_also_among_accepted_drafts(agreeing):
     model = model_with(1, agreeing)
     (plain,) = decode(model, [[1, 2]], 60, GREEDY, set(), seed=0)
     for place in (0, 1, 2, 9):
@@ -115,7 +117,7 @@ def bound(degrees: int) -> float:
 
 
 def test_the_rejection_rule_leaves_the_main_models_distribution():
-    """Two guesses from q, far from p: every pair of first tokens comes as often as under p alone."""
+    """Two drafts from q, far from p: every pair of first tokens comes as often as under p alone."""
     g = torch.Generator().manual_seed(0)
     q = [torch.tensor([0.7, 0.2, 0.1, 0.0]).double(), torch.tensor([0.05, 0.05, 0.3, 0.6]).double()]
     p = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3], [0.25, 0.25, 0.1, 0.4]]).double()
@@ -131,7 +133,7 @@ def test_the_rejection_rule_leaves_the_main_models_distribution():
     value, degrees = chi_square(seconds, p[1] * seconds.sum())
     assert value < bound(degrees)
     value, degrees = chi_square(counts, q[0] * n)
-    assert value > 10 * bound(degrees)  # so it would be seen if guesses were just taken
+    assert value > 10 * bound(degrees)  # so it would be seen if drafts were just taken
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 4}])
@@ -147,14 +149,14 @@ def test_sampled_texts_come_as_often_as_from_the_main_model_alone(settings):
     for place in range(3):
         p = sampling.probabilities(logits[:, 1 + place])
         expected *= p.gather(1, triples[:, place : place + 1])[:, 0]
-    counts, kept = torch.zeros(216), 0
+    counts, accepted = torch.zeros(216), 0
     for seed in range(n):
         text, drafts = speculate(model, prompt, 4, sampling, set(), seed, 2)
         counts[text[0] * 36 + text[1] * 6 + text[2]] += 1
-        kept += sum(drafts.kept)
+        accepted += sum(drafts.accepted)
     value, degrees = chi_square(counts, expected)
     assert value < bound(degrees), (value, degrees)
-    assert kept > 250
+    assert accepted > 250
 
 
 @pytest.mark.parametrize("changes, depth", [({}, 2), ({}, 0), ({"mtp_kind": "parallel"}, 1)])
@@ -164,12 +166,12 @@ def test_modules_that_are_not_there_are_one_line(changes, depth):
 
 
 @pytest.mark.parametrize(
-    "end, tokens, kept, drafted", [(3, 2, [1, 0], [1, 0]), (4, 3, [1, 1], [1, 1]), (5, 4, [1, 1], [1, 1])]
+    "end, tokens, accepted, drafted", [(3, 2, [1, 0], [1, 0]), (4, 3, [1, 1], [1, 1]), (5, 4, [1, 1], [1, 1])]
 )
-def test_guesses_behind_the_end_are_not_counted(monkeypatch, end, tokens, kept, drafted):
-    """The prompt is followed by 2; one round then gives 3 and 4, two guesses that are kept, and 5 of the main model."""
+def test_drafts_behind_the_end_are_not_counted(monkeypatch, end, tokens, accepted, drafted):
+    """The prompt is followed by 2; one round then gives 3 and 4, two accepted drafts, and 5 of the main model."""
     monkeypatch.setattr(Speculation, "begin", lambda self: self.tokens.append(2))
     monkeypatch.setattr(Speculation, "round", lambda self, depth: [3, 4, 5])
     text, counts = speculate(model_with(2), [1], 10, GREEDY, {end}, 0, 2)
     assert text == list(range(2, end))
-    assert (counts.passes, counts.tokens, counts.kept, counts.drafted) == (2, tokens, kept, drafted)
+    assert (counts.passes, counts.tokens, counts.accepted, counts.drafted) == (2, tokens, accepted, drafted)

@@ -57,10 +57,10 @@ def test_decoding_and_drafts_draw_ids_with_text_only(model, tokenizer, sampling)
 
 
 def test_drafts_are_of_ids_with_text_too(model, tokenizer):
-    """A draft that can't be drawn would never be kept; greedy text of a model whose modules agree keeps some."""
+    """A draft that can't be drawn would never be accepted; greedy text of a model whose modules agree accepts some."""
     unused = tokenizer.ids_without_text(ROWS)
     _, drafts = speculate(model, [tokenizer.bos_id, 70], 100, Sampling(5.0), set(), 0, 2, unused=unused)
-    assert drafts.kept[0] > 10
+    assert drafts.accepted[0] > 10
 
 
 def test_server_and_chat_draw_ids_with_text_only(model, tokenizer):

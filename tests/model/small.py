@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.losses import IGNORE
-from dsv3_lightning.model.router import Router, keep_best_groups
+from dsv3_lightning.model.router import Router, mask_unselected_groups
 from dsv3_lightning.model.transformer import Losses, Transformer
 
 SHAPE = {
@@ -122,7 +122,7 @@ def smallest_gap(model: Transformer, batch: Batch) -> float:
             score_NG = choice_NE.unflatten(1, (config.n_group, -1)).sort(-1, descending=True).values[..., :best].sum(-1)
             order_NG = score_NG.sort(-1, descending=True).values
             gaps.append((order_NG[:, config.topk_group - 1] - order_NG[:, config.topk_group]).min().item())
-        order_NE = keep_best_groups(choice_NE, config).sort(-1, descending=True).values
+        order_NE = mask_unselected_groups(choice_NE, config).sort(-1, descending=True).values
         K = config.num_experts_per_tok
         if K < order_NE.shape[1]:
             gaps.append((order_NE[:, K - 1] - order_NE[:, K]).min().item())

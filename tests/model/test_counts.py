@@ -169,7 +169,7 @@ def test_flop_per_trained_token_of_published_models(name, depth, T, giga):
 
 
 def grouped_mm_flop(a_shape, b_shape, *_args, **_kwargs) -> int:
-    """[S, D] x [E, D, F]: each row meets one matrix. [D, S] x [S, F], cut where groups end: each slot counts once."""
+    """[S, D] x [E, D, F]: each row meets one matrix. [D, S] x [S, F], cut where groups end: each row counts once."""
     return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
 
 

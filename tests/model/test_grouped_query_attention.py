@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.grouped_query import GroupedQueryAttention
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.planning.memory import cache_per_token
 
 from .small import small_config, small_model
@@ -71,7 +71,7 @@ def test_partly_rotating_heads_follow_the_equations(nope, rope, v):
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     x = torch.randn(1, 9, 48, generator=torch.Generator().manual_seed(1))
-    got = attention(x, rotation(config, torch.arange(9)))
+    got = attention(x, cos_sin(config, torch.arange(9)))
 
     def turned(channels: torch.Tensor) -> torch.Tensor:  # [T, rope]: pair i of position t by t · theta^(-2i / rope)
         pairs = torch.view_as_complex(channels.unflatten(-1, (-1, 2)).contiguous())

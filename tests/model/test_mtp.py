@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsv3_lightning.model.losses import IGNORE
-from dsv3_lightning.model.rope import rotation
+from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
 
 from .small import Batch, clear_batch, make_targets, small_batch, small_config, small_model
@@ -57,7 +57,7 @@ def composed_losses(model: Transformer, batch: Batch, mistake: str = "") -> list
     depth, T = model.config.mtp_depth, batch.targets.shape[-1]
     E_VD, head_VD = model.embed_tokens.weight, model.lm_head.weight
     h_BTD = E_VD[batch.tokens[:, :T]]
-    at = rotation(model.config, torch.arange(T))
+    at = cos_sin(model.config, torch.arange(T))
     for block in model.layers:
         h_BTD = block(h_BTD, at, batch.mask[:, :T])[0]
     out_BTD = rms_norm(h_BTD, model.norm.weight)
@@ -75,7 +75,7 @@ def composed_losses(model: Transformer, batch: Batch, mistake: str = "") -> list
         if mistake == "norms exchanged":
             halves = [rms_norm(embedding_BTD, module.hnorm.weight), rms_norm(h_BTD, module.enorm.weight)]
         joined_BTD = torch.cat(halves, -1) @ module.eh_proj.weight.T  # eq. 21
-        still = rotation(model.config, torch.zeros(T, dtype=torch.int64))
+        still = cos_sin(model.config, torch.zeros(T, dtype=torch.int64))
         positions = still if mistake == "all positions 0" else at
         h_BTD = module.block(joined_BTD, positions, batch.mask[:, k : k + T])[0]  # eq. 22
         out_BTD = rms_norm(h_BTD, model.norm.weight if mistake == "the main model's norm" else module.norm.weight)
@@ -170,7 +170,7 @@ def test_positions_of_a_module_count_as_the_main_models():
     x_BTD = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     mask_BT = torch.ones(2, 9, dtype=torch.bool)
     outputs = [
-        model.mtp[0](x_BTD, x_BTD.flip(0), rotation(config, positions), mask_BT)[0]
+        model.mtp[0](x_BTD, x_BTD.flip(0), cos_sin(config, positions), mask_BT)[0]
         for positions in (torch.arange(9), torch.arange(9) + 5, 2 * torch.arange(9), torch.arange(9).flip(0))
     ]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=2e-5)
@@ -221,7 +221,7 @@ def test_parallel_heads_are_a_block_each_on_the_trunks_output():
     model = small_model(small_config(num_nextn_predict_layers=2, mtp_kind="parallel"))
     batch = clear_batch(model, T=11)
     losses = model.losses(*batch, draft=True)
-    at, head_VD = rotation(model.config, torch.arange(11)), model.lm_head.weight
+    at, head_VD = cos_sin(model.config, torch.arange(11)), model.lm_head.weight
     h_BTD = model.trunk(batch.tokens[:, :11], batch.mask[:, :11])[0]
     logits = [h_BTD @ head_VD.T]
     for module in model.mtp:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import MoE
-from dsv3_lightning.model.router import Router, count_tokens, keep_best_groups, route
+from dsv3_lightning.model.router import Router, count_tokens, mask_unselected_groups, route
 
 from .small import small_config
 
@@ -143,7 +143,7 @@ def test_closed_groups_lose_even_to_negative_choices():  # eq. 13, 16; two group
     experts_NK, gates_NK = route(scores_NE, bias_E, config)
     assert experts_NK.tolist() == [[0, 1]]  # a mask of 0 instead of -inf picks 2 and 3
     torch.testing.assert_close(gates_NK, torch.tensor([[2.5 * 9 / 17, 2.5 * 8 / 17]]))  # biased: 2.5 * 6/13, 7/13
-    assert keep_best_groups(scores_NE + bias_E, config)[0, 2:].tolist() == [-math.inf, -math.inf]
+    assert mask_unselected_groups(scores_NE + bias_E, config)[0, 2:].tolist() == [-math.inf, -math.inf]
 
 
 def test_a_group_counts_its_two_best_biased_choices():  # three groups of three, one open

@@ -40,6 +40,7 @@ def test_each_recipe_touches_at_most_five_files():
     assert [recipe.split("\n")[0] for recipe in recipes] == [
         "A balance loss",
         "A callback",
+        "A setting",
         "A preset",
         "A strategy",
         "A verb",

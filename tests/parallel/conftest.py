@@ -57,8 +57,8 @@ def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240,
     return outputs
 
 
-def runs_on_ranks(ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], timeout: float = 240) -> list[str]:
-    """Those runs (name: overrides), one after the other, on so many ranks."""
+def runs_on_ranks(ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], timeout: float = 600) -> list[str]:
+    """Those runs (name: overrides), one after the other, on so many ranks; a busy machine needs minutes for many."""
     arguments = [nano.arguments(name, overrides) for name, overrides in runs.items()]
     folder = nano.base / f"on{ranks}-{next(iter(runs))}"
     folder.mkdir(parents=True)

@@ -30,6 +30,8 @@ COUNTS = "callbacks.valid={class_path: tests.parallel.recorder.Valid, init_args:
 FOUR = ("trainer.max_steps=3", "data.sequence_length=64", "data.batch_size=4", "trainer.val_check_interval=3", COUNTS)
 MIXED = ("trainer.precision=bf16-mixed",)
 RANKS = (2, 4)
+MOVED = (*ORDER[:-1], "callbacks.checkpoint.every_n_steps=100", DIARY,
+         "callbacks.stop={class_path: tests.runs.poison.Stop, init_args: {steps: [3, 5]}}")  # fmt: skip
 FOUR_PARTS = ("data.batch_size=16", "trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=5")
 EP = "strategy={kind: fsdp2_ep, sharded_checkpoints: true}"
 EP2 = "strategy={kind: fsdp2_ep, expert_parallel: 2}"
@@ -64,6 +66,7 @@ def runs(shared_nano, few):
         "depth1_1": (*FOUR, recorded("depth1_1")),
         "depth2_1": (*FOUR, "model.num_nextn_predict_layers=2", recorded("depth2_1")),
         "few_1": (*FEW, few, "trainer.max_steps=2"),
+        **{f"moved_{n}": (*MOVED, few, "trainer.accumulate_grad_batches=4") for n in RANKS},
     }
     for name, overrides in one.items():
         assert shared_nano.run(name, *SMALL, *overrides).code == 0
@@ -75,6 +78,8 @@ def runs(shared_nano, few):
             f"order_{n}": (*ORDER, few, DIARY, "strategy=fsdp2"),
             f"order_from_3_{n}": (*ORDER, few, DIARY, EP, "data.num_workers=3", resumed(f"order_{n}", 3)),
             f"order_from_4_{n}": (*ORDER, few, DIARY, "strategy=ddp", "data.num_workers=2", resumed(f"order_{n}", 4)),
+            f"moved_{n}": (*MOVED, few, "strategy=fsdp2", f"trainer.accumulate_grad_batches={4 // n}"),
+            f"moved_on_{n}": (*MOVED, few, EP, f"trainer.accumulate_grad_batches={4 // n}", f"run.name=moved_{n}"),
             f"mixed_{n}": (*MIXED, EP),
             f"depth1_{n}": (*FOUR, "strategy=fsdp2", recorded(f"depth1_{n}")),
             f"depth2_{n}": (*FOUR, EP2, "model.num_nextn_predict_layers=2", recorded(f"depth2_{n}")),
@@ -165,9 +170,7 @@ def test_the_order_of_samples_is_one_for_any_ranks_workers_and_resumes(runs, n):
     """Three epochs and more; a resume in the middle of one, and one at its end (PrimeIntellect-ai/prime-rl#3301)."""
 
     def order(name, ranks):
-        run = runs[f"{name}_{ranks}"]
-        steps = [[entry for entry in diary(run, rank) if "samples" in entry] for rank in range(ranks)]
-        return {entries[0]["step"]: sum((entry["samples"] for entry in entries), []) for entries in zip(*steps)}
+        return order_of_samples(runs[f"{name}_{ranks}"], ranks)
 
     one = order("order", 1)
     assert len(one) == 7 and order("order", n) == one
@@ -178,6 +181,26 @@ def test_the_order_of_samples_is_one_for_any_ranks_workers_and_resumes(runs, n):
     epochs = [drawn[start : start + size] for start in range(0, len(drawn) - size + 1, size)]
     assert len(epochs) >= 3 and all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def order_of_samples(run, ranks):
+    """{step: those of each rank, one rank after the other}, of all lives of a run."""
+    steps = {}
+    for entry in (entry for rank in range(ranks) for entry in diary(run, rank) if "samples" in entry):
+        steps.setdefault(entry["step"], []).extend(entry["samples"])
+    return steps
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_a_stop_that_one_rank_asks_for_stops_all_and_any_ranks_and_micro_batches_go_on(runs, shared_nano, n):
+    """After step 3 on one process, of four micro-batches; after step 5 on several, of fewer."""
+    output = (shared_nano.base / f"output_{n}").read_text()
+    assert output.count("stopped by a callback that set trainer.should_stop after step 5, which is saved") == 1
+    assert all(f"continuing after step {step} from" in output for step in (3, 5))
+    one, moved = order_of_samples(runs["order_1"], 1), order_of_samples(runs[f"moved_{n}"], n)
+    assert {step: sorted(samples) for step, samples in moved.items()} == {
+        step: sorted(samples) for step, samples in one.items()
+    }
 
 
 @pytest.mark.parametrize("n", RANKS)

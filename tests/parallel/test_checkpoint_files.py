@@ -8,6 +8,7 @@ import torch
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
 from dsv3_lightning.common.files import put_in_place
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.checkpoints.names import best_name
 from dsv3_lightning.parallel.checkpoints.one_file import PARTS, AtomicCheckpointIO, step_of
 
 
@@ -63,3 +64,20 @@ def test_checkpoints_of_later_steps_neither_count_nor_go(tmp_path):
     Checkpoint(every_n_steps=2, keep=1, keep_best=0).tidy(trainer, 6)
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=6.ckpt", "step=9.ckpt"]
     assert (folder / "last.ckpt").resolve().name == "step=6.ckpt"
+
+
+@pytest.mark.parametrize("first_sees, saved", [(4.5, []), (None, ["best-step=9-loss=4.7500.ckpt"])])
+def test_whether_a_checkpoint_is_among_the_best_is_for_the_first_rank_to_say(tmp_path, first_sees, saved):
+    """Another may not see yet, or see already, what is being written; a save that only some ranks begin never ends."""
+    written = []
+    trainer = SimpleNamespace(
+        default_root_dir=tmp_path, global_step=9, is_global_zero=False, loggers=[], state=SimpleNamespace(fn="fit"),
+        lightning_module=SimpleNamespace(scalars={"val/loss": 4.75}, steps_done=9),
+        strategy=SimpleNamespace(broadcast=lambda worse: first_sees is not None),
+        save_checkpoint=lambda path, weights_only: written.append(path.name),
+    )  # fmt: skip
+    if first_sees is None:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / best_name(6, 4.5)).touch()
+    Checkpoint(every_n_steps=2, keep=1, keep_best=1).save_if_best(trainer)
+    assert written == saved

@@ -28,7 +28,8 @@ def state(numbers: int) -> dict:
         "state_dict": weights | {"model.0.expert_bias": torch.zeros(4)},
         "optimizer_states": [{"state": moments, "param_groups": [{"params": list(range(WEIGHTS))}]}],
         "callbacks": {"Average": {"decay": {"of": torch.tensor(0.5)}}},
-        "lr_schedulers": [], "loops": {}, "global_step": 7, "skipped_steps": 0, "TextDataModule": {"next_sample": 3},
+        "lr_schedulers": [], "loops": {}, "global_step": 7, "skipped_steps": 0, "validated": True, "settings": {},
+        "TextDataModule": {"next_sample": 3},
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dsv3_lightning.config.schema import check
 from dsv3_lightning.model import cpu
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning.cluster import (
-    LOGITS_HELD,
+    MAX_LOGITS,
     Work,
     parameter_split,
     rank_memory,
@@ -104,7 +104,7 @@ def test_the_plan_shows_the_host_every_policy_and_takes_bandwidths(capsys: pytes
 
 
 def test_bytes_on_the_wires_are_those_of_rings_and_of_all_to_alls():
-    """Two nodes of two GPUs; experts over all four: 3/4 of the slots travel, 2/4 between nodes."""
+    """Two nodes of two GPUs; experts over all four: 3/4 of the routed tokens travel, 2/4 between nodes."""
     gpu = GPU(peak=1e12, peak_fp32=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2)
     dense, routed = parameter_split(V3)
     assert routed == 59 * 256 * 3 * 7168 * 2048
@@ -112,9 +112,9 @@ def test_bytes_on_the_wires_are_those_of_rings_and_of_all_to_alls():
     gathered = 2 * (2 * 2 + 4) * dense * 3 / 4  # micro-batches, bf16 twice and fp32 once, ring of four
     assert found.parameters == pytest.approx(gathered)  # an expert is on one rank alone
     assert found.parameter_seconds == pytest.approx(gathered / 10)
-    slots = 2 * 4096 * 8 * 59 * 7168 * 2 * 6  # there and back three times: forward, recomputed, backward
-    assert found.tokens == pytest.approx(slots * 3 / 4)
-    assert found.token_seconds == pytest.approx(slots * (1 / 4 / 100 + 2 / 4 / 10))
+    routed_tokens = 2 * 4096 * 8 * 59 * 7168 * 2 * 6  # there and back three times: forward, recomputed, backward
+    assert found.tokens == pytest.approx(routed_tokens * 3 / 4)
+    assert found.token_seconds == pytest.approx(routed_tokens * (1 / 4 / 100 + 2 / 4 / 10))
 
 
 def test_replicas_add_their_parts_of_the_gradients():
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest
 
 
 def test_the_loss_holds_as_many_logits_as_are_planned():
-    assert LOGITS_HELD == cpu.LOGITS_HELD
+    assert MAX_LOGITS == cpu.MAX_LOGITS
 
 
 @pytest.mark.parametrize(

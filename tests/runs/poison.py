@@ -63,13 +63,13 @@ class Exit(Callback):
 
 
 class Stop(Callback):
-    """Sets trainer.should_stop in the first micro-batch of the named steps."""
+    """Sets trainer.should_stop in the first micro-batch of the named steps, on the last rank alone."""
 
     def __init__(self, steps: list[int]) -> None:
         self.steps = steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step + 1 in self.steps:
+        if trainer.global_step + 1 in self.steps and trainer.global_rank == trainer.world_size - 1:
             trainer.should_stop = True
 
 

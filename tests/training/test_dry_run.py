@@ -104,4 +104,4 @@ def test_all_that_is_sharded_is_offloaded_where_that_is_asked_for():
 
 def test_a_dry_run_of_no_mesh_is_refused(capsys):
     assert main(["plan", "nano", "--dry-run"]) == 2
-    assert "--dry-run: of one rank of how many? add --gpus N" in capsys.readouterr().err
+    assert "--dry-run: needs the number of ranks; add --gpus N" in capsys.readouterr().err

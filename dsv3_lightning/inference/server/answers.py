@@ -1,4 +1,4 @@
-"""The texts that answer one request: whole, or as server-sent events while they are written."""
+"""Responses to a request: complete, or streamed as server-sent events."""
 
 import asyncio
 import os
@@ -13,13 +13,13 @@ from dsv3_lightning.inference.batching import Engine, Finish, Job
 from dsv3_lightning.inference.server.fields import Wanted
 from dsv3_lightning.inference.server.refusals import Refused, to_json
 
-POLL = 0.2  # seconds between two looks at whether the client is still there
+POLL = 0.2  # seconds between checks for a disconnected client
 
 
 class Answers:
-    """The texts of one HTTP request: pieces arrive from the engine's thread and are read in the event loop.
+    """The texts of one HTTP request: pieces come from the engine's thread and are read in the event loop.
 
-    max_new_tokens: of each, where the request doesn't say. Raises ConfigError, and Busy, as `Engine.submit` does.
+    max_new_tokens: the limit for each text if the request has none. Raises ConfigError and Busy like `Engine.submit`.
     """
 
     def __init__(self, engine: Engine, asked: Wanted, prompts: list[list[int]], max_new_tokens: int) -> None:
@@ -41,7 +41,7 @@ class Answers:
         return deliver
 
     async def pieces(self, request: Request) -> AsyncIterator[tuple[int, str, Finish | None]]:
-        """Until every text has ended. A client that goes away frees its rows. Raises Refused where one can't end."""
+        """Yields pieces until every text has ended; frees rows of a disconnected client. Raises Refused on failure."""
         left, looked = len(self.jobs), self.loop.time()
         try:
             while left:
@@ -72,17 +72,17 @@ class Answers:
 
 
 class Form(Protocol):
-    """How one kind of answer is written."""
+    """The JSON format of one kind of response."""
 
     kind: str
     chunk_kind: str
     prefix: str
 
     def choice(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
-        """A whole text."""
+        """A choice with its whole text."""
 
     def chunk(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
-        """A piece of one."""
+        """A streamed piece of a choice."""
 
 
 class CompletionForm:
@@ -106,7 +106,7 @@ class ChatForm:
         return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
 
     def chunk(self, index: int, text: str, finish: Finish | None) -> dict[str, Any]:
-        """The role comes once per choice, since clients join what comes."""
+        """A streamed piece of a choice. Only the first has the role, since clients concatenate deltas."""
         role = {} if index in self.begun else {"role": "assistant"}
         self.begun.add(index)
         return {"index": index, "delta": role | {"content": text}, "finish_reason": finish}
@@ -117,7 +117,7 @@ def head(form: Form, kind: str, model: str) -> dict[str, Any]:
 
 
 async def collect(answers: Answers, request: Request, form: Form, model: str) -> dict[str, Any]:
-    """All texts at once."""
+    """The response with all texts complete."""
     texts = [""] * len(answers.jobs)
     ends: list[Finish | None] = [None] * len(answers.jobs)
     async for index, piece, finish in answers.pieces(request):
@@ -128,7 +128,7 @@ async def collect(answers: Answers, request: Request, form: Form, model: str) ->
 
 
 def stream(answers: Answers, request: Request, form: Form, model: str, include_usage: bool) -> StreamingResponse:
-    """Server-sent events: a piece of a choice at a time, then the usage where it was asked for, then [DONE]."""
+    """Server-sent events: pieces of choices, then the usage if it was requested, then [DONE]."""
     frame = head(form, form.chunk_kind, model)
 
     async def events() -> AsyncIterator[bytes]:

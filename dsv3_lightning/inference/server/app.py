@@ -1,7 +1,7 @@
-"""The paths of the server: /v1/models, /v1/completions, /v1/chat/completions and /health.
+"""The endpoints of the server: /v1/models, /v1/completions, /v1/chat/completions and /health.
 
-Whatever takes time with the length of a request (JSON, fields, tokenization) happens in a thread, since all clients
-share the event loop. A wrong request is a 4xx with the reason, in OpenAI's form of an error.
+Work that grows with the length of a request (JSON, fields, tokenization) runs in a thread, since all clients share the
+event loop. Invalid requests get a 4xx status and the reason, in OpenAI's error format.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from dsv3_lightning.inference.server.handlers import read_fields
 from dsv3_lightning.inference.server.refusals import Json, Refused
 from dsv3_lightning.inference.text import longest_token, prompt_ids
 
-COMPLETION_TOKENS = 16  # of a completion whose request doesn't say; OpenAI's default
+COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 
 @dataclass
 class Service:
-    """One model, under the name that clients give it. body_bytes: of the longest request that is read."""
+    """A model, served under `name`. body_bytes: the size limit of a request."""
 
     engine: Engine
     tokenizer: Tokenizer
@@ -73,7 +73,7 @@ class Service:
     async def read(
         self, request: Request, prompts_of: Callable[[Any], tuple[Wanted, list[list[int]]]]
     ) -> tuple[Wanted, list[list[int]]]:
-        """What a request asks for and its prompts' ids, made by prompts_of(JSON) outside of the event loop."""
+        """The parsed request and the token ids of its prompts, made by prompts_of(JSON) outside the event loop."""
         body = await read_body(request, self.body_bytes)
         return await asyncio.to_thread(lambda: prompts_of(parse(body)))
 
@@ -103,9 +103,9 @@ class Service:
         return asked, [chat_prompt(self.tokenizer, messages)]
 
     def check_size(self, name: str, marks: int, texts: list[str]) -> None:
-        """Refuses, without tokenizing it, what has more tokens than the context even if all were the longest.
+        """Refuses, without tokenization, texts that exceed the context even if all their tokens were the longest.
 
-        marks: tokens that the texts need beside their own, at least.
+        marks: the minimum number of control tokens that are added to the texts.
         """
         size = sum(len(text.encode()) for text in texts)
         least = marks + -(-size // self.longest)
@@ -131,7 +131,7 @@ class Service:
         if not asked.stream:
             return Json(await collect(answers, request, form, self.name))
         if isinstance(form, ChatForm):
-            for index in range(asked.copies):  # as OpenAI opens a stream; its client wants to see choice 0 first
+            for index in range(asked.copies):  # as OpenAI starts a stream; its client expects choice 0 first
                 answers.events.put_nowait((index, "", None))
         return stream(answers, request, form, self.name, asked.include_usage)
 
@@ -144,8 +144,8 @@ def build_app(
     key: str | None = None,
     origins: tuple[str, ...] = (),
 ) -> Starlette:
-    """name: the model's, as clients give it. key: what they must give as well, None for nothing. origins: of the web
-    pages that may ask, by CORS headers."""
+    """The web application. name: the model's name for clients. key: the API key that they must send, None for no key.
+    origins: web origins that CORS headers allow."""
     service = Service(engine, tokenizer, name, body_bytes)
     routes = {
         "/health": (service.health, "GET"),
@@ -167,7 +167,7 @@ def build_app(
         return Refused(429, message, "rate_limit_error").response({"Retry-After": "1"})
 
     async def no_route(request: Request, error: Exception) -> Response:
-        """An unknown path, or a known one by another method."""
+        """The response for an unknown path or a wrong method."""
         assert isinstance(error, HTTPException)
         asked, paths = f"{request.method} {request.url.path[:100]}", ", ".join(routes)
         if error.status_code == 405:
@@ -196,12 +196,12 @@ def build_app(
         },
     )  # fmt: skip
     app.router.redirect_slashes = False
-    app.state.ends = math.inf  # when nobody is answered any more, by time.monotonic()
+    app.state.ends = math.inf  # the time.monotonic() at which answers end
     return app
 
 
 class RequireKey:
-    """Answers 401 where a request lacks the key. /health tells nothing of what is written, so probes need none."""
+    """Middleware that answers 401 without the key, except for /health, which reveals no content."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self.wanted = app, f"Bearer {key}".encode()

@@ -1,4 +1,4 @@
-"""A request's body: bytes up to a limit, then JSON of any text."""
+"""Request bodies: bytes up to a limit, then JSON."""
 
 import json
 from typing import Any
@@ -12,8 +12,8 @@ MEGABYTE = 1_000_000
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """At most `limit` bytes are kept. Raises Refused for more, once all have come: a client that is still sending
-    wouldn't read the reason."""
+    """The body's bytes, at most `limit`. Raises Refused for more, but only after reading all of them: a client that is
+    still sending would not read the reason."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(415, f"Content-Type: {kind}: must be application/json")
@@ -34,7 +34,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def parse(body: bytes) -> Any:
-    """The JSON value, its texts without half characters. Raises Refused."""
+    """The JSON value, with lone surrogates in texts replaced. Raises Refused."""
     try:
         return with_whole_characters(json.loads(body))
     except (ValueError, RecursionError) as error:
@@ -42,7 +42,7 @@ def parse(body: bytes) -> Any:
 
 
 def with_whole_characters(value: Any) -> Any:
-    """JSON can spell half a character, as \\ud83d, and clients that cut texts send some: none can be tokenized."""
+    """Replaces lone surrogates: JSON allows them (\\ud83d), truncated texts have some, no tokenizer takes them."""
     if isinstance(value, str):
         return whole_characters(value)
     if isinstance(value, list):

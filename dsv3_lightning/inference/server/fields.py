@@ -1,7 +1,7 @@
-"""Every field of a request: the tables, and what a request asks for.
+"""Tables of all request fields, and the parsed request.
 
-What isn't supported stands here with the values that change nothing, since clients send their defaults: OpenAI's
-schema, then what vLLM, SGLang, llama.cpp and others add. To support a field, give it a handler and `Wanted` an entry.
+Unsupported fields are listed with the values that change nothing, since clients send their defaults: OpenAI's schema,
+then the extensions of vLLM, SGLang, llama.cpp and others. To support a field, add a handler and an entry of `Wanted`.
 """
 
 from collections.abc import Mapping
@@ -118,7 +118,7 @@ COMMON: dict[str, Handler] = {
 
 
 def prompts(name: str, value: Any) -> list[str | list[int]]:
-    """A text, a list of texts, the ids of one prompt, or a list of such lists."""
+    """Handler for prompts: a text, a list of texts, the token ids of a prompt, or a list of such lists."""
     many = isinstance(value, list) and not (value and is_token(value[0]))
     given = value if many else [value]
     if not given:
@@ -151,7 +151,7 @@ PART: dict[str, Handler] = {
 
 
 def content(name: str, value: Any) -> str:
-    """Text, or parts that are text."""
+    """Handler for a message's content: text, or a list of text parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -161,7 +161,7 @@ def content(name: str, value: Any) -> str:
 
 
 def role(name: str, value: Any) -> str:
-    """One of the chat format's. OpenAI has a newer word for the system's."""
+    """Handler for roles of the chat format. `developer` is OpenAI's newer name for `system`."""
     spoken = "system" if value == "developer" else value
     if spoken not in ROLES:
         raise wrong(name, value, f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
@@ -169,9 +169,9 @@ def role(name: str, value: Any) -> str:
 
 
 MESSAGE: dict[str, Handler] = {
-    "role": role,  # first, so that a tool's message is refused for what it is
+    "role": role,  # first, so a tool message is refused for its role
     "content": content,
-    # What an answer of OpenAI's holds, which clients send back; the values of an answer that is text alone.
+    # Fields of OpenAI's answers, which clients send back, with the values of an answer that is only text.
     "refusal": only(""),
     "annotations": only([]),
     "tool_calls": only([]),
@@ -228,7 +228,7 @@ CHAT = COMMON | {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What both kinds of request ask for. max_new_tokens: None for as many as the kind has by default."""
+    """The settings common to both kinds of requests. max_new_tokens: None for the default of the kind."""
 
     model: str
     sampling: Sampling
@@ -241,12 +241,12 @@ class Wanted:
 
 
 def wanted(fields: Mapping[str, Any]) -> Wanted:
-    """Of a table's fields. Raises ConfigError for a value that Sampling doesn't take."""
+    """The settings from the parsed fields. Raises ConfigError for values that Sampling refuses."""
     return Wanted(
         model=fields["model"],
         sampling=Sampling(
             temperature=fields.get("temperature", 1.0),
-            top_k=max(fields.get("top_k", 0), 0),  # -1 is vLLM's word for off
+            top_k=max(fields.get("top_k", 0), 0),  # -1 means off in vLLM
             top_p=fields.get("top_p", 1.0),
             min_p=fields.get("min_p", 0.0),
         ),

@@ -1,8 +1,8 @@
-"""Reads the fields of a JSON object by a table: from a field's name to the handler that reads its value.
+"""Parsing of JSON objects by tables of field names and handlers.
 
-A handler takes the field's name and its value and gives what the server goes on with; it raises Refused where the value
-can't be honored. A field that is in no table might change the answer, so it is refused by name and never dropped. A
-null counts as an absent field, as in OpenAI's schema.
+A handler takes the field's name and value and returns the parsed value; it raises Refused for a value that can't be
+honored. A field that is in no table might change the answer, so it is refused by name and never ignored. Null counts as
+an absent field, as in OpenAI's schema.
 """
 
 import difflib
@@ -14,14 +14,14 @@ from dsv3_lightning.inference.server.refusals import Refused
 
 Handler = Callable[[str, Any], Any]
 SHOWN = 60  # characters of a value in a message
-STOPS, STOP_LENGTH = 16, 1_000  # looked for at every token, by the thread that writes all texts
+STOPS, STOP_LENGTH = 16, 1_000  # limits, since the decoding thread searches for them at every token
 
 
 def read_fields(
     content: Any, table: Mapping[str, Handler], required: tuple[str, ...], where: str = ""
 ) -> dict[str, Any]:
-    """What the handlers give, by name. Fields are read in the table's order. where: how the object is called in front
-    of its fields, such as `messages.0.`. Raises Refused."""
+    """The parsed fields, by name, in the table's order. where: the prefix of field names in messages, such as
+    `messages.0.`. Raises Refused."""
     if not isinstance(content, dict):
         raise wrong(where.rstrip(".") or "the body", content, "must be a JSON object")
     given = {name: value for name, value in content.items() if value is not None}
@@ -37,7 +37,7 @@ def read_fields(
 
 
 def only(*neutral: Any) -> Handler:
-    """A field that isn't supported, with the values of it that change nothing."""
+    """A handler for an unsupported field, which accepts only values that change nothing."""
 
     def read(name: str, value: Any) -> None:
         if not any(alike(value, one) for one in neutral):
@@ -48,12 +48,12 @@ def only(*neutral: Any) -> Handler:
 
 
 def alike(value: Any, neutral: Any) -> bool:
-    """By type too: 0 == False, but logprobs=0 asks /v1/completions for the log-probability of every token."""
+    """True if value and type are equal: 0 == False, but logprobs=0 requests log-probabilities from /v1/completions."""
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
 def anything(name: str, value: Any) -> None:
-    """A field that never changes the answer: who asks, what may be cached, how urgent it is."""
+    """Handler for fields that never change the answer, such as user, caching and priority."""
 
 
 def text(name: str, value: Any) -> str:
@@ -69,14 +69,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def number(name: str, value: Any) -> float:
-    """Finite; what range is valid is for Sampling to say."""
+    """Handler for finite numbers; Sampling checks their range."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
         raise wrong(name, value, "must be a number")
     return float(value)
 
 
 def whole(least: int, most: int) -> Handler:
-    """16.0 counts as 16: some languages have no other numbers."""
+    """A handler for integers in a range; 16.0 is valid, since some languages have only floats."""
 
     def read(name: str, value: Any) -> int:
         is_whole = isinstance(value, int) or isinstance(value, float) and value.is_integer()
@@ -97,7 +97,7 @@ def stop_strings(name: str, value: Any) -> tuple[str, ...]:
 
 
 def record(table: Mapping[str, Handler]) -> Handler:
-    """An object with fields of its own."""
+    """A handler for a nested object."""
     return lambda name, value: read_fields(value, table, (), f"{name}.")
 
 

@@ -1,4 +1,4 @@
-"""What a client is told when it doesn't get its answer: a status, and OpenAI's form of an error."""
+"""Error responses: a status, and OpenAI's JSON format."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 
 class Refused(Exception):
-    """param: the field that is wrong, where it is one. code: OpenAI's word for the reason, where it has one."""
+    """A refused request. param: the invalid field, if any. code: OpenAI's error code, if it has one."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class Refused(Exception):
 
 
 class Json(JSONResponse):
-    """JSON of any text."""
+    """A JSON response that can contain lone surrogates."""
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
 
 
 def to_json(content: Any) -> bytes:
-    """UTF-8; half a character, which UTF-8 can't write, is JSON's \\ud83d, by which every client can read it."""
+    """UTF-8 JSON. Lone surrogates, which UTF-8 can't encode, are escaped (\\ud83d), so every client can read them."""
     return json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""The server as a process: from its start to Ctrl-C."""
+"""The server process, from its start to Ctrl-C."""
 
 import logging
 import socket
@@ -7,12 +7,12 @@ import time
 import uvicorn
 from starlette.applications import Starlette
 
-LAST_ANSWERS = 5  # seconds that texts in the making get after Ctrl-C
+LAST_ANSWERS = 5  # seconds that running texts get after Ctrl-C
 
 
 class Server(uvicorn.Server):
-    """Whose Ctrl-C gives the texts in the making LAST_ANSWERS seconds and then tells their clients: a second before
-    uvicorn would cut them off in mid-text."""
+    """A server that on Ctrl-C gives running texts LAST_ANSWERS seconds and then ends their responses properly, a
+    second before uvicorn would cut the connections."""
 
     def __init__(self, app: Starlette) -> None:
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS + 1))
@@ -22,6 +22,6 @@ class Server(uvicorn.Server):
         self.app.state.ends = time.monotonic() + LAST_ANSWERS
         if self.server_state.tasks:
             print(f"dsv3: stopping; texts in the making get {LAST_ANSWERS} seconds", flush=True)
-        # A second Ctrl-C, or a client that doesn't read, still ends in uvicorn's cut: a traceback each, and no news.
+        # After a second Ctrl-C, or if a client doesn't read, uvicorn still cuts connections, with a traceback each.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)

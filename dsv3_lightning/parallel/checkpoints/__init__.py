@@ -1,1 +1,1 @@
-"""Checkpoints of one file or of shards: their names, what is in them, and which one is the newest good one."""
+"""Checkpoints as one file or as shards: names, contents, and the choice of the newest valid one."""

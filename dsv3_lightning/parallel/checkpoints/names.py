@@ -1,4 +1,4 @@
-"""Names of checkpoints: they say the step, and of the best ones the validation loss. Imports no torch."""
+"""Names of checkpoints, which hold the step and, for the best ones, the validation loss. Imports no torch."""
 
 import math
 import re
@@ -9,7 +9,7 @@ BEST_FILE = re.compile(r"best-step=(\d+)-loss=(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)
 
 
 def step_files(folder: Path, until: float = math.inf) -> list[Path]:
-    """The checkpoints by step, newest first. until: the last step that counts."""
+    """The regular checkpoints, newest first. until: the last step to include."""
     found = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := STEP_FILE.fullmatch(path.name))]
     return [path for step, path in sorted(found, reverse=True) if step <= until]
 
@@ -28,17 +28,17 @@ def best_files(folder: Path) -> list[tuple[float, Path]]:
 
 
 def resumable_files(folder: Path) -> list[Path]:
-    """All checkpoints that a run can go on from, newest first; of two of one step the regular one comes first.
+    """All checkpoints that a run can resume from, newest first; at equal steps the regular one comes first.
 
-    A best checkpoint holds the whole state, too. The regular one of its step was saved before that step's validation,
-    which the next session makes again, so that every callback sees it once.
+    A best checkpoint holds the full state, too. The regular one of the same step was saved before that step's
+    validation; the resumed run repeats it, so every callback sees it once.
     """
     best = [path for _, path in best_files(folder)]
     return sorted([*step_files(folder), *best], key=lambda path: (step_in(path), path.name.startswith("step")))[::-1]
 
 
 def step_in(path: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step in a checkpoint's name."""
     match = STEP_FILE.fullmatch(path.name) or BEST_FILE.fullmatch(path.name)
     assert match is not None, f"{path} is not the name of a checkpoint"
     return int(match[1])

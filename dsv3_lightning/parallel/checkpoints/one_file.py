@@ -1,4 +1,4 @@
-"""Checkpoint files: written beside and renamed, read without running code from them, judged before they are used."""
+"""Single-file checkpoints: atomic writes, safe loading (`weights_only`), and validation before use."""
 
 import warnings
 from pathlib import Path
@@ -12,7 +12,7 @@ from dsv3_lightning.common.files import whole
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints import shards
 
-# What a run can't be continued from without; the data position is the loader's "next_sample".
+# The entries that resuming requires; the data position is the loader's "next_sample".
 PARTS = (
     "state_dict",
     "optimizer_states",
@@ -27,7 +27,7 @@ POSITION = ("TextDataModule", "next_sample")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint exists whole or not at all, also after a power cut. Loads with `weights_only=True`."""
+    """Writes checkpoints atomically, even if power fails. Loads with `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         with whole(Path(path)) as beside:
@@ -40,9 +40,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The checkpoint's content, on CPU. Raises ConfigError where it is missing, cut, unsafe to read or incomplete.
+    """The checkpoint's content, on the CPU. Raises ConfigError if it is missing, truncated, unsafe or incomplete.
 
-    mmap: tensors stay in the file until they are used.
+    mmap: tensors are read from the file when they are used.
     """
     if path.is_dir():
         return complete(shards.read_whole(path), path)
@@ -50,19 +50,19 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{path}: there is no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
     return complete(checkpoint, path)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether it is a file, or a folder of shards."""
+    """True for a checkpoint file or a folder of shards."""
     return path.is_file() or (path / shards.REST).is_file()
 
 
 def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The checkpoint, if a run can go on from it. Raises ConfigError."""
+    """The checkpoint, if it has all that resuming requires. Raises ConfigError."""
     missing = [key for key in PARTS if key not in checkpoint]
     if not any(
         POSITION[0] in key and POSITION[1] in value for key, value in checkpoint.items() if isinstance(value, dict)
@@ -74,9 +74,9 @@ def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def step_of(path: Path, thorough: bool = True) -> int:
-    """The step of a checkpoint that a run can go on from, without its tensors in memory. Raises ConfigError.
+    """The step of a checkpoint that a run can resume from; loads no tensors. Raises ConfigError.
 
-    thorough: every byte of a file is read and compared with its checksum.
+    thorough: compare every byte of a file with its checksum.
     """
     if path.is_dir():
         return complete(shards.read_rest(path)[0], path)["global_step"]
@@ -93,7 +93,7 @@ def made_with(path: Path) -> tuple[dict[str, Any], set[str]]:
 
 
 def newest_good(paths: list[Path], thorough: bool = True) -> tuple[Path, int] | None:
-    """The first of `paths` (newest first) that can be continued from, and its step; warns of those that can't."""
+    """The first of `paths` (newest first) that a run can resume from, and its step; warns of invalid ones."""
     for path in paths:
         try:
             return path, step_of(path, thorough)

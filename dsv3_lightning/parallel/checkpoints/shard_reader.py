@@ -1,4 +1,4 @@
-"""A folder of shards in a process alone: what is in it, and its tensors one at a time, by part or by expert."""
+"""Reading a sharded checkpoint in a single process: its contents, and its tensors one by one, by shard or by expert."""
 
 import copy
 import io
@@ -12,40 +12,41 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.shards import SHARDS, join, read_rest
 
-PREFIX = "model/"  # see `sharded`
+PREFIX = "model/"  # see shards.py
 
 
 class ShardReader:
-    """Raises ConfigError, also for a folder that is not whole.
+    """Reads tensors of a sharded checkpoint. Raises ConfigError, also for an incomplete folder.
 
-    kept: of the two stacked tensors read last (the two of a layer's experts take turns) the parts that hold the expert.
+    kept: a cache of the shards that hold the expert, for the two stacked tensors read last: those of a layer's experts
+    alternate.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rest, self.metadata = read_rest(path)  # looks at all files
+        self.rest, self.metadata = read_rest(path)  # checks all files
         self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
 
     def names(self) -> list[str]:
         return [key.removeprefix(PREFIX) for key in self.metadata.state_dict_metadata if key.startswith(PREFIX)]
 
     def outline(self) -> dict[str, Any]:
-        """The checkpoint as one file would hold it; what is in the shards has shapes and dtypes, but no numbers."""
+        """The checkpoint as one file would hold it, with meta tensors for those in the shards."""
         entries = self.metadata.state_dict_metadata.items()
         tensors = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for key, entry in entries
             if isinstance(entry, TensorStorageMetadata)
         }
-        return join(tensors, copy.deepcopy(self.rest))  # which it fills
+        return join(tensors, copy.deepcopy(self.rest))  # `join` changes it
 
     def parts(self) -> list[MetadataIndex]:
-        """All that ranks wrote, each a tensor or a part of it, in the order of the files."""
+        """Everything that the ranks wrote, tensors or shards of them, in the order of the files."""
         places = self.metadata.storage_data
         return sorted(places, key=lambda index: (places[index].relative_path, places[index].offset))
 
     def read(self, name: str, place: int | None = None) -> Tensor:
-        """The tensor, or what stands at `place` of its first dim."""
+        """The full tensor, or its slice at index `place` of the first dim."""
         entry = self.metadata.state_dict_metadata.get(PREFIX + name)
         if not isinstance(entry, TensorStorageMetadata):
             raise ConfigError(f"{self.path}: holds no {name}")
@@ -68,11 +69,11 @@ class ShardReader:
         return whole
 
     def read_part(self, index: MetadataIndex) -> Tensor:
-        """What one rank wrote of a tensor. Raises ConfigError where it is damaged."""
+        """The shard of a tensor that one rank wrote. Raises ConfigError if it is damaged."""
         place = self.metadata.storage_data[index]
         with open(self.path / SHARDS / place.relative_path, "rb") as file:
             file.seek(place.offset)
             try:
                 return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises half a dozen kinds
+            except Exception as error:  # torch raises many types
                 raise ConfigError(f"{self.path}: {index.fqn} in {SHARDS}/{place.relative_path} is damaged") from error

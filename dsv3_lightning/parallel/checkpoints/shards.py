@@ -1,9 +1,10 @@
-"""Checkpoints of many files: each rank writes the parts it has, in the background, and any mesh reads them.
+"""Sharded checkpoints: each rank writes its shards in the background, and any mesh can read them.
 
-A folder, named as the file would be: `shards/` holds every tensor in the format of torch.distributed.checkpoint,
-`rest.pt` everything else. It is written beside and renamed when all ranks are done, so that it exists whole or not at
-all. Tensors are named by what they are (`model/<name>`, `optimizer/<number>/<parameter>/<what>`, and
-`callback/<whose>/<what>/<parameter's name>` for what callbacks keep of the model's parameters), never by rank.
+A checkpoint is a folder with the name that a file would have: `shards/` holds every tensor in the format of
+torch.distributed.checkpoint, `rest.pt` everything else. It is written under a temporary name and renamed once all ranks
+are done, so it is never incomplete. Names of tensors don't depend on ranks: `model/<name>`,
+`optimizer/<number>/<parameter>/<what>`, and `callback/<its key>/<what>/<parameter's name>` for what a callback stores
+for parameters.
 """
 
 import warnings
@@ -29,17 +30,17 @@ SHARDS, REST = "shards", "rest.pt"
 
 
 class Saver:
-    """Training waits for one copy to the host's memory, kept for the next; a thread of each rank writes files."""
+    """Writes checkpoints from a thread of each rank; training waits only for the copy to a host buffer."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")  # the thread's own: it must not mix with training's collectives
+        self.group = dist.new_group(backend="gloo")  # separate, so the thread's collectives don't mix with training's
         self.thread = ThreadPoolExecutor(1)
         cuda = torch.cuda.is_available()
         self.stager = DefaultStager(StagingOptions(cuda, False, use_async_staging=False, use_non_blocking_copy=cuda))
         self.pending: Future[None] | None = None
 
     def save(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Every rank must call it; the one before is waited for."""
+        """Starts to write a checkpoint, once the previous one is done. Every rank must call it."""
         self.finish()
         tensors, rest = split(checkpoint)
         beside = path.with_name(path.name + ".new")
@@ -53,16 +54,16 @@ class Saver:
         self.pending = self.thread.submit(commit, written, beside, path)
 
     def finish(self) -> None:
-        """Waits until the last one is there. Raises what its writing raised."""
+        """Waits for the last checkpoint, and raises the error of writing it, if any."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
 
 def begin(beside: Path, rest: dict[str, Any]) -> str | None:
-    """Makes the folder, with all but the tensors in it. Why that failed, or None."""
+    """Makes the folder, with everything but the tensors. Returns the reason of a failure, or None."""
     try:
-        remove(beside)  # of a run that was killed
+        remove(beside)  # left by a run that was killed
         beside.mkdir(parents=True)
         write(rest, beside / REST)
         sync_all(beside / REST)
@@ -72,13 +73,13 @@ def begin(beside: Path, rest: dict[str, Any]) -> str | None:
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    """A file that torch.load reads. Raises OSError, or what torch makes of it."""
-    with open(path, "wb") as file:  # by its path torch would write it without telling what the system said
+    """Writes a file for torch.load. Raises OSError, or torch's error for it."""
+    with open(path, "wb") as file:  # given a path, torch would hide the system's error
         torch.save(content, file)
 
 
 def commit(written: Future[Any], beside: Path, path: Path) -> None:
-    """The first rank renames the folder when every rank has written its part. Raises WriteError where one could not."""
+    """Renames the folder on the first rank once all ranks have written theirs. Raises WriteError if one failed."""
     try:
         written.result()
     except CheckpointException as error:
@@ -94,7 +95,7 @@ def commit(written: Future[Any], beside: Path, path: Path) -> None:
 
 
 def could_not_write(path: Path, rank: int, why: str) -> Exception:
-    """The error of the rank that failed; the others stop and name it."""
+    """The error to raise: that of the rank that failed, or on the others one that names it."""
     if dist.get_rank() == rank:
         return WriteError(path, why)
     return RunStopped(f"rank {dist.get_rank()} stops: rank {rank} could not write {path} ({why})")
@@ -106,7 +107,7 @@ def reason(error: BaseException) -> str:
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors with a dim, by name, and the rest."""
+    """All tensors that are no scalars, by name, and the rest of the checkpoint."""
     tensors = {f"model/{name}": value for name, value in checkpoint["state_dict"].items()}
     optimizers = []
     for number, state in enumerate(checkpoint["optimizer_states"]):
@@ -131,7 +132,7 @@ def is_sharded(value: Any) -> bool:
 
 
 def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """What `split` took apart."""
+    """The checkpoint that `split` took apart."""
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "model":
@@ -153,14 +154,14 @@ def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rest(path: Path) -> tuple[dict[str, Any], Metadata]:
-    """All but the tensors, and where these are. Raises ConfigError where the folder is not a whole checkpoint."""
+    """Everything but the tensors, and the metadata of these. Raises ConfigError if the folder is incomplete."""
     try:
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
         metadata = read_metadata(path)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
-    ends: dict[str, int] = {}  # V3 on 2,048 ranks has 5.8 million places in 2,048 files: one look at each file
+    ends: dict[str, int] = {}  # V3 on 2,048 ranks: 5.8 million shards in 2,048 files; stat each file once
     for place in (metadata.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in ends.items():
@@ -175,14 +176,14 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """The checkpoint as one file would hold it, on the CPU of this process alone. Raises ConfigError."""
+    """The full checkpoint, as one file would hold it, on the CPU of a single process. Raises ConfigError."""
     return read_into(path, lambda key, entry: torch.empty(entry.size, dtype=entry.properties.dtype), alone=True)
 
 
 def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) -> dict[str, Any]:
-    """The checkpoint with DTensors laid out as this rank's are; every rank must call it. Raises ConfigError.
+    """The checkpoint with DTensors laid out as this rank's. Every rank must call it. Raises ConfigError.
 
-    own: the state of the module. weights: each optimizer's; none where only the module's state is wanted.
+    own: the module's state dict. weights: each optimizer's parameters; empty to read only the module's state.
     """
 
     def target(key: str, entry: TensorStorageMetadata) -> Tensor | None:
@@ -204,12 +205,12 @@ def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) 
 
 
 def read_into(path: Path, target: Callable[[str, TensorStorageMetadata], Tensor | None], alone: bool) -> dict[str, Any]:
-    """target: a tensor to read into by name and metadata, or None for one that isn't wanted."""
+    """The checkpoint, read into the tensors that `target` returns for a name and metadata; None skips a tensor."""
     rest, metadata = read_rest(path)
     entries = metadata.state_dict_metadata
     wanted = {key: target(key, entry) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*load in a single process.*")  # which is what `alone` asks for
+        warnings.filterwarnings("ignore", ".*load in a single process.*")  # intended with `alone`
         dcp.load(tensors, checkpoint_id=path / SHARDS, no_dist=alone)
     return join(tensors, rest)

@@ -1,0 +1,16 @@
+"""What a run is to start from, looked for before torch is imported."""
+
+from pathlib import Path
+
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.checkpoints.names import step_files
+
+
+def check_start(config: Config) -> None:
+    """Raises ConfigError for a checkpoint that isn't there, unless the run has come further by itself since."""
+    wanted = config.run.resume
+    if wanted is False or wanted == "auto" or Path(wanted).exists():
+        return
+    if not step_files(Path(config.run.dir) / config.run.name / "checkpoints"):
+        raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
