@@ -10,33 +10,20 @@ from typing import TYPE_CHECKING, Any
 from dsv3_lightning.callbacks.settings import CLASSES
 
 if TYPE_CHECKING:
-    from dsv3_lightning.callbacks.balance_factor import BalanceFactor
-    from dsv3_lightning.callbacks.checkpoint import Checkpoint
-    from dsv3_lightning.callbacks.expert_bias import ExpertBias
-    from dsv3_lightning.callbacks.mtp_weight import MTPWeight
-    from dsv3_lightning.callbacks.progress import Progress
-    from dsv3_lightning.callbacks.router_monitor import RouterMonitor
-    from dsv3_lightning.callbacks.router_probe import RouterProbe
-    from dsv3_lightning.callbacks.run_report import RunReport
-    from dsv3_lightning.callbacks.sample_text import SampleText
-    from dsv3_lightning.callbacks.skewed_start import SkewedStart
-    from dsv3_lightning.callbacks.throughput import Throughput
-    from dsv3_lightning.callbacks.weight_average import WeightAverage
+    from dsv3_lightning.callbacks.balance_factor import BalanceFactor as BalanceFactor
+    from dsv3_lightning.callbacks.checkpoint import Checkpoint as Checkpoint
+    from dsv3_lightning.callbacks.expert_bias import ExpertBias as ExpertBias
+    from dsv3_lightning.callbacks.mtp_weight import MTPWeight as MTPWeight
+    from dsv3_lightning.callbacks.progress import Progress as Progress
+    from dsv3_lightning.callbacks.router_monitor import RouterMonitor as RouterMonitor
+    from dsv3_lightning.callbacks.router_probe import RouterProbe as RouterProbe
+    from dsv3_lightning.callbacks.run_report import RunReport as RunReport
+    from dsv3_lightning.callbacks.sample_text import SampleText as SampleText
+    from dsv3_lightning.callbacks.skewed_start import SkewedStart as SkewedStart
+    from dsv3_lightning.callbacks.throughput import Throughput as Throughput
+    from dsv3_lightning.callbacks.weight_average import WeightAverage as WeightAverage
 
-__all__ = [
-    "BalanceFactor",
-    "Checkpoint",
-    "ExpertBias",
-    "MTPWeight",
-    "Progress",
-    "RouterMonitor",
-    "RouterProbe",
-    "RunReport",
-    "SampleText",
-    "SkewedStart",
-    "Throughput",
-    "WeightAverage",
-]
+__all__ = sorted(CLASSES.values())
 FILES = {class_name: name for name, class_name in CLASSES.items()}
 
 

@@ -23,13 +23,15 @@ class Change(NamedTuple):
 ALWAYS, SAME_DATA, NEW_NAME, NEVER = "always", "with the same content", "under a new name", "never"
 SAME_STEPS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "strategy")
 CHANGES = (
-    Change(("run.name", "run.dir", "run.resume"), ALWAYS, "where the run lies and what it goes on from"),
-    Change(("data.cache_dir", "data.num_workers"), ALWAYS, "where prepared data lie, and who reads them"),
-    Change(("data.paths", "data.tokenizer"), SAME_DATA, "where the same texts and the same tokenizer lie"),
+    Change(("run.name", "run.dir", "run.resume"), ALWAYS, "the run's folder, and the checkpoint that it begins from"),
+    Change(
+        ("data.cache_dir", "data.num_workers"), ALWAYS, "where prepared data is stored, and how many workers read it"
+    ),
+    Change(("data.paths", "data.tokenizer"), SAME_DATA, "where the same texts and the same tokenizer are stored"),
     Change(SAME_STEPS, ALWAYS, "the same samples in each step, on other devices"),
     Change(("trainer.accumulate_grad_batches",), ALWAYS, "the same samples in each step, in other micro-batches"),
     Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
-    Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments go on"),
+    Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments are kept"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
     Change(("compute",), NEW_NAME, "the same losses within rounding"),
     Change(
@@ -39,7 +41,7 @@ CHANGES = (
         "below the checkpoint's step",
     ),
     Change(("trainer",), NEW_NAME, "holds from the first step that follows; intervals still count from step 0"),
-    Change(("callbacks",), NEW_NAME, "holds from the first step that follows; a callback that is new begins anew"),
+    Change(("callbacks",), NEW_NAME, "holds from the first step that follows; a new callback starts without a state"),
     Change(("callbacks.skewed_start",), NEVER, "it acts before the first step"),
     Change(("trainer.precision",), NEVER, "it decides what weights are stored in; auto takes the checkpoint's"),
     Change(("init_from",), NEVER, "the weights are those of the checkpoint"),

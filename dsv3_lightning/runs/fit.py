@@ -202,4 +202,6 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
         f"{max_steps:,} steps, {tokens:,} tokens"
     )
     print(f"{reason}; dashboard: tensorboard --logdir {shlex.quote(display_path(config.run.dir))}")
-    print(f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting anew", flush=True)
+    print(
+        f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting a new run", flush=True
+    )

@@ -63,10 +63,7 @@ class OptimizerConfig:
 class LossConfig:
     """L = L_main + λ/mtp_depth · Σ_k L_mtp,k + Σ α · Σ_layers L_balance (V3 eq. 17, 25). Raises ConfigError.
 
-    balance: the name of a balance loss, a list of several, or `none`.
-        sequence: V3 eq. 17-20. batch: the same loss over the global batch (V3 §4.5.3).
-        expert, device, communication: V2 eq. 23-31; a device is one of model.n_group groups.
-        switch: softmax probabilities over the global batch (arXiv 2101.03961). z: router z-loss (arXiv 2202.08906).
+    balance: the name of a balance loss in `model/balance_table.py`, a list of several, or `none`.
     balance_factor: α, or a list with one for each loss.
     mtp_weight: a constant λ; null if callbacks.mtp_weight schedules it.
     """

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from dsv3_lightning.callbacks.settings import CALLBACKS
 from dsv3_lightning.config.compose import compose, to_yaml
 from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 
 
 def nano(*overrides: str) -> dict[str, Any]:
@@ -63,12 +65,9 @@ def test_a_callback_of_another_file_can_be_switched_off_by_name():
     assert check(nano("callbacks.mine=null")).callbacks["mine"] is None
 
 
-LOSSES = "sequence, batch, expert, device, communication, switch, z"
+LOSSES = ", ".join(BALANCE_LOSSES)
 PARTS = "does not divide into accumulate_grad_batches × devices × num_nodes ="
-NAMES = (
-    "expert_bias, balance_factor, skewed_start, mtp_weight, router_monitor, router_probe, weight_average, throughput, "
-    "sample_text, checkpoint, progress, run_report"
-)
+NAMES = ", ".join(CALLBACKS)
 
 
 @pytest.mark.parametrize(

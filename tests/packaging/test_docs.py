@@ -25,12 +25,22 @@ def test_links_and_named_files_exist(page: Path):
     assert [str(path.relative_to(ROOT)) for path in (*links, *named, *run) if not path.exists()] == []
 
 
+def test_each_page_is_listed_once_everywhere():
+    """In the site's navigation, on its first page and in the README."""
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    for source in ("mkdocs.yml", "docs/index.md", "README.md"):
+        text = (ROOT / source).read_text(encoding="utf-8")
+        listed = re.findall(r"^(?:\| \[[^\]]+\]\((?:docs/)?|      - [^:]+: )(\w+\.md)", text, re.MULTILINE)
+        assert sorted(name for name in listed if name != "CONTRIBUTING.md") == sorted(pages), source
+
+
 def test_each_recipe_touches_at_most_five_files():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     recipes = text[text.index("## Recipes") :].split("\n### ")[1:]
     assert [recipe.split("\n")[0] for recipe in recipes] == [
         "A balance loss",
         "A callback",
+        "A setting",
         "A preset",
         "A strategy",
         "A verb",

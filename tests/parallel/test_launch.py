@@ -27,7 +27,8 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
         f"callbacks.killer={{class_path: tests.parallel.killer.Killer, init_args: {{folder: {nano.base / 'kills'}, "
         f"kills: [[4, save, {victim}], [6, validation, {victim}], [7, step, {victim}]]}}}}",
     )  # fmt: skip
-    moments = {"4-save": "starting anew", "6-validation": "starting anew", "7-step": "continuing after step 4"}
+    new = "starting a new run"
+    moments = {"4-save": new, "6-validation": new, "7-step": "continuing after step 4"}
     for moment, begun in moments.items():
         process = nano.start("dying", *settings)
         family = []
