@@ -40,7 +40,7 @@ class Config:
     """trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of
     ours (parallel/mesh.py), or a block: of ours with its `kind`, of anybody's with its `class_path`.
 
-    init_from: a Hugging Face folder whose weights a run starts from; None: initial weights are random.
+    init_from: a run's folder, or a Hugging Face folder, with the first weights; None: they are random.
     callbacks: by name, None where one is switched off.
     """
 

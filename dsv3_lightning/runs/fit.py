@@ -36,7 +36,7 @@ from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError, RunStopped
-from dsv3_lightning.hub.folder import HubFolder, check_same_model
+from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
 from dsv3_lightning.parallel.groups import init_after_restart
@@ -44,6 +44,7 @@ from dsv3_lightning.parallel.launch import a_word_after, find_launch, put_back, 
 from dsv3_lightning.parallel.lost import ERRORS, peer_failure
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.record import RunFolder
+from dsv3_lightning.runs.start import weight_source
 from dsv3_lightning.training.module import PretrainModule
 from dsv3_lightning.training.precision import choose_precision, precision_plugin
 
@@ -150,14 +151,14 @@ def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
     return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
 
 
-def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
+def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
     """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []
-    source = HubFolder(config.init_from)
+    source = weight_source(config.init_from)
     differing = check_same_model(source.config, config.model, config.init_from)
     source.audit()
-    loss = f"loss.balance={config.loss.balance}, loss.balance_factor={config.loss.balance_factor} (a folder has none)"
+    loss = f"loss.balance={config.loss.balance}, loss.balance_factor={config.loss.balance_factor} (this run's own)"
     return source, [*source.notes, *differing, f"weights of {config.init_from}; {loss}"]
 
 
