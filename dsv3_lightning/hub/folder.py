@@ -3,6 +3,7 @@
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ from dsv3_lightning.model.transformer import Transformer
 NO_WEIGHTS = ("rotary_emb.inv_freq",)  # rotary frequencies in older Llama-style files
 
 
+class WeightSource(Protocol):
+    """What a run can start from: a Hugging Face folder, or another run (runs/start.py). Errors are ConfigErrors."""
+
+    config: ModelConfig
+    notes: list[str]
+
+    def audit(self) -> None:
+        """Raises ConfigError where the weights are not those of `config`."""
+
+    def load_into(self, model: Transformer, fill: Fill) -> None:
+        """Fills the parameters and expert biases; fill(parameter, expert, draw) writes a matrix."""
+
+
 class HubFolder:
     """A folder with config.json and weights, with or without an index. All methods raise ConfigError."""
 
@@ -29,7 +43,7 @@ class HubFolder:
         file = self.path / "config.json"
         if not file.exists() and (self.path / "config.yaml").is_file():
             raise ConfigError(
-                f"{self.path}: is a run's folder; export it first: dsv3 export {self.path} {self.path}-hf"
+                f"{self.path}: is a run's folder, which needs no import: init_from={self.path} starts another run"
             )
         content = read_json(file)
         described = from_json(content, str(file))

@@ -46,9 +46,7 @@ CHANGES = (
     Change(("trainer.precision",), NEVER, "it decides what weights are stored in; auto takes the checkpoint's"),
     Change(("init_from",), NEVER, "the weights are those of the checkpoint"),
     Change(("run.seed", "data"), NEVER, "the samples and their order would be others"),
-    Change(
-        ("model",), NEVER, "the weights would be those of another model; `dsv3 export` and `init_from` can extend it"
-    ),
+    Change(("model",), NEVER, "the weights would be those of another model; `init_from` can extend it"),
 )
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dsv3_lightning.errors import RunStopped
-from dsv3_lightning.hub.folder import HubFolder
+from dsv3_lightning.hub.folder import WeightSource
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
@@ -47,7 +47,7 @@ class PretrainModule(pl.LightningModule):
         sequence_length: int,
         max_steps: int,
         seed: int,
-        init_from: HubFolder | None = None,
+        init_from: WeightSource | None = None,
     ) -> None:
         super().__init__()
         self.optimizer_config, self.loss_config, self.max_steps = optimizer, loss, max_steps

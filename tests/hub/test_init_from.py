@@ -1,6 +1,7 @@
 """From a run to a folder, from a folder to a run, by the commands."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ import torch
 from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.hub.verify import all_logits
+from dsv3_lightning.model.init import fill
+from dsv3_lightning.runs.models import empty_model, read_weights
+from dsv3_lightning.runs.start import RunWeights
 from tests.conftest import QUIET, Nano
 
 pytestmark = pytest.mark.slow
@@ -151,10 +156,43 @@ def test_import_writes_a_config_that_starts_from_the_folder(runs, folder, capsys
     assert "is there already" in capsys.readouterr().err
 
 
-def test_a_runs_folder_in_place_of_an_export_is_said_with_the_command(runs, trained, capsys):
-    command = f"is a run's folder; export it first: dsv3 export {trained.folder} {trained.folder}-hf"
-    assert main(["import", str(trained.folder)]) == 2 and command in capsys.readouterr().err
-    assert runs.run("from_run", f"init_from={trained.folder}").code == 2 and command in capsys.readouterr().err
+def test_a_run_starts_from_the_best_checkpoint_and_with_the_tokenizer_of_another(runs, trained, capsys):
+    rest = ["optimizer.lr=1e-9", "optimizer.warmup_steps=1", "trainer.max_steps=1", "callbacks.expert_bias.speed=0"]
+    run = runs.run("from_run", f"init_from={trained.folder}", *rest, "callbacks.checkpoint.every_n_steps=1")
+    assert run.code == 0
+    (best,) = (trained.folder / "checkpoints").glob("best-*.ckpt")
+    assert f"{trained.folder}: taken is {best.name}" in capsys.readouterr().out
+    expected = torch.load(best, weights_only=True)["state_dict"]
+    after = run.weights(1)
+    for name in (name for name in expected if name.startswith("model.")):
+        torch.testing.assert_close(after[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert (run.folder / "tokenizer.json").read_bytes() == (trained.folder / "tokenizer.json").read_bytes()
+    refused = runs.run("refused", f"init_from={trained.folder}", "model.hidden_size=128")
+    assert refused.code == 2
+    assert f"model.hidden_size=128: init_from={trained.folder} has 64" in capsys.readouterr().err
+    assert runs.run("refused", f"init_from={best}").code == 2
+    error = capsys.readouterr().err
+    assert "is a checkpoint; give its run's folder" in error and str(trained.folder) in error
+
+
+def test_a_runs_weights_are_those_of_its_checkpoint_in_either_rotary_order(trained):
+    source = RunWeights(trained.folder)
+    source.audit()
+    same, other = (empty_model(replace(source.config, rope_interleave=order)) for order in (
+        source.config.rope_interleave, not source.config.rope_interleave))  # fmt: skip
+    for model in (same, other):
+        source.load_into(model, fill)
+    saved = read_weights(source.checkpoint)
+    assert saved.keys() == same.state_dict().keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in same.state_dict().items())
+    tokens = torch.arange(60).reshape(2, 30)
+    (ours, *_), (theirs, *_) = all_logits(same.eval(), tokens), all_logits(other.eval(), tokens)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_import_of_a_run_is_said_to_be_needless(trained, capsys):
+    assert main(["import", str(trained.folder)]) == 2
+    assert f"needs no import: init_from={trained.folder} starts another run" in capsys.readouterr().err
 
 
 def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, capsys):

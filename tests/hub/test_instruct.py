@@ -86,7 +86,6 @@ def test_the_recipe_goes_from_a_run_to_a_chat(tmp_path, data_cache, monkeypatch,
     """docs/inference.md's commands, in short form."""
     monkeypatch.chdir(tmp_path)
     assert main(["run", "laptop", "callbacks.sample_text=null", *data_cache, *QUICK]) == 0
-    assert main(["export", "runs/laptop", "runs/laptop-hf"]) == 0
     assert write(Path("runs/questions.jsonl")) > 2000
     assert main(["run", "instruct", *QUICK]) == 0
     report = json.loads(Path("runs/instruct/report.json").read_text())
