@@ -39,15 +39,10 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A run's settings. trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of ours
-        (parallel/mesh.py), or a block with `kind` (ours) or `class_path` (any).
+    (parallel/mesh.py), or a block with `kind` (ours) or `class_path` (any).
 
-    <<<<<<< HEAD
-        init_from: a Hugging Face folder with the initial weights; None: they are random.
-        callbacks: by name, None if switched off.
-    =======
-        init_from: a run's folder, or a Hugging Face folder, with the first weights; None: they are random.
-        callbacks: by name, None where one is switched off.
-    >>>>>>> hubrest-start
+        init_from: a run's folder or a Hugging Face folder with the initial weights; None: they are random.
+    callbacks: by name, None if switched off.
     """
 
     run: RunConfig

@@ -25,13 +25,8 @@ from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-<<<<<<< HEAD
 from dsv3_lightning.errors import RunStopped
-from dsv3_lightning.hub.folder import HubFolder, check_same_model
-=======
-from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
->>>>>>> hubrest-start
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import a_word_after, put_back, rank_of, wait_for_first_rank
@@ -39,7 +34,7 @@ from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
 from dsv3_lightning.runs.record import RunFolder
-<<<<<<< HEAD
+from dsv3_lightning.runs.start import weight_source
 from dsv3_lightning.runs.trainer import (
     build_trainer,
     in_order,
@@ -48,9 +43,6 @@ from dsv3_lightning.runs.trainer import (
     refuse_taken_port,
     resolve_precision,
 )
-=======
-from dsv3_lightning.runs.start import weight_source
->>>>>>> hubrest-start
 from dsv3_lightning.training.module import PretrainModule
 
 
@@ -190,36 +182,7 @@ def train(parts: Parts, start: Start) -> int:
     return 0
 
 
-<<<<<<< HEAD
-def open_source(config: Config) -> tuple[HubFolder | None, list[str | None]]:
-=======
-def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
-    """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
-    if isinstance(error, RunStopped):
-        return
-    watched = getattr(trainer.strategy.launcher, "procs", [])
-    started = watched.copy()
-    watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
-    time.sleep(0.5)  # until it is known what became of them
-    lost = peer_failure(error, started)
-    if lost is None:
-        watched.extend(started)
-    else:
-        for process in started:
-            process.kill()
-        who = f"rank {trainer.global_rank} stops"
-        raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
-
-
-def in_order(callbacks: dict[str, Callback], config: Config) -> list[Callback]:
-    """Ours, the note that a step is done, and those of others. Lightning moves checkpoint callbacks to the end."""
-    others = [callback for name, callback in callbacks.items() if "class_path" in (config.callbacks[name] or {})]
-    ours = [callback for callback in callbacks.values() if callback not in others]
-    return [*ours, *(callback.step_done for callback in ours if isinstance(callback, Checkpoint)), *others]
-
-
 def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
->>>>>>> hubrest-start
     """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []
