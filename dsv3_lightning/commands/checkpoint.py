@@ -30,7 +30,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(action: str, path: Path, output: Path | None) -> int:
     """action: `inspect`, `verify`, or `consolidate` into the file `output`. Raises ConfigError on a bad checkpoint."""
-    from dsv3_lightning.parallel.checkpoints.one_file import complete, read_checkpoint
+    from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
+    from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
     from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
 
     if (output is None) == (action == "consolidate"):
@@ -41,8 +42,8 @@ def run(action: str, path: Path, output: Path | None) -> int:
         consolidate(state, path, output)
         print(f"{output}: {si(output.stat().st_size, 'B')} in one file, step {state['global_step']:,}")
         return 0
-    shards = ShardReader(path) if path.is_dir() else None
-    state = complete(shards.outline(), path) if shards else read_checkpoint(path, mmap=True)
+    opened = open_checkpoint(path)
+    state, shards = opened.outline(), opened if isinstance(opened, ShardReader) else None
     if action == "inspect":
         print(inspected(path, state))
     else:

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from yaml import YAMLError
 
-from dsv3_lightning.config.wording import nearest, show
+from dsv3_lightning.common.wording import nearest, show
 from dsv3_lightning.errors import ConfigError
 
 Place = tuple[str | int, ...]  # keys and indices that lead to a value

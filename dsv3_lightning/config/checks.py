@@ -12,6 +12,8 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from dsv3_lightning.callbacks.settings import CALLBACKS
+from dsv3_lightning.common.typed import build, convert
+from dsv3_lightning.common.wording import missing, nearest, show
 from dsv3_lightning.config.lightning_names import (
     ACCELERATORS,
     DURATION,
@@ -19,8 +21,6 @@ from dsv3_lightning.config.lightning_names import (
     STRATEGIES,
     TRAINER_MORE,
 )
-from dsv3_lightning.config.typed import build, convert
-from dsv3_lightning.config.wording import missing, nearest, show
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES

@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.common.wording import explain, first_line, nearest, show
 from dsv3_lightning.common.yaml import dumps, loads
 from dsv3_lightning.config.overrides import apply_override, escape_text, plain
-from dsv3_lightning.config.wording import explain, first_line, nearest, show
 from dsv3_lightning.errors import ConfigError
 
 PRESETS = resources.files("dsv3_lightning.configs")

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, callbacks, loggers
 
 from dsv3_lightning.callbacks.dashboard import logged_tags
+from dsv3_lightning.common.wording import nearest
 from dsv3_lightning.config.checks import mesh_strategy
-from dsv3_lightning.config.wording import nearest
 from dsv3_lightning.errors import ConfigError
 
 BATCH = "data.batch_size counts the samples of a step over all ranks and micro-batches"

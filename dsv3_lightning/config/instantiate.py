@@ -16,11 +16,11 @@ from lightning.pytorch.strategies import Strategy
 
 from dsv3_lightning import callbacks
 from dsv3_lightning.callbacks.settings import CLASSES
+from dsv3_lightning.common.wording import show
 from dsv3_lightning.config.arguments import Arguments
 from dsv3_lightning.config.checks import check_class_block, mesh_strategy
 from dsv3_lightning.config.ecosystem import LOGGERS, check_class, check_monitors, check_set, check_version
 from dsv3_lightning.config.schema import Config, to_tree
-from dsv3_lightning.config.wording import show
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import Dispatcher
 from dsv3_lightning.parallel.strategy import MeshStrategy

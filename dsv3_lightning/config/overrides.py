@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dsv3_lightning.common.wording import explain, first_line
 from dsv3_lightning.common.yaml import loads, quoted
-from dsv3_lightning.config.wording import explain, first_line
 from dsv3_lightning.errors import ConfigError
 
 OVERRIDE = re.compile(r"[^\W\d][\w-]*(\.[\w-]+|\[\d+\])*=")

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dsv3_lightning.common.paths import NAME_BYTES, PathText, expand_home
+from dsv3_lightning.common.typed import build
+from dsv3_lightning.common.wording import show
 from dsv3_lightning.config.checks import check_callbacks, check_strategy, check_together, check_trainer
-from dsv3_lightning.config.typed import build
-from dsv3_lightning.config.wording import show
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig

@@ -13,7 +13,7 @@ from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.data.text.conversation import turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.hub.export import Read, reader
+from dsv3_lightning.hub.export import Read
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.hub.tokens import read_tokenizer
 from dsv3_lightning.inference.layers import lay_by_columns
@@ -22,7 +22,7 @@ from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
 from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good, read_checkpoint
-from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
+from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
 
 PREFIX = "model."  # of the model in a run's module
 CARRIED = "run"  # the key under which a consolidated file has its run's tokenizer and report
@@ -131,20 +131,14 @@ def load_model(path: Path, config: ModelConfig) -> Transformer:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint, by their names in the model; those of a file are loaded lazily."""
-    if path.is_dir():
-        shards = ShardReader(path)
-        state = {name: shards.read(name) for name in shards.names()}
-    else:
-        state = read_checkpoint(path, mmap=True)["state_dict"]
-    return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    opened = open_checkpoint(path)
+    return {name.removeprefix(PREFIX): opened.read(name) for name in opened.names() if name.startswith(PREFIX)}
 
 
 def part_reader(path: Path) -> Read:
     """A function that reads one of the model's tensors in a checkpoint, or one expert's matrix of it, by name."""
-    if not path.is_dir():
-        return reader(read_weights(path), path)
-    shards = ShardReader(path)
-    return lambda name, expert: shards.read(PREFIX + name, expert)
+    opened = open_checkpoint(path)
+    return lambda name, expert: opened.read(PREFIX + name, expert)
 
 
 def load_hub_folder(path: Path) -> Transformer:

@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.common.typed import build
+from dsv3_lightning.common.wording import nearest
 from dsv3_lightning.common.yaml import dumps
 from dsv3_lightning.config.compose import PRESETS, Composed, compose, find, read_yaml
 from dsv3_lightning.config.overrides import plain, text_override
 from dsv3_lightning.config.schema import Config, check
-from dsv3_lightning.config.typed import build
-from dsv3_lightning.config.wording import nearest
 from dsv3_lightning.errors import ConfigError
 
 

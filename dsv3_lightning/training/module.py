@@ -1,5 +1,6 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,11 +9,12 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from dsv3_lightning.errors import RunStopped
+from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import WeightSource
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
+from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -23,6 +25,7 @@ from dsv3_lightning.training.loops import loops_at
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
+from dsv3_lightning.training.stored import stored_arguments
 
 
 class PretrainModule(pl.LightningModule):
@@ -70,6 +73,33 @@ class PretrainModule(pl.LightningModule):
         self.updating = False
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
         self.validated_step: int | None = None  # the step of the last validation
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # everything else that Lightning asks for is in the checkpoint
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = "cpu",
+        strict: bool = True,
+        weights_only: bool = True,
+        **arguments: Any,
+    ) -> "PretrainModule":
+        """The module of a run's checkpoint, a file or a folder of shards, fp32 in evaluation mode.
+
+        map_location: the device; None is the CPU. weights_only=False changes nothing: no code is run from the file.
+        arguments: of the class, in place of those that follow from the stored settings. Raises ConfigError.
+        """
+        path = Path(checkpoint_path)
+        stored, settings = stored_arguments(path)
+        module = cls(**stored | arguments)
+        module.settings = settings
+        module.model.to_empty(device=map_location or "cpu")
+        module.model.tie_weights()
+        try:
+            opened = open_checkpoint(path)
+            module.load_state_dict({name: opened.read(name) for name in opened.names()}, strict=strict)
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        return module.eval()
 
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dsv3_lightning.config.wording import either, missing, nearest, show
+from dsv3_lightning.common.wording import either, missing, nearest, show
 from dsv3_lightning.errors import ConfigError
 
 T = TypeVar("T")
