@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.config import Phase
-from dsv3_lightning.training.logging import planned_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -58,6 +57,8 @@ def value_at(schedule: Schedule, place: float) -> float:
 def progress(trainer: "Trainer", step: int, by: str) -> float:
     """A run's progress after `step` optimizer steps, in the unit of a schedule: share of the run, steps or tokens."""
     if by == "share":
+        from dsv3_lightning.training.logging import planned_steps  # settings are checked without torch
+
         return step / planned_steps(trainer)
     return step if by == "steps" else trainer.datamodule.tokens_before(step)  # type: ignore[attr-defined]
 
