@@ -71,7 +71,8 @@ def test_whether_a_checkpoint_is_among_the_best_is_for_the_first_rank_to_say(tmp
     """Another may not see yet, or see already, what is being written; a save that only some ranks begin never ends."""
     written = []
     trainer = SimpleNamespace(
-        default_root_dir=tmp_path, global_step=9, is_global_zero=False, loggers=[], callback_metrics={}, state=SimpleNamespace(fn="fit"),
+        default_root_dir=tmp_path, global_step=9, is_global_zero=False, loggers=[],
+        callback_metrics={}, state=SimpleNamespace(fn="fit"),
         lightning_module=SimpleNamespace(scalars={"val/loss": 4.75}, steps_done=9),
         strategy=SimpleNamespace(broadcast=lambda worse: first_sees is not None),
         save_checkpoint=lambda path, weights_only: written.append(path.name),
