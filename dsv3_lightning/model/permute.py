@@ -3,6 +3,8 @@
 Indexing's own backward pass would scatter, which is slow on a CPU and not deterministic on CUDA.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,13 @@ class Permute(torch.autograd.Function):
     """Copies token n to the rows that hold the copies n·K … n·K + K-1 in the order order_R."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, order_R: Tensor, K: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, order_R: Tensor, K: int) -> Tensor:
         ctx.save_for_backward(order_R)
         ctx.K = K
         return x_ND.index_select(0, order_R // K)  # on a CPU much faster than indexing
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor):
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         (order_R,) = ctx.saved_tensors
         return grad_RD.index_select(0, inverse(order_R)).unflatten(0, (-1, ctx.K)).sum(1), None, None
 
@@ -45,12 +47,12 @@ class Unpermute(torch.autograd.Function):
     """Undoes the sorting: row n·K + k of the result is the row of y_RD that holds this copy."""
 
     @staticmethod
-    def forward(ctx, y_RD: Tensor, order_R: Tensor) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor) -> Tensor:
         ctx.save_for_backward(order_R)
         return y_RD.index_select(0, inverse(order_R))
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor):
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         (order_R,) = ctx.saved_tensors
         return grad_RD.index_select(0, order_R), None
 

@@ -50,7 +50,7 @@ class OnSavedOps(TorchDispatchMode):
         super().__init__()
         self.mode = mode
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SAVED_OPS:
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))

@@ -6,7 +6,7 @@ together. The last are norms and routers, which stay fp32 and are gathered once 
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ def shard_model(
     embedding = matrices if precision == "bf16-true" else exact  # mixed: the residual stream starts in fp32
     offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
 
-    def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments) -> None:
+    def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments: Any) -> None:
         skipped: set[nn.Parameter] = {p for p in module.parameters() if isinstance(p, DTensor) and p.dim() != 3}
         fully_shard(module, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload,
                     ignored_params=skipped, **{"mesh": meshes.dense} | arguments)  # fmt: skip

@@ -134,7 +134,7 @@ class Counter(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self.resize  # type: ignore[method-assign]
         super().__exit__(*exception)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:  # its local tensors are counted themselves
             return NotImplemented
         if func is torch.ops.aten.bincount.default:  # its output shape depends on the data
