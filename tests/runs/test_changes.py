@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from dsv3_lightning.parallel.checkpoints.names import step_files
-from dsv3_lightning.runs.changes import ALWAYS, NEVER, NEW_NAME, changed_arguments, rule, table
+from dsv3_lightning.runs.changes import ALWAYS, NEVER, NEW_NAME, SAME_DATA, changed_arguments, rule, table
 from dsv3_lightning.training.config import Phase
 from dsv3_lightning.training.schedule import lr_factor
 from tests.conftest import ROOT
@@ -145,7 +145,8 @@ def leaves(tree, key=""):
 
 def test_every_setting_has_its_rule_and_the_documentation_shows_the_table():
     base = yaml.safe_load((ROOT / "configs/base.yaml").read_text(encoding="utf-8"))
-    assert {rule(key).road for key in leaves(base)} == {ALWAYS, NEW_NAME, NEVER}
-    assert rule("data.num_workers").road == ALWAYS and rule("data.paths").road == rule("model.vocab_size").road == NEVER
+    assert {rule(key).road for key in leaves(base)} == {ALWAYS, SAME_DATA, NEW_NAME, NEVER}
+    assert rule("data.num_workers").road == ALWAYS and rule("data.paths").road == SAME_DATA
+    assert rule("data.sequence_length").road == rule("model.vocab_size").road == NEVER
     assert rule("callbacks.skewed_start.strength").road == NEVER and rule("callbacks.mine").road == NEW_NAME
     assert table() in (ROOT / "docs/resuming.md").read_text(encoding="utf-8")

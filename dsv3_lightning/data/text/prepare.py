@@ -39,7 +39,11 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
         return prepared_before(config, known, lost, tell)
     tokenizer = None
     if config.tokenizer is not None:
-        tokenizer = Tokenizer.from_file(config.tokenizer).ending_with(config.end_token)
+        try:
+            tokenizer = Tokenizer.from_file(config.tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"data.tokenizer: {error}") from error
+        tokenizer = tokenizer.ending_with(config.end_token)
     elif config.end_token is not None:
         check_end(config.end_token, SPECIAL_TOKENS)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:

@@ -268,12 +268,12 @@ def test_what_the_tokens_lack_of_the_files_is_told_at_every_start_and_recorded(s
     ]
     for _ in ("prepared", "found"):
         told: list[str] = []
-        manifest = read_manifest(prepare(small, told.append))
+        manifest = read_manifest(prepare(small, tell=told.append))
         assert told == lines
     assert manifest["replaced_characters"] == {"a.txt": 1, "b.txt": 1} and manifest["files_left_out"] == {".csv": 1}
     (folder / "more.csv").write_text("1,2")
     told = []
-    assert prepare(small, told.append).name == prepare(small, None).name and "2 .csv" in told[0]
+    assert prepare(small, tell=told.append).name == prepare(small, tell=None).name and "2 .csv" in told[0]
 
 
 def test_bad_lines_are_skipped_in_every_pass(small: DataConfig) -> None:
