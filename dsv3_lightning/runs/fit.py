@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -14,11 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.common.paths import display_path
-from dsv3_lightning.config.compose import PRESETS
+from dsv3_lightning.config.compose import PRESETS, read_yaml
 from dsv3_lightning.config.ecosystem import check_fresh
-from dsv3_lightning.config.instantiate import (
-    build_callbacks,
-)
+from dsv3_lightning.config.instantiate import build_callbacks
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
@@ -158,7 +155,7 @@ def prepare_once(
         for line in filter(None, [*start.notes, note]):
             print(line, flush=True)
         parts.logger.rewind({})  # of a session that left no checkpoint
-        defaults = yaml.safe_load((PRESETS / "base.yaml").read_text(encoding="utf-8"))
+        defaults = read_yaml(Path(str(PRESETS / "base.yaml")))
         parts.logger.describe(parts.tree, len(read_manifest(prepared)["origins"]), defaults)
     for line in said:
         say(line)

@@ -8,6 +8,7 @@ from typing import Any
 import filelock
 
 from dsv3_lightning.common.files import remove, remove_leftovers, write_file
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.config.stored import complete, read_stored
@@ -105,7 +106,7 @@ class RunFolder:
         path = self.path / "report.json"
         if not path.is_file():
             return False
-        return json.loads(path.read_text(encoding="utf-8"))["steps"] >= self.config.trainer["max_steps"]
+        return read_json(path)["steps"] >= self.config.trainer["max_steps"]
 
     def goes_on(self) -> bool:
         """Whether the run continues from its own checkpoints: run.resume is auto or the path that it began from."""
@@ -115,8 +116,7 @@ class RunFolder:
     def begun_from(self) -> dict[str, Any] | None:
         """The path in run.resume from which the run began, and its step; None for a run without one."""
         path = self.path / BEGUN_FROM
-        begun: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return begun
+        return read_json(path) if path.is_file() else None
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
         """The checkpoint to resume from and its step, or None; the same on every rank, as it depends on files alone.
@@ -173,7 +173,4 @@ class RunFolder:
 def read_inputs(folder: Path) -> dict[str, Any] | None:
     """What the data of the run in this folder were made of; None where it doesn't say."""
     path = folder / INPUTS
-    if not path.is_file():
-        return None
-    inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return inputs
+    return read_json(path) if path.is_file() else None

@@ -1,7 +1,6 @@
 """`dsv3 compare`: compares finished runs, averaged over seeds, in a table, as Markdown and as curves."""
 
 import argparse
-import json
 import re
 import statistics
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import table
@@ -107,7 +107,7 @@ def find_runs(paths: list[Path]) -> list[Finished]:
 
 
 def read_run(folder: Path) -> Finished:
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "report.json")
     return Finished(folder, check(read_stored(folder / "config.yaml")), report)
 
 

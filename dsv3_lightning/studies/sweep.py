@@ -1,7 +1,6 @@
 """`dsv3 sweep`: runs an experiment, one or several runs at a time, on this machine or as a SLURM array."""
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dsv3_lightning.common.flags import jobs_argument
+from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.runs.changes import shown_differences
@@ -97,7 +97,7 @@ def refuse_other_settings(task: Task) -> None:
 
 
 def outcome(report: Path) -> str:
-    facts = json.loads(report.read_text(encoding="utf-8"))
+    facts = read_json(report)
     vio = facts["max_vio_global"]
     balance = f", max_vio {sum(vio) / len(vio):.2f}" if vio else ""
     return f"loss {facts['val_loss']:.3f}{balance}" if facts["val_loss"] is not None else "no validation"
