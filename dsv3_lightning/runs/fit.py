@@ -26,7 +26,7 @@ from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.groups import init_after_restart
-from dsv3_lightning.parallel.launch import a_word_after, put_back, rank_of, wait_for_first_rank
+from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
@@ -166,7 +166,7 @@ def train(parts: Parts, start: Start) -> int:
     trainer, size, checkpoint = parts.trainer, parts.trainer.world_size, start.checkpoint
     meeting = f"rank {trainer.global_rank} of {size} waits for the others, up to strategy.timeout_minutes (else 30)"
     try:
-        with a_word_after(30.0, meeting, unless=lambda: size == 1 or torch.distributed.is_initialized()):
+        with notice_after(30.0, meeting, unless=lambda: size == 1 or torch.distributed.is_initialized()):
             if checkpoint is not None and checkpoint[1] >= trainer.max_steps:
                 trainer.validate(parts.module, parts.data, ckpt_path=checkpoint[0], weights_only=True, verbose=False)
             else:
