@@ -62,7 +62,7 @@ def write_random_tokens(folder: Path, documents: int, median: int, vocab_size: i
 
 def measure(dataset: PackedDataset, arguments: argparse.Namespace) -> float:
     """Tokens per second from the second batch on, so the start of processes isn't included."""
-    sampler = TrainSampler(dataset.index.target_counts, Layout(arguments.batch_size), seed=0, max_steps=1_000_000)
+    sampler = TrainSampler(len(dataset), Layout(arguments.batch_size), seed=0, max_steps=1_000_000)
     batches = iter(Loader(dataset, sampler, arguments.workers))
     next(batches)
     start, count = time.perf_counter(), 0

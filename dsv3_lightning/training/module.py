@@ -32,9 +32,9 @@ class PretrainModule(pl.LightningModule):
     """Pre-training with L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25).
 
     A batch holds `tokens` and `mask` [B, T + 1 + mtp_depth], `targets` [B, 1 + mtp_depth, T] and `target_counts`
-    [1 + mtp_depth], the number of valid targets of the optimizer step over all ranks and micro-batches, by which
-    every mean is divided, however the batch is split.
-    If `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
+    [1 + mtp_depth], in a step's first micro-batch: the number of valid targets of all of the step's micro-batches on
+    this rank. Their sum over the ranks divides every mean, however the step is split.
+    If `balance.needs_counts`, the first of several micro-batches also holds `step_tokens` and `step_mask` of all.
     With `data.isolate_documents` it also holds `documents` (and `step_documents`).
     init_from: a folder with initial weights, in place of random ones.
     `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
@@ -65,6 +65,7 @@ class PretrainModule(pl.LightningModule):
         self.val_bpb = BitsPerByte()
         self.val_acceptance = Acceptance(model.mtp_depth)
         self.scalars: dict[str, float] = {}
+        self.target_counts_P: Tensor | None = None  # of the current step, over all micro-batches and ranks
         self.step_loss: Tensor | float = 0.0  # sum over the current step's micro-batches on this rank
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -138,6 +139,13 @@ class PretrainModule(pl.LightningModule):
         """Optimizer steps of the run so far, also if a finished run is loaded only for validation."""
         return max(self.trainer.global_step, self.loaded_step)
 
+    def step_targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """Valid targets of each head in the whole step over all micro-batches and ranks, int64 [P]."""
+        if "target_counts" in batch:
+            self.target_counts_P = self.trainer.strategy.reduce(batch["target_counts"].clone(), reduce_op="sum")
+        assert self.target_counts_P is not None, "a step's first micro-batch has target_counts"
+        return self.target_counts_P
+
     def step_counts(self, batch: dict[str, Tensor], losses: Losses) -> Tensor | None:
         """Tokens per expert of the whole step over all micro-batches and ranks, or None if no loss needs them."""
         if not self.balance.needs_counts:
@@ -152,12 +160,13 @@ class PretrainModule(pl.LightningModule):
         return self.balance.step_counts_LE
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
+        targets_P = self.step_targets(batch).clamp(min=1)
         losses = self.model.losses(
             batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
         )
         # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        mean_P = losses.nll_P / batch["target_counts"].clamp(min=1) * parts
+        mean_P = losses.nll_P / targets_P * parts
         loss = mean_P[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
         if len(mean_P) > 1:
             loss = loss + self.mtp_weight * mean_P[1:].mean()

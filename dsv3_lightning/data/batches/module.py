@@ -18,7 +18,7 @@ from dsv3_lightning.data.batches.dataset import PackedDataset
 from dsv3_lightning.data.batches.index import open_index, prepare_index
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.ramp import batch_sizes
-from dsv3_lightning.data.batches.sampling import Layout, TrainSampler, ValidationSampler
+from dsv3_lightning.data.batches.sampling import ORDER, Layout, TrainSampler, ValidationSampler
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
@@ -82,7 +82,7 @@ class TextDataModule(LightningDataModule):
             self._layout()  # refuses a batch that can't be dealt out
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
-            self._index_hash = index_hash(self._datasets["train"], self.manifest, self.config.seed)
+            self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
             rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
 
     def train_dataloader(self) -> "Loader":
@@ -92,13 +92,12 @@ class TextDataModule(LightningDataModule):
         self._first_step = step
         dataset = self._datasets["train"]
         sampler = TrainSampler(
-            dataset.index.target_counts,
+            len(dataset),
             layout,
             self.config.seed,
             self.max_steps,
             first_step=step,
             first_sample=self._first_sample,
-            whole_steps=self.whole_steps,
             sizes=self.batch_sizes,
         )
         return Loader(dataset, sampler, self.config.num_workers)
@@ -109,7 +108,7 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        sampler = ValidationSampler(dataset.index.target_counts, self._layout(), self.limit_val_batches)
+        sampler = ValidationSampler(len(dataset), self._layout(), self.limit_val_batches)
         return Loader(dataset, sampler, self.config.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +124,8 @@ class TextDataModule(LightningDataModule):
         if state_dict["index"] != self._index_hash:
             raise ConfigError(
                 f"checkpoint: its samples are {state_dict['index']}, these are {self._index_hash}; "
-                "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth"
+                "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth, "
+                "and a version that orders samples alike"
             )
         self._first_sample, self._restored = state_dict["next_sample"], True
 
@@ -191,7 +191,9 @@ class TextDataModule(LightningDataModule):
         extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
         found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
         index = pack(file.offsets(), *self._shape, file.loss_spans()) if found is None else found
-        return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), *extra)
+        return PackedDataset(
+            file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), *extra, whole_steps=self.whole_steps
+        )
 
     @property
     def _shape(self) -> tuple[int, int, bool]:
@@ -256,11 +258,7 @@ class Loader:
         pass
 
 
-def index_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
-    """A hash of the tokens, the packed samples and the seed of their order, as 16 hexadecimal digits."""
-    index = dataset.index
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{manifest['files']['train/00000.bin']['sha256']} {seed}".encode())
-    for part in (index.samples, index.starts, index.lengths):
-        digest.update(part.data)  # without a copy: it may be larger than memory
-    return digest.hexdigest()
+def data_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
+    """A hash of the tokens, the packed samples and their order, as 16 hexadecimal digits."""
+    parts = manifest["files"]["train/00000.bin"]["sha256"], dataset.index.digest(), ORDER, seed
+    return hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).hexdigest()

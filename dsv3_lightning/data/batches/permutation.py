@@ -31,9 +31,9 @@ def permuted(positions: int | np.ndarray, count: int, seed: int, epoch: int | np
     epoch: one for all positions, or an array of one for each.
 
     >>> permuted(np.arange(8), count=8, seed=1, epoch=0).tolist()
-    [0, 4, 5, 2, 1, 6, 7, 3]
+    [1, 6, 2, 4, 7, 3, 0, 5]
     >>> permuted(2_900_000_000, count=3_600_000_000, seed=1, epoch=0)
-    0
+    203367955
     """
     key = mix(seed & MASK)
     if isinstance(positions, int):
