@@ -1,7 +1,7 @@
 """Dry run of a training step: the memory of one rank of any mesh, counted on a laptop without computing.
 
 The run's own code builds, shards and steps the model, in a fake process group and with fake tensors, which have shapes
-but no data. Expert loads depend on data, so they are assumed to be even. torch has no public names for its fake tensors,
+but no data. Expert loads depend on data, so they are assumed to be even. torch has no public names for fake tensors,
 fake process groups and dispatch modes, so that this file imports private ones.
 """
 
