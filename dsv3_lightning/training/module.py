@@ -1,5 +1,6 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
-from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
-from dsv3_lightning.training.loops import loops_at
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, publish
+from dsv3_lightning.training.loops import loops_at, set_micro_batches
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
@@ -73,6 +74,7 @@ class PretrainModule(pl.LightningModule):
         self.kept: tuple[Tensor, Tensor, list[float]] | None = None
         self.updating = False
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
+        self.micro_batches: Callable[[int], int] | None = None  # those of the step after so many; None: always as many
         self.validated_step: int | None = None  # the step of the last validation
 
     @classmethod
@@ -239,10 +241,20 @@ class PretrainModule(pl.LightningModule):
         """Applies the optimizer settings of this run in place of those in a checkpoint."""
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
+        set_micro_batches(self.trainer, self.micro_batches_after(self.trainer.global_step))
         publish(self.trainer, self.scalars)  # from before a resume: a monitored one may not be logged again soon
 
+    def micro_batches_after(self, step: int) -> int:
+        """Micro-batches of each rank in the step that follows on so many."""
+        if self.micro_batches is None:
+            return self.trainer.accumulate_grad_batches
+        return self.micro_batches(step)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.global_step >= self.max_steps:
+        step = self.trainer.global_step
+        if is_last_micro_batch(self.trainer, batch_idx):
+            set_micro_batches(self.trainer, self.micro_batches_after(step), step)
+        if step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning still validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -310,9 +322,10 @@ class PretrainModule(pl.LightningModule):
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
         self.scalars.update(checkpoint["scalars"])
         step = self.loaded_step = checkpoint["global_step"]
-        micro_batches = self.trainer.accumulate_grad_batches
-        due = step * micro_batches % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
+        all_full = step * self.trainer.accumulate_grad_batches  # val_check_interval counts full steps' micro-batches
+        due = all_full % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
         validate_first = due and not checkpoint["validated"]
+        micro_batches = self.micro_batches_after(step)
         checkpoint["loops"] = loops_at(checkpoint["loops"], step, micro_batches, validate_first)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):  # else a run whose time was up would never make another step

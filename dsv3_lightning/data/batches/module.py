@@ -32,7 +32,8 @@ MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.1626
 class TextDataModule(LightningDataModule):
     """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
 
-    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
+    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. While `batch_ramp`
+    lets the batch grow, a step has fewer of them (see `micro_batches`), which PretrainModule takes care of. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
     numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
@@ -61,6 +62,7 @@ class TextDataModule(LightningDataModule):
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
+        self._layout = Layout(config.batch_size)
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
     def prepare_tokens(self, tell: Callable[[str], None] = say) -> Path:
@@ -77,16 +79,18 @@ class TextDataModule(LightningDataModule):
             self._folder = self.trainer.strategy.broadcast(self._folder)
         elif self._folder is None:
             self.prepare_data()
+        self._layout = self._full_layout()  # later the Trainer's number of micro-batches follows the batch ramp
         self._datasets["validation"] = self._dataset("validation")
         if stage in ("fit", None):
-            self._layout()  # refuses a batch that can't be dealt out
+            for size in np.unique(self.batch_sizes):
+                self._layout.of_step(int(size))  # refuses a batch that can't be dealt out
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
             self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
             rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
 
     def train_dataloader(self) -> "Loader":
-        layout, step = self._layout(), self.trainer.global_step if self.trainer is not None else 0
+        layout, step = self._layout, self.trainer.global_step if self.trainer is not None else 0
         if step and not self._restored:
             raise ConfigError(f"checkpoint of step {step}: the position in the data is missing")
         self._first_step = step
@@ -108,7 +112,7 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        sampler = ValidationSampler(len(dataset), self._layout(), self.limit_val_batches)
+        sampler = ValidationSampler(len(dataset), self._layout, self.limit_val_batches)
         return Loader(dataset, sampler, self.config.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,6 +169,11 @@ class TextDataModule(LightningDataModule):
         """Samples of each optimizer step of the run, over all ranks and micro-batches: int64 [max_steps]."""
         return np.array(batch_sizes(self.config, self.max_steps), dtype=np.int64)
 
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of each rank in the step that follows on the run's first `step` steps."""
+        size = self.batch_sizes[min(step, self.max_steps - 1)]
+        return self._layout.of_step(int(size)).accumulate
+
     def tokens_before(self, step: int) -> int:
         """Positions of the run's first `step` optimizer steps, over all ranks."""
         return int(self.batch_sizes[:step].sum()) * self.config.sequence_length
@@ -200,7 +209,8 @@ class TextDataModule(LightningDataModule):
         """The settings that determine the packed index for given tokens."""
         return self.config.sequence_length, self.mtp_depth, self.config.mask_document_ends
 
-    def _layout(self) -> Layout:
+    def _full_layout(self) -> Layout:
+        """The division of steps of `batch_size` samples. Raises ConfigError."""
         if self.trainer is None:
             return Layout(self.config.batch_size)
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size

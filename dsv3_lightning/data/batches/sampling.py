@@ -6,12 +6,13 @@ processes, and the position is a single integer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from dsv3_lightning.data.batches.permutation import permuted
+from dsv3_lightning.data.batches.ramp import micro_batches
 from dsv3_lightning.errors import ConfigError
 
 ORDER = "feistel"  # another name for another order: checkpoints of the old one are then refused
@@ -51,6 +52,16 @@ class Layout:
     def micro_batch_size(self) -> int:
         return self.batch_size // self.accumulate // self.ranks
 
+    def of_step(self, samples: int) -> "Layout":
+        """The division of a step of fewer samples, whose micro-batches are at most as large. Raises ConfigError."""
+        if samples % self.ranks:
+            raise ConfigError(
+                f"data.batch_ramp: a step of {samples} samples does not divide into {self.ranks} ranks; "
+                f"its start and increment need multiples of {self.ranks}"
+            )
+        number = micro_batches(samples // self.ranks, self.micro_batch_size)
+        return Layout(samples, number, self.ranks, self.rank)
+
     def numbers(self) -> np.ndarray:
         """This rank's samples of a step, numbered from the step's first: int64 [accumulate, micro_batch_size]."""
         parts = np.arange(self.batch_size).reshape(self.accumulate, self.ranks, -1)
@@ -60,7 +71,8 @@ class Layout:
 class TrainSampler:
     """Samples steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
 
-    Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume.
+    Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume,
+    and as if each step had as many micro-batches as the one with the most (see training/loops.py).
     count: samples of an epoch. sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
     """
 
@@ -80,13 +92,13 @@ class TrainSampler:
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
 
     def __len__(self) -> int:
-        return self.max_steps * self.layout.accumulate
+        most = max((self.layout.of_step(int(size)).accumulate for size in np.unique(self.sizes)), default=0)
+        return self.max_steps * most
 
     def __iter__(self) -> Iterator[MicroBatch]:
         first = self.first_sample
         for size in map(int, self.sizes[self.first_step :]):
-            numbers = replace(self.layout, batch_size=size).numbers()
-            samples = order(first + numbers, self.count, self.seed)
+            samples = order(first + self.layout.of_step(size).numbers(), self.count, self.seed)
             first += size
             for number, part in enumerate(samples):
                 yield MicroBatch(part, samples.reshape(-1) if number == 0 else None)
