@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
-from dsv3_lightning.data.batches.module import Loader
+from dsv3_lightning.data.batches.loader import Loader
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
 from dsv3_lightning.data.text.store import FORMAT, TokenFile, TokenWriter, token_dtype, write_manifest

@@ -37,12 +37,15 @@ def set_micro_batches(trainer: Trainer, micro_batches: int, step: int | None = N
     """
     if micro_batches == trainer.accumulate_grad_batches:
         return
-    interval = int(trainer.val_check_batch) // trainer.accumulate_grad_batches
+    assert isinstance(trainer.val_check_batch, int), "the interval of validations is a number of steps"
+    interval = trainer.val_check_batch // trainer.accumulate_grad_batches
     trainer.accumulate_grad_batches, trainer.val_check_batch = micro_batches, interval * micro_batches
+    if step is None:
+        return
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    for part in (progress.total, progress.current) if step is not None else ():
-        for name, count in counts_after(step, micro_batches).items():
-            setattr(part, name, count)
+    for name, count in counts_after(step, micro_batches).items():
+        setattr(progress.total, name, count)
+        setattr(progress.current, name, count)
 
 
 def counts_after(step: int, micro_batches: int) -> dict[str, int]:

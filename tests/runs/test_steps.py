@@ -45,10 +45,11 @@ def test_intervals_count_optimizer_steps_also_under_accumulation_and_in_later_ep
 
 
 def test_a_growing_batch_is_the_same_numbers_in_any_micro_batches_also_when_the_run_goes_on(nano):
-    """Steps of 2, 4, 6 and 8 samples, in 1 to 4 micro-batches; Lightning finds steps and validations by counting them."""
+    """Steps of 2 to 8 samples in 1 to 4 micro-batches, which Lightning counts to find steps and validations."""
     words = (
         "data.batch_ramp={start: 2, increment: 2, tokens: 1536}", DIARY, "trainer.max_steps=10",
-        "trainer.val_check_interval=3", "trainer.limit_val_batches=1", "callbacks.checkpoint={every_n_steps: 1, keep: 9}",
+        "trainer.val_check_interval=3", "trainer.limit_val_batches=1",
+        "callbacks.checkpoint={every_n_steps: 1, keep: 9}",
         "loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}", "optimizer.eps=1e-3",
     )  # fmt: skip
     one = nano.run("one", *words)

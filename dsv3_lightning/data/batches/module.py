@@ -1,21 +1,18 @@
 """TextDataModule: batches from prepared text, in the same order for any number of ranks, loaders and resumes."""
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
 from dsv3_lightning.data.batches.index import open_index, prepare_index
+from dsv3_lightning.data.batches.loader import Loader
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.ramp import batch_sizes
 from dsv3_lightning.data.batches.sampling import ORDER, Layout, TrainSampler, ValidationSampler
@@ -33,8 +30,8 @@ class TextDataModule(LightningDataModule):
     """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
 
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. While `batch_ramp`
-    lets the batch grow, a step has fewer of them (see `micro_batches`), which PretrainModule takes care of. Saved state:
-    `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
+    lets the batch grow, a step has fewer of them (see `micro_batches`), which PretrainModule takes care of.
+    Saved state: `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
     numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
@@ -197,11 +194,11 @@ class TextDataModule(LightningDataModule):
         file = TokenFile(self.prepared, split)
         length, depth = self.config.sequence_length, self.mtp_depth
         mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
-        extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
+        per_token, origins = (None, None) if split == "train" else (self.tokenizer.bytes_per_token(), file.origins())
         found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
         index = pack(file.offsets(), *self._shape, file.loss_spans()) if found is None else found
         return PackedDataset(
-            file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), *extra, whole_steps=self.whole_steps
+            file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), per_token, origins, self.whole_steps
         )
 
     @property
@@ -227,45 +224,6 @@ def length_note(passes: float, tokens: int) -> str:
     if passes <= MANY_PASSES:
         return f"data: {note}"
     return f"warning: {note}; beyond {MANY_PASSES} passes it learns less and less, and little text by heart"
-
-
-class Loader:
-    """A DataLoader that Lightning uses unchanged, without replacing the sampler or warning about workers.
-
-    Starting it draws no global random number, which would make a resumed run differ. Its position is part of the
-    module's state. wait_seconds: time that the consumer has spent waiting for batches.
-    """
-
-    def __init__(self, dataset: PackedDataset, sampler: TrainSampler | ValidationSampler, num_workers: int) -> None:
-        self.wait_seconds = 0.0
-        self.batches = DataLoader(
-            dataset,
-            batch_size=None,  # the dataset makes whole micro-batches
-            sampler=sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batches = iter(self.batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.wait_seconds += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
 
 def data_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.permutation import permuted
-from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.config import BatchRamp, DataConfig
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -55,6 +56,40 @@ def test_loader_processes_keep_the_order(
         make_module(config, max_steps=STEPS, rank=rank, ranks=ranks, accumulate=accumulate) for rank in range(ranks)
     ]
     assert merge([train_ids(module) for module in modules]) == order
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_outlive_the_signals_that_stop_a_run(config: DataConfig, make_module: Make, order: list[int]) -> None:
+    """A run that is asked to stop finishes its step: Ctrl-C and SLURM's signals reach its workers as well."""
+    batches = iter(make_module(dataclasses.replace(config, num_workers=2), max_steps=STEPS).train_dataloader())
+    first = next(batches)
+    workers = torch.multiprocessing.active_children()
+    assert len(workers) == 2
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGTERM"):
+        for worker in workers:
+            os.kill(worker.pid, getattr(signal, name))
+    assert merge([[batch["sample_ids"].tolist() for batch in (first, *batches)]]) == order
+    for worker in workers:  # one that doesn't answer is sent two by its process
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_go_on_from_any_step_with_the_same_batches(config: DataConfig, make_module: Make, workers: int) -> None:
+    growing = dataclasses.replace(config, batch_ramp=BatchRamp(start=2, increment=2, tokens=96 * 30))
+    for step in (0, 3, 7):
+        modules = []
+        for number in (0, workers):
+            module = make_module(dataclasses.replace(growing, num_workers=number), mtp_depth=2, accumulate=2)
+            state = module.state_dict() | {"next_sample": int(module.batch_sizes[:step].sum())}
+            module.load_state_dict(state)
+            module.trainer.global_step = step  # type: ignore[misc, union-attr]
+            modules.append(module)
+        alone, parallel = (list(module.train_dataloader()) for module in modules)
+        for one, other in zip(alone, parallel, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (8, 1)])
