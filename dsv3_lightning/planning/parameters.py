@@ -75,6 +75,13 @@ def count_parameters(model: ModelConfig) -> Parameters:
     return Parameters(main, mtp, model.num_moe_layers * model.n_routed_experts)
 
 
+def parameter_split(model: ModelConfig) -> tuple[int, int]:
+    """Numbers of parameters: all but routed experts, and routed experts."""
+    parameters = count_parameters(model)
+    routed = sum(part["routed experts"].total for part in (parameters.main, parameters.mtp) if "routed experts" in part)
+    return parameters.total - routed, routed
+
+
 def same(n: int) -> Count:
     return Count(n, n)
 

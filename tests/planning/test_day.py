@@ -1,0 +1,71 @@
+"""Validation, checkpoints and failures as shares of a day, and the longest sequence of a rank, by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsv3_lightning.cli import main
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
+from dsv3_lightning.planning import contexts, day
+from dsv3_lightning.planning.layout import Work
+from tests.conftest import ROOT
+
+# Every 1,000 steps of 9 s 100 batches of validation; a checkpoint of 8 TB every 20 minutes, by 256 nodes.
+SCHEDULE = day.Schedule(
+    validate_every=9000.0, batches=100, save_every=1200.0, state=8e12, kept=3, sharded=True,
+)  # fmt: skip
+
+
+def test_shares_by_hand():
+    validation, saving, failures = day.losses(SCHEDULE, step=9.0, gpus=2048, per_node=8)
+    assert validation.seconds == 300 and validation.share == pytest.approx(300 / 9300)  # a third of a step each
+    assert saving.seconds == pytest.approx(8e12 / 2048 / 10e9) and saving.every == 1200
+    # 419 failures of 16,384 GPUs in 54 days: 0.97 a day of 2,048; 80 s of writing at 100 GB/s, 600 s to restart
+    assert failures.every == pytest.approx(86400 / (2048 * 419 / 54 / 16384))
+    assert failures.seconds == pytest.approx(600 + 600 + 80)
+    assert failures.share == pytest.approx(failures.seconds / failures.every)
+
+
+def test_one_file_is_written_by_one_node_while_all_wait():
+    whole = replace(SCHEDULE, sharded=False)
+    assert day.write_seconds(whole, 2048, 8) == pytest.approx(8e12 / 2e9)
+    assert day.losses(whole, 9.0, 2048, 8)[1].share == pytest.approx(4000 / 5200)
+
+
+def test_what_takes_more_than_2_percent_of_a_day_is_a_warning():
+    found = day.losses(SCHEDULE, 9.0, 2048, 8)
+    assert [line.split(":")[1] for line in day.warnings(found, SCHEDULE, 2048, 8)] == [" validation"]
+    hasty = replace(SCHEDULE, save_every=60.0, batches=0)
+    late = day.warnings(day.losses(hasty, 9.0, 2048, 8), hasty, 2048, 8)
+    assert late == ["WARNING: writing a checkpoint takes 1 min, and one is due every 1"]
+
+
+def test_bytes_of_a_checkpoint():
+    assert day.state_bytes(1000, 64) == 12 * 1000 + 4 * 64
+    assert day.state_bytes(1000, 64, moment=2) == 8 * 1000 + 4 * 64
+
+
+def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
+    model = check(compose(["v3"]).tree).model
+    shape, strategy = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep")
+    work = Work(4096, 1, 4096, "bf16", "full")
+    fits = contexts.longest(model, shape, strategy, work, 80e9)
+    assert fits % 1024 == 0
+    sizes = [contexts.memory_of(model, shape, strategy, work, length) for length in (fits, fits + 1024)]
+    assert sizes[0] <= 80e9 < sizes[1]
+    assert contexts.longest(model, shape, strategy, work, 1e9) == 0
+
+
+@pytest.mark.parametrize(("length", "needed"), [(32768, "81.49 GB"), (131072, "291.5 GB")])
+def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, needed: str, capsys):
+    words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
+    long = [f"data.sequence_length={length}", "trainer.accumulate_grad_batches=1", "data.batch_size=2048"]
+    assert main([*words, *long]) == 2
+    error = capsys.readouterr().err
+    assert f"data.sequence_length={length}: one sample needs {needed} on a rank, of 80 GB" in error
+    assert "the longest that fits is 31744" in error and error.count("\n") == 1
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert f"{length:,} positions" in shown and needed in shown and "31,744" in shown
