@@ -28,9 +28,7 @@ class MTPModule(nn.Module):
         self.block = Block(config, dense=False, balance=balance)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def inputs(
-        self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embedding_BSD: Tensor, mask_BS: Tensor
-    ) -> Inputs:
+    def inputs(self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embedding_BSD: Tensor, mask_BS: Tensor) -> Inputs:
         """h_{k-1}, the embeddings of the tokens k positions on, and their mask."""
         ahead = slice(k, k + h_BTD.shape[1])
         return h_BTD, embedding_BSD[:, ahead], mask_BS[:, ahead]
