@@ -129,10 +129,10 @@ def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:
 
 def gathers(model: Transformer) -> list[list[FSDPModule]]:
     """The units in the order in which the forward pass gathers them, those of a block together."""
-    order = [units(block) for block in model.layers]
+    order = [units(cast(Block, block)) for block in model.layers]
     for module in model.mtp:
         projection = [[as_unit(module.eh_proj)]] if isinstance(module, MTPModule) else []
-        order += [*projection, units(module.block)]
+        order += [*projection, units(cast(Block, module.block))]
     tied = model.config.tie_word_embeddings
     return order if tied else [[as_unit(model.embed_tokens)], *order, [as_unit(model.lm_head)]]
 
