@@ -31,13 +31,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--sources", action="store_true", help="also list the coefficients of the time, with their sources")
 
 
+@settings.command
 def run(
-    words: list[str], print_config: bool, gpus: int | None, gpu: str, inside: float | None, between: float | None,
+    given: settings.Settings, gpus: int | None, gpu: str, inside: float | None, between: float | None,
     dry_run: bool, sources: bool,
 ) -> int:  # fmt: skip
-    given = settings.read(words, print_config, mesh=gpus is None)
-    if given is None:
-        return 0
     config = given.config
     for flag, wanted in (("--dry-run", dry_run), ("--sources", sources)):
         if wanted and gpus is None:

@@ -63,16 +63,15 @@ def layout_of(config: Config, shape: MeshShape, strategy: StrategyConfig, work: 
 
 
 def check_length(config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, gpu: GPU) -> None:
-    """Raises ConfigError if one sample is too much for a rank's memory where a shorter one would fit."""
-    needed = contexts.memory_of(config.model, shape, strategy, work, work.sequence_length)
+    """Raises ConfigError if no checkpointing makes room for one sample where a shorter one would fit."""
+    full, length = replace(work, policy="full"), work.sequence_length
+    needed = contexts.memory_of(config.model, shape, strategy, full, length)
     if needed <= gpu.memory:
         return
-    fits = contexts.longest(config.model, shape, strategy, work, gpu.memory)
-    if fits and work.sequence_length > fits:
+    if fits := contexts.longest(config.model, shape, strategy, full, gpu.memory):
         raise ConfigError(
-            f"data.sequence_length={work.sequence_length}: one sample needs {si(needed, 'B')} on a rank, of "
-            f"{si(gpu.memory, 'B')}, with checkpointing {work.policy}; the longest that fits is {fits}, since "
-            "a sequence isn't split over ranks"
+            f"data.sequence_length={length}: one sample needs {si(needed, 'B')} on a rank, of {si(gpu.memory, 'B')}, "
+            f"with checkpointing full; the longest that fits is {fits}, since a sequence isn't split over ranks"
         )
 
 

@@ -11,7 +11,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.activations import activations
 from dsv3_lightning.planning.layout import Mesh, Policy, Work
 from dsv3_lightning.planning.memory import training_memory
-from dsv3_lightning.planning.parameters import attention_weights, moe_parts, parameter_split, swiglu
+from dsv3_lightning.planning.parameters import attention_weights, moe_parts, parameter_split, small_parameters, swiglu
 
 MAX_LOGITS = 2**27  # logits computed at a time, as in model/cpu.py for GPUs
 
@@ -81,6 +81,8 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     gradient's reduction.
     """
     whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True)
+    small = small_parameters(model)
+    more = (1 / (shape.small_shard or shape.dp_shard) - 1 / shape.dp_shard) * 4 * small
     computed = work.computed
     per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size
     block = computed * last_block(model, shape.ep)
@@ -98,10 +100,10 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     ]  # fmt: skip
     gathered, held = max(moments, key=sum)
     return RankMemory(
-        weights=whole.weights / shape.dp_shard,
-        gradients=whole.gradients / shape.dp_shard,
-        optimizer=whole.optimizer / shape.dp_shard,
-        gathered=gathered,
+        weights=whole.weights / shape.dp_shard + more,
+        gradients=whole.gradients / shape.dp_shard + more,
+        optimizer=whole.optimizer / shape.dp_shard + 2 * more,
+        gathered=gathered + 4 * small,
         activations=held,
         offloaded=strategy.cpu_offload,
     )
