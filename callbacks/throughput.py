@@ -116,8 +116,8 @@ class Throughput(Callback):
         assert self.peak_flops is not None, "set when training starts"
         flops = window.tokens / window.seconds * self.flops_per_token
         rates |= {"model_flops_per_second": flops, "mfu": flops / (self.peak_flops * world_size)}
-        if self.measured_peak not in (None, self.peak_flops):
-            rates["mfu_of_measured_peak"] = flops / (self.measured_peak * world_size)  # type: ignore[operator]
+        if self.measured_peak is not None and self.measured_peak != self.peak_flops:
+            rates["mfu_of_measured_peak"] = flops / (self.measured_peak * world_size)
         return rates
 
     def compare_ranks(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float | None]:
