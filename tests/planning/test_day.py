@@ -1,5 +1,6 @@
 """Validation, checkpoints and failures as shares of a day, and the longest sequence of a rank, by hand."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -58,15 +59,18 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     assert contexts.longest(model, shape, strategy, work, 1e9) == 0
 
 
-@pytest.mark.parametrize(("length", "needed"), [(32768, "81.49 GB"), (131072, "291.5 GB")])
-def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, needed: str, capsys):
+@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 82), (131072, 292)])
+def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, gigabytes: int, capsys):
     words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
     long = [f"data.sequence_length={length}", f"model.max_position_embeddings={length}",
             "trainer.accumulate_grad_batches=1", "data.batch_size=2048"]  # fmt: skip
     assert main([*words, *long]) == 2
     error = capsys.readouterr().err
-    assert f"data.sequence_length={length}: one sample needs {needed} on a rank, of 80 GB" in error
-    assert "the longest that fits is 31744" in error and error.count("\n") == 1
+    refused = re.search(rf"data.sequence_length={length}: one sample needs ([0-9.]+ GB) on a rank, of 80 GB", error)
+    assert refused and float(refused[1].split()[0]) == pytest.approx(gigabytes, abs=1) and error.count("\n") == 1
+    fits = re.search(r"the longest that fits is (\d+)", error)
+    assert fits and 30000 < int(fits[1]) < 32768
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert f"{length:,} positions" in shown and needed in shown and "31,744" in shown
+    row = next(line for line in shown.splitlines() if line.startswith(f"{length:,} positions"))
+    assert refused[1] in row and row.endswith("DOES NOT FIT") and f"{int(fits[1]):,}" in shown
