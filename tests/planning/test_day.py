@@ -74,3 +74,20 @@ def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: in
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if line.startswith(f"{length:,} positions"))
     assert refused[1] in row and row.endswith("DOES NOT FIT") and f"{int(fits[1]):,}" in shown
+
+
+CLUSTER = {"v2-lite-8": "8", "moonlight-16": "16", "v3-256": "256", "v3-2048": "2048"}
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_cluster_configs_spend_their_days_training(name: str, capsys):
+    assert main(["plan", str(ROOT / f"configs/cluster/{name}.yaml"), "--gpus", CLUSTER[name]]) == 0
+    assert "WARNING: validation" not in capsys.readouterr().out
+
+
+def test_validation_on_2_percent_of_the_corpus_takes_longer_than_the_training_between(capsys):
+    words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
+    assert main([*words, "data.validation_fraction=0.02", "trainer.limit_val_batches=1.0"]) == 0
+    # 0.02 · 220,538 batches forward, a third of a step each, after 1,000 steps
+    share = 0.02 * 220538 / 3 / (1000 + 0.02 * 220538 / 3)
+    assert f"WARNING: validation: {share:.1%} of the time" in capsys.readouterr().out
