@@ -58,7 +58,8 @@ def layout_of(config: Config, shape: MeshShape, strategy: StrategyConfig, work: 
     """The layout of a run of this config, with the code as it is."""
     balanced = "imbalance.bias" if config.callbacks.get("expert_bias") else "imbalance.loss"
     spread = shape.ep > 1 and config.model.num_moe_layers
-    code = replace(NOW, attention=NOW.masked) if config.data.isolate_documents else NOW
+    code = NOW[hardware.generation]
+    code = replace(code, attention=code.masked) if config.data.isolate_documents else code
     return Layout(shape, strategy, work, code, hardware.rate(balanced) if spread else 1.0)
 
 

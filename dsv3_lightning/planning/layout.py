@@ -58,13 +58,17 @@ class Work:
 
 
 class Again(NamedTuple):
-    """The share of each part of a block's forward pass that the backward pass computes a second time."""
+    """The share of each part of a block's forward pass that the backward pass computes a second time.
+
+    memory: norms, rotations and activations. rows: the sorting of tokens. exchange: the number of all-to-alls, of two.
+    """
 
     attention: float
     experts: float
     products: float
-    memory: float  # norms, rotations, activations, and the sorting of tokens
-    exchange: float
+    memory: float
+    rows: float
+    exchange: int
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,16 @@ class Implementation:
 
 FIRST = Implementation(  # this project's code of November 2026, before it was planned by parts
     attention="flash", fused=False, rows="sorted", exchange="direct", syncs=3,
-    again={"none": Again(0, 0, 0, 0, 0), "selective": Again(0, 0, 0, 1, 1), "full": Again(1, 1, 1, 1, 1)},
+    again={
+        "none": Again(0, 0, 0, 0, 0, 0),
+        "selective": Again(0, 0, 0, 1, 1, 2),
+        "full": Again(1, 1, 1, 1, 1, 2),
+    },
 )  # fmt: skip
-NOW = replace(FIRST, reduce_once=True)  # what the code does today
+NOW = {  # what the code does today, by GPU generation
+    "sm90": replace(FIRST, reduce_once=True),
+    "sm80": replace(FIRST, reduce_once=True),
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class Layout:
     mesh: Mesh
     strategy: Policy
     work: Work
-    code: Implementation = NOW
+    code: Implementation
     imbalance: float = 1.0
 
     @property

@@ -135,11 +135,11 @@ def sorting(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part
     rows = work.tokens * work.micro_batches * moe * model.num_experts_per_tok * layout.imbalance
     by_rows = passes.ROW_PASSES["local" if layout.mesh.ep == 1 and code.rows != "fused" else code.rows]
     moved = rows * model.hidden_size * work.computed
-    moved *= (1 + layout.again.memory) * by_rows.forward + by_rows.backward
+    moved *= (1 + layout.again.rows) * by_rows.forward + by_rows.backward
     seconds = moved / hardware.memory_rate
     names: tuple[str, ...] = ("memory.share",)
     if code.rows != "fused":
-        sorts = (1 if layout.mesh.ep == 1 else 2) * (1 + layout.again.memory)
+        sorts = (1 if layout.mesh.ep == 1 else 2) * (1 + layout.again.rows)
         seconds += sorts * rows / hardware.rate("sort.keys")
         names += ("sort.keys",)
     return [Part("sorting of tokens", seconds, (), names)]
@@ -150,7 +150,7 @@ def host_waits(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[P
     moe = moe_layers(model)
     if not moe:
         return []
-    count = layout.code.syncs * moe * (1 + layout.again.exchange) * layout.work.micro_batches
+    count = layout.code.syncs * moe * (1 + bool(layout.again.exchange)) * layout.work.micro_batches
     return [Part("host waits for counts", count * hardware.rate("host.sync"), (), ("host.sync",))]
 
 

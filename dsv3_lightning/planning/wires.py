@@ -92,9 +92,9 @@ def gathers(layout: Layout) -> Gathers:
     return Gathers(each * (2 if layout.strategy.reshard_after_forward else 1), each)
 
 
-def exchanges(layout: Layout) -> float:
+def exchanges(layout: Layout) -> int:
     """All-to-alls of tokens per MoE layer and micro-batch: there and back, their gradients, and what is sent again."""
-    return 4 + 2 * layout.again.exchange
+    return 4 + layout.again.exchange
 
 
 def neighbors(layout: Layout, hardware: Hardware) -> tuple[int, int]:
@@ -118,13 +118,13 @@ def exchange(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Par
     seconds = inside + between if code.exchange == "by_node" else max(inside, between)
     start = hardware.rate("collective.start") + (shape.ep - 1) * hardware.rate("exchange.peer")
     calls = exchanges(layout) * (2 if code.exchange == "by_node" and spread else 1)
-    counted = code.counted * (1 + layout.again.exchange)
+    counted = code.counted * (1 + bool(layout.again.exchange))
     waits = (calls + counted) * start * moe * work.micro_batches
     names = tuple(f"{kind}.{where}" for where in (("inside", "between") if spread else ("inside",)))
     names += ("collective.start", "exchange.peer")
     if code.exchange_hidden:
         return [Part("tokens to experts and back", seconds + waits, COMPUTING, names)]
-    first = (1 + layout.again.exchange) / exchanges(layout)
+    first = (1 + bool(layout.again.exchange)) / exchanges(layout)
     found = [Part("tokens to experts and back", (1 - first) * seconds + waits, (), names)]
     return [*found, Part("tokens to experts, beside the shared ones", first * seconds, ("shared experts",), names)]
 

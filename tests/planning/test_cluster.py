@@ -86,11 +86,11 @@ def test_what_is_offloaded_is_on_the_host_and_travels():
     assert there.kept == pytest.approx(16 * own, rel=1e-5)
     assert here.total - there.total == pytest.approx(16 * own, rel=1e-5) and there.gathered == here.gathered
     hardware = Hardware(replace(GPUS["h800"], host=100.0))
-    moved = traffic(V3, hardware, Layout(shape, offloading_, WORK)).host
+    moved = traffic(V3, hardware, Layout(shape, offloading_, WORK, FIRST)).host
     assert moved == pytest.approx(2 * (2 * 4 + 4) * own)  # two micro-batches
-    (part,) = offloading(V3, hardware, Layout(shape, offloading_, WORK))
+    (part,) = offloading(V3, hardware, Layout(shape, offloading_, WORK, FIRST))
     assert part.seconds == pytest.approx(moved / (100 * 0.8)) and part.hidden_under
-    assert offloading(V3, hardware, Layout(shape, FSDP, WORK)) == []
+    assert offloading(V3, hardware, Layout(shape, FSDP, WORK, FIRST)) == []
 
 
 def test_the_plan_shows_the_host_every_policy_and_takes_bandwidths(capsys: pytest.CaptureFixture[str]):
