@@ -1,5 +1,6 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class PretrainModule(pl.LightningModule):
         self.loaded_step = 0
         self.kept: tuple[Tensor, Tensor, list[float]] | None = None
         self.updating = False
+        self.forward_start = 0.0  # time.perf_counter when the callbacks were done with a batch
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
         self.micro_batches: Callable[[int], int] | None = None  # those of the step after so many; None: always as many
         self.validated_step: int | None = None  # the step of the last validation
@@ -249,6 +251,9 @@ class PretrainModule(pl.LightningModule):
         if self.micro_batches is None:
             return self.trainer.accumulate_grad_batches
         return self.micro_batches(step)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.forward_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step

@@ -32,8 +32,8 @@ class TextDataModule(LightningDataModule):
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. While `batch_ramp`
     lets the batch grow, a step has fewer of them (see `micro_batches`), which PretrainModule takes care of.
     Saved state: `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that
-    gives such numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first
-    sample.
+    gives such numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its
+    first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
     own counts micro-batches).
