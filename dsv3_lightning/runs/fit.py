@@ -23,6 +23,7 @@ from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
+from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS
@@ -37,6 +38,7 @@ from dsv3_lightning.runs.trainer import (
     quiet_libraries,
     refuse_taken_port,
     resolve_precision,
+    run_device,
 )
 from dsv3_lightning.training.module import PretrainModule
 
@@ -68,13 +70,17 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     rank_zero_only.rank = rank_of(config.trainer, os.environ)  # type: ignore[attr-defined]  # Lightning believes RANK
     folder = RunFolder(config)
     try:
-        with put_back(os.environ):
+        variables = run_environment(
+            run_device(config).type, several_processes(config.trainer), folder.path / "flight_recorder", os.environ
+        )
+        with put_back(os.environ), added(os.environ, variables):
             if open_run(folder, config, tree):
                 return 0
             start = find_start(folder, config, tree)
             parts, reason = build(folder, config, tree, start)
             if is_first_rank():
                 prepare_once(folder, config, sources, start, parts, reason)
+            make_folder_of(os.environ.get(RECORDER))
             return train(parts, start)
     except Exception as error:
         if (told := in_one_line(error, folder.path)) is error:
