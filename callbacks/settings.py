@@ -124,6 +124,22 @@ def no_settings(callback: str) -> type[Any]:
     return make_dataclass(f"{callback}Settings", (), frozen=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GarbageCollectionSettings:
+    every_n_steps: int = 50
+
+    def __post_init__(self) -> None:
+        at_least(1, "garbage_collection.every_n_steps", self.every_n_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySnapshotSettings:
+    history: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, "memory_snapshot.history", self.history, " (0 records no history)")
+
+
 CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that of the file
     "expert_bias": ExpertBiasSettings,
     "balance_factor": BalanceFactorSettings,
@@ -133,6 +149,8 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "router_probe": no_settings("RouterProbe"),
     "weight_average": WeightAverageSettings,
     "throughput": ThroughputSettings,
+    "garbage_collection": GarbageCollectionSettings,
+    "memory_snapshot": MemorySnapshotSettings,
     "sample_text": SampleTextSettings,
     "checkpoint": CheckpointSettings,
     "progress": no_settings("Progress"),
