@@ -140,6 +140,19 @@ class MemorySnapshotSettings:
         at_least(0, "memory_snapshot.history", self.history, " (0 records no history)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossSpikeSettings:
+    threshold: float = 6.0
+    window: int = 50
+    max_returns: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ConfigError(f"callbacks.loss_spike.threshold={self.threshold}: must be above 0")
+        at_least(2, "loss_spike.window", self.window)
+        at_least(0, "loss_spike.max_returns", self.max_returns)
+
+
 CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that of the file
     "expert_bias": ExpertBiasSettings,
     "balance_factor": BalanceFactorSettings,
@@ -149,6 +162,7 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "router_probe": no_settings("RouterProbe"),
     "weight_average": WeightAverageSettings,
     "throughput": ThroughputSettings,
+    "loss_spike": LossSpikeSettings,
     "garbage_collection": GarbageCollectionSettings,
     "memory_snapshot": MemorySnapshotSettings,
     "sample_text": SampleTextSettings,

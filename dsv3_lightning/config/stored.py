@@ -33,6 +33,7 @@ OFF: dict[str, Any] = {
     "callbacks.router_monitor.per_layer": False,
     "callbacks.throughput.peak_flops": None,
     "callbacks.throughput.straggler": 1.5,
+    "callbacks.loss_spike": None,
     "callbacks.garbage_collection": None,
     "callbacks.memory_snapshot": {"history": 0},  # it changes nothing in a run that has enough memory
 }

@@ -1,18 +1,16 @@
 """The return of a run to an earlier checkpoint, in the process that was training."""
 
 import gc
-import os
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 
 from dsv3_lightning.callbacks.loss_spike import RETURNS, LossSpiked, read_returns, returns_text
-from dsv3_lightning.common.files import remove, write_file
+from dsv3_lightning.common.files import write_file
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.skips import skip_between
-from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
-from dsv3_lightning.runs.record import SET_ASIDE
+from dsv3_lightning.runs.record import set_aside
 
 
 def record_return(folder: Path, trainer: Trainer, data: TextDataModule, spiked: LossSpiked) -> None:
@@ -28,19 +26,6 @@ def record_return(folder: Path, trainer: Trainer, data: TextDataModule, spiked: 
         write_file(folder / RETURNS, returns_text([*read_returns(folder), record]))
         print(f"{spiked}, and on without the samples since (return {len(read_returns(folder))})", flush=True)
     trainer.strategy.barrier()
-
-
-def set_aside(folder: Path, step: int) -> None:
-    """Moves the checkpoints after this step out of the way."""
-    files = folder / "checkpoints"
-    later = [path for path in resumable_files(files) if step_in(path) > step]
-    for path in later:
-        aside = folder / SET_ASIDE / path.name
-        aside.parent.mkdir(exist_ok=True)
-        remove(aside)
-        os.replace(path, aside)
-    if later:
-        (files / "last.ckpt").unlink(missing_ok=True)
 
 
 def free_memory() -> None:

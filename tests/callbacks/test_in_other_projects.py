@@ -17,6 +17,7 @@ from dsv3_lightning.callbacks import (
     Checkpoint,
     ExpertBias,
     GarbageCollection,
+    LossSpike,
     MemorySnapshot,
     MTPWeight,
     Progress,
@@ -184,6 +185,7 @@ class TensorRows(IterableDataset):
 LACKING = {
     BalanceFactor: "`balance.scale`",
     ExpertBias: "`expert_bias`",
+    LossSpike: "`skips`",
     MTPWeight: "`mtp_weight`",
     RouterMonitor: "`expert_bias`",
     RouterProbe: "`model`",

@@ -122,6 +122,7 @@ LEAVES = {
     "callbacks.weight_average": ("{decay: 0.5}", NUMBERS),
     "callbacks.throughput.peak_flops": (2e11, "speed"),
     "callbacks.throughput.straggler": (1.2, "elsewhere: tests/callbacks/test_rank_times.py"),
+    "callbacks.loss_spike": ("{threshold: 3}", "elsewhere: tests/runs/test_loss_spike.py"),
     "callbacks.garbage_collection": ("{every_n_steps: 2}", "elsewhere: tests/callbacks/test_operation.py"),
     "callbacks.memory_snapshot.history": (1000, "elsewhere: tests/callbacks/test_operation.py"),
     "callbacks.sample_text.every_n_steps": (1, TEXT),
