@@ -50,9 +50,8 @@ def test_it_goes_back_leaves_the_samples_out_and_does_the_same_when_it_is_killed
     losses = dict(zip(*run.scalars()["loss/main"], strict=True))
     assert sorted(losses) == list(range(1, 17)) and max(losses.values()) < 10
 
-    raising = (
-        "callbacks.raise={class_path: tests.runs.poison.Raise, init_args: {moments: [[11, on_train_batch_start]]}}"
-    )
+    moments = "[[11, on_train_batch_start]]"
+    raising = f"callbacks.raise={{class_path: tests.runs.poison.Raise, init_args: {{moments: {moments}}}}}"
     with pytest.raises(SystemExit):  # in the second life, before its first checkpoint
         nano.run("killed", *SPIKE, raising)
     killed = nano.run("killed", *SPIKE, raising)
