@@ -1,5 +1,6 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class PretrainModule(pl.LightningModule):
         self.loaded_step = 0
         self.kept: tuple[Tensor, Tensor, list[float]] | None = None
         self.updating = False
+        self.forward_start = 0.0  # time.perf_counter when the callbacks were done with a batch
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
         self.validated_step: int | None = None  # the step of the last validation
 
@@ -89,14 +91,13 @@ class PretrainModule(pl.LightningModule):
         arguments: of the class, in place of those that follow from the stored settings. Raises ConfigError.
         """
         path = Path(checkpoint_path)
-        stored, settings = stored_arguments(path)
-        module = cls(**stored | arguments)
-        module.settings = settings
+        checkpoint = open_checkpoint(path)
+        module = cls(**stored_arguments(checkpoint) | arguments)
+        module.settings = checkpoint.settings
         module.model.to_empty(device=map_location or "cpu")
         module.model.tie_weights()
         try:
-            opened = open_checkpoint(path)
-            module.load_state_dict({name: opened.read(name) for name in opened.names()}, strict=strict)
+            module.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names()}, strict=strict)
         except RuntimeError as error:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
         return module.eval()
@@ -232,6 +233,9 @@ class PretrainModule(pl.LightningModule):
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
         publish(self.trainer, self.scalars)  # from before a resume: a monitored one may not be logged again soon
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.forward_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
