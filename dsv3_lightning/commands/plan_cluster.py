@@ -49,7 +49,7 @@ def cluster_tables(config: Config, gpus: int, hardware: Hardware, name: str, dry
     tables += [traffic_table(config, hardware, layout), part_table(planned)]
     tables += [
         time_table(config, planned, gpus, gpu.peak_in(work.precision)),
-        day_table(config, planned, gpus, gpu, strategy),
+        day_table(config, planned, work, gpus, gpu, strategy),
     ]
     return [*tables, source_table(planned, hardware)] if sources else tables
 
@@ -95,7 +95,8 @@ def work_of(config: Config, gpus: int) -> Work:
     T = config.data.sequence_length
     check_step(config, samples, ranks, gpus)
     micro_batches = config.data.batch_size // (samples * gpus)
-    return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing)
+    moment = 2 if config.optimizer.moments == "bf16" else 4
+    return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing, moment=moment)
 
 
 def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
@@ -231,8 +232,8 @@ def time_table(config: Config, planned: Step, gpus: int, peak: float) -> str:
     return table(rows)
 
 
-def schedule_of(config: Config, seconds: float, sharded: bool) -> day.Schedule:
-    """What interrupts a run of this config. seconds: of a step.
+def schedule_of(config: Config, seconds: float, sharded: bool, moment: int) -> day.Schedule:
+    """What interrupts a run of this config. seconds: of a step. moment: bytes of a number in AdamW's moments.
 
     A share in trainer.limit_val_batches is of the held-out documents, which are `data.validation_fraction` of the run's
     tokens if these are seen once.
@@ -249,15 +250,15 @@ def schedule_of(config: Config, seconds: float, sharded: bool) -> day.Schedule:
         validate_every=trainer["val_check_interval"] * seconds,
         batches=batches,
         save_every=min(*intervals, trainer["max_steps"] * seconds),
-        state=day.state_bytes(counted.total, counted.bias_entries),
+        state=day.state_bytes(counted.total, counted.bias_entries, moment),
         kept=(settings.get("keep") or 0) + (settings.get("keep_best") or 0),
         sharded=sharded,
     )
 
 
-def day_table(config: Config, planned: Step, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
+def day_table(config: Config, planned: Step, work: Work, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
     """A table of what of a day isn't training, with a warning for what takes more than 2 % of it."""
-    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints)
+    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints, work.moment)
     found = day.losses(schedule, planned.seconds, gpus, gpu.per_node)
     rows = [("of a day", "share", "each takes", "every")]
     rows += [(loss.name, f"{loss.share:.2%}", duration(loss.seconds), duration(loss.every)) for loss in found]

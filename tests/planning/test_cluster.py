@@ -76,6 +76,8 @@ def test_shares_are_the_whole_over_the_ranks():
     assert memory.weights == pytest.approx(4 * total / 256, rel=1e-5)  # fp32, gathered in bf16
     assert memory.gradients == pytest.approx(4 * total / 256, rel=1e-5)
     assert memory.optimizer == pytest.approx(8 * total / 256, rel=1e-5)  # two moments
+    rounded = rank_memory(V3, MeshShape(8, 256, 64), FSDP, replace(WORK, moment=2))
+    assert rounded.optimizer == pytest.approx(4 * total / 256, rel=1e-5)
 
 
 def test_what_is_offloaded_is_on_the_host_and_travels():
