@@ -9,6 +9,7 @@ from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.planning import contexts, day
 from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, rank_memory
@@ -20,6 +21,7 @@ from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.planning.step import Step, step
 from dsv3_lightning.planning.wires import traffic
 
+CROWDED = 1.5  # routed tokens of a rank with popular experts over the mean, before the router is balanced
 PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
 
 
@@ -41,7 +43,8 @@ def cluster_tables(config: Config, gpus: int, hardware: Hardware, name: str, dry
     layout = layout_of(config, shape, strategy, work, hardware)
     planned = step(config.model, hardware, layout)
     head = f"{gpus:,} {name.upper()}, {strategy.kind}{chosen}: {shape}"
-    tables = [head, memory_table(memory, gpu, work)]
+    crowded = rank_memory(busier(config.model), shape, strategy, work)
+    tables = [head, memory_table(memory, crowded if shape.ep > 1 else None, gpu, work)]
     tables.append(policy_table(config, hardware, layout))
     tables.append(length_table(config, shape, strategy, work, gpu))
     if dry:
@@ -119,7 +122,13 @@ def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
     )
 
 
-def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
+def busier(model: ModelConfig) -> ModelConfig:
+    """A model of which each rank gets as many routed tokens as a rank of this one that has popular experts."""
+    return replace(model, num_experts_per_tok=math.ceil(CROWDED * model.num_experts_per_tok))
+
+
+def memory_table(memory: RankMemory, crowded: RankMemory | None, gpu: GPU, work: Work) -> str:
+    """A table of a rank's memory. crowded: that of a rank with CROWDED times its routed tokens."""
     exact = "exact, on the host" if memory.offloaded else "exact"
     return table(
         [
@@ -132,6 +141,8 @@ def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
              "estimate"),
             *([("sum on the host", si(memory.kept, "B"), "")] if memory.offloaded else []),
             ("sum", si(memory.total, "B"), f"{verdict(memory, gpu)} in {si(gpu.memory, 'B')}"),
+            *([(f"sum with {CROWDED:g} times the routed tokens", si(crowded.total, "B"), verdict(crowded, gpu))]
+              if crowded else []),
         ]
     )  # fmt: skip
 
