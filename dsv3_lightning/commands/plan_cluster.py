@@ -255,12 +255,15 @@ def schedule_of(config: Config, seconds: float, sharded: bool, moment: int) -> d
     batches = min(limit, held_out) if isinstance(limit, int) else limit * held_out
     settings: dict[str, Any] = config.callbacks.get("checkpoint") or {}
     minutes, steps = settings.get("every_n_minutes"), settings.get("every_n_steps")
-    intervals = [60.0 * minutes if minutes else math.inf, steps * seconds if steps else math.inf]
+    clock = (
+        math.ceil(60 * minutes / seconds) if minutes else math.inf
+    )  # steps; saved after the first that is late enough
+    every = min(clock, steps or math.inf, trainer["max_steps"])
     counted = count_parameters(config.model)
     return day.Schedule(
         validate_every=trainer["val_check_interval"] * seconds,
         batches=batches,
-        save_every=min(*intervals, trainer["max_steps"] * seconds),
+        save_every=every * seconds,
         state=day.state_bytes(counted.total, counted.bias_entries, moment),
         kept=(settings.get("keep") or 0) + (settings.get("keep_best") or 0),
         sharded=sharded,
