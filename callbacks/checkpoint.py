@@ -24,7 +24,7 @@ from dsv3_lightning.training.logging import is_last_micro_batch, latest_values, 
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
-GO_ON = "which is saved; the same command goes on from there"
+RESUMES = "which is saved; the same command resumes from there"
 
 
 class Checkpoint(CheckpointBase):
@@ -136,7 +136,7 @@ class Checkpoint(CheckpointBase):
             self.save(trainer)
         self.settle(trainer)
         if trainer.should_stop and 0 < step < planned_steps(trainer) and trainer.is_global_zero:
-            print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
+            print(f"stopped by {who_stopped(trainer)} after step {step}, {RESUMES}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the last completed step in a run of one process; with several, ranks may be at different steps."""
@@ -148,7 +148,7 @@ class Checkpoint(CheckpointBase):
                 part.take_back()
             self.save(trainer)
             self.settle(trainer)
-            print(f"stopped by {type(exception).__name__} after step {step}, {GO_ON}", flush=True)
+            print(f"stopped by {type(exception).__name__} after step {step}, {RESUMES}", flush=True)
 
     def note_done(self, trainer: Trainer) -> None:
         self.done = trainer.global_step
@@ -224,7 +224,7 @@ def keepers(trainer: Trainer) -> list[Any]:
 
 def raise_if_signal(stop: int, step: int) -> None:
     if stop not in (0, ASKED):
-        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {GO_ON}", code=128 + stop)
+        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {RESUMES}", code=128 + stop)
 
 
 def who_stopped(trainer: Trainer) -> str:

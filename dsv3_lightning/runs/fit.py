@@ -42,7 +42,7 @@ from dsv3_lightning.training.module import PretrainModule
 
 
 class Start(NamedTuple):
-    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and what to tell of it."""
+    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and notes to print."""
 
     checkpoint: tuple[Path, int] | None
     source: WeightSource | None
@@ -77,9 +77,9 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
                 prepare_once(folder, config, sources, start, parts, reason)
             return train(parts, start)
     except Exception as error:
-        if (told := in_one_line(error, folder.path)) is error:
+        if (reported := in_one_line(error, folder.path)) is error:
             raise
-        raise told from error
+        raise reported from error
     finally:  # an exception inside of Lightning keeps this frame, and the lock with it, until garbage is collected
         folder.lock.release(force=True)
 
@@ -93,7 +93,7 @@ def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
         wait_for_first_rank(folder.path / CONFIG, rank_zero_only.rank)  # type: ignore[attr-defined]
     elif folder.stored_tree() is not None:
         folder.reopen(tree)
-    finished = folder.finished() and folder.goes_on()
+    finished = folder.finished() and folder.resumes_own()
     if finished and is_first_rank():
         shown = display_path(folder.path)
         print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
@@ -178,7 +178,7 @@ def train(parts: Parts, start: Start) -> int:
 
 
 def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
-    """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
+    """The folder that the run starts from, and notes to print. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []
     source = weight_source(config.init_from)

@@ -31,7 +31,7 @@ CARRIED = "run"  # the key under which a consolidated file has its run's tokeniz
 class Found(NamedTuple):
     """A run's checkpoint and what is needed to use its model.
 
-    folder: where results go unless told otherwise: the run's, or the one that a consolidated file lies in.
+    folder: the default folder for results: the run's, or the one that a consolidated file lies in.
     report: the content of report.json; empty where the run has none yet.
     """
 

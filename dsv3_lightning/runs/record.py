@@ -112,7 +112,7 @@ class RunFolder:
             )
 
     def data_inputs(self) -> dict[str, Any] | None:
-        """What the run's data were made of; None before they were. Its own, or those of the run that it goes on from.
+        """What the run's data were made of; None before they were. Its own, or those of the run that it resumes from.
 
         The run holds to them (data/text/prepare.py), wherever the texts and the tokenizer lie by now.
         """
@@ -143,7 +143,7 @@ class RunFolder:
         report = read_report(self.path)
         return report is not None and report["steps"] >= self.config.trainer["max_steps"]
 
-    def goes_on(self) -> bool:
+    def resumes_own(self) -> bool:
         """Whether the run continues from its own checkpoints: run.resume is auto or the path that it began from."""
         wanted, begun = self.config.run.resume, self.begun_from()
         return wanted == "auto" or (begun is not None and begun["path"] == wanted)
@@ -169,16 +169,16 @@ class RunFolder:
             return None
         if wanted == "auto":
             return newest_good(own)
-        begun = self.begun_from() if self.goes_on() else None
+        begun = self.begun_from() if self.resumes_own() else None
         if begun is not None and (newer := newest_good([path for path in own if step_in(path) > begun["step"]])):
             return newer
         path = Path(wanted)
         if not path.exists():
-            raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
+            raise ConfigError(f"run.resume={wanted}: no such checkpoint")
         if own and begun is None and path.parent.resolve() != own[0].parent.resolve():
             raise ConfigError(
-                f"run.resume={wanted}: {self.path} has checkpoints of its own; resume=auto goes on from them, "
-                "another run.name begins from the path"
+                f"run.resume={wanted}: {self.path} has checkpoints of its own; resume=auto continues from them, "
+                "another run.name starts from the path"
             )
         step = step_of(path)
         stored, stateful = made_with(path)

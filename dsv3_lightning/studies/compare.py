@@ -69,7 +69,7 @@ def run(runs: list[Path], markdown: Path | None, plot: Path | None, equal: bool)
     groups = grouped(find_runs(runs))
     rows = comparison(groups)
     print(table(rows))
-    print("± is the standard deviation over seeds; cache/token counts numbers; speeds are of runs beside each other")
+    print("± is the standard deviation over seeds; cache/token is in numbers; runs that shared a machine are slower")
     if markdown is not None:
         write_file(markdown, markdown_table(rows))
     if plot is not None:
@@ -192,6 +192,6 @@ PANELS = {
     "val/bpb": "bits per byte of validation text",
     "balance/max_vio": "MaxVio of a batch (0 is balance)",
     "balance/max_vio_global": "MaxVio over the validation set",
-    "mtp/acceptance_1": "share of MTP's first guesses that are kept",
+    "mtp/acceptance_1": "share of MTP's first drafts that are accepted",
     SPEED: "tokens per second",
 }

@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
     """Runs the unfinished runs; returns 0 if all are finished, else 1. words: the experiment, then key=value overrides.
 
-    Each run is a separate process with an equal share of the cores and logs to `<run>.log` beside its folder. A failed
+    Each run is a separate process with an equal share of the cores and logs to `<run>.log` next to its folder. A failed
     run doesn't stop the others. task: index of the only run to run. slurm: print a batch script and write nothing.
     """
 

@@ -140,7 +140,7 @@ ARGUMENTS = "speed, n, pairs, until"
         ),
         (
             "{class_path: beside_the_run.Mine, speed: 1}",
-            "callbacks.mine.speed: not valid beside class_path; arguments stand under init_args",
+            "callbacks.mine.speed: not valid next to class_path; arguments go under init_args",
         ),
         (
             "{class_path: beside_the_run.Mine, init_args: 3}",
@@ -161,7 +161,7 @@ ARGUMENTS = "speed, n, pairs, until"
         ),
     ],
 )
-def test_a_wrong_block_is_told_in_one_line(block: str, expected: str):
+def test_a_wrong_block_is_reported_in_one_line(block: str, expected: str):
     if not block.startswith("{class_path"):  # arguments
         block = f"{{class_path: beside_the_run.Mine, init_args: {block}}}"
         expected = expected.replace("callbacks.mine", "callbacks.mine.init_args", 1)
@@ -192,7 +192,7 @@ def test_trainer_arguments_are_lightnings_own_and_typed():
         ),
     ],
 )
-def test_a_wrong_trainer_argument_is_told_in_one_line(argument: str, value: Any, expected: str):
+def test_a_wrong_trainer_argument_is_reported_in_one_line(argument: str, value: Any, expected: str):
     with pytest.raises(ConfigError) as caught:
         check_objects(config(trainer=config().trainer | {argument: value}))
     assert str(caught.value) == expected

@@ -243,7 +243,7 @@ NAMES = ", ".join(CALLBACKS)
         (["callbacks.foo={a: 1}"], f"callbacks.foo: no such callback, nor a class_path; valid: {NAMES}"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line(overrides: list[str], expected: str):
+def test_a_wrong_setting_is_reported_in_one_line(overrides: list[str], expected: str):
     with pytest.raises(ConfigError) as caught:
         check(nano(*overrides))
     assert str(caught.value) == expected

@@ -1,4 +1,4 @@
-"""Decoding with the cache is the training path, position by position, alone and beside others."""
+"""Decoding with the cache is the training path, position by position, alone and together with others."""
 
 import itertools
 from dataclasses import replace

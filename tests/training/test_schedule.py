@@ -69,7 +69,7 @@ def test_a_place_is_counted_in_shares_steps_or_tokens():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "by", "told"),
+    ("wrong", "by", "reported"),
     [
         ([], "share", "must be a list of points"),
         (5, "share", "must be a list of points"),
@@ -85,6 +85,6 @@ def test_a_place_is_counted_in_shares_steps_or_tokens():
         ([[0.0, 1.0]], "epochs", "must be share, steps or tokens"),
     ],
 )
-def test_a_wrong_schedule_is_named(wrong, by, told):
-    with pytest.raises(ConfigError, match=rf"^callbacks\.x\.(schedule|by)=.*{told}"):
+def test_a_wrong_schedule_is_named(wrong, by, reported):
+    with pytest.raises(ConfigError, match=rf"^callbacks\.x\.(schedule|by)=.*{reported}"):
         check_schedule(wrong, by, "callbacks.x.schedule")

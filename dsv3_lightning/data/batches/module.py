@@ -34,7 +34,7 @@ class TextDataModule(LightningDataModule):
 
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
-    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
+    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn again from its first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
     own counts micro-batches).
@@ -64,7 +64,7 @@ class TextDataModule(LightningDataModule):
         self._first_step, self._first_sample, self._restored = 0, 0, False
 
     def prepare_tokens(self, tell: Callable[[str], None] = say) -> Path:
-        """Prepares the token files, unless that is done. tell: gets what `prepare` has to tell."""
+        """Prepares the token files, unless that is done. tell: called with each note of `prepare`."""
         if self._folder is None:
             self._folder = prepare(self.config, self.known, tell)
         return self._folder

@@ -79,7 +79,7 @@ def refuse_no_text(where: str, content: bytes) -> None:
 
 
 class BadLines:
-    """The lines of a file that can't be used, by reason: told together, not one per start."""
+    """The lines of a file that can't be used, by reason: reported together, not one per start."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.numbers, self.count = source, dict[str, list[int]](), 0
@@ -89,13 +89,13 @@ class BadLines:
         self.count += 1
 
     def error(self) -> ConfigError:
-        told = [
+        bad = [
             f"{'line' if len(numbers) == 1 else 'lines'} {', '.join(map(str, numbers))}: {reason}"
             for reason, numbers in self.numbers.items()
         ]
         more = " (the rest of the file was not read)" if self.count >= MOST_BAD_LINES else ""
         return ConfigError(
-            f"data.paths: {utf8_path(self.source.path)}, {'; '.join(told)}{more}; data.skip_bad_lines=true leaves bad "
+            f"data.paths: {utf8_path(self.source.path)}, {'; '.join(bad)}{more}; data.skip_bad_lines=true leaves bad "
             "lines out"
         )
 

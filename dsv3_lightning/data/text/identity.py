@@ -41,7 +41,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(found[:SHOWN]) + more
 
 
-def why_anew(folder: Path, inputs: dict[str, Any]) -> str | None:
+def why_again(folder: Path, inputs: dict[str, Any]) -> str | None:
     """Why the data of these inputs aren't there, though others of the same texts are; None where none are."""
     if folder.exists():
         return f"{folder.name} is damaged, or of another version"

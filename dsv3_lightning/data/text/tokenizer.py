@@ -78,8 +78,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder. The end token is that of the tokenizer_config.json beside it,
-        else V3's; begin and padding are the tokens with V3's names, else those of that file, else the end token.
+        """Reads a tokenizer.json, or the one in a folder.
+
+        The end token is that of the tokenizer_config.json next to it, else V3's; begin and padding are the tokens with
+        V3's names, else those of that file, else the end token.
 
         Raises ConfigError that names the file.
         """

@@ -1,4 +1,4 @@
-"""The index is made once and shared: what is found is used, what is damaged made anew, and memory holds none of it."""
+"""The index is made once and shared: what is found is used, what is damaged is made again, none of it is in memory."""
 
 import mmap
 import pickle

@@ -212,8 +212,8 @@ def test_a_bad_conversation_is_named_by_file_and_line(tmp_path: Path, messages: 
     write(tmp_path / "x.jsonl", [talk("q", "a"), messages])
     with pytest.raises(ConfigError) as error:
         list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages"))
-    told = f"data.paths: {tmp_path / 'x.jsonl'}, line 2: {message}; data.skip_bad_lines=true leaves bad lines out"
-    assert str(error.value) == told
+    reported = f"data.paths: {tmp_path / 'x.jsonl'}, line 2: {message}; data.skip_bad_lines=true leaves bad lines out"
+    assert str(error.value) == reported
 
 
 def said_and_learned(line: dict[str, Any], key: str = "messages") -> tuple[list[tuple[str, str, bool]], Counter[str]]:

@@ -125,15 +125,15 @@ def test_a_data_set_that_cannot_be_read_is_no_corpus_of_its_card(tmp_path: Path,
     assert len(find_sources([str(tmp_path)])) == 3  # without data the READMEs are the corpus
 
 
-def test_all_bad_lines_of_a_file_are_told_at_once_and_skipped_on_demand(tmp_path: Path) -> None:
+def test_all_bad_lines_of_a_file_are_reported_at_once_and_skipped_on_demand(tmp_path: Path) -> None:
     lines = ['{"text": "a"}', "{", '{"text": 5}', '{"body": 1}', '{"text": "b"}', '{"text": 5}', '{"text": null}']
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(ConfigError) as error:
         read(path)
-    told = str(error.value)
-    assert told.startswith(f"data.paths: {path}, line 2: no JSON: ") and "; lines 3, 6: text=5: must be" in told
-    assert "; line 4: no text under data.text_key=text" in told and told.endswith(
+    reported = str(error.value)
+    assert reported.startswith(f"data.paths: {path}, line 2: no JSON: ") and "; lines 3, 6: text=5: must be" in reported
+    assert "; line 4: no text under data.text_key=text" in reported and reported.endswith(
         "skip_bad_lines=true leaves bad lines out"
     )
     stats = ReadStats()
