@@ -88,7 +88,7 @@ class RunFolder:
     def take(self) -> None:
         """Locks the folder, which is made if need be. Raises ConfigError."""
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path}: the run's folder can't be made, a file of that name is in its place")
+            raise ConfigError(f"{self.path}: the run's folder can't be created, a file of that name exists")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -105,7 +105,9 @@ class RunFolder:
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
         compared = self.data_inputs() is not None and not self.finished()
         if differing := shown_differences(stored, tree, compared):
-            raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
+            raise ConfigError(
+                f"{self.path}: already holds a run with other settings ({differing}); choose another run.name"
+            )
         if self.config.run.resume is False and (resumable_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
@@ -133,7 +135,7 @@ class RunFolder:
         there = {name: (self.path / name).read_bytes() for name in files if (self.path / name).is_file()}
         if differing := [name for name in there if there[name] != files[name] and name != INPUTS]:
             raise ConfigError(
-                f"{self.path / differing[0]}: is another than that of the data in {prepared}; choose another run.name"
+                f"{self.path / differing[0]}: differs from the data's in {prepared}; choose another run.name"
             )
         for name in files.keys() - there.keys():
             write_file(self.path / name, files[name])

@@ -109,7 +109,9 @@ def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:
         label = SEED.sub("", run.folder.name)
         first = groups.setdefault(label, []) or [run]
         if (first[0].config.model, first[0].config.loss) != (run.config.model, run.config.loss):
-            raise ConfigError(f"{run.folder}: has another model or loss than {first[0].folder}, which is named alike")
+            raise ConfigError(
+                f"{run.folder}: has a different model or loss than {first[0].folder}, which has the same name"
+            )
         groups[label].append(run)
     return groups
 

@@ -92,9 +92,7 @@ def refuse_other_settings(task: Task) -> None:
     """Raises ConfigError if the task's folder has a run with other settings."""
     run = RunFolder(task.config)
     if differing := shown_differences(run.stored_tree() or {}, to_tree(task.config)):
-        raise ConfigError(
-            f"{run.path}: was made with other settings ({differing}); give those, or take another folder for these"
-        )
+        raise ConfigError(f"{run.path}: was run with other settings ({differing}); use those, or another folder")
 
 
 def outcome(report: dict[str, Any]) -> str:

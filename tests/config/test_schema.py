@@ -120,7 +120,7 @@ NAMES = ", ".join(CALLBACKS)
         (["run.seed=-1"], "run.seed=-1: must be between 0 and 2^32 - 1"),
         (
             ["data.isolate_documents=true"],
-            "data.isolate_documents=true: needs data.mask_document_ends=true, as none can foresee another",
+            "data.isolate_documents=true: needs data.mask_document_ends=true: no document can predict another",
         ),
         (
             ["model.num_experts_per_tok=9"],

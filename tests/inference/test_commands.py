@@ -58,7 +58,7 @@ def test_no_room_for_a_token_is_no_error_with_drafts_either(folder, capsys):
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_less_than_no_token_is_refused(folder, verb, capsys):
     assert main([verb, folder, "--max-new-tokens", "-3", *(["--prompt", "a"] if verb == "generate" else [])]) == 2
-    assert "a whole number from 0 on" in capsys.readouterr().err
+    assert "a whole number of at least 0" in capsys.readouterr().err
 
 
 def test_generate_streams_what_decoding_gives(folder, model, tokenizer, capsys):
@@ -145,7 +145,7 @@ def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
     "words, message",
     [
         (["--seed", "-1"], "argument --seed: '-1' must be a whole number from 0 to 2^63 - 1"),
-        (["--prompt", "\udcff"], "the text is no Unicode: its character 0 is a half one"),
+        (["--prompt", "\udcff"], "the text is not valid Unicode: character 0 is an unpaired surrogate"),
         (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["--top-p", "2"], "top_p=2.0: must be between 0 and 1"),
         (["--prompt", "x " * 600], "tokens is longer than the context of 512 tokens"),

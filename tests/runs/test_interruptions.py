@@ -148,7 +148,7 @@ def test_a_file_in_the_folders_place_and_a_second_process_are_refused(nano, caps
     (nano.base / "runs").mkdir()
     (nano.base / "runs/taken").write_text("mine")
     assert nano.run("taken").code == 2
-    assert "a file of that name is in its place" in capsys.readouterr().err
+    assert "a file of that name exists" in capsys.readouterr().err
     process = nano.start("shared", "trainer.max_steps=2000")
     wait_for(process, "step 2/")
     assert nano.run("shared", "trainer.max_steps=2000").code == 2

@@ -100,7 +100,7 @@ def test_a_command_that_did_not_make_the_runs_is_not_printed_as_theirs(tmp_path,
     finish(tmp_path, "moe", {"gshard_like": {2: {}}}, *made_with)
     assert main(["reproduce", "--report", "--dir", str(tmp_path), *words]) == 2
     err = capsys.readouterr().err
-    assert "moe/gshard_like-seed2: was made with other settings" in err and reported in err and err.count("\n") == 1
+    assert "moe/gshard_like-seed2: was run with other settings" in err and reported in err and err.count("\n") == 1
     assert not (tmp_path / "reproduction.md").exists()
 
 

@@ -125,7 +125,7 @@ def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path
     [
         ("config: [nano]\nvariants: {a: {}}\n", "seeds: missing"),
         ("config: [nano]\nseeds: []\nvariants: {a: {}}\n", "seeds: must not be empty"),
-        ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: each once"),
+        ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: must not repeat a seed"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {1e3: {}}\n",
             "variants.1000.0: a name must be text, in quotes where it reads like a number",

@@ -53,7 +53,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         if config.sequence_length <= mtp_depth:
             raise ConfigError(
-                f"data.sequence_length={config.sequence_length}: a sample too short for "
+                f"data.sequence_length={config.sequence_length}: too short for "
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps

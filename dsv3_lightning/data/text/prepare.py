@@ -76,11 +76,11 @@ def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: 
     folder = user_path(config.cache_dir) / key_of(known)
     if not is_complete(folder):
         raise ConfigError(
-            f"{lost} does not exist, nor {utf8_path(folder)} with the tokens that were made of it; "
+            f"{lost} does not exist, nor does {utf8_path(folder)} with the tokens made from it; "
             "set data.paths to where the texts are now, or data.cache_dir to where the tokens are"
         )
     if tell is not None:
-        tell(f"{lost} does not exist; the tokens that were made of it are enough: {utf8_path(folder)}")
+        tell(f"{lost} does not exist; the tokens made from it are used: {utf8_path(folder)}")
     return folder
 
 

@@ -23,7 +23,7 @@ def parse(serialized: str, file: Path = Path("tokenizer.json")) -> dict[str, Any
     """The content of a tokenizer.json. Raises ConfigError."""
     description = parse_object(serialized, file)
     if not isinstance(description.get("model"), dict):
-        raise ConfigError("no tokenizer.json: it has no model")
+        raise ConfigError("not a tokenizer.json: it has no model")
     return description
 
 

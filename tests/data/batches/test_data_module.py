@@ -183,7 +183,7 @@ def test_a_state_of_other_samples_is_refused(config: DataConfig, make_module: Ma
 
 
 def test_what_cannot_work_is_refused(config: DataConfig, make_module: Make) -> None:
-    with pytest.raises(ConfigError, match="^data.sequence_length=2: a sample too short for .*=2; needs at least 3$"):
+    with pytest.raises(ConfigError, match="^data.sequence_length=2: too short for .*=2; needs at least 3$"):
         TextDataModule(dataclasses.replace(config, sequence_length=2), 2, 1)
     TextDataModule(dataclasses.replace(config, sequence_length=3), 2, 1)
     with pytest.raises(ConfigError, match="^data.batch_size=8: 3 ranks .* multiple of 3, such as 6 or 9$"):

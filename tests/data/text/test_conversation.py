@@ -253,7 +253,7 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
 @pytest.mark.parametrize(
     ("where", "fields", "message"),
     [
-        (1, {"weight": 0.5}, "messages[1].weight=0.5: seems to decide what is learned; understood are weight, train,"),
+        (1, {"weight": 0.5}, "messages[1].weight=0.5: seems to mark what is learned; valid marks are weight, train,"),
         (1, {"train_detail": [{"begin": 0}]}, "messages[1].train_detail="),
         (1, {"masks": [0, 1]}, "messages[1].masks=[0, 1]: seems to decide what is learned"),
         (1, {"lossMask": 1}, "messages[1].lossMask=1: seems to decide what is learned"),
@@ -298,5 +298,5 @@ def test_sharegpt_and_content_parts_are_the_same_conversation() -> None:
     parts = talk("q", "", system="s")
     parts[2]["content"] = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]  # type: ignore[assignment]
     assert said_and_learned({"messages": parts})[0] == expected
-    with pytest.raises(ConfigError, match='^system="t": the messages have a system text too'):
+    with pytest.raises(ConfigError, match='^system="t": the messages also have a system text'):
         said_and_learned({"conversations": shared, "system": "t"}, "conversations")

@@ -132,7 +132,9 @@ def test_all_bad_lines_of_a_file_are_reported_at_once_and_skipped_on_demand(tmp_
     with pytest.raises(ConfigError) as error:
         read(path)
     reported = str(error.value)
-    assert reported.startswith(f"data.paths: {path}, line 2: no JSON: ") and "; lines 3, 6: text=5: must be" in reported
+    assert (
+        reported.startswith(f"data.paths: {path}, line 2: not JSON: ") and "; lines 3, 6: text=5: must be" in reported
+    )
     assert "; line 4: no text under data.text_key=text" in reported and reported.endswith(
         "skip_bad_lines=true leaves bad lines out"
     )
@@ -190,7 +192,7 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: no JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: not JSON"),
         (
             "x.jsonl",
             b'\n{"body": "a", "id": 1}',
@@ -208,7 +210,7 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
         (
             "x.jsonl",
             b'{"text": "a"},\n{"text": "b"},',
-            "x.jsonl, lines 1, 2: no JSON: Extra data at character 14, as a comma follows the object; data.skip_bad",
+            "x.jsonl, lines 1, 2: not JSON: Extra data at character 14, as a comma follows the object; data.skip_bad",
         ),
         (
             "x.jsonl",
