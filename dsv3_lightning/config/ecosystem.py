@@ -22,7 +22,7 @@ REFUSED: dict[type, str] = {  # {class, with its subclasses: reason and replacem
     callbacks.GradientAccumulationScheduler: f"{BATCH}; data.batch_ramp lets it grow",
     callbacks.LearningRateFinder: "it would train before the run, on the run's data; dsv3 sweep compares rates",
     callbacks.ModelPruning: "it replaces the model's parameters by others, which checkpoints and exports don't know",
-    callbacks.SpikeDetection: "it can't read the state that it saves, so that the run could not go on; "
+    callbacks.SpikeDetection: "it can't read the state that it saves, so that the run could not resume; "
     "optimizer.max_skipped_steps stops a run that is not finite",
     callbacks.StochasticWeightAveraging: "it works by epochs, and a run is a single one; use callbacks.weight_average",
 }

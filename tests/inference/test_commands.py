@@ -244,7 +244,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_begins_anew(folder, monkeypatch, capsys):
+def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_starts_over(folder, monkeypatch, capsys):
     options = ["--temperature", "0", "--max-new-tokens", "30", "--context", "120"]
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     assert main(["chat", folder, *options]) == 0

@@ -79,7 +79,7 @@ def test_old_checkpoints_go_and_nothing_half_written_stays(runs):
     assert (runs["killed"].folder / "checkpoints/last.ckpt").resolve().name == "step=15.ckpt"
 
 
-def test_going_on_from_an_earlier_checkpoint_writes_the_later_ones_anew(runs, shared_nano):
+def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(runs, shared_nano):
     """Folders of shards are there already under the names that are saved next; no rename replaces a folder."""
     copy = shared_nano.base / "elsewhere/alone"
     shutil.copytree(runs["alone"].folder, copy, symlinks=True)

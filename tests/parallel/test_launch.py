@@ -38,7 +38,7 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
         output, _ = process.communicate(timeout=60)
         _, alive = psutil.wait_procs(family, timeout=5)
         assert len(family) >= ranks and not alive and process.returncode == 1, output
-        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command goes on from"
+        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command resumes from"
         assert named in output and begun in output and "Traceback" not in output, output
 
 

@@ -102,8 +102,8 @@ def test_a_file_that_lightning_would_resume_from_unasked_is_refused(nano, monkey
     monkeypatch.chdir(nano.base)
     (nano.base / "exceptions").mkdir()
     (nano.base / "exceptions/on_exception.ckpt").touch()
-    assert nano.run("anew", callback("OnExceptionCheckpoint")).code == 2
-    assert "exceptions/on_exception.ckpt: Lightning would go on from it" in capsys.readouterr().err
+    assert nano.run("again", callback("OnExceptionCheckpoint")).code == 2
+    assert "exceptions/on_exception.ckpt: Lightning would resume from it" in capsys.readouterr().err
 
 
 def test_early_stopping_stops_the_run(nano):

@@ -95,7 +95,7 @@ def test_a_run_resumes_with_its_texts_and_its_folder_elsewhere(finished, run, ca
     assert all((value == expected[name]).all() for name, value in again.weights(4).items())
 
 
-def test_preparation_that_happens_anew_says_why(run, capsys):
+def test_repeated_preparation_says_why(run, capsys):
     with open(run.base / "texts/calendar.py", "a") as file:
         file.write("# more\n")
     assert main(["prepare", "nano", *run.settings("run.name=y")]) == 0

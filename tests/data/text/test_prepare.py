@@ -197,7 +197,7 @@ def child(config: DataConfig, mode: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_a_killed_preparation_is_begun_anew(small: DataConfig) -> None:
+def test_a_killed_preparation_is_started_again(small: DataConfig) -> None:
     process = child(small, "stop")
     assert process.stdout is not None and process.stdout.readline() == "there\n"
     process.send_signal(signal.SIGKILL)
