@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a write fa
 def in_one_line(error: BaseException, folder: Path) -> BaseException:
     """The error to report: the last one of a chain that is meant for users, or the file that could not be written.
 
-    What Lightning raises while it tidies up after those would hide them.
+    Errors that Lightning raises while it cleans up would hide these.
     """
     step: BaseException | None = error
     while step is not None:
@@ -46,7 +46,7 @@ def hide_event_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
-    """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
+    """Raises RunStopped if another rank's end caused the error, and ends the ranks that this one has started."""
     if isinstance(error, RunStopped):
         return
     watched = getattr(trainer.strategy.launcher, "procs", [])

@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
 
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
-    """Trains to the last step, or says that this is done. Returns the exit status.
+    """Trains to the last step, or says that the run is finished. Returns the exit status.
 
     sources: the files that the settings came from, which the run's folder keeps. Raises ConfigError and RunStopped.
     """
@@ -87,7 +87,7 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
 def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
     """Takes the folder of a run that exists, and returns whether the run is finished. Raises ConfigError.
 
-    Every rank looks: none waits for another that is done.
+    Every rank checks this, so that none waits for another that has ended.
     """
     if not is_first_rank():
         wait_for_first_rank(folder.path / CONFIG, rank_zero_only.rank)  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ def prepare_once(
 ) -> None:
     """Prepares the data, makes the run's folder if it isn't there, and says what is about to happen: first rank only.
 
-    The folder is made when everything has been found to be right: settings that failed don't block its name.
+    The folder is made once everything has been checked, so that settings that fail don't block its name.
     """
     said: list[str] = []
     prepared = parts.data.prepare_tokens(tell=said.append)

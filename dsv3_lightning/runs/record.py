@@ -43,7 +43,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What the data of the run in a folder were made of; None where it doesn't say. Raises ConfigError."""
+    """The inputs that the data of the run in a folder were made from; None if they aren't recorded. Raises ConfigError."""
     return read_if_there(folder / INPUTS)
 
 
@@ -86,7 +86,7 @@ class RunFolder:
         write_file(self.path / CONFIG, to_yaml(tree))
 
     def take(self) -> None:
-        """Locks the folder, which is made if need be. Raises ConfigError."""
+        """Locks the folder, and creates it if needed. Raises ConfigError."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: the run's folder can't be created, a file of that name exists")
         try:
@@ -116,7 +116,7 @@ class RunFolder:
     def data_inputs(self) -> dict[str, Any] | None:
         """What the run's data were made of; None before they were. Its own, or those of the run that it resumes from.
 
-        The run holds to them (data/text/prepare.py), wherever the texts and the tokenizer lie by now.
+        The run must have the same (data/text/prepare.py), wherever texts and tokenizer are now.
         """
         wanted = self.config.run.resume
         elsewhere = Path(wanted).parent.parent if isinstance(wanted, str) and wanted != "auto" else self.path
@@ -126,7 +126,7 @@ class RunFolder:
     def keep_data(self, prepared: Path) -> None:
         """Copies the tokenizer and the record of the inputs, so that the folder is all that generating needs.
 
-        Raises ConfigError where another tokenizer is there: the run's weights know its ids.
+        Raises ConfigError if the folder has another tokenizer, to whose ids the run's weights belong.
         """
         from dsv3_lightning.data.text.store import read_manifest  # loads NumPy
 

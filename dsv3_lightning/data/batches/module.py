@@ -209,12 +209,12 @@ def length_note(passes: float, tokens: int) -> str:
     """A note on the number of passes over the data, with a warning if it is large.
 
     >>> length_note(0.25, 1_000_000)
-    'data: the run goes 0.25 times over its 1,000,000 training tokens'
+    'data: the run makes 0.25 passes over its 1,000,000 training tokens'
     """
-    note = f"the run goes {passes:,.3g} times over its {tokens:,} training tokens"
+    note = f"the run makes {passes:,.3g} passes over its {tokens:,} training tokens"
     if passes <= MANY_PASSES:
         return f"data: {note}"
-    return f"warning: {note}; beyond {MANY_PASSES} passes it learns less and less, and little text by heart"
+    return f"warning: {note}; beyond {MANY_PASSES} passes it learns little more, and memorizes short data"
 
 
 class Loader:

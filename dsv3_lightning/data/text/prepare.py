@@ -31,7 +31,7 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
     """The folder with the token files, built if need be; several processes may call it at the same time.
 
     known: what the data of a run that resumes were made of, as a manifest's `inputs`. Others are refused before
-    anything is written. Where texts or tokenizer are gone, the tokens that were prepared of them are enough.
+    anything is written. If texts or tokenizer are gone, the tokens prepared from them are used.
     tell: called with one line for each kind of input that isn't in the token files.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
