@@ -43,7 +43,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """The inputs that the data of the run in a folder were made from; None if they aren't recorded. Raises ConfigError."""
+    """The inputs that a run's data were made from; None if they aren't recorded. Raises ConfigError."""
     return read_if_there(folder / INPUTS)
 
 
