@@ -7,12 +7,13 @@ ranks hold different experts and exchange tokens, and the other factor of `dp_sh
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 
-KINDS = ("fsdp2", "hsdp", "fsdp2_ep")
+Kind = Literal["fsdp2", "hsdp", "fsdp2_ep"]
+KINDS: tuple[str, ...] = get_args(Kind)
 Size = int | Literal["auto"]
 
 
@@ -37,7 +38,7 @@ class StrategyConfig:
     timeout_minutes: how long a collective waits for a rank before all ranks stop.
     """
 
-    kind: Literal["fsdp2", "hsdp", "fsdp2_ep"]
+    kind: Kind
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
     expert_parallel: Size = "auto"

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from dsv3_lightning import callbacks
 from dsv3_lightning.callbacks.settings import CALLBACKS, CLASSES
+from dsv3_lightning.common.wording import either
 from dsv3_lightning.config.checks import ELSEWHERE, TRAINER
 from dsv3_lightning.config.lightning_names import ACCELERATORS, STRATEGIES, TRAINER_MORE
 from dsv3_lightning.errors import ConfigError
@@ -53,7 +54,7 @@ CASES = {  # what is given after `nano` -> the line
     "trainer.max_time={minute: 5}": "trainer.max_time.minute: no such unit of time; did you mean minutes?",
     "trainer.max_steps=1:30": 'trainer.max_steps="1:30": must be a whole number',
     "strategy=dpp": 'strategy="dpp": no such strategy; did you mean ddp?',
-    "strategy={kind: fsdp}": 'strategy.kind="fsdp": must be fsdp2, hsdp or fsdp2_ep',
+    "strategy={kind: fsdp}": f'strategy.kind="fsdp": must be {either(KINDS)}',
     "strategy={kind: fsdp2, prefetch: -1}": "strategy.prefetch=-1: must be at least 0",
     "strategy={kind: fsdp2, prefech: 1}": "strategy.prefech: no such key; did you mean strategy.prefetch?",
     "run.resume=gone/step=3.ckpt": "run.resume={here}/gone/step=3.ckpt: no such checkpoint",

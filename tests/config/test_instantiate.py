@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 from dsv3_lightning import callbacks as ours
+from dsv3_lightning.common.wording import either
 from dsv3_lightning.config.checks import check_callbacks
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.instantiate import (
@@ -19,6 +20,7 @@ from dsv3_lightning.config.instantiate import (
 )
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.mesh import KINDS
 
 MODULE = """
 from typing import Any
@@ -204,7 +206,7 @@ def test_a_strategy_is_lightnings_name_or_a_class():
     assert isinstance(build_strategy(config(strategy=block)), DDPStrategy)
     for strategy, expected in (
         ("dpp", 'strategy="dpp": no such strategy; did you mean ddp?'),
-        ({"kind": "x"}, 'strategy.kind="x": must be fsdp2, hsdp or fsdp2_ep'),
+        ({"kind": "x"}, f'strategy.kind="x": must be {either(KINDS)}'),
     ):
         with pytest.raises(ConfigError) as caught:
             build_strategy(config(strategy=strategy))
