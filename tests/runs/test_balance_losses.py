@@ -12,8 +12,7 @@ ALL = (
     f"loss.balance_factor=[{','.join(str(FACTORS.get(name, 0.1)) for name in BALANCE_LOSSES)}]",
     "callbacks.balance_factor.schedule=[[0.0,1.0],[1.0,0.0,linear]]",
 )
-SMFACTORS = {"batch": 0.2, "switch": 0.2, "z": 0.01}  # of the others 0.1
-ALL = ("trainer.max_steps=12", "trainer.val_check_interval=12", "trainer.limit_val_batches=1")
+SMALL = ("trainer.max_steps=12", "trainer.val_check_interval=12", "trainer.limit_val_batches=1")
 
 
 def test_micro_batches_recomputation_and_processes_give_the_same_numbers(nano):
