@@ -41,7 +41,7 @@ CASES = {  # what is given after `nano` -> the line
     "callbacks.own={class_path: Thing}": 'callbacks.own.class_path="Thing": must be the full name of a class, '
     "such as package.module.Class",
     "callbacks.own={class_path: a.B, speed: 1}": "callbacks.own.speed: not valid next to class_path; "
-    "arguments stand under init_args",
+    "arguments go under init_args",
     "trainer.limit_val_batch=1": "trainer.limit_val_batch: no such argument of Trainer; "
     "did you mean limit_val_batches?",
     "trainer.detect_anomaly=1": "trainer.detect_anomaly=1: must be true or false",

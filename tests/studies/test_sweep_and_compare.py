@@ -130,7 +130,7 @@ def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path
             "config: [nano]\nseeds: [1]\nvariants: {1e3: {}}\n",
             "variants.1000.0: a name must be text, in quotes where it reads like a number",
         ),
-        ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be a word"),
+        ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be usable as a folder"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {a: {model: {hiden_size: 1}}}\n",
             "a-seed1: model.hiden_size: no such key",

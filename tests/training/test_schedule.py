@@ -81,7 +81,7 @@ def test_a_place_is_counted_in_shares_steps_or_tokens():
         ([[0.0, 1.0], [1.5, 0.0]], "share", "at most 1.0"),
         ([[0, 1.0], [100, 0.0], [50, 1.0]], "steps", "steps must rise from 0$"),
         ([[0.0, -1.0]], "share", "values must be at least 0"),
-        ([[0.0, 1.0, "linear"]], "share", "leave its shape out"),
+        ([[0.0, 1.0, "linear"]], "share", "leave out its shape"),
         ([[0.0, 1.0]], "epochs", "must be share, steps or tokens"),
     ],
 )

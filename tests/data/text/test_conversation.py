@@ -255,9 +255,9 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
     [
         (1, {"weight": 0.5}, "messages[1].weight=0.5: seems to mark what is learned; valid marks are weight, train,"),
         (1, {"train_detail": [{"begin": 0}]}, "messages[1].train_detail="),
-        (1, {"masks": [0, 1]}, "messages[1].masks=[0, 1]: seems to decide what is learned"),
-        (1, {"lossMask": 1}, "messages[1].lossMask=1: seems to decide what is learned"),
-        (1, {"weight": "0"}, 'messages[1].weight="0": seems to decide what is learned'),
+        (1, {"masks": [0, 1]}, "messages[1].masks=[0, 1]: seems to mark what is learned"),
+        (1, {"lossMask": 1}, "messages[1].lossMask=1: seems to mark what is learned"),
+        (1, {"weight": "0"}, 'messages[1].weight="0": seems to mark what is learned'),
         (
             0,
             {"weight": 1},
@@ -271,8 +271,8 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
         (1, {"prefix": True}, "messages[1].prefix=true: has no place"),
         (None, {"tools": [{"type": "function"}]}, 'tools=[{"type": "function"}]: has no place'),
         (None, {"images": ["a.png"]}, 'images=["a.png"]: has no place'),
-        (None, {"weight": 0.3}, "weight=0.3: seems to decide what is learned"),
-        (None, {"loss_mask": [0, 1]}, "loss_mask=[0, 1]: seems to decide what is learned"),
+        (None, {"weight": 0.3}, "weight=0.3: seems to mark what is learned"),
+        (None, {"loss_mask": [0, 1]}, "loss_mask=[0, 1]: seems to mark what is learned"),
     ],
 )
 def test_what_cannot_be_honored_is_refused_by_field(where: int | None, fields: dict[str, Any], message: str) -> None:

@@ -176,7 +176,7 @@ def test_an_installed_package_is_a_corpus_too() -> None:
     assert [source.origin for source in two][:: len(two) - 1] == ["package:email", "package:json"]
     assert {source.origin for source in find_sources(["package:email"])} == {"(top level)", "mime"}
     for name in ("package:nope", "package:json.decoder", "package:", "package:ast"):
-        with pytest.raises(ConfigError, match=f"^data.paths: {name} is not installed, or no package"):
+        with pytest.raises(ConfigError, match=f"^data.paths: {name} is not an installed package"):
             find_sources([name])
 
 
