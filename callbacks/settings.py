@@ -110,12 +110,20 @@ class SampleTextSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    every_n_steps: int = 100
+    every_n_steps: int | None = 100
+    every_n_minutes: float | None = None
     keep: int = 2
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        at_least(1, "checkpoint.every_n_steps", self.every_n_steps)
+        if self.every_n_steps is None and self.every_n_minutes is None:
+            raise ConfigError("callbacks.checkpoint: every_n_steps and every_n_minutes are both null; set one of them")
+        if self.every_n_steps is not None:
+            at_least(1, "checkpoint.every_n_steps", self.every_n_steps, ", or null")
+        if self.every_n_minutes is not None and not self.every_n_minutes > 0:
+            raise ConfigError(
+                f"callbacks.checkpoint.every_n_minutes={self.every_n_minutes}: must be above 0, or null for steps alone"
+            )
         at_least(1, "checkpoint.keep", self.keep)
         at_least(0, "checkpoint.keep_best", self.keep_best)
 

@@ -88,6 +88,26 @@ def whole(path: Path) -> Iterator[Path]:
             own.cleanup()
 
 
+def give_name(path: Path, name: Path) -> None:
+    """Gives a file or folder a second name, which remains when the first is removed; a copy where links are impossible.
+
+    Raises WriteError.
+    """
+    with whole(name) as beside:
+        if is_folder(path):
+            shutil.copytree(path, beside, copy_function=link_or_copy)
+        else:
+            link_or_copy(path, beside)
+
+
+def link_or_copy(path: str | Path, name: str | Path) -> None:
+    """Makes a hard link, or, on file systems that have none, a copy. Raises OSError."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
 def remove_leftovers(folder: Path, name: str = "") -> None:
     """Removes what `whole` leaves in the folder if its process is killed; nobody else may be writing there.
 

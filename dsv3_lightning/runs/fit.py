@@ -29,6 +29,7 @@ from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
 from dsv3_lightning.runs.record import CONFIG, RunFolder
+from dsv3_lightning.runs.space import check_space
 from dsv3_lightning.runs.start import weight_source
 from dsv3_lightning.runs.trainer import (
     build_trainer,
@@ -120,8 +121,9 @@ def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
         init_after_restart(
-            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
-        )
+            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout,
+            trainer.strategy.root_device,
+        )  # fmt: skip
     max_steps, accumulate = config.trainer["max_steps"], config.trainer["accumulate_grad_batches"]
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute, config.data.sequence_length, max_steps,
@@ -143,6 +145,9 @@ def prepare_once(
     """
     said: list[str] = []
     prepared = parts.data.prepare_tokens(tell=said.append)
+    if start.checkpoint is None or start.checkpoint[1] < config.trainer["max_steps"]:
+        space = check_space(config, folder.path, parts.tree["trainer"]["precision"])
+        said += [space] if space is not None else []
     note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
     folder.create(parts.tree, sources)
     folder.keep_data(prepared)

@@ -127,6 +127,7 @@ LEAVES = {
     "callbacks.sample_text.max_new_tokens": (3, TEXT),
     "callbacks.sample_text.temperature": (0.0, TEXT),
     "callbacks.checkpoint.every_n_steps": (4, FILES),
+    "callbacks.checkpoint.every_n_minutes": (20, "elsewhere: tests/callbacks/test_checkpoint.py"),
     "callbacks.checkpoint.keep": (1, FILES),
     "callbacks.checkpoint.keep_best": (2, FILES),
     "callbacks.progress": ("null", TEXT),

@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data_cache: list[str]) ->
     trained = Trained(base, ["trainer.precision=32", "callbacks.sample_text=null"])
     assert trained.run("x", *trained.settings()).code == 0
     return base
+
+
+def test_the_size_of_a_checkpoint_is_known_before_the_first_one(finished):
+    from dsv3_lightning.config.compose import compose
+    from dsv3_lightning.config.schema import check
+    from dsv3_lightning.runs.space import checkpoint_bytes
+
+    size = (finished / "runs/x/checkpoints/step=4.ckpt").stat().st_size
+    names = 200_000  # of nano's tensors, their places and the settings; the same for larger tensors
+    assert 0 < size - checkpoint_bytes(check(compose(["nano"]).tree), "32") < names
+
+
+def test_a_run_whose_checkpoint_does_not_fit_the_disk_is_refused_and_a_disk_that_gets_full_told(
+    finished, tmp_path, capsys, monkeypatch
+):
+    trained = Trained(finished, ["trainer.precision=32", "callbacks.sample_text=null", f"run.dir={tmp_path}"])
+    free = SimpleNamespace(free=8_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert trained.run("full", *trained.settings()).code == 2
+    error = capsys.readouterr().err
+    assert "full/checkpoints: a checkpoint takes about 0.01 GB, but 0.01 GB are free; make room" in error
+    assert error.splitlines()[-1].startswith("dsv3: error: ") and not (tmp_path / "full").exists()
+    free.free = 20_000_000  # two are kept, and a third is written beside them
+    assert trained.run("filling", *trained.settings("trainer.max_steps=1")).code == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "the disk will be full" in line]
+    assert len(told) == 1 and "2 of about 0.01 GB are kept and one more is written beside them" in told[0]
 
 
 @pytest.fixture

@@ -53,11 +53,22 @@ class Saver:
         )
         self.pending = self.thread.submit(commit, written, beside, path)
 
+    def then(self, work: Callable[[], None]) -> None:
+        """Does the work on the first rank once the last checkpoint is written, in the background."""
+        if dist.get_rank() == 0:
+            self.pending = self.thread.submit(after, self.pending, work)
+
     def finish(self) -> None:
         """Waits for the last checkpoint, and raises the error of writing it, if any."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+
+def after(pending: Future[None] | None, work: Callable[[], None]) -> None:
+    if pending is not None:
+        pending.result()
+    work()
 
 
 def begin(beside: Path, rest: dict[str, Any]) -> str | None:
