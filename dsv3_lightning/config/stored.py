@@ -36,6 +36,9 @@ OFF: dict[str, Any] = {
     "callbacks.throughput.peak_flops": None,
     "callbacks.checkpoint.every_n_minutes": None,
     "callbacks.throughput.straggler": 1.5,
+    "callbacks.loss_spike": None,
+    "callbacks.garbage_collection": None,
+    "callbacks.memory_snapshot": {"history": 0},  # it changes nothing in a run that has enough memory
 }
 
 

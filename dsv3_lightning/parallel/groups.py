@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from dsv3_lightning.parallel.mesh import MeshShape
 
@@ -54,9 +53,14 @@ def build_meshes(shape: MeshShape, device_type: str, timeout: timedelta | None =
     """
     meshes = lay_out(shape, device_type)
     if timeout is not None:
-        for group in {group for mesh in meshes if mesh is not None for group in mesh.get_all_groups()}:
-            _set_pg_timeout(timeout, group)
+        set_timeout(meshes, timeout)
     return meshes
+
+
+def set_timeout(meshes: Meshes, timeout: timedelta) -> None:
+    """Sets how long later collectives of the meshes' groups wait for a rank."""
+    for group in {group for mesh in meshes if mesh is not None for group in mesh.get_all_groups()}:
+        group.set_timeout(timeout)
 
 
 def lay_out(shape: MeshShape, device_type: str) -> Meshes:

@@ -192,15 +192,24 @@ class RunFolder:
         path, step = start
         if str(path) != self.config.run.resume:
             return
-        files = self.path / "checkpoints"
-        later = [file for file in resumable_files(files) if step_in(file) > step]
-        for file in [*later, self.path / REPORT, self.path / "report.md"]:
-            if file.exists():
-                aside = self.path / SET_ASIDE / file.name
-                aside.parent.mkdir(exist_ok=True)
-                remove(aside)
-                os.replace(file, aside)
-        if later:
-            (files / "last.ckpt").unlink(missing_ok=True)
+        if set_aside(self.path, step):
             print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
         write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
+
+
+def set_aside(folder: Path, step: int) -> bool:
+    """Moves a run's checkpoints of later steps, and its report, out of the way. Returns whether there were checkpoints.
+
+    folder: the run's.
+    """
+    files = folder / "checkpoints"
+    later = [file for file in resumable_files(files) if step_in(file) > step]
+    for file in [*later, folder / REPORT, folder / "report.md"]:
+        if file.exists():
+            aside = folder / SET_ASIDE / file.name
+            aside.parent.mkdir(exist_ok=True)
+            remove(aside)
+            os.replace(file, aside)
+    if later:
+        (files / "last.ckpt").unlink(missing_ok=True)
+    return bool(later)

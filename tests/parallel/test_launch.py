@@ -96,7 +96,7 @@ def test_a_slurm_job_that_is_asked_to_stop_saves_and_queues_itself_again(nano, t
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "dsv3", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-             "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
+             "SLURM_JOB_NUM_NODES": "1", "CHECK": "0", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
     _, *words = nano.arguments("queued", (*LONG, "strategy={kind: fsdp2, sharded_checkpoints: true}"))
     job = subprocess.Popen(
         ["bash", str(ROOT / "configs/launch/slurm.sbatch"), *words], cwd=tmp_path, text=True,

@@ -19,6 +19,7 @@ from dsv3_lightning.data.batches.index import open_index, prepare_index
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.ramp import batch_sizes
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler, ValidationSampler
+from dsv3_lightning.data.batches.skips import Skip
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
@@ -62,6 +63,7 @@ class TextDataModule(LightningDataModule):
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
+        self.skips: list[Skip] = []  # what the run leaves out; LossSpike sets those that are newer than a checkpoint
 
     def prepare_tokens(self, tell: Callable[[str], None] = say) -> Path:
         """Prepares the token files, unless that is done. tell: called with each note of `prepare`."""
@@ -100,6 +102,7 @@ class TextDataModule(LightningDataModule):
             first_sample=self._first_sample,
             whole_steps=self.whole_steps,
             sizes=self.batch_sizes,
+            skips=self.skips,
         )
         return Loader(dataset, sampler, self.config.num_workers)
 
@@ -114,8 +117,12 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
-        drawn = int(self.batch_sizes[self._first_step : step].sum())
-        return {"next_sample": self._first_sample + drawn, "index": self._index_hash}
+        return {"next_sample": self.position(step), "skips": self.skips, "index": self._index_hash}
+
+    def position(self, step: int) -> int:
+        """The number of samples that the run has drawn in its first `step` optimizer steps."""
+        sizes, first = self.batch_sizes, self._first_step
+        return self._first_sample + int(sizes[first:step].sum()) - int(sizes[step:first].sum())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" not in self._datasets:  # only validating: other data than in training is fine
@@ -128,6 +135,7 @@ class TextDataModule(LightningDataModule):
                 "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth"
             )
         self._first_sample, self._restored = state_dict["next_sample"], True
+        self.skips = self.skips or [(at, length) for at, length in state_dict.get("skips", [])]
 
     @property
     def prepared(self) -> Path:
