@@ -30,7 +30,7 @@ def init_after_restart(backend: str, timeout: timedelta, device: torch.device) -
     """Initializes the process group after a restart by torchrun; at the first start Lightning does it.
 
     device: of this rank. As Lightning does, a GPU is bound to the group: NCCL then connects at once, and splits
-    communicators for the groups of a mesh instead of making each anew.
+    communicators for the groups of a mesh instead of creating each one again.
 
     torchrun's store survives a restart (seen in torch 2.13). Under the old names it still holds the addresses of the
     processes that died, and the new ones would wait for them.

@@ -7,12 +7,13 @@ ranks hold different experts and exchange tokens, and the other factor of `dp_sh
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 
-KINDS = ("fsdp2", "hsdp", "fsdp2_ep")
+Kind = Literal["fsdp2", "hsdp", "fsdp2_ep"]
+KINDS: tuple[str, ...] = get_args(Kind)
 Size = int | Literal["auto"]
 
 
@@ -39,7 +40,7 @@ class StrategyConfig:
         before. It must be longer than the first rank takes for a checkpoint of one file, or for its part of one.
     """
 
-    kind: Literal["fsdp2", "hsdp", "fsdp2_ep"]
+    kind: Kind
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
     expert_parallel: Size = "auto"

@@ -47,7 +47,7 @@ from dsv3_lightning.training.module import PretrainModule
 
 
 class Start(NamedTuple):
-    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and what to tell of it."""
+    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and notes to print."""
 
     checkpoint: tuple[Path, int] | None
     source: WeightSource | None
@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 
 
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
-    """Trains to the last step, or says that this is done. Returns the exit status.
+    """Trains to the last step, or says that the run is finished. Returns the exit status.
 
     sources: the files that the settings came from, which the run's folder keeps. Raises ConfigError and RunStopped.
     """
@@ -83,9 +83,9 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
                 free_memory()
             return code
     except Exception as error:
-        if (told := in_one_line(error, folder.path)) is error:
+        if (reported := in_one_line(error, folder.path)) is error:
             raise
-        raise told from error
+        raise reported from error
     finally:  # an exception inside of Lightning keeps this frame, and the lock with it, until garbage is collected
         folder.lock.release(force=True)
 
@@ -107,13 +107,13 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
 def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
     """Takes the folder of a run that exists, and returns whether the run is finished. Raises ConfigError.
 
-    Every rank looks: none waits for another that is done.
+    Every rank checks this, so that none waits for another that has ended.
     """
     if not is_first_rank():
         wait_for_first_rank(folder.path / CONFIG, rank_zero_only.rank)  # type: ignore[attr-defined]
     elif folder.stored_tree() is not None:
         folder.reopen(tree)
-    finished = folder.finished() and folder.goes_on()
+    finished = folder.finished() and folder.resumes_own()
     if finished and is_first_rank():
         shown = display_path(folder.path)
         print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
@@ -160,7 +160,7 @@ def prepare_once(
 ) -> None:
     """Prepares the data, makes the run's folder if it isn't there, and says what is about to happen: first rank only.
 
-    The folder is made when everything has been found to be right: settings that failed don't block its name.
+    The folder is made once everything has been checked, so that settings that fail don't block its name.
     """
     said: list[str] = []
     prepared = parts.data.prepare_tokens(tell=said.append)
@@ -204,7 +204,7 @@ def train(parts: Parts, start: Start) -> int:
 
 
 def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
-    """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
+    """The folder that the run starts from, and notes to print. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []
     source = weight_source(config.init_from)

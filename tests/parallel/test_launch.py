@@ -19,7 +19,7 @@ LONG = ("trainer.devices=2", "trainer.max_steps=5000", "data.sequence_length=16"
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
-    """In a save, in a validation and in a step (pytorch/pytorch#17113); the same command goes on."""
+    """In a save, in a validation and in a step (pytorch/pytorch#17113); the same command resumes."""
     victim = ranks - 1
     settings = (
         f"trainer.devices={ranks}", "strategy={kind: fsdp2_ep, sharded_checkpoints: true}", "trainer.max_steps=9",
@@ -38,7 +38,7 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
         output, _ = process.communicate(timeout=60)
         _, alive = psutil.wait_procs(family, timeout=5)
         assert len(family) >= ranks and not alive and process.returncode == 1, output
-        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command goes on from"
+        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command resumes from"
         assert named in output and begun in output and "Traceback" not in output, output
 
 

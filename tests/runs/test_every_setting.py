@@ -16,7 +16,7 @@ NUMBERS = "numbers"  # logged curves or final weights
 FILES = "files"  # what lies in the run's folder
 TEXT = "text"  # what is printed
 REFUSED = "refused"
-ELSEWHERE = "elsewhere"  # changes no number on purpose; the test named beside it shows that it does something
+ELSEWHERE = "elsewhere"  # changes no number on purpose; the test named next to it shows that it does something
 
 # A short run that reaches everything: validation, samples, checkpoints, both phases of each schedule.
 SHORT = (
