@@ -4,7 +4,6 @@ Every function takes its size as an argument; None chooses it by the device that
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LOGITS = 2**27  # logits that exist at a time: 512 MiB in fp32
@@ -39,10 +38,3 @@ def padded_rows(offsets_E: Tensor, rows: int, multiple: int) -> tuple[Tensor, Te
     new_offsets_E = padded_E.cumsum(0)
     shift_E = new_offsets_E - padded_E - (offsets_E - counts_E)
     return torch.arange(rows) + shift_E.repeat_interleave(counts_E), new_offsets_E
-
-
-def pad_to_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Zeros after the last dim of the narrower ones: with unequal widths scaled_dot_product_attention leaves its fast
-    path on CPUs."""
-    width = max(x.shape[-1] for x in tensors)
-    return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
