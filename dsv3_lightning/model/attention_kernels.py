@@ -5,7 +5,6 @@ torch 2.11 to 2.14.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,16 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from dsv3_lightning.model.devices import Device, device_of
+
 HALVES = (torch.bfloat16, torch.float16)
 FALLBACKS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # every width and dtype
-
-
-class Device(NamedTuple):
-    """What the choice of a kernel depends on. capability: CUDA's, (0, 0) elsewhere. cudnn: its version, 0 for none."""
-
-    type: str
-    capability: tuple[int, int] = (0, 0)
-    cudnn: int = 0
 
 
 class Kernel(NamedTuple):
@@ -51,14 +44,6 @@ class Documents:
     lengths: list[list[int]]
     cu_seqlens: Tensor
     longest: int
-
-
-@cache
-def device_of(device: torch.device) -> Device:
-    """A device of this process. AMD's has no capability here: what is known about CUDA's says nothing about it."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return Device(device.type)
-    return Device("cuda", torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0)
 
 
 def choose_kernel(device: Device, qk: int, v: int, dtype: torch.dtype, T: int, documents: bool) -> Kernel:

@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend
 
 from dsv3_lightning.model import attention_kernels
 from dsv3_lightning.model.attention_kernels import (
-    Device,
     causal_attention,
     choose_kernel,
     describe_kernel,
     find_documents,
     variable_lengths,
 )
+from dsv3_lightning.model.devices import Device
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU, A100, ADA, BLACKWELL_PC = Device("cpu"), Device("cuda", (8, 0), 91800), Device("cuda", (8, 9), 91800), Device(
