@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dsv3_lightning.model.attention_kernels import Documents, find_documents
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.cpu import LossChunks
 from dsv3_lightning.model.init import Fill, fill, init_weights
 from dsv3_lightning.model.losses import linear_cross_entropy
 from dsv3_lightning.model.moe import RouterStats
@@ -36,16 +37,16 @@ class Losses(NamedTuple):
 
 
 class OutputHead(nn.Linear):
-    """h [..., D] -> logits [..., V]. `loss` never holds them all, but max_logits numbers (see `cpu.max_logits`)."""
+    """h [..., D] -> logits [..., V]. `loss` never holds them all (chunks; None: see `cpu.loss_chunks`)."""
 
-    max_logits: int | None = None
+    chunks: LossChunks | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight.to(h.dtype))  # sharded and tied to the embedding, the weight is wider in bf16
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Summed cross-entropy of the targets that are not IGNORE, fp32 scalar."""
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.max_logits)
+        return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.chunks)
 
     @torch.no_grad()
     def greedy(self, h_BTD: Tensor) -> Tensor:
