@@ -82,8 +82,11 @@ class WeightAverageSettings:
 @dataclass(frozen=True, kw_only=True)
 class ThroughputSettings:
     peak_flops: float | None = None
+    straggler: float = 1.5
 
     def __post_init__(self) -> None:
+        if not self.straggler > 1:
+            raise ConfigError(f"callbacks.throughput.straggler={self.straggler}: must be above 1")
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ConfigError(
                 f"callbacks.throughput.peak_flops={self.peak_flops}: must be above 0, or null to measure it"
