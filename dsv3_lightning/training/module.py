@@ -152,14 +152,6 @@ class PretrainModule(pl.LightningModule):
         self.balance.step_counts_LE = self.trainer.strategy.reduce(counts_LE.clone(), reduce_op="sum")
         return self.balance.step_counts_LE
 
-    def transfer_batch_to_device(
-        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Tensor]:
-        """Leaves the numbers of documents on the host, where `find_documents` reads them without waiting for a GPU."""
-        on_host = {name: batch[name] for name in ("documents", "step_documents") if name in batch}
-        rest = {name: value for name, value in batch.items() if name not in on_host}
-        return super().transfer_batch_to_device(rest, device, dataloader_idx) | on_host
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
         losses = self.model.losses(
             batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
