@@ -9,7 +9,7 @@ from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
+from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.planning import contexts, day
 from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, rank_memory
 from dsv3_lightning.planning.coefficients import TABLE, unmeasured
@@ -82,7 +82,7 @@ def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
     if strategy is not None:
         return strategy, ""
     if isinstance(config.strategy, dict) or config.strategy not in ("auto", "ddp"):
-        raise ConfigError(f"strategy={config.strategy!r}: only fsdp2, hsdp and fsdp2_ep can be planned for --gpus")
+        raise ConfigError(f"strategy={config.strategy!r}: only {', '.join(KINDS)} can be planned for --gpus")
     return StrategyConfig(kind="fsdp2_ep"), f" (assumed, the config says {config.strategy})"
 
 

@@ -1,4 +1,4 @@
-"""What the model does for the sake of CPUs, beside what GPUs need as well.
+"""What the model does for CPUs only.
 
 Every function takes its size as an argument; None chooses it by the device that computes.
 """

@@ -169,7 +169,7 @@ def test_unknown_devices_are_the_planned_gpus(devices: str, capsys: pytest.Captu
         (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
           "trainer.accumulate_grad_batches=384"],
          "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
-        (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp and fsdp2_ep can be planned for --gpus"),
+        (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp, fsdp2_ep can be planned for --gpus"),
         (["--gpus", "0"], "argument --gpus: '0' must be a whole number of at least 1"),
         (["--sources"], "--sources: needs the number of ranks; add --gpus N"),
     ],

@@ -275,7 +275,7 @@ def without_bytes(description: dict[str, Any]) -> None:
 @pytest.mark.parametrize("change", [lower, composed, prefixed, without_bytes])
 def test_a_lossy_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path, change: Change) -> None:
     path = write(tmp_path, tokenizer, change)
-    with pytest.raises(ConfigError, match=f"^{path}: does not give every text back"):
+    with pytest.raises(ConfigError, match=f"^{path}: does not reproduce every text"):
         Tokenizer.from_file(path)
 
 
@@ -288,7 +288,7 @@ V3_ENDS = [{"content": BOS}, {"content": EOS}]
         (None, "No such file or directory"),
         ("{", "Expecting"),
         ("[1]", "must hold a JSON object, holds a list"),
-        ('{"model": []}', "no tokenizer.json: it has no model"),
+        ('{"model": []}', "not a tokenizer.json: it has no model"),
         ('{"model": {}, "added_tokens": {"a": 1}}', 'added_tokens={"a": 1}: must be a list'),
         ('{"model": {}, "added_tokens": [{"content": 1}]}', 'added_tokens: {"content": 1} must be an object'),
         ("[" * 100_000, "can't be read, it is not JSON"),
