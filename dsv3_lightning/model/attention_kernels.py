@@ -123,16 +123,16 @@ def causal_attention(
 
     Positions need not restart with a document, since rotary ones only say distances.
     """
-    qk, v, T = q_BHTC.shape[-1], v_BHTC.shape[-1], q_BHTC.shape[2]
-    kernel = choose_kernel(device_of(q_BHTC.device), qk, v, q_BHTC.dtype, T, documents is not None)
-    inputs = [padded(x, kernel.width) for x in (q_BHTC, k_BHTC, v_BHTC)]
+    qk, v_width, T = q_BHTC.shape[-1], v_BHTC.shape[-1], q_BHTC.shape[2]
+    kernel = choose_kernel(device_of(q_BHTC.device), qk, v_width, q_BHTC.dtype, T, documents is not None)
+    q, k, v = (padded(x, kernel.width) for x in (q_BHTC, k_BHTC, v_BHTC))
     if documents is None:
-        out_BHTC = one_document(*inputs, scale, kernel.backends)
+        out_BHTC = one_document(q, k, v, scale, kernel.backends)
     elif kernel.varlen:
-        out_BHTC = variable_lengths(*inputs, scale, documents)
+        out_BHTC = variable_lengths(q, k, v, scale, documents)
     else:
-        out_BHTC = each_document(*inputs, scale, kernel.backends, documents)
-    return out_BHTC[..., :v]
+        out_BHTC = each_document(q, k, v, scale, kernel.backends, documents)
+    return out_BHTC[..., :v_width]
 
 
 def padded(x: Tensor, width: int | None) -> Tensor:
@@ -153,12 +153,13 @@ def each_document(
     q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float, backends: tuple[SDPBackend, ...], documents: Documents
 ) -> Tensor:
     """A call for each document, so that time is that of each document alone and memory is linear in T."""
+    outputs = []
     # Gradients of `split` are joined once; those of slices would each have the size of the whole.
-    samples = zip(*(x.split(1) for x in (q_BHTC, k_BHTC, v_BHTC)), documents.lengths, strict=True)
-    return torch.cat([
-        torch.cat([one_document(*part, scale, backends) for part in zip(*(x.split(lengths, 2) for x in qkv))], 2)
-        for *qkv, lengths in samples
-    ])  # fmt: skip
+    samples = zip(q_BHTC.split(1), k_BHTC.split(1), v_BHTC.split(1), documents.lengths, strict=True)
+    for q_1HTC, k_1HTC, v_1HTC, lengths in samples:
+        parts = zip(q_1HTC.split(lengths, 2), k_1HTC.split(lengths, 2), v_1HTC.split(lengths, 2))
+        outputs.append(torch.cat([one_document(q, k, v, scale, backends) for q, k, v in parts], 2))
+    return torch.cat(outputs)
 
 
 def variable_lengths(q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float, documents: Documents) -> Tensor:
