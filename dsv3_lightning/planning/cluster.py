@@ -105,7 +105,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     return RankMemory(
         weights=whole.weights / shape.dp_shard + more,
         gradients=whole.gradients / shape.dp_shard + more,
-        optimizer=whole.optimizer / shape.dp_shard + 2 * more,
+        optimizer=(whole.optimizer / shape.dp_shard + 2 * more) * work.moment / 4,
         gathered=gathered + 4 * small,
         activations=held,
         offloaded=strategy.cpu_offload,
