@@ -37,6 +37,7 @@ class Work:
     """The work of an optimizer step. tokens: per micro-batch and rank. micro_batches: per rank and step.
 
     documents: the mean length of the documents that tokens attend within; None: of the whole sequence.
+    moment: bytes of a number in AdamW's moments.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class Work:
     precision: str
     policy: str
     documents: float | None = None
+    moment: int = 4
 
     @property
     def computed(self) -> int:
@@ -87,7 +89,7 @@ class Implementation:
     fp32_passes: bytes per weight of the head and chunk of logits, to add up its gradient.
     zero1: parameters are gathered and gradients reduced once per step.
     reduce_once: copies of the model add their gradients once per step.
-    gradient, moment: bytes of a number. again: by checkpointing policy.
+    gradient: bytes of a number. again: by checkpointing policy.
     """
 
     attention: str
@@ -103,7 +105,6 @@ class Implementation:
     zero1: bool = False
     reduce_once: bool = False
     gradient: int = 4
-    moment: int = 4
     again: dict[str, Again] = field(default_factory=dict)
 
 

@@ -172,8 +172,8 @@ def optimizer(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Pa
     numbers = count_parameters(model).total / layout.mesh.dp_shard
     if layout.strategy.cpu_offload:
         return []
-    code = layout.code
-    each = passes.ADAMW if (code.gradient, code.moment) == (4, 4) else passes.adamw(code.gradient, code.moment)
+    gradient, moment = layout.code.gradient, layout.work.moment
+    each = passes.ADAMW if (gradient, moment) == (4, 4) else passes.adamw(gradient, moment)
     return [Part("optimizer", each * numbers / hardware.memory_rate, (), ("memory.share",))]
 
 
