@@ -5,7 +5,7 @@ rank r of W is part m · W + r of those. So the order is the same for any number
 processes, and the position is a single integer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dsv3_lightning.data.batches.permutation import permuted
 from dsv3_lightning.data.batches.ramp import micro_batches
+from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.errors import ConfigError
 
 ORDER = "feistel"  # another name for another order: checkpoints of the old one are then refused
@@ -74,6 +75,7 @@ class TrainSampler:
     Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume,
     and as if each step had as many micro-batches as the one with the most (see training/loops.py).
     count: samples of an epoch. sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
+    skips: what the run leaves out, at the beginnings of steps.
     """
 
     def __init__(
@@ -86,10 +88,12 @@ class TrainSampler:
         first_step: int = 0,
         first_sample: int = 0,
         sizes: np.ndarray | None = None,
+        skips: Sequence[Skip] = (),
     ) -> None:
         self.count, self.layout, self.seed = count, layout, seed
         self.sizes = np.full(max_steps, layout.batch_size) if sizes is None else sizes
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
+        self.skips = skips
 
     def __len__(self) -> int:
         most = max((self.layout.of_step(int(size)).accumulate for size in np.unique(self.sizes)), default=0)
@@ -98,7 +102,8 @@ class TrainSampler:
     def __iter__(self) -> Iterator[MicroBatch]:
         first = self.first_sample
         for size in map(int, self.sizes[self.first_step :]):
-            samples = order(first + self.layout.of_step(size).numbers(), self.count, self.seed)
+            numbers = shifted(first, self.skips) + self.layout.of_step(size).numbers()
+            samples = order(numbers, self.count, self.seed)
             first += size
             for number, part in enumerate(samples):
                 yield MicroBatch(part, samples.reshape(-1) if number == 0 else None)
