@@ -78,7 +78,7 @@ class PretrainModule(pl.LightningModule):
         self.updating = False
         self.forward_start = 0.0  # time.perf_counter when the callbacks were done with a batch
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
-        self.micro_batches: Callable[[int], int] | None = None  # those of the step after so many; None: always as many
+        self.ramp: Callable[[int], int] | None = None  # micro-batches of the step after so many; None: always as many
         self.validated_step: int | None = None  # the step of the last validation
 
     @classmethod
@@ -254,9 +254,9 @@ class PretrainModule(pl.LightningModule):
 
     def micro_batches_after(self, step: int) -> int:
         """Micro-batches of each rank in the step that follows on so many."""
-        if self.micro_batches is None:
+        if self.ramp is None:
             return self.trainer.accumulate_grad_batches
-        return self.micro_batches(step)
+        return self.ramp(step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.forward_start = time.perf_counter()
