@@ -24,6 +24,7 @@ from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
+from dsv3_lightning.model.devices import device_of
 from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
@@ -43,6 +44,7 @@ from dsv3_lightning.runs.trainer import (
     resolve_precision,
     run_device,
 )
+from dsv3_lightning.training.hardware import hardware_lines
 from dsv3_lightning.training.module import PretrainModule
 
 
@@ -170,7 +172,7 @@ def prepare_once(
     note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
     folder.create(parts.tree, sources)
     folder.keep_data(prepared)
-    banner(config, folder, start.checkpoint, reason)
+    banner(config, folder, start.checkpoint, reason, str(parts.tree["trainer"]["precision"]))
     if start.checkpoint is not None:
         folder.begin(start.checkpoint)
     else:
@@ -214,7 +216,7 @@ def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
     return source, [*source.notes, *differing, f"weights of {config.init_from}; {loss}"]
 
 
-def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str) -> None:
+def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str, precision: str) -> None:
     """What is about to happen, before the first step."""
     counts = count_parameters(config.model)
     max_steps = config.trainer["max_steps"]
@@ -224,6 +226,9 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
         f"{max_steps:,} steps, {tokens:,} tokens"
     )
     print(f"{reason}; dashboard: tensorboard --logdir {shlex.quote(display_path(config.run.dir))}")
+    device, data = device_of(run_device(config)), config.data
+    for line in hardware_lines(config.model, device, precision, data.sequence_length, data.isolate_documents):
+        print(line)
     print(
         f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting a new run", flush=True
     )

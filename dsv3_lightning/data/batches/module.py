@@ -115,6 +115,14 @@ class TextDataModule(LightningDataModule):
         sampler = ValidationSampler(dataset.index.target_counts, self._layout(), self.limit_val_batches)
         return Loader(dataset, sampler, self.config.num_workers)
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Leaves the numbers of documents on the host, where the model reads them without waiting for a GPU."""
+        on_host = {name: batch[name] for name in ("documents", "step_documents") if name in batch}
+        rest = {name: value for name, value in batch.items() if name not in on_host}
+        return super().transfer_batch_to_device(rest, device, dataloader_idx) | on_host
+
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
         return {"next_sample": self.position(step), "skips": self.skips, "index": self._index_hash}
