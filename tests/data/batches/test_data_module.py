@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,11 +64,10 @@ def test_workers_outlive_the_signals_that_stop_a_run(config: DataConfig, make_mo
     first = next(batches)
     workers = torch.multiprocessing.active_children()
     assert len(workers) == 2
-    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGTERM"):
-        for worker in workers:
-            os.kill(worker.pid, getattr(signal, name))
+    for name in ("INT", "USR1", "HUP", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     assert merge([[batch["sample_ids"].tolist() for batch in (first, *batches)]]) == order
-    for worker in workers:  # one that doesn't answer is sent two by its process
+    for worker in workers:  # as their own process does when it exits, and then waits for them
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == 0
