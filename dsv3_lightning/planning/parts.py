@@ -162,7 +162,8 @@ def head(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
     seconds = 3 * 2 * V * D * tokens * heads / rate
     moved = sum(passes.logits(work.computed, code.fused)) * V * tokens * heads
     if code.logits is not None:
-        chunks = -(-work.tokens * V // code.logits) * work.micro_batches * heads
+        chunk = max(code.least_tokens, code.logits // V)
+        chunks = -(-work.tokens // chunk) * work.micro_batches * heads
         moved += code.fp32_passes * chunks * V * D
     return [Part("output head and loss", seconds + moved / hardware.memory_rate, (), (name, "memory.share"))]
 

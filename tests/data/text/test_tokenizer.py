@@ -293,7 +293,7 @@ V3_ENDS = [{"content": BOS}, {"content": EOS}]
         ('{"model": {}, "added_tokens": [{"content": 1}]}', 'added_tokens: {"content": 1} must be an object'),
         ("[" * 100_000, "can't be read, it is not JSON"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer"),
-        (json.dumps({"model": {"type": "BPE", "vocab": 3}, "added_tokens": V3_ENDS}), "no tokenizer.json"),
+        (json.dumps({"model": {"type": "BPE", "vocab": 3}, "added_tokens": V3_ENDS}), "not a tokenizer.json"),
         ('{"model": {}, "added_tokens": []}', f"no end token: neither {EOS} nor an eos_token"),
     ],
 )  # fmt: skip
