@@ -119,7 +119,7 @@ class RunFolder:
         return read_json(path) if path.is_file() else None
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
-        """The checkpoint to resume from and its step, or None; the same on every rank, as it depends on files alone.
+        """The checkpoint to resume from and its step, or None; for the first rank to find, and to tell the others.
 
         A path counts only until the run has a newer checkpoint of its own, from which it then continues. Raises
         ConfigError if the path's checkpoint doesn't exist or differs in settings that may not change.
