@@ -18,6 +18,7 @@ OFF: dict[str, Any] = {
     "data.mask_document_ends": False,
     "data.isolate_documents": False,
     "data.num_workers": 0,
+    "optimizer.moments": "fp32",
     "loss.mtp_weight": None,
     "compute.activation_checkpointing": "none",
     "trainer.num_nodes": 1,
@@ -32,6 +33,7 @@ OFF: dict[str, Any] = {
     "callbacks.router_monitor.per_layer": False,
     "callbacks.throughput.peak_flops": None,
     "callbacks.checkpoint.every_n_minutes": None,
+    "callbacks.throughput.straggler": 1.5,
 }
 
 

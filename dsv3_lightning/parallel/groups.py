@@ -13,16 +13,18 @@ from dsv3_lightning.parallel.mesh import MeshShape
 
 
 class Meshes(NamedTuple):
-    """Three device meshes over the same ranks.
+    """Four device meshes over the same ranks.
 
     dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
     experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
     ep: for the ranks that hold different experts; None where every rank computes with all of them.
+    small: for norms and routers, [small_replicate, small_shard], or the same as dense.
     """
 
     dense: DeviceMesh
     experts: DeviceMesh
     ep: DeviceMesh | None
+    small: DeviceMesh
 
 
 def init_after_restart(backend: str, timeout: timedelta, device: torch.device) -> None:
@@ -63,9 +65,12 @@ def lay_out(shape: MeshShape, device_type: str) -> Meshes:
     mesh = init_device_mesh(
         device_type, (shape.dp_replicate, shape.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
     )
-    dense = mesh[(*replicas, "dp_shard")]
+    dense = small = mesh[(*replicas, "dp_shard")]
+    if shape.small_shard is not None:
+        sizes = (shape.ranks // shape.small_shard, shape.small_shard)
+        small = init_device_mesh(device_type, sizes, mesh_dim_names=("small_replicate", "small_shard"))
     if shape.ep == 1:
-        return Meshes(dense, dense, None)
-    sizes = (shape.dp_replicate, shape.expert_shard, shape.ep)
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "expert_shard", "ep"))
-    return Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"])
+        return Meshes(dense, dense, None, small)
+    axes = ("dp_replicate", "expert_shard", "ep")
+    mesh = init_device_mesh(device_type, (shape.dp_replicate, shape.expert_shard, shape.ep), mesh_dim_names=axes)
+    return Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"], small)

@@ -116,6 +116,23 @@ class FirstRank:
             time.sleep(0.05)
 
 
+def refuse_mixed_steps(steps: list[int]) -> None:
+    """Raises RunStopped where ranks have loaded different steps. steps: by rank.
+
+    >>> refuse_mixed_steps([40, 40, 20, 40])
+    Traceback (most recent call last):
+    dsv3_lightning.errors.RunStopped: the ranks loaded different steps: 20 on rank 2; 40 on ranks 0, 1, 3
+    """
+    if len(set(steps)) <= 1:
+        return
+    found = []
+    for step in sorted(set(steps)):
+        ranks = [str(rank) for rank, other in enumerate(steps) if other == step]
+        shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        found.append(f"{step} on rank{'s' * (len(ranks) > 1)} {shown}")
+    raise RunStopped(f"the ranks loaded different steps: {'; '.join(found)}")
+
+
 def cluster() -> ClusterEnvironment:
     """Where the ranks meet, as Lightning finds it."""
     kinds: tuple[type[ClusterEnvironment], ...] = (

@@ -20,8 +20,6 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.store import read_manifest
-from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
@@ -32,7 +30,7 @@ from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
-from dsv3_lightning.runs.record import RunFolder
+from dsv3_lightning.runs.record import CONFIG, RunFolder
 from dsv3_lightning.runs.space import check_space
 from dsv3_lightning.runs.start import weight_source
 from dsv3_lightning.runs.trainer import (
@@ -115,7 +113,7 @@ def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> Decisio
         first.wait_for_others(seconds=60)
         return Decision(finished=True)
     if not is_first_rank():
-        wait_for_first_rank(folder.path / "config.yaml", rank)
+        wait_for_first_rank(folder.path / CONFIG, rank)
     if decided["checkpoint"] is None:
         return Decision()
     path, step = decided["checkpoint"]
@@ -180,7 +178,7 @@ def prepare_once(
     if start.checkpoint is None or start.checkpoint[1] < config.trainer["max_steps"]:
         space = check_space(config, folder.path, parts.tree["trainer"]["precision"])
         said += [space] if space is not None else []
-    note = vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")
+    note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
     folder.create(parts.tree, sources)
     folder.keep_data(prepared)
     banner(config, folder, start.checkpoint, reason)
@@ -191,7 +189,7 @@ def prepare_once(
             print(line, flush=True)
         parts.logger.rewind({})  # of a session that left no checkpoint
         defaults = read_yaml(Path(str(PRESETS / "base.yaml")))
-        parts.logger.describe(parts.tree, len(read_manifest(prepared)["origins"]), defaults)
+        parts.logger.describe(parts.tree, len(parts.data.origins), defaults)
     for line in said:
         say(line)
 

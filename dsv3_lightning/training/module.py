@@ -1,5 +1,6 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
+from dsv3_lightning.parallel.meeting import refuse_mixed_steps
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -71,6 +73,7 @@ class PretrainModule(pl.LightningModule):
         self.loaded_step = 0
         self.kept: tuple[Tensor, Tensor, list[float]] | None = None
         self.updating = False
+        self.forward_start = 0.0  # time.perf_counter when the callbacks were done with a batch
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
         self.validated_step: int | None = None  # the step of the last validation
 
@@ -89,14 +92,13 @@ class PretrainModule(pl.LightningModule):
         arguments: of the class, in place of those that follow from the stored settings. Raises ConfigError.
         """
         path = Path(checkpoint_path)
-        stored, settings = stored_arguments(path)
-        module = cls(**stored | arguments)
-        module.settings = settings
+        checkpoint = open_checkpoint(path)
+        module = cls(**stored_arguments(checkpoint) | arguments)
+        module.settings = checkpoint.settings
         module.model.to_empty(device=map_location or "cpu")
         module.model.tie_weights()
         try:
-            opened = open_checkpoint(path)
-            module.load_state_dict({name: opened.read(name) for name in opened.names()}, strict=strict)
+            module.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names()}, strict=strict)
         except RuntimeError as error:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
         return module.eval()
@@ -233,6 +235,9 @@ class PretrainModule(pl.LightningModule):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
         publish(self.trainer, self.scalars)  # from before a resume: a monitored one may not be logged again soon
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.forward_start = time.perf_counter()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning still validates once more before it stops
@@ -273,6 +278,11 @@ class PretrainModule(pl.LightningModule):
         config = self.optimizer_config
         return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
 
+    def every_rank(self, value: int) -> list[int]:
+        """The value of each rank, all of which must call it."""
+        gathered: Tensor = self.trainer.strategy.all_gather(torch.tensor([value], device=self.device))
+        return [int(one) for one in gathered.flatten()]
+
     def summed(self, values: Tensor) -> list[Any]:
         """The values summed over all ranks, all of which must call it."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
@@ -302,6 +312,7 @@ class PretrainModule(pl.LightningModule):
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
         self.scalars.update(checkpoint["scalars"])
         step = self.loaded_step = checkpoint["global_step"]
+        refuse_mixed_steps(self.every_rank(step))
         micro_batches = self.trainer.accumulate_grad_batches
         due = step * micro_batches % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
         validate_first = due and not checkpoint["validated"]

@@ -15,10 +15,10 @@ from tests.parallel.small import config
 @pytest.mark.parametrize(
     ("settings", "ranks", "per_node", "shape"),
     [
-        ({"kind": "fsdp2"}, 2048, 8, MeshShape(1, 2048)),
+        ({"kind": "fsdp2"}, 2048, 8, MeshShape(1, 2048, small_shard=8)),
         ({"kind": "hsdp"}, 2048, 8, MeshShape(256, 8)),
         ({"kind": "hsdp"}, 8, 8, MeshShape(1, 8)),
-        ({"kind": "hsdp", "dp_shard": 64}, 256, 8, MeshShape(4, 64)),
+        ({"kind": "hsdp", "dp_shard": 64}, 256, 8, MeshShape(4, 64, small_shard=8)),
         ({"kind": "fsdp2", "dp_replicate": 2}, 16, 8, MeshShape(2, 8)),
     ],
 )
@@ -51,11 +51,11 @@ def test_impossible_sizes_are_named(key, value):
 @pytest.mark.parametrize(
     ("settings", "ranks", "shape"),
     [
-        ({"kind": "fsdp2_ep"}, 2048, MeshShape(1, 2048, 8)),  # within a node of 8
+        ({"kind": "fsdp2_ep"}, 2048, MeshShape(1, 2048, 8, 8)),  # within a node of 8
         ({"kind": "fsdp2_ep"}, 4, MeshShape(1, 4, 4)),
-        ({"kind": "fsdp2_ep", "expert_parallel": 64}, 2048, MeshShape(1, 2048, 64)),
+        ({"kind": "fsdp2_ep", "expert_parallel": 64}, 2048, MeshShape(1, 2048, 64, 8)),
         ({"kind": "hsdp", "expert_parallel": 4}, 16, MeshShape(2, 8, 4)),
-        ({"kind": "fsdp2"}, 16, MeshShape(1, 16, 1)),
+        ({"kind": "fsdp2"}, 16, MeshShape(1, 16, 1, 8)),
     ],
 )
 def test_experts_are_spread_over_a_part_of_the_shards(settings, ranks, shape):

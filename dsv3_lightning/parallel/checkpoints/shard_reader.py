@@ -27,6 +27,10 @@ class ShardReader:
         self.rest, self.metadata = read_rest(path)  # checks all files
         self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.rest["settings"])
+
     def names(self) -> list[str]:
         return [key.removeprefix(PREFIX) for key in self.metadata.state_dict_metadata if key.startswith(PREFIX)]
 
