@@ -280,8 +280,9 @@ class PretrainModule(pl.LightningModule):
 
     def every_rank(self, value: int) -> list[int]:
         """The value of each rank, all of which must call it."""
-        gathered: Tensor = self.trainer.strategy.all_gather(torch.tensor([value], device=self.device))
-        return [int(one) for one in gathered.flatten()]
+        mine = torch.zeros(self.trainer.world_size, dtype=torch.int64)
+        mine[self.trainer.global_rank] = value
+        return [int(one) for one in self.summed(mine)]
 
     def summed(self, values: Tensor) -> list[Any]:
         """The values summed over all ranks, all of which must call it."""
