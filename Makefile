@@ -35,7 +35,7 @@ docs: $(INSTALLED) ## build the documentation site into site/, with every warnin
 board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 	$(VENV)/bin/tensorboard --logdir runs
 
-bench: $(INSTALLED) ## measure training speed beside transformers' model of the same shape
+bench: $(INSTALLED) ## measure training speed against transformers' model of the same shape
 	$(PYTHON) benchmarks/throughput.py
 
 reproduce: $(INSTALLED) ## run the papers' experiments: an hour on two cores; QUICK=1: minutes, to see that it works

@@ -27,7 +27,7 @@ ASKED = 1 << 16  # above every signal: a callback or a time limit has set traine
 # A step of so many micro-batches may take longer than the notice before a machine is taken away; it may end after
 # every so many of them.
 MANY, ASK_EVERY = 8, 4
-GO_ON = "which is saved; the same command goes on from there"
+RESUMES = "which is saved; the same command resumes from there"
 
 
 class Checkpoint(CheckpointBase):
@@ -176,7 +176,7 @@ class Checkpoint(CheckpointBase):
             self.save(trainer)
         self.settle(trainer)
         if trainer.should_stop and 0 < step < planned_steps(trainer) and trainer.is_global_zero:
-            print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
+            print(f"stopped by {who_stopped(trainer)} after step {step}, {RESUMES}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the last completed step in a run of one process; with several, ranks may be at different steps."""
@@ -188,7 +188,7 @@ class Checkpoint(CheckpointBase):
                 part.take_back()
             self.save(trainer)
             self.settle(trainer)
-            print(f"stopped by {type(exception).__name__} after step {step}, {GO_ON}", flush=True)
+            print(f"stopped by {type(exception).__name__} after step {step}, {RESUMES}", flush=True)
 
     def note_done(self, trainer: Trainer) -> None:
         self.done = trainer.global_step
@@ -282,7 +282,7 @@ def keepers(trainer: Trainer) -> list[Any]:
 
 def raise_if_signal(stop: int, step: int) -> None:
     if stop not in (0, ASKED):
-        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {GO_ON}", code=128 + stop)
+        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {RESUMES}", code=128 + stop)
 
 
 def who_stopped(trainer: Trainer) -> str:

@@ -132,6 +132,35 @@ def no_settings(callback: str) -> type[Any]:
     return make_dataclass(f"{callback}Settings", (), frozen=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GarbageCollectionSettings:
+    every_n_steps: int = 50
+
+    def __post_init__(self) -> None:
+        at_least(1, "garbage_collection.every_n_steps", self.every_n_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySnapshotSettings:
+    history: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, "memory_snapshot.history", self.history, " (0 records no history)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpikeSettings:
+    threshold: float = 6.0
+    window: int = 50
+    max_returns: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ConfigError(f"callbacks.loss_spike.threshold={self.threshold}: must be above 0")
+        at_least(2, "loss_spike.window", self.window)
+        at_least(0, "loss_spike.max_returns", self.max_returns)
+
+
 CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that of the file
     "expert_bias": ExpertBiasSettings,
     "balance_factor": BalanceFactorSettings,
@@ -141,6 +170,9 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "router_probe": no_settings("RouterProbe"),
     "weight_average": WeightAverageSettings,
     "throughput": ThroughputSettings,
+    "loss_spike": LossSpikeSettings,
+    "garbage_collection": GarbageCollectionSettings,
+    "memory_snapshot": MemorySnapshotSettings,
     "sample_text": SampleTextSettings,
     "checkpoint": CheckpointSettings,
     "progress": no_settings("Progress"),

@@ -64,7 +64,7 @@ def whole(path: Path) -> Iterator[Path]:
     """Yields a path to write a file or folder to, which is synced and renamed to `path` when the block ends.
 
     Readers see either the old one or the new one, even after a crash. Files get the umask's mode. The yielded path is
-    in a private folder beside `path`: an error leaves nothing behind, a kill what `remove_leftovers` removes.
+    in a private folder next to `path`: an error leaves nothing behind, a kill what `remove_leftovers` removes.
     Raises WriteError with the path and the system's reason.
     """
     own = None
@@ -152,7 +152,7 @@ def umask() -> int:
 
 
 def put_in_place(beside: Path, path: Path, aside: Path | None = None) -> None:
-    """Renames what was written beside to its final name and syncs the folder. Raises OSError.
+    """Renames what was written to its final name and syncs the folder. Raises OSError.
 
     A rename can't replace a folder, or a file by a folder, so the old one is first renamed to `aside`, a name that no
     one else may use; by default the same name with OLD.

@@ -155,7 +155,7 @@ def check_class_block(block: Any, path: str) -> None:
         raise ConfigError(f"{path}={show(block)}: needs a class_path")
     for key in block:
         if key not in ("class_path", "init_args"):
-            raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
+            raise ConfigError(f"{path}.{key}: not valid next to class_path; arguments go under init_args")
     class_path = block["class_path"]
     if not isinstance(class_path, str) or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", class_path) is None:
         where = f"{path}.class_path={show(class_path)}"

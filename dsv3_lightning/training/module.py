@@ -25,6 +25,7 @@ from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerC
 from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
 from dsv3_lightning.training.loops import loops_at
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
+from dsv3_lightning.training.non_finite import describe, find_on_rank, gather_findings
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
 from dsv3_lightning.training.stored import stored_arguments
@@ -68,6 +69,7 @@ class PretrainModule(pl.LightningModule):
         self.val_acceptance = Acceptance(model.mtp_depth)
         self.scalars: dict[str, float] = {}
         self.step_loss: Tensor | float = 0.0  # sum over the current step's micro-batches on this rank
+        self.micro_batches: list[tuple[Tensor, Tensor | None]] = []  # losses and sample numbers of the current step
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
@@ -165,6 +167,7 @@ class PretrainModule(pl.LightningModule):
             loss = loss + self.mtp_weight * mean_P[1:].mean()
         self.train_loss.update(losses.nll_P, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
+        self.micro_batches.append((loss.detach(), batch.get("sample_ids")))
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
     def configure_gradient_clipping(
@@ -180,8 +183,10 @@ class PretrainModule(pl.LightningModule):
         # All ranks must decide alike, and a value may be non-finite on one of them only.
         self.step_skipped = not bool(self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size)
         self.step_loss = 0.0
+        micro_batches, self.micro_batches = self.micro_batches, []
         if self.step_skipped:
-            self.skip_step()
+            own = find_on_rank(self.trainer.global_rank, self.named_parameters(), micro_batches)
+            self.skip_step(describe(gather_findings(own, self.trainer.world_size)))
         else:
             self.skipped_in_a_row = 0
             parts = [local(gradient) for gradient in gradients]
@@ -193,7 +198,7 @@ class PretrainModule(pl.LightningModule):
         self.log_step(float(norm))
         self.updating = True  # the weights change next
 
-    def skip_step(self) -> None:
+    def skip_step(self, cause: str) -> None:
         """Drops the gradients, so AdamW changes neither weights nor moments. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
@@ -205,10 +210,11 @@ class PretrainModule(pl.LightningModule):
         if self.skipped_in_a_row >= self.optimizer_config.max_skipped_steps:
             raise RunStopped(
                 f"step {step}: the loss or a gradient was not finite {self.skipped_in_a_row} steps in a row "
-                "(optimizer.max_skipped_steps); the newest checkpoint is from before"
+                f"(optimizer.max_skipped_steps); the newest checkpoint is from before; at last {cause}"
             )
         if self.trainer.is_global_zero:
-            print(f"step {step}: the loss or a gradient is not finite; step skipped ({self.skipped_steps} so far)")
+            skipped = f"step skipped ({self.skipped_steps} so far)"
+            print(f"step {step}: the loss or a gradient is not finite; {skipped}; {cause}", flush=True)
 
     def log_step(self, norm: float) -> None:
         """Logs the means since the last logged step. Called before the optimizer's step counter increases."""

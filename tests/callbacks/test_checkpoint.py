@@ -19,7 +19,7 @@ from tests.callbacks.test_in_other_projects import WIDTH, Regression, fit
 
 
 class Hours:
-    """A clock, in seconds, that goes on by some minutes at each step of the training."""
+    """A clock, in seconds, that advances by some minutes at each step of the training."""
 
     def __init__(self, minutes: float) -> None:
         self.minutes, self.now = minutes, 1000.0

@@ -16,6 +16,9 @@ from dsv3_lightning.callbacks import (
     BalanceFactor,
     Checkpoint,
     ExpertBias,
+    GarbageCollection,
+    LossSpike,
+    MemorySnapshot,
     MTPWeight,
     Progress,
     RouterMonitor,
@@ -113,7 +116,7 @@ def seed():
 def test_they_run_together_through_epochs_with_short_last_steps(tmp_path, capsys):
     module, logger = Regression("expert_counts", "tokens"), CSVLogger(tmp_path)
     bias = ExpertBias(speed=1.0, schedule=[[0.0, 1.0], [0.5, 0.25]])
-    used = (bias, RouterMonitor(), Throughput(), Progress(), Checkpoint())
+    used = (bias, RouterMonitor(), Throughput(), GarbageCollection(), MemorySnapshot(), Progress(), Checkpoint())
     trainer = fit(module, tmp_path, *used, logger=logger, log_every_n_steps=1)
     assert trainer.global_step == STEPS
 
@@ -182,6 +185,7 @@ class TensorRows(IterableDataset):
 LACKING = {
     BalanceFactor: "`balance.scale`",
     ExpertBias: "`expert_bias`",
+    LossSpike: "`skips`",
     MTPWeight: "`mtp_weight`",
     RouterMonitor: "`expert_bias`",
     RouterProbe: "`model`",
@@ -190,11 +194,12 @@ LACKING = {
     SkewedStart: "`expert_bias`",
     WeightAverage: "`model`",
 }
+NEEDING_NOTHING = (Checkpoint, GarbageCollection, MemorySnapshot, Progress, Throughput)
 ARGUMENTS = {SkewedStart: {"strength": 0.5}, WeightAverage: {"decay": 0.9}}
 
 
 def test_every_callback_is_tried_here():
-    assert {kind.__name__ for kind in (*LACKING, Checkpoint, Progress, Throughput)} == set(callbacks.__all__)
+    assert {kind.__name__ for kind in (*LACKING, *NEEDING_NOTHING)} == set(callbacks.__all__)
 
 
 @pytest.mark.parametrize("kind", LACKING)

@@ -120,7 +120,7 @@ NAMES = ", ".join(CALLBACKS)
         (["run.seed=-1"], "run.seed=-1: must be between 0 and 2^32 - 1"),
         (
             ["data.isolate_documents=true"],
-            "data.isolate_documents=true: needs data.mask_document_ends=true, as none can foresee another",
+            "data.isolate_documents=true: needs data.mask_document_ends=true: no document can predict another",
         ),
         (
             ["model.num_experts_per_tok=9"],
@@ -243,7 +243,7 @@ NAMES = ", ".join(CALLBACKS)
         (["callbacks.foo={a: 1}"], f"callbacks.foo: no such callback, nor a class_path; valid: {NAMES}"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line(overrides: list[str], expected: str):
+def test_a_wrong_setting_is_reported_in_one_line(overrides: list[str], expected: str):
     with pytest.raises(ConfigError) as caught:
         check(nano(*overrides))
     assert str(caught.value) == expected

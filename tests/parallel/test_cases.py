@@ -184,7 +184,7 @@ def test_the_order_of_samples_is_one_for_any_ranks_workers_and_resumes(runs, n):
 
 
 def order_of_samples(run, ranks):
-    """{step: those of each rank, one rank after the other}, of all lives of a run."""
+    """{step: those of each rank, one rank after the other}, of all sessions of a run."""
     steps = {}
     for entry in (entry for rank in range(ranks) for entry in diary(run, rank) if "samples" in entry):
         steps.setdefault(entry["step"], []).extend(entry["samples"])
@@ -192,7 +192,7 @@ def order_of_samples(run, ranks):
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_a_stop_that_one_rank_asks_for_stops_all_and_any_ranks_and_micro_batches_go_on(runs, shared_nano, n):
+def test_a_stop_that_one_rank_asks_for_stops_all_and_any_ranks_and_micro_batches_resume(runs, shared_nano, n):
     """After step 3 on one process, of four micro-batches; after step 5 on several, of fewer."""
     output = (shared_nano.base / f"output_{n}").read_text()
     assert output.count("stopped by a callback that set trainer.should_stop after step 5, which is saved") == 1

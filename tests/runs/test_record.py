@@ -1,4 +1,4 @@
-"""A run's folder is a record: a refusal changes nothing in it, and a run goes on when what it started from is gone."""
+"""A run's folder is a record: a refusal changes nothing in it, and a run resumes when what it started from is gone."""
 
 import hashlib
 import resource
@@ -100,10 +100,10 @@ def test_other_data_are_refused_and_nothing_changes(finished, run, capsys, what:
     assert content(folder) == before and content(run.base / "cache") == cache
 
 
-def test_a_run_goes_on_without_its_texts(finished, run, capsys):
+def test_a_run_resumes_without_its_texts(finished, run, capsys):
     expected = Run(finished / "runs/x", 0).weights(4)
     shutil.rmtree(run.base / "texts")
-    (run.base / "runs/x/checkpoints/step=4.ckpt.new").mkdir()  # of a life that was killed
+    (run.base / "runs/x/checkpoints/step=4.ckpt.new").mkdir()  # of a session that was killed
     (run.base / "runs/x/.report.md.abc.new").mkdir()
     again = run.run("x", *run.settings())
     assert again.code == 0 and "are enough" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_a_run_goes_on_without_its_texts(finished, run, capsys):
     assert not [path.name for path in again.folder.rglob("*") if path.name.endswith(".new")]
 
 
-def test_a_run_goes_on_with_its_texts_and_its_folder_elsewhere(finished, run, capsys):
+def test_a_run_resumes_with_its_texts_and_its_folder_elsewhere(finished, run, capsys):
     expected = Run(finished / "runs/x", 0).weights(4)
     run.base.rename(run.base.with_name("moved"))
     run.base = run.base.with_name("moved")
@@ -122,11 +122,11 @@ def test_a_run_goes_on_with_its_texts_and_its_folder_elsewhere(finished, run, ca
     assert all((value == expected[name]).all() for name, value in again.weights(4).items())
 
 
-def test_preparation_that_happens_anew_says_why(run, capsys):
+def test_repeated_preparation_says_why(run, capsys):
     with open(run.base / "texts/calendar.py", "a") as file:
         file.write("# more\n")
     assert main(["prepare", "nano", *run.settings("run.name=y")]) == 0
-    assert "prepared anew, since " in (said := capsys.readouterr().err) and "calendar.py changed" in said
+    assert "prepared again, since " in (said := capsys.readouterr().err) and "calendar.py changed" in said
     assert main(["prepare", "nano", *run.settings("run.name=y", "data.validation_fraction=0.25")]) == 0
     assert "validation_fraction: 0.5 before, 0.25 now" in capsys.readouterr().err
 

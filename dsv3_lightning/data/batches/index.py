@@ -1,4 +1,4 @@
-"""The packed index in memory-mapped files beside the tokens, shared by all ranks and loader processes of a node.
+"""The packed index in memory-mapped files next to the tokens, shared by all ranks and loader processes of a node.
 
     SPLIT/index-FORMAT-T-DEPTH[-masked]/NAME.npy    one array of `PackedIndex` each
 

@@ -19,6 +19,7 @@ from dsv3_lightning.data.batches.index import open_index, prepare_index
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.ramp import batch_sizes
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler, ValidationSampler
+from dsv3_lightning.data.batches.skips import Skip
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
@@ -34,7 +35,7 @@ class TextDataModule(LightningDataModule):
 
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
     `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
-    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
+    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn again from its first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
     own counts micro-batches).
@@ -53,7 +54,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         if config.sequence_length <= mtp_depth:
             raise ConfigError(
-                f"data.sequence_length={config.sequence_length}: a sample too short for "
+                f"data.sequence_length={config.sequence_length}: too short for "
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
@@ -62,9 +63,10 @@ class TextDataModule(LightningDataModule):
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
         self._first_step, self._first_sample, self._restored = 0, 0, False
+        self.skips: list[Skip] = []  # what the run leaves out; LossSpike sets those that are newer than a checkpoint
 
     def prepare_tokens(self, tell: Callable[[str], None] = say) -> Path:
-        """Prepares the token files, unless that is done. tell: gets what `prepare` has to tell."""
+        """Prepares the token files, unless that is done. tell: called with each note of `prepare`."""
         if self._folder is None:
             self._folder = prepare(self.config, self.known, tell)
         return self._folder
@@ -100,6 +102,7 @@ class TextDataModule(LightningDataModule):
             first_sample=self._first_sample,
             whole_steps=self.whole_steps,
             sizes=self.batch_sizes,
+            skips=self.skips,
         )
         return Loader(dataset, sampler, self.config.num_workers)
 
@@ -112,10 +115,22 @@ class TextDataModule(LightningDataModule):
         sampler = ValidationSampler(dataset.index.target_counts, self._layout(), self.limit_val_batches)
         return Loader(dataset, sampler, self.config.num_workers)
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Leaves the numbers of documents on the host, where the model reads them without waiting for a GPU."""
+        on_host = {name: batch[name] for name in ("documents", "step_documents") if name in batch}
+        rest = {name: value for name, value in batch.items() if name not in on_host}
+        return super().transfer_batch_to_device(rest, device, dataloader_idx) | on_host
+
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
-        drawn = int(self.batch_sizes[self._first_step : step].sum())
-        return {"next_sample": self._first_sample + drawn, "index": self._index_hash}
+        return {"next_sample": self.position(step), "skips": self.skips, "index": self._index_hash}
+
+    def position(self, step: int) -> int:
+        """The number of samples that the run has drawn in its first `step` optimizer steps."""
+        sizes, first = self.batch_sizes, self._first_step
+        return self._first_sample + int(sizes[first:step].sum()) - int(sizes[step:first].sum())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" not in self._datasets:  # only validating: other data than in training is fine
@@ -128,6 +143,7 @@ class TextDataModule(LightningDataModule):
                 "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth"
             )
         self._first_sample, self._restored = state_dict["next_sample"], True
+        self.skips = self.skips or [(at, length) for at, length in state_dict.get("skips", [])]
 
     @property
     def prepared(self) -> Path:
@@ -209,12 +225,12 @@ def length_note(passes: float, tokens: int) -> str:
     """A note on the number of passes over the data, with a warning if it is large.
 
     >>> length_note(0.25, 1_000_000)
-    'data: the run goes 0.25 times over its 1,000,000 training tokens'
+    'data: the run makes 0.25 passes over its 1,000,000 training tokens'
     """
-    note = f"the run goes {passes:,.3g} times over its {tokens:,} training tokens"
+    note = f"the run makes {passes:,.3g} passes over its {tokens:,} training tokens"
     if passes <= MANY_PASSES:
         return f"data: {note}"
-    return f"warning: {note}; beyond {MANY_PASSES} passes it learns less and less, and little text by heart"
+    return f"warning: {note}; beyond {MANY_PASSES} passes it learns little more, and memorizes short data"
 
 
 class Loader:

@@ -5,12 +5,13 @@ rank r of W is part m · W + r of those. So the order is the same for any number
 processes, and the position is a single integer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.errors import ConfigError
 
 CHUNK = 1 << 16  # samples at a time
@@ -59,6 +60,7 @@ class TrainSampler:
     Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume.
     target_counts [samples, P] int64: those of each sample. whole_steps: whether micro-batches have `step_samples`.
     sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
+    skips: what the run leaves out, at the beginnings of steps.
     """
 
     def __init__(
@@ -72,11 +74,13 @@ class TrainSampler:
         first_sample: int = 0,
         whole_steps: bool = False,
         sizes: np.ndarray | None = None,
+        skips: Sequence[Skip] = (),
     ) -> None:
         self.target_counts, self.layout, self.seed = target_counts, layout, seed
         self.whole_steps = whole_steps
         self.sizes = np.full(max_steps, layout.batch_size) if sizes is None else sizes
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
+        self.skips = skips
 
     def __len__(self) -> int:
         return self.max_steps * self.layout.accumulate
@@ -86,7 +90,8 @@ class TrainSampler:
         order = Order(len(self.target_counts), self.seed)
         first = self.first_sample
         for size in map(int, self.sizes[self.first_step :]):
-            samples = order[first : first + size]
+            number = shifted(first, self.skips)
+            samples = order[number : number + size]
             first += size
             target_counts = self.target_counts[samples].sum(0)
             parts = samples.reshape(layout.accumulate, layout.ranks, -1)[:, layout.rank]

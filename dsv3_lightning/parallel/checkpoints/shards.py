@@ -44,10 +44,10 @@ class Saver:
         self.finish()
         tensors, rest = split(checkpoint)
         beside = path.with_name(path.name + BESIDE)
-        told: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        if told[0] is not None:
-            raise could_not_write(path, 0, told[0])
+        failed: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(failed, src=0, group=self.group)
+        if failed[0] is not None:
+            raise could_not_write(path, 0, failed[0])
         written: Any = dcp.async_save(
             tensors, checkpoint_id=beside / SHARDS, process_group=self.group, async_stager=self.stager
         )

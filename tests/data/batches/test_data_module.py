@@ -79,7 +79,7 @@ def test_resuming_again_and_again_keeps_the_order(
     assert seen == order
 
 
-def test_another_batch_size_goes_on_with_the_next_sample(config: DataConfig, make_module: Make) -> None:
+def test_another_batch_size_resumes_with_the_next_sample(config: DataConfig, make_module: Make) -> None:
     state = make_module(config).state_dict() | {"next_sample": 24}
     other = dataclasses.replace(config, batch_size=4)
     module = make_module(other, state=state, step=3, max_steps=5)
@@ -183,7 +183,7 @@ def test_a_state_of_other_samples_is_refused(config: DataConfig, make_module: Ma
 
 
 def test_what_cannot_work_is_refused(config: DataConfig, make_module: Make) -> None:
-    with pytest.raises(ConfigError, match="^data.sequence_length=2: a sample too short for .*=2; needs at least 3$"):
+    with pytest.raises(ConfigError, match="^data.sequence_length=2: too short for .*=2; needs at least 3$"):
         TextDataModule(dataclasses.replace(config, sequence_length=2), 2, 1)
     TextDataModule(dataclasses.replace(config, sequence_length=3), 2, 1)
     with pytest.raises(ConfigError, match="^data.batch_size=8: 3 ranks .* multiple of 3, such as 6 or 9$"):
@@ -247,7 +247,7 @@ def test_lightning_resumes_in_the_middle(
 ) -> None:
     seen: list[int] = []
     checkpoint: Path | None = None
-    for stop in (3, 4, STEPS):  # the second life resumes, the third resumes a resumed one
+    for stop in (3, 4, STEPS):  # the second session resumes, the third resumes a resumed one
         trainer = trainer_of(tmp_path, stop, accumulate_grad_batches=accumulate, val_check_interval=2)
         model, data = Recorder(), TextDataModule(config, 1, STEPS)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)

@@ -1,4 +1,4 @@
-"""The index is made once and shared: what is found is used, what is damaged made anew, and memory holds none of it."""
+"""The index is made once and shared: what is found is used, what is damaged is made again, none of it is in memory."""
 
 import mmap
 import pickle
@@ -62,7 +62,7 @@ def test_the_second_start_uses_what_the_first_made(
 
 @pytest.mark.parametrize("name", ["samples", "starts", "target_counts"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "other", "empty"])
-def test_a_damaged_one_is_made_anew(own: DataConfig, make_module: Make, name: str, damage: str) -> None:
+def test_a_damaged_one_is_made_again(own: DataConfig, make_module: Make, name: str, damage: str) -> None:
     first = make_module(own)
     batches, state = batches_of(first), first.state_dict()
     path = index_folder(first.prepared, "train", own.sequence_length, 1, False) / f"{name}.npy"

@@ -49,7 +49,7 @@ def test_order_and_position_are_those_of_one_stream(
     sizes = sizes_of(growing, steps)
     assert sizes.tolist() == [4, 4, 4, 4, 8, 8, 8, 8]
 
-    def lives(**arguments: Any) -> list[TextDataModule]:
+    def modules(**arguments: Any) -> list[TextDataModule]:
         common = {"max_steps": steps, "ranks": ranks, "accumulate": accumulate}
         return [make_module(growing, rank=rank, **common, **arguments) for rank in range(ranks)]
 
@@ -57,14 +57,14 @@ def test_order_and_position_are_those_of_one_stream(
         batches = [[batch["sample_ids"].tolist() for batch in module.train_dataloader()] for module in modules]
         return [sample for same_time in zip(*batches, strict=True) for part in same_time for sample in part]
 
-    first = lives()
+    first = modules()
     whole = drawn(first)
     expected = Order(first[0].train_samples, growing.seed)[0 : int(sizes.sum())].tolist()
     assert whole == expected
     first[0].trainer.global_step = stop  # type: ignore[misc, union-attr]
     state = first[0].state_dict()
     assert state["next_sample"] == sizes[:stop].sum() == first[0].tokens_before(stop) // 96
-    assert drawn(lives(state=state, step=stop)) == expected[sizes[:stop].sum() :]
+    assert drawn(modules(state=state, step=stop)) == expected[sizes[:stop].sum() :]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_ranks_and_micro_batches_share_one_order(accumulate: int, ranks: int) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_later_start_goes_on_where_it_would_have_been(ranks: int) -> None:
+def test_a_later_start_resumes_where_it_would_have_been(ranks: int) -> None:
     whole = global_order(16, 8, 1, 1, range(10))
     for step in (0, 1, 2, 3, 10):  # in mid-epoch, at an epoch's end, at the run's end
         assert global_order(16, 8, 1, ranks, range(step, 10)) == whole[step * 8 :]
