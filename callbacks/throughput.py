@@ -180,9 +180,9 @@ def gathered(trainer: Trainer, values: Tensor) -> Tensor:
     if trainer.world_size == 1:
         return values[None]
     own = values.to(trainer.strategy.root_device)
-    found = own.new_empty(trainer.world_size * len(own))
-    dist.all_gather_into_tensor(found, own)
-    return found.view(trainer.world_size, -1).cpu()
+    found = own.new_empty(trainer.world_size, len(own))
+    dist.all_gather([*found], own)
+    return found.cpu()
 
 
 def name_bytes(name: str) -> Tensor:

@@ -108,10 +108,10 @@ def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
     known: the number of ranks that determines the config's micro-batch.
     """
     data, accumulate = config.data, config.trainer["accumulate_grad_batches"]
-    sizes = [data.batch_size, *([data.batch_ramp.start, data.batch_ramp.increment] if data.batch_ramp else [])]
-    if accumulate * known % gpus == 0 and not any(size % (accumulate * known) for size in sizes):
-        return
     ramp = (data.batch_ramp.start, data.batch_ramp.increment) if data.batch_ramp else None
+    fits = data.batch_size % (accumulate * known) == 0 and not any(size % gpus or size % known for size in ramp or ())
+    if accumulate * known % gpus == 0 and fits:
+        return
     fit = fitting_batch(Batch(data.batch_size, accumulate, ramp), known, gpus)
     words = [f"data.batch_size={fit.size}", f"trainer.accumulate_grad_batches={fit.accumulate}"]
     if fit.ramp and fit.size > fit.ramp[0]:

@@ -184,6 +184,7 @@ def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start)
     whole_steps = module.balance.needs_counts and accumulate > 1
     limit = config.trainer["limit_val_batches"]
     data = TextDataModule(config.data, config.model.mtp_depth, max_steps, whole_steps, limit, folder.data_inputs())
+    module.ramp = data.micro_batches
     return Parts(trainer, module, data, logger, recorded), reason
 
 

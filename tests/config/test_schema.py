@@ -165,7 +165,7 @@ NAMES = ", ".join(CALLBACKS)
         (["trainer.devices=3"], f"data.batch_size=8: {PARTS} 3 equal parts; use 6 or 9"),
         (
             ["data.batch_ramp={start: 3, increment: 1, tokens: 9}", "trainer.devices=2"],
-            f"data.batch_ramp.start=3: {PARTS} 2 equal parts; use 2 or 4",
+            "data.batch_ramp.start=3: does not divide into devices × num_nodes = 2 equal parts; use 2 or 4",
         ),
         (["trainer.devices=[0,1,2]"], f"data.batch_size=8: {PARTS} 3 equal parts; use 6 or 9"),
         (

@@ -106,7 +106,7 @@ def test_a_run_resumes_without_its_texts(finished, run, capsys):
     (run.base / "runs/x/checkpoints/step=4.ckpt.new").mkdir()  # of a session that was killed
     (run.base / "runs/x/.report.md.abc.new").mkdir()
     again = run.run("x", *run.settings())
-    assert again.code == 0 and "are enough" in capsys.readouterr().err
+    assert again.code == 0 and "are used" in capsys.readouterr().err
     assert all((value == expected[name]).all() for name, value in again.weights(4).items())
     assert not [path.name for path in again.folder.rglob("*") if path.name.endswith(".new")]
 
