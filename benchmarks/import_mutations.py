@@ -26,7 +26,7 @@ import torch
 from dsv3_lightning.cli import main
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import reader, write_weights
+from dsv3_lightning.hub.export import write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_generation_config, write_json, write_tokenizer
 from dsv3_lightning.model.config import ModelConfig, Yarn
 from dsv3_lightning.model.transformer import Transformer, fill
@@ -53,7 +53,9 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
     model = Transformer(config)
     model.init_weights(0, fill)
-    write_weights(config, reader(model.state_dict(), "memory"), folder, torch.float32, 60_000)
+    state = model.state_dict()
+    read = lambda name, expert: state[name] if expert is None else state[name][expert]  # noqa: E731
+    write_weights(config, read, folder, torch.float32, 60_000)
     write_json(folder / "config.json", to_json(config, token_ids(tokenizer), "float32"))
     write_tokenizer(tokenizer, folder, 256)
     write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.vocab_size))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from dsv3_lightning import __version__
 from dsv3_lightning.errors import ConfigError, RunStopped
-from dsv3_lightning.parallel.launch import let_the_first_rank_speak
+from dsv3_lightning.parallel.launch import delay_other_ranks
 
 
 class Verb(NamedTuple):
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
-        let_the_first_rank_speak(os.environ)
+        delay_other_ranks(os.environ)
         print(f"dsv3: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except RunStopped as stopped:

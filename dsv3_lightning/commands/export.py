@@ -44,22 +44,22 @@ def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: f
     from dsv3_lightning.runs.models import find_checkpoint, load_model, part_reader
 
     check_free(out)
-    path, _, config, tokenizer, report = find_checkpoint(run)
+    checkpoint, _, config, tokenizer, report = find_checkpoint(run)
     tokens = (
         None if verify is False else verification_tokens(verify if isinstance(verify, Path) else None, config.model)
     )
 
     def write(folder: Path) -> None:
-        size = write_weights(config.model, part_reader(path), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
+        size = write_weights(config.model, part_reader(checkpoint), folder, DTYPES[dtype], int(file_gigabytes * 1e9))
         write_json(folder / "config.json", to_json(config.model, token_ids(tokenizer), dtype))
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.model.vocab_size))
-        write_file(folder / "README.md", model_card(config, report, path))
-        print(f"{out}: {size:,} bytes of weights, {dtype}, from {path}", flush=True)
+        write_file(folder / "README.md", model_card(config, report, checkpoint.path))
+        print(f"{out}: {size:,} bytes of weights, {dtype}, from {checkpoint.path}", flush=True)
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written
     if tokens is not None:
-        model = load_model(path, config.model)
+        model = load_model(checkpoint, config.model)
         expected = all_logits(model, tokens)
         write_logits(out.parent / "verify", tokens, expected)
     write_folder(out, write)

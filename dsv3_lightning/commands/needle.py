@@ -33,7 +33,7 @@ def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path
     from dsv3_lightning.inference.needle import find_needles
     from dsv3_lightning.runs.models import find_checkpoint, load_model
 
-    path, folder, config, tokenizer, _ = find_checkpoint(run)
+    checkpoint, folder, config, tokenizer, _ = find_checkpoint(run)
     target = folder / "needle" if out is None else out
     make_folder("--out", target)
     limit = config.model.max_position_embeddings
@@ -44,7 +44,7 @@ def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path
         filler += batch["tokens"][batch["mask"]].tolist()
         if len(filler) > 4 * max(lengths):
             break
-    found = find_needles(load_model(path, config.model), tokenizer, filler, lengths, places, texts)
+    found = find_needles(load_model(checkpoint, config.model), tokenizer, filler, lengths, places, texts)
     print("nats per token that the needle saves (share that greedy decoding gets right)")
     print("length " + "".join(f"      at {place:4.0%} " for place in places))
     for row, length in enumerate(lengths):

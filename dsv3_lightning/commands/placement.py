@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from dsv3_lightning.parallel.checkpoints.opened import OpenCheckpoint
+
 BATCHES = 16  # of validation text
 
 
@@ -42,7 +44,7 @@ def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | No
     from dsv3_lightning.inference.expert_placement import gpu_loads, loads_in_order, overload, rebalance_experts
     from dsv3_lightning.runs.models import find_checkpoint
 
-    path, folder, config, *_ = find_checkpoint(run)
+    checkpoint, folder, config, *_ = find_checkpoint(run)
     if not config.model.num_moe_layers:
         raise ConfigError(f"{run}: the model has no experts")
     experts = config.model.n_routed_experts
@@ -50,7 +52,7 @@ def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | No
         replicas = (-(-experts // gpus) + 1) * gpus
     target = folder / "placement" if out is None else out
     make_folder("--out", target)
-    weight_LE = count_load(config, path, folder) if loads is None else read_loads(loads, config)
+    weight_LE = count_load(config, checkpoint, folder) if loads is None else read_loads(loads, config)
     plan = rebalance_experts(weight_LE, replicas, config.model.n_group, nodes, gpus)
     before_LG, after_LG = loads_in_order(weight_LE, gpus), gpu_loads(weight_LE, plan, gpus)
     before_L, after_L = overload(before_LG), overload(after_LG)
@@ -72,13 +74,13 @@ def picture(before_LG: "Tensor", after_LG: "Tensor") -> "Figure":
     return heat_maps({"GPU load over its mean, before": before, "after": after}, 1.0, columns="GPU")
 
 
-def count_load(config: Config, path: Path, folder: Path) -> "Tensor":
+def count_load(config: Config, checkpoint: "OpenCheckpoint", folder: Path) -> "Tensor":
     """Tokens per expert, int64 [L, E], over up to BATCHES validation batches."""
     import torch
 
     from dsv3_lightning.runs.models import load_model
 
-    model = load_model(path, config.model)
+    model = load_model(checkpoint, config.model)
     counts_LE = torch.zeros(config.model.num_moe_layers, config.model.n_routed_experts, dtype=torch.int64)
     for batch, _ in zip(validation_batches(config, folder), range(BATCHES)):
         documents_BS = batch.get("documents")

@@ -22,7 +22,7 @@ class FileRecord(TypedDict):
     sha256: str
 
 
-def readable(path: str | Path) -> str:
+def utf8_path(path: str | Path) -> str:
     """The path as text that UTF-8 can encode, with '/' between the parts, for messages and hashes."""
     return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
 

@@ -1,7 +1,7 @@
 """Export of weights to safetensors files in the released layout. Memory: one file and one matrix at a time."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,17 +55,6 @@ def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned
         files[-1].append(item)
         size += item.bytes
     return files
-
-
-def reader(state: Mapping[str, Tensor], where: str | Path) -> Read:
-    """A reader of tensors from a state dict in memory or memory-mapped. Raises ConfigError for a missing one."""
-
-    def read(name: str, expert: int | None) -> Tensor:
-        if name not in state:
-            raise ConfigError(f"{where}: holds no {name}")
-        return state[name] if expert is None else state[name][expert]
-
-    return read
 
 
 def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dtype, file_bytes: int) -> int:

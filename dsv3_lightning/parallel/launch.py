@@ -186,7 +186,7 @@ def rank_of(trainer: dict[str, Any], environment: Environment) -> int:
     return rank
 
 
-def let_the_first_rank_speak(environment: Environment, seconds: float = 3.0) -> None:
+def delay_other_ranks(environment: Environment, seconds: float = 3.0) -> None:
     """Delays other ranks' errors: all ranks have the same one, and launchers stop them once the first has ended."""
     try:
         launch = find_launch(environment)
@@ -216,7 +216,7 @@ def wait_for_first_rank(path: Path, rank: int, say_after: float = 20.0, give_up_
 
 
 @contextmanager
-def a_word_after(seconds: float, line: str, unless: Callable[[], bool]) -> Iterator[None]:
+def notice_after(seconds: float, line: str, unless: Callable[[], bool]) -> Iterator[None]:
     """Prints the line if `unless` is still false after `seconds`, while the block waits."""
     timer = threading.Timer(seconds, lambda: None if unless() else print(line, file=sys.stderr, flush=True))
     timer.daemon = True

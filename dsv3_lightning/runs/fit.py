@@ -20,17 +20,15 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.store import read_manifest
-from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.parallel.groups import init_after_restart
-from dsv3_lightning.parallel.launch import a_word_after, put_back, rank_of, wait_for_first_rank
+from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
-from dsv3_lightning.runs.record import RunFolder
+from dsv3_lightning.runs.record import CONFIG, RunFolder
 from dsv3_lightning.runs.start import weight_source
 from dsv3_lightning.runs.trainer import (
     build_trainer,
@@ -92,7 +90,7 @@ def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
     Every rank looks: none waits for another that is done.
     """
     if not is_first_rank():
-        wait_for_first_rank(folder.path / "config.yaml", rank_zero_only.rank)  # type: ignore[attr-defined]
+        wait_for_first_rank(folder.path / CONFIG, rank_zero_only.rank)  # type: ignore[attr-defined]
     elif folder.stored_tree() is not None:
         folder.reopen(tree)
     finished = folder.finished() and folder.goes_on()
@@ -145,7 +143,7 @@ def prepare_once(
     """
     said: list[str] = []
     prepared = parts.data.prepare_tokens(tell=said.append)
-    note = vocabulary_note(Tokenizer.from_file(prepared), config.model.vocab_size, "model.vocab_size")
+    note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
     folder.create(parts.tree, sources)
     folder.keep_data(prepared)
     banner(config, folder, start.checkpoint, reason)
@@ -156,7 +154,7 @@ def prepare_once(
             print(line, flush=True)
         parts.logger.rewind({})  # of a session that left no checkpoint
         defaults = read_yaml(Path(str(PRESETS / "base.yaml")))
-        parts.logger.describe(parts.tree, len(read_manifest(prepared)["origins"]), defaults)
+        parts.logger.describe(parts.tree, len(parts.data.origins), defaults)
     for line in said:
         say(line)
 
@@ -166,7 +164,7 @@ def train(parts: Parts, start: Start) -> int:
     trainer, size, checkpoint = parts.trainer, parts.trainer.world_size, start.checkpoint
     meeting = f"rank {trainer.global_rank} of {size} waits for the others, up to strategy.timeout_minutes (else 30)"
     try:
-        with a_word_after(30.0, meeting, unless=lambda: size == 1 or torch.distributed.is_initialized()):
+        with notice_after(30.0, meeting, unless=lambda: size == 1 or torch.distributed.is_initialized()):
             if checkpoint is not None and checkpoint[1] >= trainer.max_steps:
                 trainer.validate(parts.module, parts.data, ckpt_path=checkpoint[0], weights_only=True, verbose=False)
             else:

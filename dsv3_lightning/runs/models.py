@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.config.schema import Config, check
-from dsv3_lightning.config.stored import complete, read_stored
+from dsv3_lightning.config.stored import complete
 from dsv3_lightning.data.text.conversation import turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -21,21 +20,22 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
-from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint, newest_good, read_checkpoint
-from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
+from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint
+from dsv3_lightning.parallel.checkpoints.opened import OpenCheckpoint, open_checkpoint, open_newest
+from dsv3_lightning.runs.record import read_report, stored_config
 
 PREFIX = "model."  # of the model in a run's module
 CARRIED = "run"  # the key under which a consolidated file has its run's tokenizer and report
 
 
 class Found(NamedTuple):
-    """A run's checkpoint, a file or a folder of shards, and what is needed to use its model.
+    """A run's checkpoint and what is needed to use its model.
 
     folder: where results go unless told otherwise: the run's, or the one that a consolidated file lies in.
     report: the content of report.json; empty where the run has none yet.
     """
 
-    path: Path
+    checkpoint: OpenCheckpoint
     folder: Path
     config: Config
     tokenizer: Tokenizer
@@ -54,19 +54,7 @@ def load(model: str | Path, chat: bool = False) -> tuple[Transformer, Tokenizer]
             turn_ids(tokenizer)
         return lay_by_columns(load_hub_folder(given)), tokenizer
     found = find_checkpoint(given)
-    return lay_by_columns(load_model(found.path, found.config.model)), found.tokenizer
-
-
-def stored_config(folder: Path) -> Config:
-    """The settings of a run's folder. Raises ConfigError."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
-    tree = read_stored(file)
-    try:
-        return check(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    return lay_by_columns(load_model(found.checkpoint, found.config.model)), found.tokenizer
 
 
 def find_checkpoint(path: Path) -> Found:
@@ -75,21 +63,20 @@ def find_checkpoint(path: Path) -> Found:
     A consolidated file carries what any other checkpoint takes from its run's folder.
     """
     if is_checkpoint(path):
-        content = read_checkpoint(path, mmap=True) if path.is_file() else {}
-        if CARRIED in content:
-            carried = content[CARRIED]
-            config = check(complete(content["settings"]))
-            return Found(path, path.parent, config, Tokenizer(*carried["tokenizer"]), carried["report"])
+        checkpoint = open_checkpoint(path)
+        carried = checkpoint.outline().get(CARRIED) if path.is_file() else None
+        if carried is not None:
+            config = check(complete(checkpoint.settings))
+            return Found(checkpoint, path.parent, config, Tokenizer(*carried["tokenizer"]), carried["report"])
         folder = run_of(path)
         if folder is None:
             raise ConfigError(
                 f"{path}: is in no run's folder; dsv3 checkpoint consolidate makes a file that can be used anywhere"
             )
-        return Found(path, folder, stored_config(folder), *tokenizer_and_report(folder))
+        return Found(checkpoint, folder, stored_config(folder), *tokenizer_and_report(folder))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run folder or checkpoint")
-    best = best_checkpoint(path)
-    return Found(best, path, stored_config(path), *tokenizer_and_report(path))
+    return Found(best_checkpoint(path), path, stored_config(path), *tokenizer_and_report(path))
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -98,19 +85,18 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder if (folder / "config.yaml").is_file() else None
 
 
-def best_checkpoint(run: Path) -> Path:
+def best_checkpoint(run: Path) -> OpenCheckpoint:
     """Of a run's folder the one with the lowest validation loss, else the newest. Raises ConfigError."""
     folder = run / "checkpoints"
-    found = newest_good([*(best for _, best in best_files(folder)), *step_files(folder)], thorough=False)
+    found = open_newest([*(best for _, best in best_files(folder)), *step_files(folder)])
     if found is None:
         raise ConfigError(f"{folder}: holds no checkpoint")
-    return found[0]
+    return found
 
 
 def tokenizer_and_report(run: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """Of a run's folder; the report is empty where there is none yet. Raises ConfigError."""
-    report = run / "report.json"
-    return Tokenizer.from_file(run), read_json(report) if report.is_file() else {}
+    return Tokenizer.from_file(run), read_report(run) or {}
 
 
 def carry(content: dict[str, Any], run: Path) -> None:
@@ -119,26 +105,25 @@ def carry(content: dict[str, Any], run: Path) -> None:
     content[CARRIED] = {"tokenizer": [tokenizer.serialized, *tokenizer.names], "report": report}
 
 
-def load_model(path: Path, config: ModelConfig) -> Transformer:
+def load_model(checkpoint: OpenCheckpoint, config: ModelConfig) -> Transformer:
     """The model with a checkpoint's weights, fp32, on CPU. Raises ConfigError if keys or shapes differ."""
     model = empty_model(config)
     try:
-        model.load_state_dict(read_weights(path))
+        model.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{checkpoint.path}: {error}") from error
     return model.eval()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(checkpoint: OpenCheckpoint) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint, by their names in the model; those of a file are loaded lazily."""
-    opened = open_checkpoint(path)
-    return {name.removeprefix(PREFIX): opened.read(name) for name in opened.names() if name.startswith(PREFIX)}
+    names = [name for name in checkpoint.names() if name.startswith(PREFIX)]
+    return {name.removeprefix(PREFIX): checkpoint.read(name) for name in names}
 
 
-def part_reader(path: Path) -> Read:
+def part_reader(checkpoint: OpenCheckpoint) -> Read:
     """A function that reads one of the model's tensors in a checkpoint, or one expert's matrix of it, by name."""
-    opened = open_checkpoint(path)
-    return lambda name, expert: opened.read(PREFIX + name, expert)
+    return lambda name, expert: checkpoint.read(PREFIX + name, expert)
 
 
 def load_hub_folder(path: Path) -> Transformer:

@@ -1,4 +1,4 @@
-"""The run's folder: created once, never overwritten, and used by one process group at a time."""
+"""A run's folder: what it says of the run, and its use by one process group at a time. Imports no torch."""
 
 import json
 import os
@@ -10,13 +10,50 @@ import filelock
 from dsv3_lightning.common.files import remove, remove_leftovers, write_file
 from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.config.compose import to_yaml
-from dsv3_lightning.config.schema import Config
+from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.stored import complete, read_stored
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.names import remove_unfinished, resumable_files, step_in
 from dsv3_lightning.runs.changes import refuse_changes, shown_differences
 
-BEGUN_FROM, SET_ASIDE, INPUTS = "begun_from.json", "set_aside", "data.json"
+CONFIG, REPORT, INPUTS, BEGUN_FROM, SET_ASIDE = (
+    "config.yaml",
+    "report.json",
+    "data.json",
+    "begun_from.json",
+    "set_aside",
+)
+
+
+def stored_config(folder: Path) -> Config:
+    """The settings of the run in a folder. Raises ConfigError."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{file}: missing, so {folder} is not a run's folder")
+    tree = read_stored(file)
+    try:
+        return check(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of the run in a folder; None until its last step is done. Raises ConfigError."""
+    return read_if_there(folder / REPORT)
+
+
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """What the data of the run in a folder were made of; None where it doesn't say. Raises ConfigError."""
+    return read_if_there(folder / INPUTS)
+
+
+def read_if_there(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
+def finished_below(folder: Path) -> list[Path]:
+    """The folders of finished runs: this one, or else those directly below it, by name."""
+    return [folder] if (folder / REPORT).is_file() else sorted(report.parent for report in folder.glob(f"*/{REPORT}"))
 
 
 class RunFolder:
@@ -46,7 +83,7 @@ class RunFolder:
             return
         for number, source in enumerate(sources):
             write_file(self.path / "sources" / f"{number}_{source.name}", source.read_bytes())
-        write_file(self.path / "config.yaml", to_yaml(tree))
+        write_file(self.path / CONFIG, to_yaml(tree))
 
     def take(self) -> None:
         """Locks the folder, which is made if need be. Raises ConfigError."""
@@ -62,7 +99,7 @@ class RunFolder:
 
     def stored_tree(self) -> dict[str, Any] | None:
         """The resolved configuration of the run in the folder, or None."""
-        path = self.path / "config.yaml"
+        path = self.path / CONFIG
         return read_stored(path) if path.is_file() else None
 
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
@@ -103,10 +140,8 @@ class RunFolder:
 
     def finished(self) -> bool:
         """Whether the run's report shows that its last step is done."""
-        path = self.path / "report.json"
-        if not path.is_file():
-            return False
-        return read_json(path)["steps"] >= self.config.trainer["max_steps"]
+        report = read_report(self.path)
+        return report is not None and report["steps"] >= self.config.trainer["max_steps"]
 
     def goes_on(self) -> bool:
         """Whether the run continues from its own checkpoints: run.resume is auto or the path that it began from."""
@@ -115,8 +150,7 @@ class RunFolder:
 
     def begun_from(self) -> dict[str, Any] | None:
         """The path in run.resume from which the run began, and its step; None for a run without one."""
-        path = self.path / BEGUN_FROM
-        return read_json(path) if path.is_file() else None
+        return read_if_there(self.path / BEGUN_FROM)
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
         """The checkpoint to resume from and its step, or None; the same on every rank, as it depends on files alone.
@@ -158,7 +192,7 @@ class RunFolder:
             return
         files = self.path / "checkpoints"
         later = [file for file in resumable_files(files) if step_in(file) > step]
-        for file in [*later, self.path / "report.json", self.path / "report.md"]:
+        for file in [*later, self.path / REPORT, self.path / "report.md"]:
             if file.exists():
                 aside = self.path / SET_ASIDE / file.name
                 aside.parent.mkdir(exist_ok=True)
@@ -168,9 +202,3 @@ class RunFolder:
             (files / "last.ckpt").unlink(missing_ok=True)
             print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
         write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
-
-
-def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What the data of the run in this folder were made of; None where it doesn't say."""
-    path = folder / INPUTS
-    return read_json(path) if path.is_file() else None

@@ -13,7 +13,8 @@ from dsv3_lightning.hub.layout import Stored, from_disk, layout, permutation
 from dsv3_lightning.model.init import Fill
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.one_file import is_checkpoint
-from dsv3_lightning.runs.models import best_checkpoint, part_reader, run_of, stored_config
+from dsv3_lightning.runs.models import best_checkpoint, part_reader, run_of
+from dsv3_lightning.runs.record import stored_config
 
 
 def weight_source(path: str | Path) -> WeightSource:
@@ -34,7 +35,7 @@ class RunWeights:
         self.path, self.config = path, stored_config(path).model
         self.checkpoint = best_checkpoint(path)
         self.read = part_reader(self.checkpoint)
-        self.notes: list[str] = [f"{path}: taken is {self.checkpoint.name}"]
+        self.notes: list[str] = [f"{path}: taken is {self.checkpoint.path.name}"]
 
     def audit(self) -> None:
         """Nothing to do: a checkpoint is what its run's settings say, and reading names a part that is absent."""

@@ -10,14 +10,13 @@ from typing import Any
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.history import scalar_history
-from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import table
-from dsv3_lightning.config.schema import Config, check
-from dsv3_lightning.config.stored import read_stored
+from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.memory import cache_per_token
+from dsv3_lightning.runs.record import finished_below, read_report, stored_config
 from dsv3_lightning.studies.equality import first_difference, points
 
 SEED = re.compile(r"-seed\d+$")
@@ -96,19 +95,11 @@ def find_runs(paths: list[Path]) -> list[Finished]:
     """The finished runs in or below these folders. Raises ConfigError for a folder without one."""
     folders: list[Path] = []
     for path in paths:
-        inside = sorted(report.parent for report in path.glob("*/report.json"))
-        if (path / "report.json").is_file():
-            folders.append(path)
-        elif inside:
-            folders += inside
-        else:
+        found = finished_below(path)
+        if not found:
             raise ConfigError(f"{path}: holds no finished run (no report.json there, nor in a folder below)")
-    return [read_run(folder) for folder in dict.fromkeys(folders)]
-
-
-def read_run(folder: Path) -> Finished:
-    report = read_json(folder / "report.json")
-    return Finished(folder, check(read_stored(folder / "config.yaml")), report)
+        folders += found
+    return [Finished(folder, stored_config(folder), read_report(folder) or {}) for folder in dict.fromkeys(folders)]
 
 
 def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:

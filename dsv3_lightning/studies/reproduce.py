@@ -10,6 +10,7 @@ from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.config.overrides import text_override
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.runs.record import finished_below, read_report
 from dsv3_lightning.studies import sweep
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, LF, MISSING, SEEDS, judge
 from dsv3_lightning.studies.compare import (
@@ -80,7 +81,7 @@ def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: 
         raise ConfigError(f"{folder}: holds no finished run of {', '.join(EXPERIMENTS)}")
     for name in experiments:
         for task in Experiment(name, [*words, f"run.dir={folder}"]).tasks():
-            if (folder / name / task.name / "report.json").is_file():
+            if read_report(folder / name / task.name) is not None:
                 refuse_other_settings(task)
     path = out or folder / "reproduction.md"
     pictures = path.with_suffix("")
@@ -93,7 +94,7 @@ def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: 
 
 def finished_runs(folder: Path, name: str) -> Groups:
     """The finished runs of an experiment by variant, in the order of its file."""
-    if not list(folder.glob(f"{name}/*/report.json")):
+    if not finished_below(folder / name):
         return {}
     groups = grouped(find_runs([folder / name]))
     return {variant: groups[variant] for variant in Experiment(name, []).plan.variants if variant in groups}

@@ -8,13 +8,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from dsv3_lightning.common.flags import jobs_argument
-from dsv3_lightning.common.json_files import read_json
 from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.runs.changes import shown_differences
-from dsv3_lightning.runs.record import RunFolder
+from dsv3_lightning.runs.record import RunFolder, read_report
 from dsv3_lightning.studies.experiment import Experiment, Task
 
 
@@ -63,8 +63,8 @@ def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
 
 def run_task(task: Task, folder: Path, threads: int) -> int:
     """Runs one task to its end unless it is finished with these settings. Returns the exit status."""
-    report = folder / task.name / "report.json"
-    if report.is_file():
+    report = read_report(folder / task.name)
+    if report is not None:
         try:
             refuse_other_settings(task)
         except ConfigError as error:
@@ -78,7 +78,8 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
     with open(log, "ab") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     seconds = time.monotonic() - start
-    if code == 0 and report.is_file():
+    report = read_report(folder / task.name)
+    if code == 0 and report is not None:
         print(f"{task.name}: {outcome(report)}, {seconds:.0f} s", flush=True)
         return 0
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
@@ -96,11 +97,10 @@ def refuse_other_settings(task: Task) -> None:
         )
 
 
-def outcome(report: Path) -> str:
-    facts = read_json(report)
-    vio = facts["max_vio_global"]
+def outcome(report: dict[str, Any]) -> str:
+    vio = report["max_vio_global"]
     balance = f", max_vio {sum(vio) / len(vio):.2f}" if vio else ""
-    return f"loss {facts['val_loss']:.3f}{balance}" if facts["val_loss"] is not None else "no validation"
+    return f"loss {report['val_loss']:.3f}{balance}" if report["val_loss"] is not None else "no validation"
 
 
 def slurm_script(words: list[str], tasks: int, name: str) -> str:

@@ -89,14 +89,13 @@ class PretrainModule(pl.LightningModule):
         arguments: of the class, in place of those that follow from the stored settings. Raises ConfigError.
         """
         path = Path(checkpoint_path)
-        stored, settings = stored_arguments(path)
-        module = cls(**stored | arguments)
-        module.settings = settings
+        checkpoint = open_checkpoint(path)
+        module = cls(**stored_arguments(checkpoint) | arguments)
+        module.settings = checkpoint.settings
         module.model.to_empty(device=map_location or "cpu")
         module.model.tie_weights()
         try:
-            opened = open_checkpoint(path)
-            module.load_state_dict({name: opened.read(name) for name in opened.names()}, strict=strict)
+            module.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names()}, strict=strict)
         except RuntimeError as error:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
         return module.eval()

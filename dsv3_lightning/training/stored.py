@@ -1,25 +1,24 @@
 """What a module needs to be made again, from a checkpoint alone."""
 
-from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.common.typed import build
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.parallel.checkpoints.one_file import made_with
+from dsv3_lightning.parallel.checkpoints.opened import OpenCheckpoint
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 
 SECTIONS = {"model": ModelConfig, "optimizer": OptimizerConfig, "loss": LossConfig, "compute": ComputeConfig}
 
 
-def stored_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """PretrainModule's arguments, and the run's settings that they follow from. Raises ConfigError."""
-    settings, _ = made_with(path)
+def stored_arguments(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+    """PretrainModule's arguments, which follow from the settings in the checkpoint. Raises ConfigError."""
+    settings = checkpoint.settings
     try:
         arguments: dict[str, Any] = {name: build(kind, settings[name], name) for name, kind in SECTIONS.items()}
         arguments["sequence_length"] = settings["data"]["sequence_length"]
         arguments["max_steps"] = settings["trainer"]["max_steps"]
         arguments["seed"] = settings["run"]["seed"]
     except (KeyError, ConfigError) as error:
-        raise ConfigError(f"{path}: its settings are not those of this version ({error})") from error
-    return arguments, settings
+        raise ConfigError(f"{checkpoint.path}: its settings are not those of this version ({error})") from error
+    return arguments

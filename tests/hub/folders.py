@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import DTYPES, reader, write_folder, write_weights
+from dsv3_lightning.hub.export import DTYPES, Read, write_folder, write_weights
 from dsv3_lightning.hub.folder import HubFolder
 from dsv3_lightning.hub.tokens import write_json
 from dsv3_lightning.model.config import ModelConfig
@@ -29,11 +29,17 @@ def biased(config: ModelConfig) -> Transformer:
     return small_model(config, bias=(-1.5, 1.0) if config.topk_method == "noaux_tc" else (0.0, 0.0))
 
 
+def in_memory(model: Transformer) -> Read:
+    """Reads the tensors of a model for an export."""
+    state = model.state_dict()
+    return lambda name, expert: state[name] if expert is None else state[name][expert]
+
+
 def exported(model: Transformer, folder: Path, dtype: str = "float32", file_bytes: int = 20_000) -> Path:
     """Many small files, so that the index counts."""
 
     def write(at: Path) -> None:
-        write_weights(model.config, reader(model.state_dict(), "memory"), at, DTYPES[dtype], file_bytes)
+        write_weights(model.config, in_memory(model), at, DTYPES[dtype], file_bytes)
         write_json(at / "config.json", to_json(model.config, {"eos_token_id": None}, dtype))
 
     write_folder(folder, write)

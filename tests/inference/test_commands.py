@@ -14,14 +14,14 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import to_json
-from dsv3_lightning.hub.export import reader, write_folder, write_weights
+from dsv3_lightning.hub.export import write_folder, write_weights
 from dsv3_lightning.hub.tokens import token_ids, write_json, write_tokenizer
 from dsv3_lightning.inference.batching import Engine, Job
 from dsv3_lightning.inference.chat import Chat, chat_prompt
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.runs.models import load
-from tests.hub.folders import biased
+from tests.hub.folders import biased, in_memory
 from tests.model.small import small_config
 
 
@@ -40,7 +40,7 @@ def folder(tokenizer, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("model") / "out"
 
     def write(at):
-        write_weights(model.config, reader(model.state_dict(), "memory"), at, torch.float32, 10**9)
+        write_weights(model.config, in_memory(model), at, torch.float32, 10**9)
         write_json(at / "config.json", to_json(model.config, token_ids(tokenizer), "float32"))
         write_tokenizer(tokenizer, at, 512)
 

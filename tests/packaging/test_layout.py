@@ -1,4 +1,4 @@
-"""The house's rules: who may import whom, one name per module, and every package in the wheel's list."""
+"""The package's rules: which folder may import which, one name per module, every package in the wheel's list."""
 
 import ast
 import re
@@ -7,9 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dsv3_lightning"
-# A file imports from its own folder or from lower floors. Folders on one floor don't know each other; the command
-# line's floor has steps: settings, what the verbs do, the table of verbs.
-FLOORS = {
+# A file imports from its own folder or from lower layers, never from another folder of its own layer.
+LAYERS = {
     "errors": 0, "common": 1, "model": 2, "data": 2, "parallel": 3, "hub": 3, "inference": 3, "planning": 3,
     "training": 4, "callbacks": 5, "config": 6, "runs": 7, "api": 8, "studies": 8, "commands": 8,
     "cli": 9, "__main__": 10,
@@ -54,8 +53,8 @@ def test_imports_go_down():
         for name in imports(path):
             assert not name.startswith("."), f"{path.relative_to(ROOT)}: imports are absolute in the package"
             first, *rest = name.split(".")
-            if first == "dsv3_lightning" and rest and rest[0] in FLOORS and rest[0] != folder:
-                assert FLOORS[rest[0]] < FLOORS[folder], f"{path.relative_to(ROOT)} imports {name}"
+            if first == "dsv3_lightning" and rest and rest[0] in LAYERS and rest[0] != folder:
+                assert LAYERS[rest[0]] < LAYERS[folder], f"{path.relative_to(ROOT)} imports {name}"
             for banned in FORBIDDEN.get(folder, ()):
                 assert not f"{name}.".startswith(f"{banned}."), f"{path.relative_to(ROOT)} imports {name}"
 
@@ -66,8 +65,8 @@ def test_benchmarks_run_as_scripts():
         assert not names & {"tests", "benchmarks"}, f"{path.name}: python benchmarks/{path.name} finds no such module"
 
 
-def test_every_folder_has_a_floor():
-    assert {folder for folder, _ in package_files()} - {"__init__"} <= set(FLOORS)
+def test_every_folder_has_a_layer():
+    assert {folder for folder, _ in package_files()} - {"__init__"} <= set(LAYERS)
 
 
 def test_nothing_imports_callbacks_by_its_top_level_name():

@@ -16,15 +16,15 @@ IGNORE = -100  # torch's ignore_index
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """A dataset where dataset[draw] is a whole micro-batch of B samples, gathered from the memory-mapped file at once:
+    """A dataset where dataset[micro_batch] holds the B samples of a micro-batch, gathered at once from the mapped file:
 
     tokens [B, S] int64, padded with `pad_id`; mask [B, S] bool, False for padding.
     targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `segment_start`).
-        If `answers` (of TokenFile) are given, tokens outside of them are no targets.
+        If `loss_spans` (of TokenFile) are given, tokens outside of them are no targets.
     target_counts [P] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
     sample_ids [B] int64: position in the packed index; -1 for a row without a sample, which is all padding.
     documents [B, S] int64, with `isolate`: a number that identifies each token's document; -1 for padding.
-    step_tokens, step_mask (step_documents) [accumulate·B, S], if the draw has `step_samples`: the same for all
+    step_tokens, step_mask (step_documents) [accumulate·B, S], if it has `step_samples`: the same for all
         micro-batches of the step.
     target_bytes [B] int64, if `bytes_per_token` [V] int64 is given: bytes of text of the main head's targets.
     origins [B, S] int64, if `origins` [documents] are given: the origin of each token's document; 0 for padding.
@@ -39,65 +39,65 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         pad_id: int,
         mask_document_ends: bool,
         isolate: bool = False,
-        answers: np.ndarray | None = None,
+        loss_spans: np.ndarray | None = None,
         bytes_per_token: np.ndarray | None = None,
         origins: np.ndarray | None = None,
     ) -> None:
         self.file, self.index, self.pad_id = file, index, pad_id
-        self.isolate, self.answers, self.bytes_per_token = isolate, answers, bytes_per_token
+        self.isolate, self.loss_spans, self.bytes_per_token = isolate, loss_spans, bytes_per_token
         self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
         self.mask_document_ends, self.origins = mask_document_ends, origins
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, draw: MicroBatch) -> dict[str, Tensor]:
-        tokens, mask, segment_starts = self.gather(draw.samples)
+    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        tokens, mask, segment_starts = self.gather(micro_batch.samples)
         targets = targets_of(tokens, segment_starts, self.sequence_length)
         batch: dict[str, Any] = {
             "tokens": tokens,
             "mask": mask,
             "targets": targets,
-            "target_counts": draw.target_counts,
-            "sample_ids": draw.samples,
+            "target_counts": micro_batch.target_counts,
+            "sample_ids": micro_batch.samples,
         }
-        if draw.step_samples is not None:
-            batch["step_tokens"], batch["step_mask"], _ = self.gather(draw.step_samples)
+        if micro_batch.step_samples is not None:
+            batch["step_tokens"], batch["step_mask"], _ = self.gather(micro_batch.step_samples)
         if self.isolate:
-            batch["documents"] = self.spread(draw.samples, self.numbers_of, -1)
-            if draw.step_samples is not None:
-                batch["step_documents"] = self.spread(draw.step_samples, self.numbers_of, -1)
+            batch["documents"] = self.spread(micro_batch.samples, self.numbers_of, -1)
+            if micro_batch.step_samples is not None:
+                batch["step_documents"] = self.spread(micro_batch.step_samples, self.numbers_of, -1)
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
         if self.origins is not None:
-            batch["origins"] = self.spread(draw.samples, self.origins_of, 0)
+            batch["origins"] = self.spread(micro_batch.samples, self.origins_of, 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens int64, mask and segment starts int32 of the samples, each [B, S].
 
-        Padding and tokens outside of the answers start beyond every position, so that nothing predicts them.
+        Padding and tokens outside of the loss spans start beyond every position, so that nothing predicts them.
         """
         length = self.sequence_length + 1 + self.mtp_depth
         tokens = np.full((len(samples), length), self.pad_id, dtype=np.int64)
         limits = np.full((len(samples), length), length, dtype=np.int32)
-        places, piece = self.places(samples)
+        positions, piece = self.token_positions(samples)
         sizes = self.index.lengths[piece]
         found = ranges(self.index.starts[piece], sizes)
-        tokens.reshape(-1)[places] = self.file.tokens[found]
+        tokens.reshape(-1)[positions] = self.file.tokens[found]
         of_pieces = segment_start(self.index.continues[piece], self.index.positions[piece], self.mask_document_ends)
-        limits.reshape(-1)[places] = np.repeat(of_pieces, sizes)
+        limits.reshape(-1)[positions] = np.repeat(of_pieces, sizes)
         mask = limits < length
-        if self.answers is not None:
-            limits.reshape(-1)[places[np.searchsorted(self.answers, found, "right") % 2 == 0]] = length
+        if self.loss_spans is not None:
+            limits.reshape(-1)[positions[np.searchsorted(self.loss_spans, found, "right") % 2 == 0]] = length
         return tokens, mask, limits
 
     def spread(self, samples: np.ndarray, known: Callable[[np.ndarray], np.ndarray], padding: int) -> np.ndarray:
         """A value per piece, repeated for each of its tokens: int64 [B, S]. known: piece numbers [n] to values [n]."""
         spread = np.full((len(samples), self.sequence_length + 1 + self.mtp_depth), padding, dtype=np.int64)
-        places, piece = self.places(samples)
-        spread.reshape(-1)[places] = np.repeat(known(piece), self.index.lengths[piece])
+        positions, piece = self.token_positions(samples)
+        spread.reshape(-1)[positions] = np.repeat(known(piece), self.index.lengths[piece])
         return spread
 
     def numbers_of(self, piece: np.ndarray) -> np.ndarray:
@@ -108,7 +108,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         documents = np.searchsorted(self.file.offsets(), self.index.starts[piece], side="right") - 1
         return self.origins[documents]
 
-    def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def token_positions(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the samples' tokens in [B·S], piece after piece, and the piece numbers."""
         row, piece = pieces_of(self.index, samples)
         begins = row * (self.sequence_length + 1 + self.mtp_depth) + self.index.positions[piece]

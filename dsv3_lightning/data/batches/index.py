@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from dsv3_lightning.common.files import readable, reason_of, remove_leftovers, whole
+from dsv3_lightning.common.files import reason_of, remove_leftovers, utf8_path, whole
 from dsv3_lightning.data.batches.packing import PackedIndex, pack
 from dsv3_lightning.data.text.build import SPLITS
 from dsv3_lightning.data.text.prepare import locked
@@ -69,7 +69,7 @@ def prepare_index(folder: Path, sequence_length: int, mtp_depth: int, masked: bo
                         build_index(folder, split, *shape)
     except (OSError, WriteError) as error:
         reason = error.reason if isinstance(error, WriteError) else reason_of(error)
-        say(f"{readable(folder)}: {reason}; every process packs the documents, and holds the index in its memory")
+        say(f"{utf8_path(folder)}: {reason}; every process packs the documents, and holds the index in its memory")
 
 
 def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, masked: bool) -> None:
@@ -82,7 +82,7 @@ def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, 
     with whole(final) as beside:
         beside.mkdir()
         pack(
-            file.offsets(), sequence_length, mtp_depth, masked, file.answers(),
+            file.offsets(), sequence_length, mtp_depth, masked, file.loss_spans(),
             make=lambda name, shape, dtype: new_file(beside / f"{name}.npy", shape, dtype),
         )  # fmt: skip
         for path in beside.iterdir():

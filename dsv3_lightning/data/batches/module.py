@@ -190,8 +190,8 @@ class TextDataModule(LightningDataModule):
         mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
         extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
         found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
-        index = pack(file.offsets(), *self._shape, file.answers()) if found is None else found
-        return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.answers(), *extra)
+        index = pack(file.offsets(), *self._shape, file.loss_spans()) if found is None else found
+        return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), *extra)
 
     @property
     def _shape(self) -> tuple[int, int, bool]:

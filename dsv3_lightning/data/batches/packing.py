@@ -53,12 +53,12 @@ def pack(
     sequence_length: int,
     mtp_depth: int,
     mask_document_ends: bool = False,
-    answers: np.ndarray | None = None,
+    loss_spans: np.ndarray | None = None,
     make: Make = in_memory,
 ) -> PackedIndex:
     """Packs the documents that begin at offsets [documents + 1] into samples, deterministically.
 
-    mask_document_ends, answers: decide which targets are valid (see `segment_start`, TokenFile).
+    mask_document_ends, loss_spans: decide which targets are valid (see `segment_start`, TokenFile).
     make: also called for temporary arrays that are not part of the index.
     """
     offsets = np.asarray(offsets).astype(np.int64, copy=False)
@@ -81,23 +81,23 @@ def pack(
         continues=make("continues", (pieces,), np.bool_),
         target_counts=make("target_counts", (len(samples) - 1, 1 + mtp_depth), np.int64),
     )
-    free, filled = samples[:-1].copy(), np.zeros(len(index), dtype=np.int32)  # the next piece's number, and place
+    free, filled = samples[:-1].copy(), np.zeros(len(index), dtype=np.int32)  # the next piece's number and position
     begin = 0
     for starts, lengths, continues, _ in cut_in_chunks(offsets, sequence_length, mtp_depth):
         end = begin + len(starts)
         order = np.argsort(sample[begin:end], kind="stable")
         of, sizes, begin = sample[begin:end][order], lengths[order], end
-        places = take_places(free, of)
-        index.starts[places], index.lengths[places], index.continues[places] = starts[order], sizes, continues[order]
+        numbers = take_next(free, of)
+        index.starts[numbers], index.lengths[numbers], index.continues[numbers] = starts[order], sizes, continues[order]
         first, count = runs(of)
         sums = running_sum(sizes)
-        index.positions[places] = sums[:-1] + np.repeat(filled[of[first]] - sums[first], count)
+        index.positions[numbers] = sums[:-1] + np.repeat(filled[of[first]] - sums[first], count)
         filled[of[first]] += np.diff(np.append(sums[first], sums[-1])).astype(np.int32)
 
     begin = 0
     while begin < len(index):
         end = max(begin + 1, int(np.searchsorted(samples, samples[begin] + CHUNK, "right")) - 1)
-        counts = count_targets(index, begin, end, sequence_length, mtp_depth, mask_document_ends, answers)
+        counts = count_targets(index, begin, end, sequence_length, mtp_depth, mask_document_ends, loss_spans)
         index.target_counts[begin:end] = counts
         begin = end
     return index
@@ -177,7 +177,7 @@ def longest_first(lengths: np.ndarray, capacity: int, make: Make) -> Iterator[tu
     for begin in range(0, len(lengths), CHUNK):
         chunk = lengths[begin : begin + CHUNK]
         falling = np.argsort(-chunk, kind="stable")
-        order[take_places(free, chunk[falling])] = begin + falling
+        order[take_next(free, chunk[falling])] = begin + falling
     end = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
         begin, end = end, end + int(counts[length])
@@ -215,17 +215,17 @@ def number_samples(wholes: Iterator[np.ndarray], bins: np.ndarray, sample: np.nd
     return samples
 
 
-def take_places(free: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def take_next(free: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Takes the next free position of each item's group, with a group's items adjacent: int64 [n]. Updates `free`.
 
     >>> free = np.array([0, 10, 20])
-    >>> take_places(free, np.array([2, 2, 0])).tolist(), free.tolist()
+    >>> take_next(free, np.array([2, 2, 0])).tolist(), free.tolist()
     ([20, 21, 0], [1, 10, 22])
     """
     first, counts = runs(groups)
-    places = ranges(free[groups[first]], counts)
+    taken = ranges(free[groups[first]], counts)
     free[groups[first]] += counts
-    return places
+    return taken
 
 
 def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,13 +250,13 @@ def count_targets(
     sequence_length: int,
     mtp_depth: int,
     mask_document_ends: bool,
-    answers: np.ndarray | None,
+    loss_spans: np.ndarray | None,
 ) -> np.ndarray:
     """Valid targets of the samples begin .. end - 1 and each head, int64 [end - begin, P], without reading a token.
 
     Head k predicts position j from position j - 1 - k. In a piece over positions [a, e) with segment start c
     that is possible for max(a, c + 1 + k) <= j < e, if j is also at most T + k, the last position that it predicts at
-    all. If `answers` are given, only the positions in them count.
+    all. If `loss_spans` are given, only the positions in them count.
     """
     samples = index.samples[begin : end + 1]
     pieces = slice(samples[0], samples[-1])
@@ -266,24 +266,24 @@ def count_targets(
     first = np.maximum(positions, segment_starts[:, None] + 1 + head)
     last = np.minimum(positions + index.lengths[pieces, None], sequence_length + 1 + head)
     valid = np.maximum(last - first, 0)
-    if answers is not None:
-        places = starts - positions + first  # in the file
-        valid = count_in_spans(answers, places + valid) - count_in_spans(answers, places)
+    if loss_spans is not None:
+        in_file = starts - positions + first
+        valid = count_in_spans(loss_spans, in_file + valid) - count_in_spans(loss_spans, in_file)
     totals = np.cumsum(valid, axis=0, dtype=np.int64)
     totals = np.concatenate([np.zeros((1, 1 + mtp_depth), dtype=np.int64), totals])
     counts: np.ndarray = np.diff(totals[samples - samples[0]], axis=0)
     return counts
 
 
-def count_in_spans(spans: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many of 0 .. place - 1 are in the spans, int64 like `places`. spans [2n]: begin, end, begin, end, …
+def count_in_spans(spans: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """How many of 0 .. position - 1 are in the spans, int64 like `positions`. spans [2n]: begin, end, begin, end, …
 
     >>> count_in_spans(np.array([2, 4, 7, 8]), np.array([0, 3, 4, 6, 8, 9])).tolist()
     [0, 1, 2, 2, 3, 3]
     """
-    passed = np.searchsorted(spans, places, "right")  # an odd number of bounds: the position is inside a span
+    passed = np.searchsorted(spans, positions, "right")  # an odd number of bounds: the position is inside a span
     whole = running_sum(spans[1::2] - spans[::2])[passed // 2]
-    return np.where(passed % 2, whole + places - spans[np.maximum(passed - 1, 0)], whole)
+    return np.where(passed % 2, whole + positions - spans[np.maximum(passed - 1, 0)], whole)
 
 
 def ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class TrainSampler:
     """Samples steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
 
     Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume.
-    target_counts [samples, P] int64: those of each sample. whole_steps: whether draws have `step_samples`.
+    target_counts [samples, P] int64: those of each sample. whole_steps: whether micro-batches have `step_samples`.
     sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
     """
 
@@ -133,10 +133,10 @@ class Order:
     def __getitem__(self, numbers: slice) -> np.ndarray:
         parts, number = [], numbers.start
         while number < numbers.stop:
-            epoch, place = divmod(number, self.count)
+            epoch, start = divmod(number, self.count)
             if epoch != self.epoch:
                 self.epoch, self.permutation = epoch, permutation(self.count, self.seed, epoch)
-            parts.append(self.permutation[place : place + numbers.stop - number])
+            parts.append(self.permutation[start : start + numbers.stop - number])
             number += len(parts[-1])
         return np.concatenate(parts)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_lightning.common.files import readable
+from dsv3_lightning.common.files import utf8_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import Message, conversation
 from dsv3_lightning.data.text.corpus import read_documents
@@ -31,14 +31,14 @@ class Document(NamedTuple):
     """A text or a conversation with its hash below HASHES, which is the same in every process and on every machine.
 
     texts: the text, or that of each message. learned: the messages that are trained on. size: UTF-8 bytes of all texts.
-    answers: UTF-8 bytes that are trained on. origin: index into the manifest's `origins`.
+    loss_text: UTF-8 bytes that are trained on. origin: index into the manifest's `origins`.
     """
 
     roles: list[str] | None
     texts: list[str]
     learned: list[bool]
     size: int
-    answers: bytes
+    loss_text: bytes
     hash: int
     origin: int
 
@@ -49,10 +49,10 @@ class Document(NamedTuple):
             return cls(None, [found], [], len(utf8), utf8, hash_of(utf8), origin)
         roles, texts = [message.role for message in found], [message.text for message in found]
         learned = [message.learned for message in found if message.role == "assistant"]
-        answers = "".join(message.text for message in found if message.learned).encode()
+        loss_text = "".join(message.text for message in found if message.learned).encode()
         size = sum(len(text.encode()) for text in texts)
         said = json.dumps(list(zip(roles, texts)))  # without `learned`, so that it stays on the same side of the split
-        return cls(roles, texts, learned, size, answers, hash_of(said.encode()), origin)
+        return cls(roles, texts, learned, size, loss_text, hash_of(said.encode()), origin)
 
 
 def build(
@@ -171,12 +171,12 @@ def encode(
                 writers[split].add(next(words), document.origin)
             else:
                 written = conversation(tokenizer, [(role, next(words).tolist()) for role in document.roles])
-                answers = [answer for answer, learned in zip(written.answers, document.learned) if learned]
-                writers[split].add_whole(np.array(written.ids), answers, document.origin)
+                loss_spans = [span for span, learned in zip(written.assistant_spans, document.learned) if learned]
+                writers[split].add_whole(np.array(written.ids), loss_spans, document.origin)
             text_bytes[split] += document.size
-            answer_bytes[split] += len(document.answers)
+            answer_bytes[split] += len(document.loss_text)
             if split == "validation":
-                gzip_bytes += len(gzip.compress(document.answers))
+                gzip_bytes += len(gzip.compress(document.loss_text))
         advance(sum(document.size for document in batch))
     gzip_bytes += len(gzip.flush())
     held_out = answer_bytes["validation"]
@@ -215,5 +215,5 @@ def summary(manifest: dict[str, Any], folder: Path, seconds: float) -> str:
     return (
         f"prepared {train['documents']} training and {validation['documents']} validation documents, "
         f"{(train['text_bytes'] + validation['text_bytes']) / 1e6:.1f} MB, "
-        f"{(train['tokens'] + validation['tokens']) / 1e6:.2f} M tokens, in {seconds:.1f} s: {readable(folder)}"
+        f"{(train['tokens'] + validation['tokens']) / 1e6:.2f} M tokens, in {seconds:.1f} s: {utf8_path(folder)}"
     )

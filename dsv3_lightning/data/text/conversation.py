@@ -30,11 +30,13 @@ class Message(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A tokenized conversation. ids: from the begin token to the last message. answers: (begin, end) of the assistant's
-    text in them, end token included."""
+    """A tokenized conversation. ids: from the begin token to the last message.
+
+    assistant_spans: (begin, end) of the assistant's texts in the ids, end token included.
+    """
 
     ids: list[int]
-    answers: list[tuple[int, int]]
+    assistant_spans: list[tuple[int, int]]
 
 
 def check_role(role: object, number: int, name: str) -> None:
@@ -53,7 +55,7 @@ def conversation(tokenizer: Tokenizer, messages: Iterable[tuple[str, Sequence[in
         begin = len(written.ids)
         written.ids.extend(ids)
         if role == "assistant":
-            written.answers.append((begin + 1, len(written.ids)))  # all but its mark
+            written.assistant_spans.append((begin + 1, len(written.ids)))  # all but its mark
     return written
 
 

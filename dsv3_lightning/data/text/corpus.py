@@ -13,7 +13,7 @@ from typing import Any
 
 import zstandard
 
-from dsv3_lightning.common.files import blocks, readable
+from dsv3_lightning.common.files import blocks, utf8_path
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.messages import holds_messages, parse, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
@@ -56,7 +56,7 @@ def read_documents(
 
 def read_text(source: Source, stats: ReadStats) -> Iterator[str]:
     content = b"".join(content_of(source.path)).removeprefix(BOM)
-    where = f"data.paths: {readable(source.path)}"
+    where = f"data.paths: {utf8_path(source.path)}"
     refuse_no_text(where, content)
     text = decode(content, source.name, stats)
     begun = text.lstrip()
@@ -95,7 +95,7 @@ class BadLines:
         ]
         more = " (the rest of the file was not read)" if self.count >= MOST_BAD_LINES else ""
         return ConfigError(
-            f"data.paths: {readable(self.source.path)}, {'; '.join(told)}{more}; data.skip_bad_lines=true leaves bad "
+            f"data.paths: {utf8_path(self.source.path)}, {'; '.join(told)}{more}; data.skip_bad_lines=true leaves bad "
             "lines out"
         )
 
@@ -125,10 +125,10 @@ def read_lines(source: Source, text_key: str, stats: ReadStats, skip_bad_lines: 
 
 def refuse_other_layouts(source: Source, line: bytes) -> None:
     """Raises ConfigError if the first line looks like another kind of file."""
-    where, start = f"data.paths: {readable(source.path)}", line.strip()
+    where, start = f"data.paths: {utf8_path(source.path)}", line.strip()
     refuse_no_text(where, line)
     if start.startswith(b"["):
-        name = readable(source.path.name)
+        name = utf8_path(source.path.name)
         raise ConfigError(f"{where}: is a JSON array, not JSON lines; jq -c '.[]' {name} writes one object a line")
     if start == b"{":
         raise ConfigError(

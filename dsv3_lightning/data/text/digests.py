@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from dsv3_lightning.common.files import digest, readable, write_file
+from dsv3_lightning.common.files import digest, utf8_path, write_file
 from dsv3_lightning.errors import WriteError
 
 LARGE = 1 << 20  # bytes; smaller files are read in no time
@@ -30,7 +30,7 @@ class Digests:
         status = file.stat()  # before reading, so that a change during it is seen next time
         if status.st_size < LARGE:
             return digest(file)
-        name = readable(file.resolve())
+        name = utf8_path(file.resolve())
         marks = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
         *known, sha256 = self.known.get(name, [""])
         if known != marks:

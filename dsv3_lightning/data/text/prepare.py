@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsv3_lightning.common.files import readable, remove_leftovers, whole
+from dsv3_lightning.common.files import remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build, summary
@@ -76,11 +76,11 @@ def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: 
     folder = user_path(config.cache_dir) / key_of(known)
     if not is_complete(folder):
         raise ConfigError(
-            f"{lost} does not exist, nor {readable(folder)} with the tokens that were made of it; "
+            f"{lost} does not exist, nor {utf8_path(folder)} with the tokens that were made of it; "
             "set data.paths to where the texts are now, or data.cache_dir to where the tokens are"
         )
     if tell is not None:
-        tell(f"{lost} does not exist; the tokens that were made of it are enough: {readable(folder)}")
+        tell(f"{lost} does not exist; the tokens that were made of it are enough: {utf8_path(folder)}")
     return folder
 
 
@@ -130,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting for another process that prepares {readable(folder)}")
+        say(f"waiting for another process that prepares {utf8_path(folder)}")
         lock.acquire()
     try:
         yield

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3_lightning.common.files import readable
+from dsv3_lightning.common.files import utf8_path
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import PACKAGE
 from dsv3_lightning.data.text.tally import HIDDEN, listed
@@ -73,7 +73,7 @@ def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> 
         if path.is_dir():
             found = walk(path, READ, unread=unread)
         else:
-            found = [Source(readable(path.name), path)] if path.name.lower().endswith(READ) else []
+            found = [Source(utf8_path(path.name), path)] if path.name.lower().endswith(READ) else []
         if not found:
             holds = f" (it holds {listed(unread)})" if unread else ""
             raise ConfigError(f"data.paths: {given} is no text; read are {READ_SHOWN}{holds}")
@@ -81,7 +81,7 @@ def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> 
             refuse_cards_alone(given, path, found, unread)
         if left_out is not None:
             left_out.update(unread)
-        sources += [source._replace(origin=readable(path.name)) for source in found]
+        sources += [source._replace(origin=utf8_path(path.name)) for source in found]
     single = len(paths) == 1 and (paths[0].startswith(PACKAGE) or user_path(paths[0]).is_dir())
     return by_folder(sources) if single else sources
 
@@ -164,7 +164,7 @@ def walk(
                 path = Path(root, name)
                 irregular = path.exists() and not path.is_file()  # reading a pipe would block
                 if name.lower().endswith(suffixes) and not irregular:
-                    found.append(Source(readable(path.relative_to(folder)), path))
+                    found.append(Source(utf8_path(path.relative_to(folder)), path))
                 elif unread is not None:
                     unread["of no regular kind" if irregular else suffix_of(name)] += 1
     return sorted(found)
@@ -182,7 +182,7 @@ def suffix_of(name: str) -> str:
 
 
 def unreadable(path: str | Path, error: Exception) -> ConfigError:
-    return ConfigError(f"data.paths: {readable(path)}: {getattr(error, 'strerror', None) or error}")
+    return ConfigError(f"data.paths: {utf8_path(path)}: {getattr(error, 'strerror', None) or error}")
 
 
 def _refuse(error: OSError) -> None:

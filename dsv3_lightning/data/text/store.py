@@ -35,7 +35,7 @@ class TokenWriter:
         self.folder, self.split, self.vocab_size = folder, split, vocab_size
         self.bos_id, self.eos_id = bos_id, eos_id
         self.dtype = token_dtype(vocab_size)
-        self.offsets, self.origins, self.answers = array("Q", [0]), array("H"), array("Q")
+        self.offsets, self.origins, self.loss_spans = array("Q", [0]), array("H"), array("Q")
         self.sha256 = hashlib.sha256()
         self.file = open(folder / split / "00000.bin", "wb")
 
@@ -44,20 +44,20 @@ class TokenWriter:
         document = np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]])
         self.add_whole(document, [(0, len(document))], origin)
 
-    def add_whole(self, document: np.ndarray, answers: list[tuple[int, int]], origin: int) -> None:
-        """Adds a document including BOS and EOS. answers: (begin, end) of the spans that are trained on."""
+    def add_whole(self, document: np.ndarray, loss_spans: list[tuple[int, int]], origin: int) -> None:
+        """Adds a document including BOS and EOS. loss_spans: (begin, end) of the spans that are trained on."""
         if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap silently
             wrong = document.max() if document.min() >= 0 else document.min()
             raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
         content = document.astype(self.dtype).tobytes()
         self.file.write(content)
         self.sha256.update(content)
-        for begin, end in answers:
-            if self.answers and self.answers[-1] == self.offsets[-1] + begin:
-                self.answers.pop()  # continues the previous span, as texts always do
+        for begin, end in loss_spans:
+            if self.loss_spans and self.loss_spans[-1] == self.offsets[-1] + begin:
+                self.loss_spans.pop()  # continues the previous span, as texts always do
             else:
-                self.answers.append(self.offsets[-1] + begin)
-            self.answers.append(self.offsets[-1] + end)
+                self.loss_spans.append(self.offsets[-1] + begin)
+            self.loss_spans.append(self.offsets[-1] + end)
         self.offsets.append(self.offsets[-1] + len(document))
         self.origins.append(origin)
 
@@ -74,9 +74,9 @@ class TokenWriter:
             f"{self.split}/00000.idx": write_file(self.folder / self.split / "00000.idx", index),
             f"{self.split}/00000.src": write_file(self.folder / self.split / "00000.src", origins),
         }
-        if list(self.answers) not in ([], [0, self.offsets[-1]]):
-            answers = np.frombuffer(self.answers, dtype=np.uint64).astype("<u8").tobytes()
-            files[f"{self.split}/00000.ans"] = write_file(self.folder / self.split / "00000.ans", answers)
+        if list(self.loss_spans) not in ([], [0, self.offsets[-1]]):
+            loss_spans = np.frombuffer(self.loss_spans, dtype=np.uint64).astype("<u8").tobytes()
+            files[f"{self.split}/00000.ans"] = write_file(self.folder / self.split / "00000.ans", loss_spans)
         return files
 
 
@@ -100,7 +100,7 @@ class TokenFile:
         """The origin of each document, as an index into the manifest's `origins`: uint16 [documents]."""
         return mapped(self.folder / self.split / "00000.src", "<u2")
 
-    def answers(self) -> np.ndarray | None:
+    def loss_spans(self) -> np.ndarray | None:
         """Begin and end of each span of tokens that are trained on: int64 [2 · spans]; None if all tokens are."""
         path = self.folder / self.split / "00000.ans"
         return mapped(path, "<i8") if path.exists() else None

@@ -1,8 +1,9 @@
 """Single-file checkpoints: atomic writes, safe loading (`weights_only`), and validation before use."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import ZipFile
 
 import torch
@@ -12,6 +13,7 @@ from dsv3_lightning.common.files import whole
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints import shards
 
+T = TypeVar("T")
 # The entries that resuming requires; the data position is the loader's "next_sample".
 PARTS = (
     "state_dict",
@@ -94,9 +96,14 @@ def made_with(path: Path) -> tuple[dict[str, Any], set[str]]:
 
 def newest_good(paths: list[Path], thorough: bool = True) -> tuple[Path, int] | None:
     """The first of `paths` (newest first) that a run can resume from, and its step; warns of invalid ones."""
+    return first_good(paths, lambda path: (path, step_of(path, thorough)))
+
+
+def first_good(paths: list[Path], look: Callable[[Path], T]) -> T | None:
+    """look(path) of the first path for which it raises no ConfigError; warns of those for which it does."""
     for path in paths:
         try:
-            return path, step_of(path, thorough)
+            return look(path)
         except ConfigError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     return None

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.one_file import complete, read_checkpoint
+from dsv3_lightning.parallel.checkpoints.one_file import complete, first_good, read_checkpoint
 from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
 
 
@@ -14,6 +14,11 @@ class OpenCheckpoint(Protocol):
     """A checkpoint whose tensors are read when they are asked for."""
 
     path: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run that wrote it."""
+        ...
 
     def outline(self) -> dict[str, Any]:
         """Everything that the checkpoint holds, as one file would; tensors may be on the meta device."""
@@ -35,6 +40,10 @@ class OneFile:
         self.path = path
         self.state = read_checkpoint(path, mmap=True)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.state["settings"])
+
     def outline(self) -> dict[str, Any]:
         return self.state
 
@@ -55,3 +64,8 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
     shards = ShardReader(path)
     complete(shards.rest, path)
     return shards
+
+
+def open_newest(paths: list[Path]) -> OpenCheckpoint | None:
+    """The first of `paths` (newest first) that can be opened; warns of those that can't."""
+    return first_good(paths, open_checkpoint)

@@ -27,6 +27,10 @@ class ShardReader:
         self.rest, self.metadata = read_rest(path)  # checks all files
         self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.rest["settings"])
+
     def names(self) -> list[str]:
         return [key.removeprefix(PREFIX) for key in self.metadata.state_dict_metadata if key.startswith(PREFIX)]
 
@@ -42,26 +46,26 @@ class ShardReader:
 
     def parts(self) -> list[MetadataIndex]:
         """Everything that the ranks wrote, tensors or shards of them, in the order of the files."""
-        places = self.metadata.storage_data
-        return sorted(places, key=lambda index: (places[index].relative_path, places[index].offset))
+        storage = self.metadata.storage_data
+        return sorted(storage, key=lambda index: (storage[index].relative_path, storage[index].offset))
 
-    def read(self, name: str, place: int | None = None) -> Tensor:
-        """The full tensor, or its slice at index `place` of the first dim."""
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        """The full tensor, or its slice at index `expert` of the first dim."""
         entry = self.metadata.state_dict_metadata.get(PREFIX + name)
         if not isinstance(entry, TensorStorageMetadata):
             raise ConfigError(f"{self.path}: holds no {name}")
-        whole = torch.empty(entry.size if place is None else entry.size[1:], dtype=entry.properties.dtype)
+        whole = torch.empty(entry.size if expert is None else entry.size[1:], dtype=entry.properties.dtype)
         used: dict[MetadataIndex, Tensor] = {}
         for chunk in entry.chunks:
             offsets = chunk.offsets
-            if place is not None and not offsets[0] <= place < offsets[0] + chunk.sizes[0]:
+            if expert is not None and not offsets[0] <= expert < offsets[0] + chunk.sizes[0]:
                 continue
             index = MetadataIndex(PREFIX + name, offsets)
             part = self.kept.get(name, {}).get(index)
             part = self.read_part(index) if part is None else part
-            if place is not None:
+            if expert is not None:
                 used[index] = part
-                part, offsets = part[place - offsets[0]], offsets[1:]
+                part, offsets = part[expert - offsets[0]], offsets[1:]
             whole[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape))] = part
         if used:
             others = [(key, parts) for key, parts in self.kept.items() if key != name]
@@ -70,10 +74,10 @@ class ShardReader:
 
     def read_part(self, index: MetadataIndex) -> Tensor:
         """The shard of a tensor that one rank wrote. Raises ConfigError if it is damaged."""
-        place = self.metadata.storage_data[index]
-        with open(self.path / SHARDS / place.relative_path, "rb") as file:
-            file.seek(place.offset)
+        stored = self.metadata.storage_data[index]
+        with open(self.path / SHARDS / stored.relative_path, "rb") as file:
+            file.seek(stored.offset)
             try:
-                return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+                return torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises many types
-                raise ConfigError(f"{self.path}: {index.fqn} in {SHARDS}/{place.relative_path} is damaged") from error
+                raise ConfigError(f"{self.path}: {index.fqn} in {SHARDS}/{stored.relative_path} is damaged") from error

@@ -162,8 +162,8 @@ def read_rest(path: Path) -> tuple[dict[str, Any], Metadata]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
     ends: dict[str, int] = {}  # V3 on 2,048 ranks: 5.8 million shards in 2,048 files; stat each file once
-    for place in (metadata.storage_data or {}).values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for stored in (metadata.storage_data or {}).values():
+        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
     for name, end in ends.items():
         file = path / SHARDS / name
         if not file.is_file() or file.stat().st_size < end:

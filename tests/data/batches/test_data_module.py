@@ -209,8 +209,8 @@ def test_a_dataset_travels_light(config: DataConfig, make_module: Make) -> None:
     dataset = make_module(config)._datasets["train"]
     copy = pickle.loads(pickle.dumps(dataset))  # as to a process that was not forked
     loader = make_module(config).train_dataloader()
-    draw = next(iter(loader.batches.sampler))
-    assert all(torch.equal(value, dataset[draw][name]) for name, value in copy[draw].items())
+    micro_batch = next(iter(loader.batches.sampler))
+    assert all(torch.equal(value, dataset[micro_batch][name]) for name, value in copy[micro_batch].items())
 
 
 class Recorder(LightningModule):

@@ -27,16 +27,16 @@ def dataset_of(
     depth: int,
     mask_ends: bool,
     sizes: bool = False,
-    answers: Any = None,
+    loss_spans: Any = None,
     isolate: bool = False,
 ) -> PackedDataset:
     file = Tokens(lengths)
     per_token = np.arange(10 + sum(lengths)) % 7 if sizes else None
-    index = pack(file.offsets, length, depth, mask_ends, answers)
-    return PackedDataset(file, index, length, depth, PAD, mask_ends, isolate, answers, per_token)  # type: ignore[arg-type]
+    index = pack(file.offsets, length, depth, mask_ends, loss_spans)
+    return PackedDataset(file, index, length, depth, PAD, mask_ends, isolate, loss_spans, per_token)  # type: ignore[arg-type]
 
 
-def draw(*samples: int) -> MicroBatch:
+def micro_batch(*samples: int) -> MicroBatch:
     return MicroBatch(np.array(samples), np.array([11, 12]))
 
 
@@ -49,7 +49,7 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
     bounds = np.sort(rng.permutation(sum(lengths) - 1)[:60]) + 1 if talk else np.array([0, sum(lengths)])
     learned = {place for begin, end in bounds.reshape(-1, 2) for place in range(begin, end)}
     dataset = dataset_of(
-        lengths, length, depth, mask_ends, sizes=True, answers=bounds if talk else None, isolate=mask_ends
+        lengths, length, depth, mask_ends, sizes=True, loss_spans=bounds if talk else None, isolate=mask_ends
     )
     ends = np.cumsum(lengths)
     chosen = rng.permutation(len(dataset))
@@ -85,7 +85,7 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
 
 
 def test_types_and_what_is_passed_on() -> None:
-    batch = dataset_of([20, 3], 8, 1, False)[draw(1, 0)]
+    batch = dataset_of([20, 3], 8, 1, False)[micro_batch(1, 0)]
     assert set(batch) == {"tokens", "mask", "targets", "target_counts", "sample_ids"}
     assert batch["sample_ids"].tolist() == [1, 0] and batch["target_counts"].tolist() == [11, 12]
     assert batch.pop("mask").dtype == torch.bool
@@ -94,13 +94,13 @@ def test_types_and_what_is_passed_on() -> None:
 
 def test_no_sample_is_all_padding() -> None:
     dataset = dataset_of([20, 3], 8, 1, False, sizes=True)
-    batch = dataset[draw(-1, 0, -1)]
-    alone = dataset[draw(0)]
+    batch = dataset[micro_batch(-1, 0, -1)]
+    alone = dataset[micro_batch(0)]
     for row in (0, 2):
         assert (batch["tokens"][row] == PAD).all() and not batch["mask"][row].any()
         assert (batch["targets"][row] == -100).all() and batch["target_bytes"][row] == 0
     assert torch.equal(batch["targets"][1], alone["targets"][0]) and batch["sample_ids"].tolist() == [-1, 0, -1]
-    assert not dataset[draw(-1)]["mask"].any()
+    assert not dataset[micro_batch(-1)]["mask"].any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])  # D tokens, BOS and EOS included or not

@@ -53,8 +53,8 @@ def test_every_token_is_a_main_target_once(lengths: list[int], length: int, dept
 @given(LENGTHS, st.integers(1, 16), st.integers(0, 3), st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
 def test_chunks_change_nothing(lengths: list[int], length: int, depth: int, chunk: int) -> None:
-    answers = np.unique(np.linspace(0, sum(lengths), 6, dtype=np.int64)[1:-1])
-    arguments = (offsets_of(lengths), length, depth, False, answers if len(answers) == 4 else None)
+    loss_spans = np.unique(np.linspace(0, sum(lengths), 6, dtype=np.int64)[1:-1])
+    arguments = (offsets_of(lengths), length, depth, False, loss_spans if len(loss_spans) == 4 else None)
     whole = pack(*arguments)
     with mock.patch.object(packing, "CHUNK", chunk):
         parts = pack(*arguments)

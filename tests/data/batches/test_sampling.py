@@ -12,7 +12,9 @@ def counts_of(samples: int) -> np.ndarray:
     return np.stack([2 ** np.arange(samples), 3 * 2 ** np.arange(samples)], 1)
 
 
-def draws(samples: int, batch_size: int, accumulate: int, ranks: int, rank: int, steps: range) -> list[MicroBatch]:
+def micro_batches_of(
+    samples: int, batch_size: int, accumulate: int, ranks: int, rank: int, steps: range
+) -> list[MicroBatch]:
     layout = Layout(batch_size, accumulate, ranks, rank)
     first = {"first_step": steps.start, "first_sample": steps.start * batch_size}
     return list(TrainSampler(counts_of(samples), layout, 5, steps.stop, **first))
@@ -20,8 +22,8 @@ def draws(samples: int, batch_size: int, accumulate: int, ranks: int, rank: int,
 
 def global_order(samples: int, batch_size: int, accumulate: int, ranks: int, steps: range) -> list[int]:
     """All samples in the order of step, micro-batch, rank."""
-    by_rank = [draws(samples, batch_size, accumulate, ranks, rank, steps) for rank in range(ranks)]
-    return [int(sample) for same_time in zip(*by_rank) for draw in same_time for sample in draw.samples]
+    by_rank = [micro_batches_of(samples, batch_size, accumulate, ranks, rank, steps) for rank in range(ranks)]
+    return [int(sample) for same_time in zip(*by_rank) for micro_batch in same_time for sample in micro_batch.samples]
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -76,9 +78,9 @@ def test_a_later_start_goes_on_where_it_would_have_been(ranks: int) -> None:
 def test_target_counts_are_those_of_the_whole_step() -> None:
     order, counts = global_order(11, 8, 1, 1, range(4)), counts_of(11)
     for rank in range(2):
-        for number, draw in enumerate(draws(11, 8, 2, 2, rank, range(4))):
+        for number, micro_batch in enumerate(micro_batches_of(11, 8, 2, 2, rank, range(4))):
             step = number // 2
-            assert draw.target_counts.tolist() == counts[order[8 * step : 8 * step + 8]].sum(0).tolist()
+            assert micro_batch.target_counts.tolist() == counts[order[8 * step : 8 * step + 8]].sum(0).tolist()
 
 
 def test_the_length_is_that_of_the_whole_run() -> None:
@@ -87,9 +89,10 @@ def test_the_length_is_that_of_the_whole_run() -> None:
 
 
 def test_a_step_may_hold_several_epochs() -> None:
-    (draw,) = draws(3, 8, 1, 1, 0, range(1))
-    assert sorted(draw.samples[:3]) == sorted(draw.samples[3:6]) == [0, 1, 2]
-    assert draw.target_counts.tolist() == counts_of(3)[draw.samples].sum(0).tolist()  # a sample twice counts twice
+    (micro_batch,) = micro_batches_of(3, 8, 1, 1, 0, range(1))
+    assert sorted(micro_batch.samples[:3]) == sorted(micro_batch.samples[3:6]) == [0, 1, 2]
+    counts = counts_of(3)[micro_batch.samples].sum(0)  # a sample twice counts twice
+    assert micro_batch.target_counts.tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize(("batch_size", "nearest"), [(16, "12 or 18"), (4, "6"), (13, "12 or 18"), (1, "6")])
@@ -104,18 +107,18 @@ def test_validation_draws_each_sample_once_and_equally_often(samples: int, ranks
     by_rank = [list(ValidationSampler(counts_of(samples), Layout(8, 1, ranks, rank))) for rank in range(ranks)]
     assert {len(of_rank) for of_rank in by_rank} == {-(-samples // 8)}
     for rank, of_rank in enumerate(by_rank):
-        drawn = np.concatenate([draw.samples for draw in of_rank])
+        drawn = np.concatenate([micro_batch.samples for micro_batch in of_rank])
         assert drawn[drawn >= 0].tolist() == permutation(samples, 0, 0)[rank::ranks].tolist()
-        assert {len(draw.samples) for draw in of_rank} == {8 // ranks}
+        assert {len(micro_batch.samples) for micro_batch in of_rank} == {8 // ranks}
     for same_time in zip(*by_rank):
-        together = np.concatenate([draw.samples for draw in same_time])
-        for draw in same_time:
-            assert draw.target_counts.tolist() == counts_of(samples)[together[together >= 0]].sum(0).tolist()
+        together = np.concatenate([micro_batch.samples for micro_batch in same_time])
+        for micro_batch in same_time:
+            assert micro_batch.target_counts.tolist() == counts_of(samples)[together[together >= 0]].sum(0).tolist()
 
 
 def test_a_part_of_the_validation_is_of_all_documents() -> None:
-    draws = list(ValidationSampler(counts_of(1000), Layout(10)))
-    drawn = np.concatenate([draw.samples for draw in draws])
+    micro_batches = list(ValidationSampler(counts_of(1000), Layout(10)))
+    drawn = np.concatenate([micro_batch.samples for micro_batch in micro_batches])
     assert sorted(drawn) == list(range(1000))
     first_tenth = np.bincount(drawn[:100] // 100, minlength=10)  # in order, all would lie in the first tenth
     assert first_tenth.min() >= 3

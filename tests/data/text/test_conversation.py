@@ -84,7 +84,7 @@ def test_every_token_of_an_answer_is_a_target_once_and_nothing_else_is(config: D
     assert len(module._datasets["train"].index.continues.nonzero()[0]) > 5  # some are longer than a sample
     for split in ("train", "validation"):
         dataset = module._datasets[split]
-        bounds, ids = dataset.file.answers(), dataset.file.tokens.tolist()
+        bounds, ids = dataset.file.loss_spans(), dataset.file.tokens.tolist()
         learned = sorted(token for begin, end in bounds.reshape(-1, 2) for token in ids[begin:end])
         batch = dataset[MicroBatch(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
         assert np.array_equal(dataset.index.target_counts, (batch["targets"] != IGNORE).sum(2))
@@ -108,7 +108,7 @@ def test_gzip_gets_the_text_that_is_learned(config: DataConfig) -> None:
     manifest = read_manifest(prepare(dataclasses.replace(config, validation_fraction=0.5)))
     folder = prepare(dataclasses.replace(config, validation_fraction=0.5))
     file, tokenizer = TokenFile(folder, "validation"), Tokenizer.from_file(folder)
-    bounds = file.answers()
+    bounds = file.loss_spans()
     assert bounds is not None
     said = "".join(tokenizer.decode(file.tokens[a : b - 1].tolist()) for a, b in bounds.reshape(-1, 2)).encode()
     assert manifest["gzip_bytes"] == len(gzip.compress(said, 9))
@@ -120,7 +120,7 @@ def test_texts_and_conversations_may_stand_in_one_file(config: DataConfig, tmp_p
     mixed = dataclasses.replace(config, paths=[str(tmp_path / "mixed.jsonl")], validation_fraction=0.0)
     module: TextDataModule = make_module(mixed, max_steps=1)
     (file,) = [module._datasets["train"].file]
-    bounds, ids = file.answers(), file.tokens.tolist()
+    bounds, ids = file.loss_spans(), file.tokens.tolist()
     texts = [module.tokenizer.decode(ids[begin:end]) for begin, end in bounds.reshape(-1, 2)]
     assert texts == [f"{BEGIN}plain text{END}", f"a{END}{BEGIN}more{END}{BEGIN}of it{END}", f"b{END}"]
 
@@ -132,7 +132,7 @@ def test_plain_text_has_no_such_file_and_the_folder_it_always_had(
     (tmp_path / "corpus/a.txt").write_text("some text, always the same")
     folder = prepare(make_config(tmp_path, vocab_size=300))
     assert folder.name == "13845e6c900371c6" and not list(folder.rglob("*.ans"))
-    assert TokenFile(folder, "train").answers() is None and "answer_bytes" not in str(read_manifest(folder))
+    assert TokenFile(folder, "train").loss_spans() is None and "answer_bytes" not in str(read_manifest(folder))
 
 
 def test_equal_conversations_stay_on_one_side(tmp_path: Path, config: DataConfig) -> None:
@@ -233,7 +233,7 @@ def test_an_answer_that_is_marked_is_not_learned(config: DataConfig, tmp_path: P
     marked = dataclasses.replace(config, paths=[str(tmp_path / "x.jsonl")], validation_fraction=0.0)
     folder = prepare(marked)
     file, tokenizer, manifest = TokenFile(folder, "train"), Tokenizer.from_file(folder), read_manifest(folder)
-    bounds = file.answers()
+    bounds = file.loss_spans()
     assert bounds is not None
     assert [tokenizer.decode(file.tokens[a:b].tolist()) for a, b in bounds.reshape(-1, 2)] == [f"second{END}"]
     assert tokenizer.decode(file.tokens.tolist()) == spelled(messages)  # the first is context
