@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
-from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.autocast import compute_dtype
+from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.permute import Order, Permute, WeightedUnpermute, sort_by_expert
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll

@@ -26,8 +26,12 @@ def sort_by_expert(experts_NK: Tensor, num_experts: int) -> Order:
     keys_NK = experts_NK % (num_experts + 1)  # -1 becomes the largest
     order_R = keys_NK.flatten().int().argsort(stable=True)  # half the bits to sort
     rows_NK = inverse(order_R).view_as(experts_NK).masked_fill(experts_NK < 0, -1)
-    counts = keys_NK.new_zeros(num_experts + 1).scatter_add_(0, keys_NK.flatten(), torch.ones_like(order_R))
-    return Order(order_R, rows_NK, counts[:-1])
+    return Order(order_R, rows_NK, count(keys_NK, num_experts + 1)[:-1])
+
+
+def count(keys: Tensor, different: int) -> Tensor:
+    """How often each of the numbers below `different` is among the keys: int64 [different]."""
+    return keys.new_zeros(different).scatter_add_(0, keys.flatten(), torch.ones_like(keys).flatten())
 
 
 def inverse(order_R: Tensor) -> Tensor:

@@ -25,13 +25,14 @@ class Splits(Protocol):
 
     arrived: torch.cuda.Event | None
 
-    def lists(self) -> list[list[int]]: ...
+    def numbers(self) -> list[int]: ...
 
 
 @dataclass
 class Exchange:
-    """An all-to-all that may still be running. message: see `messages.Pack`; what is received, by rank and then by
-    expert. sent, received: numbers of routed tokens by rank. order: that of the tokens at their sender.
+    """An all-to-all of routed tokens that may still be running. message: see `messages.Pack`; what is received, by rank
+    and then by expert. sent, received: their numbers by rank; received_WE: by rank and local expert. order: that at
+    the sender. arranged_R: the order that sorts what arrives by expert.
 
     message is None once taken: it is among the largest tensors of a step.
     """
@@ -39,7 +40,9 @@ class Exchange:
     message: Tensor | None
     sent: list[int]
     received: list[int]
+    received_WE: Tensor
     order: Order
+    arranged_R: Tensor | None = None
 
     def take(self) -> Tensor:
         assert self.message is not None
@@ -50,8 +53,7 @@ class Exchange:
 @dataclass
 class Sent:
     """Tokens on their way. counts_E: this rank's tokens per expert. received_WE: routed tokens by sending rank and
-    local expert. splits: the numbers to and from each rank. exchange: None until it starts. arranged_R: the order that
-    sorts what arrives by expert.
+    local expert. splits: the numbers to each rank, and then from each. exchange: None until it starts.
     """
 
     counts_E: Tensor
@@ -61,7 +63,6 @@ class Sent:
     received_WE: Tensor
     splits: Splits
     exchange: Exchange | None = None
-    arranged_R: Tensor | None = None
 
 
 @dataclass
@@ -92,42 +93,55 @@ class AllToAll:
         return sent
 
     def exchange_counts(self, counts_E: Tensor, copies: int) -> tuple[Tensor, Splits]:
-        """received_WE, and the numbers of routed tokens to and from each rank. copies: an upper bound of theirs."""
+        """received_WE and splits of `Sent`. copies: an upper bound of the routed tokens."""
         ranks = self.group.size()
         received_WE = all_to_all_single(counts_E, None, None, self.group).view(ranks, -1)
-        return received_WE, HostCopy(torch.stack([tokens_by_rank(counts_E, ranks), received_WE.sum(1)]))
+        return received_WE, HostCopy(torch.cat([tokens_by_rank(counts_E, ranks), received_WE.sum(1)]))
 
     def start(self, sent: Sent) -> None:
-        to, by = sent.splits.lists()
+        numbers, ranks = sent.splits.numbers(), self.group.size()
         with beside(sent.splits.arrived, sent.x_ND, sent.gates_NK, *sent.order):
             x_ND = sent.x_ND.to(compute_dtype(sent.x_ND))
-            sent.exchange = self.exchange(x_ND, sent.gates_NK, sent.order, to, by)
-
-    def exchange(self, x_ND: Tensor, gates_NK: Tensor, order: Order, sent: list[int], received: list[int]) -> Exchange:
-        """Starts the all-to-all of routed tokens with their gates, fp32; sent and received as in `Exchange`."""
-        order = order._replace(order_R=order.order_R[: sum(sent)])
-        gates_R1 = Permute.apply(gates_NK.view(-1, 1), order.order_R, order.rows_NK.view(-1, 1))
-        message = Pack.apply(x_ND, gates_R1, order.order_R, order.rows_NK)
-        return Exchange(all_to_all_single_autograd(message, received, sent, self.group), sent, received, order)
+            sent.exchange = self.exchange(
+                x_ND, sent.gates_NK, sent.order, numbers[:ranks], numbers[ranks:], sent.received_WE
+            )
 
     def receive(self, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
         if sent.exchange is None:
             self.start(sent)
         assert sent.exchange is not None
-        sent.arranged_R = order_of_arrival(sent.received_WE, sum(sent.exchange.received))
-        x_RD, gates_R1 = Unpack.apply(sent.exchange.take(), 1, sent.arranged_R, inverse(sent.arranged_R))
-        return x_RD, sent.received_WE.sum(0).cumsum(0), gates_R1.squeeze(1)
+        return self.arrange(sent.exchange)
 
     def send_back(self, y_RD: Tensor, sent: Sent) -> Returning:
-        exchange, arranged_R = sent.exchange, sent.arranged_R
-        assert exchange is not None and arranged_R is not None
-        y_RD = Reorder.apply(y_RD, inverse(arranged_R), arranged_R)
-        y_RD = all_to_all_single_autograd(y_RD, exchange.sent, exchange.received, self.group)
-        return Returning(y_RD, exchange.order)
+        assert sent.exchange is not None
+        return self.exchange_back(y_RD, sent.exchange)
 
     def combine(self, returning: Returning) -> Tensor:
         arrived(returning.y_RD)  # also on a rank without tokens, which reads nothing of it
         return Unpermute.apply(returning.y_RD, returning.order.order_R, returning.order.rows_NK)
+
+    def exchange(
+        self, x_ND: Tensor, gates_NK: Tensor, order: Order, sent: list[int], received: list[int], received_WE: Tensor
+    ) -> Exchange:
+        """Starts the all-to-all of tokens with their gates, fp32."""
+        order = order._replace(order_R=order.order_R[: sum(sent)])
+        gates_R1 = Permute.apply(gates_NK.reshape(-1, 1), order.order_R, order.rows_NK.view(-1, 1))
+        message = Pack.apply(x_ND, gates_R1, order.order_R, order.rows_NK)
+        message = all_to_all_single_autograd(message, received, sent, self.group)
+        return Exchange(message, sent, received, received_WE, order)
+
+    def arrange(self, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `Experts`, when the tokens have arrived."""
+        order_R = exchange.arranged_R = order_of_arrival(exchange.received_WE, sum(exchange.received))
+        x_RD, gates_R1 = Unpack.apply(exchange.take(), 1, order_R, inverse(order_R))
+        return x_RD, exchange.received_WE.sum(0).cumsum(0), gates_R1.squeeze(1)
+
+    def exchange_back(self, y_RD: Tensor, exchange: Exchange) -> Returning:
+        """Starts the all-to-all of the experts' outputs."""
+        assert exchange.arranged_R is not None
+        y_RD = Reorder.apply(y_RD, inverse(exchange.arranged_R), exchange.arranged_R)
+        y_RD = all_to_all_single_autograd(y_RD, exchange.sent, exchange.received, self.group)
+        return Returning(y_RD, exchange.order)
 
 
 def tokens_by_rank(counts_E: Tensor, ranks: int) -> Tensor:

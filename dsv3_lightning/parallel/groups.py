@@ -12,16 +12,20 @@ from dsv3_lightning.parallel.mesh import MeshShape
 
 
 class Meshes(NamedTuple):
-    """Three device meshes over the same ranks.
+    """Device meshes over the same ranks.
 
     dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
     experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
     ep: for the ranks that hold different experts; None where every rank computes with all of them.
+    across, within: for the ranks of an ep group that have the same place in each node, and for those of one node; None
+        where a token does not travel to each node once.
     """
 
     dense: DeviceMesh
     experts: DeviceMesh
     ep: DeviceMesh | None
+    across: DeviceMesh | None = None
+    within: DeviceMesh | None = None
 
 
 def init_after_restart(backend: str, timeout: timedelta) -> None:
@@ -63,4 +67,9 @@ def lay_out(shape: MeshShape, device_type: str) -> Meshes:
         return Meshes(dense, dense, None)
     sizes = (shape.dp_replicate, shape.expert_shard, shape.ep)
     mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "expert_shard", "ep"))
-    return Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"])
+    meshes = Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"])
+    if shape.nodes == 1:
+        return meshes
+    sizes = (shape.ranks // shape.ep, shape.nodes, shape.ep // shape.nodes)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("ep_groups", "ep_across", "ep_within"))
+    return meshes._replace(across=mesh["ep_across"], within=mesh["ep_within"])

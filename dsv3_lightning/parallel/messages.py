@@ -59,23 +59,30 @@ class Pack(torch.autograd.Function):
 
 
 class Unpack(torch.autograd.Function):
-    """Tokens [R, D] and fp32 numbers [R, C] of messages, in the order order_R, whose inverse is known."""
+    """Tokens [R, D] and fp32 numbers [R, C] of messages, in the order order_R, whose inverse is known; None: as they
+    came. Waits for the messages."""
 
     @staticmethod
-    def forward(ctx: Any, message: Tensor, C: int, order_R: Tensor, inverse_R: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, message: Tensor, C: int, order_R: Tensor | None = None, inverse_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(inverse_R)
         message = arrived(message)
         D = message.shape[1] - columns(C, message.itemsize)
-        return (
-            message[:, :D].index_select(0, order_R),
-            from_columns(message[:, D:], C).index_select(0, order_R),
-        )
+        x_RD, numbers_RC = message[:, :D], from_columns(message[:, D:], C)
+        if order_R is None:
+            return x_RD.contiguous(), numbers_RC
+        return x_RD.index_select(0, order_R), numbers_RC.index_select(0, order_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor, grad_RC: Tensor) -> tuple[Tensor | None, ...]:
         (inverse_R,) = ctx.saved_tensors
         (R, D), C = grad_RD.shape, grad_RC.shape[1]
         message = grad_RD.new_empty(R, D + columns(C, grad_RD.itemsize))
-        torch.index_select(grad_RD, 0, inverse_R, out=message[:, :D])
-        message[:, D:] = as_columns(grad_RC.index_select(0, inverse_R), grad_RD.dtype)
+        if inverse_R is None:
+            message[:, :D] = grad_RD
+        else:
+            torch.index_select(grad_RD, 0, inverse_R, out=message[:, :D])
+            grad_RC = grad_RC.index_select(0, inverse_R)
+        message[:, D:] = as_columns(grad_RC, grad_RD.dtype)
         return message, None, None, None

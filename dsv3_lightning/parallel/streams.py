@@ -13,18 +13,18 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 
 class HostCopy:
-    """Lists of numbers on their way to the host, which goes on queueing work until it asks for them."""
+    """Numbers [n] on their way to the host, which goes on queueing work until it asks for them."""
 
     def __init__(self, numbers: Tensor) -> None:
         pinned = torch.empty_like(numbers, device="cpu", pin_memory=numbers.is_cuda)
-        self.numbers = pinned.copy_(numbers, non_blocking=True)
+        self.host = pinned.copy_(numbers, non_blocking=True)
         self.arrived = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
 
-    def lists(self) -> list[list[int]]:
+    def numbers(self) -> list[int]:
         """The numbers. This is the one moment of a layer's pass at which the host waits for the device."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.numbers.tolist()
+        return self.host.tolist()
 
 
 @contextmanager

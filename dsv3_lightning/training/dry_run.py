@@ -114,8 +114,8 @@ class Even:
     def __init__(self, each: list[int]) -> None:
         self.each = each
 
-    def lists(self) -> list[list[int]]:
-        return [self.each, self.each]
+    def numbers(self) -> list[int]:
+        return [*self.each, *self.each]
 
 
 class Counter(TorchDispatchMode):
