@@ -45,9 +45,16 @@ QUESTIONS: dict[str, dict[str, str]] = {  # question: {key: title}
     "is it fast": {
         "tokens": "tokens per second",
         "flops": "FLOP per second that the model needs for them",
-        "mfu": "share of the device's peak",
+        "mfu": "share of the device's peak: by its data sheet, and as measured",
         "data_wait": "share of the time spent waiting for data",
-        "memory": "peak memory (bytes)",
+        "memory": "peak memory of the rank that needs most, allocated and reserved (bytes)",
+    },
+    "which rank is it": {
+        "step_seconds": "seconds of a step that a rank needs by itself: fastest, median and slowest rank",
+        "slowest_rank": "the slowest rank",
+        "data_wait_max": "seconds of a step that the rank with the slowest loader waits for data",
+        "slots": "routed tokens received by the busiest rank (1 is the mean of the ranks)",
+        "retries": "allocations that had to free cached memory first, all ranks",
     },
     "is it healthy": {
         "grad_norm": "gradient norm: of all parameters, of the routers",

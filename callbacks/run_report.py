@@ -102,6 +102,7 @@ class RunReport(Callback):
             "tokens_per_second": rates.get("tokens_per_second"),
             "model_flops_per_second": rates.get("model_flops_per_second"),
             "peak_flops_per_second": speed.peak_flops if speed else None,
+            "measured_peak_flops_per_second": speed.measured_peak if speed else None,
             "mfu": rates.get("mfu"),
             "precision": str(trainer.precision),
             "data_wait_share": rates.get("data_wait_share"),

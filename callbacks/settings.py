@@ -1,10 +1,11 @@
-"""The settings of each callback: names, types, defaults and ranges. Imports no torch: mistakes are told at once.
+"""The settings of each callback: names, types, defaults and ranges.
 
-A callback's constructor has the same arguments and checks them by making its settings.
+A callback's constructor has the same arguments and checks them by making its settings. Imports no torch, so that
+mistakes are reported at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any, Literal
 
 from dsv3_lightning.errors import ConfigError
@@ -70,11 +71,6 @@ class RouterMonitorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterProbeSettings:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
 class WeightAverageSettings:
     decay: float
 
@@ -86,8 +82,11 @@ class WeightAverageSettings:
 @dataclass(frozen=True, kw_only=True)
 class ThroughputSettings:
     peak_flops: float | None = None
+    straggler: float = 1.5
 
     def __post_init__(self) -> None:
+        if not self.straggler > 1:
+            raise ConfigError(f"callbacks.throughput.straggler={self.straggler}: must be above 1")
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ConfigError(
                 f"callbacks.throughput.peak_flops={self.peak_flops}: must be above 0, or null to measure it"
@@ -121,14 +120,8 @@ class CheckpointSettings:
         at_least(0, "checkpoint.keep_best", self.keep_best)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProgressSettings:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunReportSettings:
-    pass
+def no_settings(callback: str) -> type[Any]:
+    return make_dataclass(f"{callback}Settings", (), frozen=True)
 
 
 CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that of the file
@@ -137,12 +130,12 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "skewed_start": SkewedStartSettings,
     "mtp_weight": MTPWeightSettings,
     "router_monitor": RouterMonitorSettings,
-    "router_probe": RouterProbeSettings,
+    "router_probe": no_settings("RouterProbe"),
     "weight_average": WeightAverageSettings,
     "throughput": ThroughputSettings,
     "sample_text": SampleTextSettings,
     "checkpoint": CheckpointSettings,
-    "progress": ProgressSettings,
-    "run_report": RunReportSettings,
+    "progress": no_settings("Progress"),
+    "run_report": no_settings("RunReport"),
 }
 CLASSES = {name: settings.__name__.removesuffix("Settings") for name, settings in CALLBACKS.items()}

@@ -5,15 +5,15 @@ the other ranks of a run with the same command line.
 """
 
 import argparse
-import errno
 import importlib
 import os
-import select
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 from dsv3_lightning import __version__
+from dsv3_lightning.common.flags import Parser
+from dsv3_lightning.common.output import output_is_full, reader_has_left
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.launch import delay_other_ranks
 
@@ -47,26 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 141
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not output_is_full(error):
             raise
         print(f"dsv3: error: standard output: can't be written ({error.strerror})", file=sys.stderr)
-        discard_output()
         return 2
-
-
-def reader_has_left() -> bool:
-    """Whether the reader of our output has closed it; if so, the remaining output is discarded."""
-    poll = select.poll()
-    poll.register(1, select.POLLOUT)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        return False
-    discard_output()
-    return True
-
-
-def discard_output() -> None:
-    """Sends what is left in the buffer of the standard output nowhere, or Python would try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def lightning_main() -> int:
@@ -107,21 +91,6 @@ def read_names_as_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises ConfigError for errors and accepts no abbreviated options."""
-
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
-        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        """Unlike argparse's own, it raises OSError where the message can't be written."""
-        print(message, end="", file=file or sys.stderr, flush=True)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def verb_list() -> str:
     return "verbs:\n" + "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
 
@@ -132,7 +101,7 @@ VERBS = {
     "plan": Verb("dsv3_lightning.commands.plan", "Show parameters, FLOP, memory and a run's time, without a device."),
     "prepare": Verb("dsv3_lightning.commands.prepare", "Tokenize and pack a configuration's data."),
     "generate": Verb("dsv3_lightning.commands.generate", "Continue a text with a trained model."),
-    "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model; /reset begins anew."),
+    "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model; /reset starts over."),
     "serve": Verb("dsv3_lightning.commands.serve", "Serve a trained model to OpenAI clients."),
     "export": Verb("dsv3_lightning.commands.export", "Write a run's model as a Hugging Face folder."),
     "import": Verb("dsv3_lightning.commands.import_folder", "Check a Hugging Face folder to start runs from."),

@@ -33,13 +33,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="also count the memory of one rank's step, on meta tensors")
 
 
+@settings.command
 def run(
-    words: list[str], print_config: bool, gpus: int | None, gpu: str, inside: float | None, between: float | None,
+    given: settings.Settings, gpus: int | None, gpu: str, inside: float | None, between: float | None,
     efficiency: float, dry_run: bool,
 ) -> int:  # fmt: skip
-    given = settings.read(words, print_config, mesh=gpus is None)
-    if given is None:
-        return 0
     config = given.config
     if dry_run and gpus is None:
         raise ConfigError("--dry-run: needs the number of ranks; add --gpus N")

@@ -10,10 +10,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     settings.arguments(parser)
 
 
-def run(words: list[str], print_config: bool) -> int:
-    given = settings.read(words, print_config)
-    if given is None:
-        return 0
+@settings.command
+def run(given: settings.Settings) -> int:
     from dsv3_lightning.data.batches.index import prepare_index
     from dsv3_lightning.data.text.prepare import prepare
     from dsv3_lightning.data.text.store import read_manifest

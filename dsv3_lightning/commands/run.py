@@ -12,13 +12,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     settings.arguments(parser)
 
 
-def run(words: list[str], print_config: bool) -> int:
+@settings.command
+def run(given: settings.Settings) -> int:
     """Trains to the last step, or says that the run is already finished."""
-    given = settings.read(words, print_config)
-    if given is None:
-        return 0
     check_start(given.config)
-    rank_of(given[0].trainer, os.environ)  # before Lightning is imported, which believes less of it than it reads
+    rank_of(given.config.trainer, os.environ)  # before Lightning is imported, which believes less of it than it reads
     from dsv3_lightning.runs.fit import fit
 
     return fit(*given)

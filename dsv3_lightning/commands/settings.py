@@ -1,6 +1,8 @@
 """The arguments shared by `run`, `validate`, `prepare` and `plan`: YAML files, presets, key=value. Imports no torch."""
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,17 +40,28 @@ def arguments(parser: argparse.ArgumentParser, options: str = "") -> None:
     parser.epilog = HELP.format(prog=parser.prog, base=PRESETS / "base.yaml")
 
 
-def read(words: list[str], print_config: bool, mesh: bool = True) -> Settings | None:
-    """Composes and checks the settings; returns None after printing them for --print-config. Raises ConfigError.
+def command(use: Callable[..., int]) -> Callable[..., int]:
+    """A verb's `run`, from a function of the checked settings and the verb's other flags. Raises ConfigError.
 
-    mesh: whether the strategy must fit trainer.devices, which doesn't apply to a plan for another number of GPUs.
+    With --print-config it prints the settings instead. With --gpus the strategy needn't fit trainer.devices.
     """
+
+    @functools.wraps(use)
+    def run(words: list[str], print_config: bool, **flags: Any) -> int:
+        given = read(words, mesh=flags.get("gpus") is None)
+        if print_config:
+            print(to_yaml(given.tree), end="")
+            return 0
+        return use(given, **flags)
+
+    return run
+
+
+def read(words: list[str], mesh: bool = True) -> Settings:
+    """Composes and checks the settings. mesh: whether the strategy must fit trainer.devices. Raises ConfigError."""
     files, overrides = split_words(words)
     if not files:
         raise ConfigError("no config named; give a file or a preset, such as laptop")
     composed = compose(files, overrides)
     config = check(composed.tree, mesh=mesh)
-    if print_config:
-        print(to_yaml(to_tree(config)), end="")
-        return None
     return Settings(config, to_tree(config), composed.files)

@@ -12,10 +12,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     settings.arguments(parser)
 
 
-def run(words: list[str], print_config: bool) -> int:
-    given = settings.read(words, print_config)
-    if given is None:
-        return 0
+@settings.command
+def run(given: settings.Settings) -> int:
     config = given.config
     check_start(config)
     if names_classes(config.trainer, config.strategy, config.callbacks):

@@ -1,13 +1,30 @@
-"""Flags shared by several verbs, and the types of numeric flags. Imports no torch."""
+"""The parser of flags, those that several verbs share, and the types of numeric flags. Imports no torch."""
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.errors import ConfigError
 
 T = TypeVar("T", int, float)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ConfigError for errors and accepts no abbreviated options."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Unlike argparse's own, it raises OSError where the message can't be written."""
+        print(message, end="", file=file or sys.stderr, flush=True)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def model_argument(parser: argparse.ArgumentParser) -> None:

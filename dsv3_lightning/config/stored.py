@@ -31,6 +31,7 @@ OFF: dict[str, Any] = {
     "callbacks.mtp_weight.by": "share",
     "callbacks.router_monitor.per_layer": False,
     "callbacks.throughput.peak_flops": None,
+    "callbacks.throughput.straggler": 1.5,
 }
 
 

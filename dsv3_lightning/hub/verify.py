@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 @torch.no_grad()
 def all_logits(model: Transformer, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
     """fp32 logits [B, T, V], row i for token i + 1, and those of MTP module 1, [B, T - 1, V], for token i + 2."""
-    h_BTD, _ = model.trunk(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+    h_BTD, _ = model.trunk(model.embed_tokens(tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool))
     logits_BTV = model.lm_head(h_BTD)
     if not len(model.mtp) or tokens_BT.shape[1] < 2:
         return logits_BTV, None

@@ -1,7 +1,5 @@
 """Multi-token prediction (V3 §2.2, eq. 21-23): module k predicts token i + k + 1 from h_{k-1} at i and token i + k."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,6 @@ from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import CosSin
 
-Embed = Callable[[Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor | None, Tensor]
 
 
@@ -31,12 +28,10 @@ class MTPModule(nn.Module):
         self.block = Block(config, dense=False, balance=balance)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def inputs(
-        self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embed: Embed, tokens_BS: Tensor, mask_BS: Tensor
-    ) -> Inputs:
+    def inputs(self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embedding_BSD: Tensor, mask_BS: Tensor) -> Inputs:
         """h_{k-1}, the embeddings of the tokens k positions on, and their mask."""
         ahead = slice(k, k + h_BTD.shape[1])
-        return h_BTD, embed(tokens_BS[:, ahead]), mask_BS[:, ahead]
+        return h_BTD, embedding_BSD[:, ahead], mask_BS[:, ahead]
 
     def forward(
         self, h_BTD: Tensor, embedding_BTD: Tensor, rope: CosSin, mask_BT: Tensor,

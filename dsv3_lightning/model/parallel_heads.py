@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import RouterStats
-from dsv3_lightning.model.mtp import Embed, Inputs
+from dsv3_lightning.model.mtp import Inputs
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import CosSin
 
@@ -20,9 +20,7 @@ class ParallelHead(nn.Module):
         self.block = Block(config, dense=False, balance=balance)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def inputs(
-        self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embed: Embed, tokens_BS: Tensor, mask_BS: Tensor
-    ) -> Inputs:
+    def inputs(self, k: int, trunk_BTD: Tensor, h_BTD: Tensor, embedding_BSD: Tensor, mask_BS: Tensor) -> Inputs:
         """h_0 for every k, no embeddings, and the trunk's own mask."""
         return trunk_BTD, None, mask_BS[:, : h_BTD.shape[1]]
 

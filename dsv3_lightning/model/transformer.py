@@ -43,9 +43,12 @@ class OutputHead(nn.Linear):
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight.to(h.dtype))  # sharded and tied to the embedding, the weight is wider in bf16
 
-    def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed cross-entropy of the targets that are not IGNORE, fp32 scalar."""
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), self.max_logits)
+    def loss(self, inputs_PBTD: list[Tensor], targets_BPT: Tensor) -> Tensor:
+        """Summed cross-entropy of the targets that are not IGNORE, fp32 [P]. One call for all P heads, so that a
+        sharded weight is gathered once."""
+        rows = zip(inputs_PBTD, targets_BPT.unbind(1), strict=True)
+        losses = [linear_cross_entropy(h.flatten(0, 1), self.weight, t.flatten(), self.max_logits) for h, t in rows]
+        return torch.stack(losses)
 
     @torch.no_grad()
     def greedy(self, h_BTD: Tensor) -> Tensor:
@@ -88,17 +91,16 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor, positions_B: Tensor | None = None) -> Tensor:
         """Logits of the main model for every position: [B, T, V]; or for one position of each row: [B, V]."""
-        h_BTD, _ = self.trunk(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+        h_BTD, _ = self.trunk(self.embed_tokens(tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool))
         if positions_B is not None:
             return self.lm_head(h_BTD[torch.arange(len(h_BTD), device=h_BTD.device), positions_B])
         return self.lm_head(h_BTD)
 
     def trunk(
-        self, tokens_BT: Tensor, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
+        self, h_BTD: Tensor, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
-        """The main model up to its final norm: [B, T, D], and the stats of its MoE layers."""
-        rope = cos_sin(self.config, torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
-        h_BTD = self.embed_tokens(tokens_BT)
+        """The main model from the embeddings to its final norm: [B, T, D], and the stats of its MoE layers."""
+        rope = cos_sin(self.config, torch.arange(h_BTD.shape[1], device=h_BTD.device))
         stats = []
         for block in self.layers:
             h_BTD, layer_stats = self.recompute(block, h_BTD, rope, mask_BT, attn_mask_B1TT)
@@ -126,17 +128,18 @@ class Transformer(nn.Module):
         # At a document's end, module k sees a token of the next document. Only that position's own prediction is
         # affected, and it has no target.
         attn_mask_B1TT = None if documents_BS is None else document_mask(documents_BS[:, :T])
-        trunk_BTD, stats = self.trunk(tokens_BS[:, :T], mask_BS[:, :T], attn_mask_B1TT)
+        embedding_BSD = self.embed_tokens(tokens_BS)  # once, also for the MTP modules: where sharded, it is gathered
+        trunk_BTD, stats = self.trunk(embedding_BSD[:, :T], mask_BS[:, :T], attn_mask_B1TT)
         rope = cos_sin(self.config, torch.arange(T, device=tokens_BS.device))
         h_BTD, head_inputs = trunk_BTD, [trunk_BTD]
         for k, module in enumerate(cast(list[MTPModule], self.mtp), start=1):
-            h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, self.embed_tokens, tokens_BS, mask_BS)
+            h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, embedding_BSD, mask_BS)
             h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, attn_mask_B1TT)
             stats.append(layer_stats)
             head_inputs.append(module.norm(h_BTD))
         nll_P = torch.zeros(0, device=h_BTD.device)
         if targets_BPT is not None:
-            nll_P = torch.stack([self.lm_head.loss(h, targets_BPT[:, p]) for p, h in enumerate(head_inputs)])
+            nll_P = self.lm_head.loss(head_inputs, targets_BPT)
         drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in head_inputs], 1) if draft else None
         return Losses(nll_P, *stack_stats(stats, self.config.n_routed_experts, h_BTD.device), drafts_BPT)
 

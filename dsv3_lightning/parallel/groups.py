@@ -17,6 +17,7 @@ class Meshes(NamedTuple):
     dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
     experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
     ep: for the ranks that hold different experts; None where every rank computes with all of them.
+    small: for norms and routers, [small_replicate, small_shard], or the same as dense.
     across, within: for the ranks of an ep group that have the same place in each node, and for those of one node; None
         where a token does not travel to each node once.
     """
@@ -24,6 +25,7 @@ class Meshes(NamedTuple):
     dense: DeviceMesh
     experts: DeviceMesh
     ep: DeviceMesh | None
+    small: DeviceMesh
     across: DeviceMesh | None = None
     within: DeviceMesh | None = None
 
@@ -62,12 +64,15 @@ def lay_out(shape: MeshShape, device_type: str) -> Meshes:
     mesh = init_device_mesh(
         device_type, (shape.dp_replicate, shape.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
     )
-    dense = mesh[(*replicas, "dp_shard")]
+    dense = small = mesh[(*replicas, "dp_shard")]
+    if shape.small_shard is not None:
+        sizes = (shape.ranks // shape.small_shard, shape.small_shard)
+        small = init_device_mesh(device_type, sizes, mesh_dim_names=("small_replicate", "small_shard"))
     if shape.ep == 1:
-        return Meshes(dense, dense, None)
-    sizes = (shape.dp_replicate, shape.expert_shard, shape.ep)
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "expert_shard", "ep"))
-    meshes = Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"])
+        return Meshes(dense, dense, None, small)
+    axes = ("dp_replicate", "expert_shard", "ep")
+    mesh = init_device_mesh(device_type, (shape.dp_replicate, shape.expert_shard, shape.ep), mesh_dim_names=axes)
+    meshes = Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"], small)
     if shape.nodes == 1:
         return meshes
     sizes = (shape.ranks // shape.ep, shape.nodes, shape.ep // shape.nodes)

@@ -66,12 +66,16 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The size of each mesh axis; ep divides dp_shard. nodes: those of an ep group to each of which a token travels
-    once; 1: tokens travel to experts directly."""
+    """The size of each mesh axis; ep divides dp_shard.
+
+    small_shard: the number of neighboring ranks over which norms and routers are sharded; it divides dp_shard. None is
+    dp_shard. nodes: those of an ep group to each of which a token travels once; 1: tokens travel to experts directly.
+    """
 
     dp_replicate: int
     dp_shard: int
     ep: int = 1
+    small_shard: int | None = None
     nodes: int = 1
 
     @property
@@ -120,8 +124,12 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
             f"strategy.dp_shard={shard}: with dp_replicate={replicate} it makes {replicate * shard} processes, "
             f"there are {ranks}; {fitting}"
         )
+    # FSDP2 pads the first dim of each parameter to the number of ranks: on 2,048 ranks V3's routers, of 256 rows, would
+    # be gathered eight times as wide. Within a node nothing is padded, and nothing crosses the network.
+    node = math.gcd(shard, ranks_per_node)
     ep = expert_size(config, shard, ranks_per_node, model)
-    shape = MeshShape(replicate, shard, ep, nodes_of_group(config, ep, ranks_per_node))
+    nodes = nodes_of_group(config, ep, ranks_per_node)
+    shape = MeshShape(replicate, shard, ep, node if node < shard else None, nodes)
     if model is not None and shape.ep > 1:
         check_expert_widths(shape, model)
     return shape

@@ -1,7 +1,7 @@
 """FSDP2 units of the model and their precision (torch.distributed.fsdp.fully_shard).
 
 The units are: each block's matrices, each block's experts, the embedding, the output head, and all small parameters
-together. The last are norms and routers, which stay fp32 and are gathered once per pass.
+together. The last are norms and routers, which stay fp32, are sharded within a node, and are gathered once per pass.
 """
 
 from collections.abc import Callable
@@ -60,8 +60,8 @@ def shard_model(
     # The root comes first, with only the small parameters, so that later units skip these.
     tied = model.config.tie_word_embeddings
     small = small_parameters(model) | ({model.embed_tokens.weight} if tied else set())
-    fully_shard(model, mesh=meshes.dense, reshard_after_forward=False, mp_policy=exact, offload_policy=offload,
-                ignored_params=set(model.parameters()) - small)  # fmt: skip
+    fully_shard(model, mesh=meshes.dense if tied else meshes.small, reshard_after_forward=False, mp_policy=exact,
+                offload_policy=offload, ignored_params=set(model.parameters()) - small)  # fmt: skip
     for block in blocks(model):
         if isinstance(block.mlp, MoE):
             experts = block.mlp.experts
@@ -77,12 +77,19 @@ def shard_model(
             unit(module.eh_proj, matrices, config.reshard_after_forward)
     if not tied:
         unit(model.embed_tokens, embedding, config.reshard_after_forward)
+        as_unit(model.embed_tokens).set_unshard_in_backward(False)  # its gradient doesn't need the weight
         unit(model.lm_head, matrices, False)  # the backward pass starts with it
         register_fsdp_forward_method(model.lm_head, "loss")
     elif embedding is not exact:  # a tied embedding is gathered in fp32, with the norms
         model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.bfloat16())
     register_fsdp_forward_method(model, "losses")
-    prefetch(blocks(model), config.prefetch)
+    prefetch(gathers(model), config.prefetch)
+
+
+def sync_gradients_of_replicas(model: Transformer, wanted: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks that hold the same shard, too. Without it they are
+    summed up on the rank, in fp32, until a backward pass does."""
+    as_unit(model).set_requires_all_reduce(wanted)
 
 
 def blocks(model: Transformer) -> list[Block]:
@@ -125,17 +132,26 @@ def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:
     return placement
 
 
-def prefetch(order: list[Block], ahead: int) -> None:
-    """Lets FSDP gather the next `ahead` blocks while one computes, in the forward and the backward pass."""
+def gathers(model: Transformer) -> list[list[FSDPModule]]:
+    """The units in the order in which the forward pass gathers them, those of a block together."""
+    order = [units(cast(Block, block)) for block in model.layers]
+    for module in model.mtp:
+        projection = [[as_unit(module.eh_proj)]] if isinstance(module, MTPModule) else []
+        order += [*projection, units(cast(Block, module.block))]
+    tied = model.config.tie_word_embeddings
+    return order if tied else [[as_unit(model.embed_tokens)], *order, [as_unit(model.lm_head)]]
+
+
+def prefetch(order: list[list[FSDPModule]], ahead: int) -> None:
+    """Lets FSDP gather the next `ahead` of these while one computes, in the forward and the backward pass."""
     if not ahead:
         return
     for sequence, announce in (
         (order, FSDPModule.set_modules_to_forward_prefetch),
         (order[::-1], FSDPModule.set_modules_to_backward_prefetch),
     ):
-        for i, block in enumerate(sequence[:-1]):
-            coming = sequence[i + 1 : i + 1 + ahead]
-            announce(as_unit(block), [unit for b in coming for unit in units(b)])
+        for i, (first, *_) in enumerate(sequence[:-1]):
+            announce(first, [unit for following in sequence[i + 1 : i + 1 + ahead] for unit in following])
 
 
 def units(block: Block) -> list[FSDPModule]:

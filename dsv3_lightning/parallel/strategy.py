@@ -1,6 +1,7 @@
 """The Lightning strategy for FSDP2, HSDP and expert parallelism over one mesh; the kinds are in mesh.KINDS."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dsv3_lightning.parallel.checkpoints.shards import Saver, read_parts
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
-from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model
+from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
 from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
 
 
@@ -67,6 +68,16 @@ class MeshStrategy(ModelParallelStrategy):
             move_all_but_parameters(self.lightning_module, self.root_device)
         else:
             super().model_to_device()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning calls it around each of a step's micro-batches but the last: replicas are reduced once per step."""
+        model: Any = self.lightning_module.model  # type: ignore[union-attr]
+        sync_gradients_of_replicas(model, False)
+        try:
+            yield
+        finally:
+            sync_gradients_of_replicas(model, True)
 
     def finish_saving(self) -> None:
         """Waits for a checkpoint that is still being written."""

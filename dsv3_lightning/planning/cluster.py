@@ -202,7 +202,7 @@ def traffic(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work, gpu: 
     dense_bytes = work.micro_batches * per_pass * dense * (n - 1) / n
     expert_bytes = work.micro_batches * per_pass * routed / shape.ep * (m - 1) / m
     replicas = work.micro_batches * 2 * (r - 1) / r * 4 * (dense + routed) / n
-    ways = 4 if work.policy == "none" else 6  # dispatch, combine and their gradients; the first two twice if recomputed
+    ways = 5 if work.policy == "full" else 4  # dispatch, combine and their gradients; the first twice if recomputed
     routed_tokens = work.tokens * model.num_experts_per_tok * model.num_moe_layers * work.micro_batches
     token_bytes = ways * routed_tokens * model.hidden_size * computed
     away = (shape.ep - 1) / shape.ep

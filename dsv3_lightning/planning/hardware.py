@@ -40,3 +40,28 @@ def gpu_named(name: str) -> GPU:
     if name.lower() not in GPUS:
         raise ConfigError(f"--gpu {name}: not known; must be {', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+# The names by which CUDA knows a GPU, without a leading "NVIDIA ". PCIe and NVL cards of a kind have other peaks, and a
+# MIG slice has a suffix; both are left out, as everything else whose data sheet isn't above.
+CUDA_NAMES = {
+    "A100-SXM4-40GB": "a100",
+    "A100-SXM4-80GB": "a100",
+    "A100-PCIE-40GB": "a100",
+    "A100-PCIE-80GB": "a100",
+    "A100 80GB PCIe": "a100",
+    "H100 80GB HBM3": "h100",
+    "H200": "h200",
+    "H800": "h800",
+    "B200": "b200",
+}
+
+
+def gpu_of_device(name: str) -> GPU | None:
+    """The specification of the GPU that CUDA calls by this name; None for one that is not known.
+
+    >>> gpu_of_device("NVIDIA H100 80GB HBM3").peak, gpu_of_device("NVIDIA H100 PCIe")
+    (989000000000000.0, None)
+    """
+    short = CUDA_NAMES.get(name.removeprefix("NVIDIA ").strip())
+    return None if short is None else GPUS[short]

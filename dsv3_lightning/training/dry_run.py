@@ -1,7 +1,8 @@
 """Dry run of a training step: the memory of one rank of any mesh, counted on a laptop without computing.
 
 The run's own code builds, shards and steps the model, in a fake process group and with fake tensors, which have shapes
-but no data. Expert loads depend on data, so they are assumed to be even.
+but no data. Expert loads depend on data, so they are assumed to be even. torch has no public names for fake tensors,
+fake process groups and dispatch modes, so that this file imports private ones.
 """
 
 import weakref
@@ -128,9 +129,10 @@ class Counter(TorchDispatchMode):
         self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> "Counter":
+        """Also wraps UntypedStorage.resize_, which FSDP calls and no mode sees, as torch's own MemTracker does."""
         self.resize = torch.UntypedStorage.resize_
 
-        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:  # FSDP calls it directly
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             result = self.resize(storage, size)
             if storage in self.known:
                 self.add(size - self.known[storage][0])

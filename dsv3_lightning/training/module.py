@@ -1,5 +1,6 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class PretrainModule(pl.LightningModule):
         self.loaded_step = 0
         self.kept: tuple[Tensor, Tensor, list[float]] | None = None
         self.updating = False
+        self.forward_start = 0.0  # time.perf_counter when the callbacks were done with a batch
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
         self.validated_step: int | None = None  # the step of the last validation
 
@@ -231,6 +233,9 @@ class PretrainModule(pl.LightningModule):
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
         publish(self.trainer, self.scalars)  # from before a resume: a monitored one may not be logged again soon
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.forward_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.max_steps:

@@ -61,7 +61,14 @@ def test_curves_do_not_multiply_with_layers_and_experts(nano):
 
 def test_only_what_a_run_has_is_asked():
     plain = layout(settings(), 2)
-    assert list(plain) == ["is it learning", "is it balanced", "is MTP helping", "is it fast", "is it healthy"]
+    assert list(plain) == [
+        "is it learning",
+        "is it balanced",
+        "is MTP helping",
+        "is it fast",
+        "which rank is it",
+        "is it healthy",
+    ]
     assert "is MTP helping" not in layout(settings("model.num_nextn_predict_layers=0"), 2)
     assert "which layer is it" in layout(settings("callbacks.router_monitor.per_layer=true"), 2)
     unwatched = layout(settings("callbacks.router_monitor=null", "callbacks.throughput=null"), 2)
@@ -113,7 +120,8 @@ def test_any_model_has_a_layout(preset):
     tree = to_tree(check(compose([preset], []).tree))
     sizes = {question: len(charts) for question, charts in layout(tree, 2).items()}
     learning, health = {"is it learning": 4, "is it fast": 5}, {"is it healthy": 2}
-    assert sizes == learning | ({"is it balanced": 15, "is MTP helping": 4} if preset == "v3" else {}) | health
+    moe = {"is it balanced": 15, "is MTP helping": 4, "which rank is it": 5}
+    assert sizes == learning | (moe if preset == "v3" else {"which rank is it": 4}) | health
 
 
 def test_58_layers_have_the_charts_of_three():

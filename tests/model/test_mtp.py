@@ -222,7 +222,7 @@ def test_parallel_heads_are_a_block_each_on_the_trunks_output():
     batch = clear_batch(model, T=11)
     losses = model.losses(*batch, draft=True)
     at, head_VD = cos_sin(model.config, torch.arange(11)), model.lm_head.weight
-    h_BTD = model.trunk(batch.tokens[:, :11], batch.mask[:, :11])[0]
+    h_BTD = model.trunk(model.embed_tokens(batch.tokens[:, :11]), batch.mask[:, :11])[0]
     logits = [h_BTD @ head_VD.T]
     for module in model.mtp:
         out_BTD = module.block(h_BTD, at, batch.mask[:, :11])[0]  # of h_0, not of the head before

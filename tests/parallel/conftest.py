@@ -19,26 +19,35 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(ranks: int, folder: Path, command: list[str], **environment: str) -> list[subprocess.Popen]:
-    """Starts `python -m COMMAND` as torchrun would, on so many ranks, which write rank<n>.log into the folder."""
+def start_ranks(
+    ranks: int, folder: Path, command: list[str], per_node: int | None = None, **environment: str
+) -> list[subprocess.Popen]:
+    """Starts `python -m COMMAND` as torchrun would, on so many ranks, which write rank<n>.log into the folder.
+
+    per_node: ranks of a node, of all of them by default.
+    """
+    node = per_node or ranks
     folder.mkdir(parents=True, exist_ok=True)
     common = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0",
-        "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(node),
+        "TORCHELASTIC_RUN_ID": "test",
     } | environment  # fmt: skip
     processes = []
     for rank in range(ranks):
         with open(folder / f"rank{rank}.log", "w") as log:
-            mine = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            of_node = dict.fromkeys(("NODE_RANK", "GROUP_RANK"), str(rank // node))
+            mine = common | of_node | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)}
             processes.append(subprocess.Popen([sys.executable, "-m", *command], env=mine, cwd=folder, stdout=log,
                                               stderr=subprocess.STDOUT))  # fmt: skip
     return processes
 
 
-def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240, **environment: str) -> list[str]:
+def on_ranks(
+    ranks: int, folder: Path, command: list[str], timeout: float = 240, per_node: int | None = None, **environment: str
+) -> list[str]:
     """What so many ranks wrote. Fails if one does."""
-    processes = start_ranks(ranks, folder, command, **environment)
+    processes = start_ranks(ranks, folder, command, per_node, **environment)
     end = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in processes):
@@ -57,13 +66,15 @@ def on_ranks(ranks: int, folder: Path, command: list[str], timeout: float = 240,
     return outputs
 
 
-def runs_on_ranks(ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], timeout: float = 600) -> list[str]:
+def runs_on_ranks(
+    ranks: int, nano: Nano, runs: dict[str, tuple[str, ...]], timeout: float = 600, per_node: int | None = None
+) -> list[str]:
     """Those runs (name: overrides), one after the other, on so many ranks; a busy machine needs minutes for many."""
     arguments = [nano.arguments(name, overrides) for name, overrides in runs.items()]
     folder = nano.base / f"on{ranks}-{next(iter(runs))}"
     folder.mkdir(parents=True)
     (folder / "runs.json").write_text(json.dumps(arguments))
-    return on_ranks(ranks, folder, ["tests.parallel.worker", str(folder / "runs.json")], timeout)
+    return on_ranks(ranks, folder, ["tests.parallel.worker", str(folder / "runs.json")], timeout, per_node)
 
 
 SAMPLES = [f"callbacks.sample_text.{setting}" for setting in ("every_n_steps=20", "temperature=0", "max_new_tokens=8")]

@@ -22,6 +22,12 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks, tmp_path):
     on_ranks(ranks, tmp_path / "run", ["tests.parallel.dispatch_worker"])
 
 
+def test_a_token_travels_to_each_node_once(tmp_path):
+    """Two nodes of two ranks: outputs and gradients of one process, exactly the bytes between nodes that the routing
+    demands, and the costs of a layer, whatever the skew."""
+    on_ranks(4, tmp_path / "run", ["tests.parallel.node_worker"])
+
+
 def test_routed_tokens_are_counted_by_the_rank_of_their_expert():
     counts_E = torch.arange(EXPERTS)  # 0 1 | 2 3 | 4 5 | 6 7
     assert tokens_by_rank(counts_E, 4).tolist() == [1, 5, 9, 13]

@@ -43,7 +43,7 @@ WAYS = {
             "strategy={kind: fsdp2_ep, expert_parallel: 2, sharded_checkpoints: true}",
             "compute.activation_checkpointing=selective",
         ),
-        "ep4": ("strategy={kind: fsdp2_ep}", "compute.activation_checkpointing=full"),
+        "ep4": ("strategy={kind: fsdp2_ep, expert_parallel: 4}", "compute.activation_checkpointing=full"),
     },
 }
 pytestmark = pytest.mark.timeout(900)  # many runs, made before the first test
@@ -53,8 +53,8 @@ GO_ON = {  # on so many ranks, with that strategy, from that run's checkpoint of
     "1 -> 2 fsdp": (2, "{kind: fsdp2, sharded_checkpoints: true}", "one", 10),
     "2 ep -> 2 fsdp": (2, "fsdp2", "ep2", 10),
     "2 fsdp -> 2 ep": (2, "fsdp2_ep", "fsdp2_of_2", 10),
-    "1 -> 2 fsdp -> 4 ep": (4, "fsdp2_ep", "1 -> 2 fsdp", 15),
-    "1 -> 4 ep": (4, "fsdp2_ep", "one", 10),
+    "1 -> 2 fsdp -> 4 ep": (4, "{kind: fsdp2_ep, expert_parallel: 4, deduplicate: false}", "1 -> 2 fsdp", 15),
+    "1 -> 4 ep": (4, "{kind: fsdp2_ep, expert_parallel: 4}", "one", 10),
     "2 ep -> 4 hsdp": (4, "{kind: hsdp, dp_shard: 2}", "ep2", 10),
     "4 ep x fsdp -> 4 fsdp": (4, "fsdp2", "ep2_fsdp2", 10),
     "4 fsdp -> 4 ep x fsdp": (4, "{kind: fsdp2_ep, expert_parallel: 2, sharded_checkpoints: true}", "fsdp2", 10),
@@ -84,15 +84,16 @@ def runs(shared_nano):
     assert found["one"].code == 0
     waves = [(2, WAYS[2]), (4, WAYS[4]), (2, {}), (1, {})]  # a wave's processes do one run after the other
     for ranks, ways in waves:
-        overrides = {
-            name: (*COMMON, *way, f"trainer.devices={ranks}", *recorded(base, name)) for name, way in ways.items()
-        }
+        nodes = 2 if ranks == 4 else 1  # so that norms and routers are sharded over fewer ranks than all else
+        machines = f"trainer.devices={ranks // nodes}", f"trainer.num_nodes={nodes}"
+        overrides = {name: (*COMMON, *way, *machines, *recorded(base, name)) for name, way in ways.items()}
         for name, (on, strategy, start, step) in GO_ON.items():
             if on == ranks and name not in found and start in found | overrides:
                 checkpoint = base / "runs" / folder_name(start) / f"checkpoints/step={step}.ckpt"
-                overrides[name] = (*COMMON, f"strategy={strategy}", f"trainer.devices={ranks}",
+                overrides[name] = (*COMMON, f"strategy={strategy}", *machines,
                                    "callbacks.sample_text=null", f"run.resume={checkpoint}")  # fmt: skip
-        runs_on_ranks(ranks, shared_nano, {folder_name(name): words for name, words in overrides.items()})
+        named = {folder_name(name): words for name, words in overrides.items()}
+        runs_on_ranks(ranks, shared_nano, named, per_node=ranks // nodes)
         found |= {name: type(found["one"])(base / "runs" / folder_name(name), 0) for name in overrides}
     assert found.keys() == {"one", *NAMES, *GO_ON}
     return found

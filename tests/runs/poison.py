@@ -1,6 +1,7 @@
 """Callbacks that runs of the tests name by class_path."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ class Poison(Callback):
         now = trainer.global_step
         if trainer.global_rank == self.rank and (now >= self.step if self.onwards else now == self.step):
             next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(torch.inf)
+
+
+class Sleepy(Callback):
+    """Delays every n-th micro-batch before its forward pass, on one rank."""
+
+    def __init__(self, rank: int, every: int, seconds: float) -> None:
+        self.rank, self.every, self.seconds = rank, every, seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and (batch_idx + 1) % self.every == 0:
+            time.sleep(self.seconds)
 
 
 class Diary(Callback):

@@ -121,6 +121,7 @@ LEAVES = {
     "callbacks.router_probe": ("null", NUMBERS),
     "callbacks.weight_average": ("{decay: 0.5}", NUMBERS),
     "callbacks.throughput.peak_flops": (2e11, "speed"),
+    "callbacks.throughput.straggler": (1.2, "elsewhere: tests/callbacks/test_rank_times.py"),
     "callbacks.sample_text.every_n_steps": (1, TEXT),
     "callbacks.sample_text.prompts": ("[b]", TEXT),
     "callbacks.sample_text.max_new_tokens": (3, TEXT),

@@ -1,6 +1,8 @@
 """A gradient that isn't finite, on one rank, in one micro-batch, between two logged steps (pytorch/torchtitan#4226)."""
 
 import math
+import re
+import socket
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ import torch
 POISON = (
     "callbacks.poison={{class_path: tests.runs.poison.Poison, "
     "init_args: {{rank: {rank}, step: {step}, onwards: {onwards}}}}}"
+)
+SLEEPY = (
+    "callbacks.sleepy={class_path: tests.runs.poison.Sleepy, init_args: {rank: 1, every: 20, seconds: 0.5}}",
+    "callbacks.throughput.straggler=3",
 )
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=5")
 
@@ -21,8 +27,16 @@ def everything_finite(checkpoint):
 
 
 def test_the_step_is_skipped_on_both_ranks_and_counted_once(nano):
-    run = nano.command("once", *TWO, POISON.format(rank=1, step=7, onwards="false"))
+    run = nano.command("once", *TWO, *SLEEPY, POISON.format(rank=1, step=7, onwards="false"))
     assert run.code == 0, run.output
+    # In logged steps rank 1 is late before its forward pass, and rank 0 waits for it: both need the same wall time.
+    late = re.findall(r"^step (\d+): rank 1 \((.+)\) is slow: by itself it needs", run.output, re.MULTILINE)
+    assert late == [(step, socket.gethostname()) for step in ("5", "10", "15", "20")], run.output
+    assert "rank 0 (" not in run.output
+    curves = run.scalars()
+    assert curves["throughput/slowest_rank"] == ([5, 10, 15, 20], [1.0] * 4)
+    assert all(value >= 4 * 0.5 for value in curves["throughput/step_seconds_max"][1])
+    assert all(value > 0 for value in curves["throughput/step_seconds_min"][1])
     assert run.output.count("step 8: the loss or a gradient is not finite; step skipped") == 1
     assert run.report()["skipped_steps"] == 1 and math.isfinite(run.report()["val_loss"])
     assert everything_finite(run.folder / "checkpoints/step=20.ckpt")
