@@ -27,6 +27,9 @@ MODULES = (
     "typing",
 )
 
+# A process that a test starts and that dies of a signal then prints the Python stack of each of its threads.
+os.environ["PYTHONFAULTHANDLER"] = "1"
+
 QUIET = ["trainer.precision=32", "trainer.log_every_n_steps=1", "callbacks.throughput.peak_flops=1e11"]
 
 

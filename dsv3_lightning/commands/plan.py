@@ -2,54 +2,50 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
 from dsv3_lightning.commands import settings
 from dsv3_lightning.commands.plan_cluster import cluster_tables
-from dsv3_lightning.common.flags import above_zero, positive, share
+from dsv3_lightning.common.flags import above_zero, positive
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
-from dsv3_lightning.planning.hardware import gpu_named
+from dsv3_lightning.planning.hardware import PLANNED, Hardware, gpu_named
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import Count, add, count_parameters
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     settings.arguments(
-        parser, "[--gpus N [--gpu KIND] [--inside X] [--between X] [--efficiency X] [--dry-run]] "
+        parser, "[--gpus N [--gpu KIND] [--inside X] [--between X] [--dry-run] [--sources]] "
     )  # fmt: skip
     add = parser.add_argument
     add("--gpus", type=positive, metavar="N", help="plan one of N ranks, and the run's duration")
-    add("--gpu", default="h100", metavar="KIND", help="a100, h100, h200, h800, b200; default %(default)s")
+    add("--gpu", default="h100", metavar="KIND", help=f"{', '.join(PLANNED)}; default %(default)s")
     for name, where in (("inside", "within a node"), ("between", "between nodes")):
-        help = f"into a GPU {where}, in each direction; default: the data sheet's"
+        help = f"measured rate into a GPU {where}, in each direction; default: a share of the data sheet's"
         add(f"--{name}", type=above_zero, metavar="GB/s", help=help)
-    help = "assumed share of peak FLOP/s while computing; default %(default)s"
-    add("--efficiency", type=share, default=0.45, metavar="X", help=help)
     add("--dry-run", action="store_true", help="also count the memory of one rank's step, on meta tensors")
+    add("--sources", action="store_true", help="also list the coefficients of the time, with their sources")
 
 
 @settings.command
 def run(
     given: settings.Settings, gpus: int | None, gpu: str, inside: float | None, between: float | None,
-    efficiency: float, dry_run: bool,
+    dry_run: bool, sources: bool,
 ) -> int:  # fmt: skip
     config = given.config
-    if dry_run and gpus is None:
-        raise ConfigError("--dry-run: needs the number of ranks; add --gpus N")
+    for flag, wanted in (("--dry-run", dry_run), ("--sources", sources)):
+        if wanted and gpus is None:
+            raise ConfigError(f"{flag}: needs the number of ranks; add --gpus N")
     tables = [parameter_table(config), flop_table(config)]
     if gpus is None:
         tables.append(memory_table(config))
     else:
-        kind = gpu_named(gpu)
-        kind = replace(
-            kind, inside=inside * 1e9 if inside else kind.inside, between=between * 1e9 if between else kind.between
-        )
-        tables += cluster_tables(config, gpus, kind, gpu, efficiency, dry_run)
+        measured = [rate * 1e9 if rate else None for rate in (inside, between)]
+        tables += cluster_tables(config, gpus, Hardware(gpu_named(gpu), *measured), gpu, dry_run, sources)
     print("\n\n".join(tables))
     return 0
 

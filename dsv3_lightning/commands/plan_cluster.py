@@ -1,7 +1,8 @@
-"""What `--gpus` adds to `dsv3 plan`: the memory of one rank, the communication, and the run's duration."""
+"""What `--gpus` adds to `dsv3 plan`: a rank's memory, what travels, a step by part, and the run's duration."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
@@ -9,41 +10,70 @@ from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
-from dsv3_lightning.planning.cluster import (
-    RECOMPUTED,
-    Batch,
-    RankMemory,
-    StepTime,
-    Work,
-    fitting_batch,
-    rank_memory,
-    step_time,
-)
+from dsv3_lightning.planning import contexts, day
+from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, rank_memory
+from dsv3_lightning.planning.coefficients import TABLE, unmeasured
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
-from dsv3_lightning.planning.hardware import GPU
+from dsv3_lightning.planning.hardware import GPU, Hardware
+from dsv3_lightning.planning.layout import NOW, Layout, Work
+from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.planning.step import Step, step
+from dsv3_lightning.planning.wires import traffic
 
 PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
 
 
-def cluster_tables(config: Config, gpus: int, gpu: GPU, gpu_name: str, efficiency: float, dry: bool) -> list[str]:
+def cluster_tables(config: Config, gpus: int, hardware: Hardware, name: str, dry: bool, sources: bool) -> list[str]:
     """The tables of the plan on this many GPUs. dry: whether to add the counted memory of one rank's step.
+    sources: whether to list the coefficients.
 
-    Raises ConfigError for a mesh or batch that doesn't divide, naming the nearest that do.
+    Raises ConfigError for a mesh or batch that doesn't divide, naming the nearest that do, and for sequences that are
+    too long for a rank, naming the longest that fit.
     """
     strategy, chosen = strategy_of(config)
     if dry and strategy.cpu_offload:
         raise ConfigError("--dry-run: strategy.cpu_offload=true can't be counted without a GPU; leave one of them out")
+    gpu = hardware.gpu
     shape = mesh_shape(strategy, gpus, math.gcd(gpus, gpu.per_node), config.model)
     work = work_of(config, gpus)
     memory = rank_memory(config.model, shape, strategy, work)
-    time = step_time(config.model, shape, strategy, work, gpu, efficiency)
-    head = f"{gpus:,} {gpu_name.upper()}, {strategy.kind}{chosen}: {shape}"
+    check_length(config, shape, strategy, work, gpu)
+    layout = layout_of(config, shape, strategy, work, hardware)
+    planned = step(config.model, hardware, layout)
+    head = f"{gpus:,} {name.upper()}, {strategy.kind}{chosen}: {shape}"
     tables = [head, memory_table(memory, gpu, work)]
-    tables.append(policy_table(config, shape, strategy, work, gpu, efficiency))
+    tables.append(policy_table(config, hardware, layout))
+    tables.append(length_table(config, shape, strategy, work, gpu))
     if dry:
         tables.append(dry_table(config, strategy, shape, work, memory))
-    times = time_table(config, time, gpus, gpu.peak_in(work.precision), efficiency)
-    return [*tables, traffic_table(time, shape), times]
+    tables += [traffic_table(config, hardware, layout), part_table(planned)]
+    tables += [
+        time_table(config, planned, gpus, gpu.peak_in(work.precision)),
+        day_table(config, planned, gpus, gpu, strategy),
+    ]
+    return [*tables, source_table(planned, hardware)] if sources else tables
+
+
+def layout_of(config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, hardware: Hardware) -> Layout:
+    """The layout of a run of this config, with the code as it is."""
+    balanced = "imbalance.bias" if config.callbacks.get("expert_bias") else "imbalance.loss"
+    spread = shape.ep > 1 and config.model.num_moe_layers
+    code = NOW[hardware.generation]
+    code = replace(code, attention=code.masked) if config.data.isolate_documents else code
+    return Layout(shape, strategy, work, code, hardware.rate(balanced) if spread else 1.0)
+
+
+def check_length(config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, gpu: GPU) -> None:
+    """Raises ConfigError if no checkpointing makes room for one sample where a shorter one would fit."""
+    full, length = replace(work, policy="full"), work.sequence_length
+    needed = contexts.memory_of(config.model, shape, strategy, full, length)
+    if needed <= gpu.memory:
+        return
+    if fits := contexts.longest(config.model, shape, strategy, full, gpu.memory):
+        raise ConfigError(
+            f"data.sequence_length={length}: one sample needs {si(needed, 'B')} on a rank, of {si(gpu.memory, 'B')}, "
+            f"with checkpointing full; the longest that fits is {fits}, since a sequence isn't split over ranks"
+        )
 
 
 def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
@@ -109,18 +139,27 @@ def verdict(memory: RankMemory, gpu: GPU) -> str:
     return "fits" if memory.total < gpu.memory else "DOES NOT FIT"
 
 
-def policy_table(
-    config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, gpu: GPU, efficiency: float
-) -> str:
-    """A table of the memory and the recomputation of each policy of compute.activation_checkpointing."""
-    rows = [("by checkpointing policy", "activations", "sum", "", "computing")]
-    for policy in RECOMPUTED:
-        other = replace(work, policy=policy)
-        memory = rank_memory(config.model, shape, strategy, other)
-        seconds = step_time(config.model, shape, strategy, other, gpu, efficiency).compute
-        rows.append((policy, si(memory.activations, "B"), si(memory.total, "B"), verdict(memory, gpu),
+def policy_table(config: Config, hardware: Hardware, layout: Layout) -> str:
+    """A table of the memory and the time of a step under each policy of compute.activation_checkpointing."""
+    rows = [("by checkpointing policy", "activations", "sum", "", "step")]
+    for policy in layout.code.again:
+        other = replace(layout, work=replace(layout.work, policy=policy))
+        memory = rank_memory(config.model, other.mesh, other.strategy, other.work)
+        seconds = step(config.model, hardware, other).seconds
+        rows.append((policy, si(memory.activations, "B"), si(memory.total, "B"), verdict(memory, hardware.gpu),
                      f"{seconds:.2f} s"))  # fmt: skip
     return table(rows)
+
+
+def length_table(config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, gpu: GPU) -> str:
+    """A table of the memory that one sample of a long context needs, and of the longest that fits."""
+    full = replace(work, policy="full")
+    fits = contexts.longest(config.model, shape, strategy, full, gpu.memory)
+    rows = [("one sample per micro-batch, checkpointing full", "sum", "")]
+    for length in contexts.LONG:
+        needed = contexts.memory_of(config.model, shape, strategy, full, length)
+        rows.append((f"{length:,} positions", si(needed, "B"), "fits" if needed <= gpu.memory else "DOES NOT FIT"))
+    return table([*rows, ("longest that fits", f"{fits:,}", "a sequence isn't split over ranks")])
 
 
 def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: Work, memory: RankMemory) -> str:
@@ -140,32 +179,43 @@ def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: 
     return table([head, *((name, si(was, "B"), f"{plan / was - 1:+.1%}") for name, was, plan in rows)])
 
 
-def traffic_table(time: StepTime, shape: MeshShape) -> str:
-    traffic = time.traffic
+def traffic_table(config: Config, hardware: Hardware, layout: Layout) -> str:
+    moved, shape = traffic(config.model, hardware, layout), layout.mesh
     return table(
         [
-            ("received by a rank per step", "bytes", "seconds"),
-            ("parameters gathered, gradients scattered", si(traffic.parameters, "B"), ""),
-            (f"gradients between {shape.dp_replicate} replicas", si(traffic.replicas, "B"), ""),
-            ("  both, while it computes", "", f"{traffic.parameter_seconds:.2f}"),
-            *([("parameters from the host, gradients to it, while it computes", si(traffic.host, "B"),
-                f"{traffic.host_seconds:.2f}")] if traffic.host else []),
-            (f"tokens to {shape.ep} ranks of experts and back", si(traffic.tokens, "B"),
-             f"{traffic.token_seconds:.2f}"),
+            ("received by a rank per step", "bytes"),
+            ("parameters gathered, gradients reduced", si(moved.parameters, "B")),
+            (f"gradients between {shape.dp_replicate} replicas", si(moved.replicas, "B")),
+            *([("parameters from the host, gradients to it", si(moved.host, "B"))] if moved.host else []),
+            (f"tokens to {shape.ep} ranks of experts and back, within nodes", si(moved.tokens_inside, "B")),
+            ("  and between nodes", si(moved.tokens_between, "B")),
         ]
-    )  # fmt: skip
+    )
 
 
-def time_table(config: Config, time: StepTime, gpus: int, peak: float, efficiency: float) -> str:
-    step_tokens = config.data.batch_size * config.data.sequence_length
+def part_table(planned: Step) -> str:
+    """A table of the step by part: all of it, what the step is longer for it, and its share."""
+    rows = [("a step by part, slowest rank", "seconds", "exposed", "share")]
+    for part, seconds in planned.exposed:
+        shown = f"{seconds / planned.seconds:.1%}" if seconds else "hidden"
+        rows.append((part.name, f"{part.seconds:.2f}", f"{seconds:.2f}", shown))
+    rows.append(("step", "", f"{planned.seconds:.2f}", "100.0%"))
+    used = planned.coefficients
+    guessed = sum(TABLE[name].source.startswith("estimate") for name in used)
+    note = f"from {len(used)} coefficients, {guessed} of them estimates (--sources lists them)"
+    if left := unmeasured(used):
+        note += f"; not measured on a GPU: {'all' if len(left) == len(used) else len(left)}"
+    return table(rows) + "\n" + note
+
+
+def time_table(config: Config, planned: Step, gpus: int, peak: float) -> str:
     total = tokens_of(config.data, config.trainer["max_steps"])
-    speed = step_tokens / time.seconds
+    speed = planned.tokens_per_second * gpus
     hours = gpus * total / speed / 3600  # the smaller steps of a batch that grows, at the speed of the full ones
     rows = [
         ("time", ""),
-        (f"computing, at {efficiency:.0%} of the peak (assumed)", f"{time.compute:.2f} s"),
-        ("step", f"{time.seconds:.2f} s"),
-        (f"MFU, of {si(peak, 'FLOP/s')}", f"{time.flop / time.seconds / peak:.1%}"),
+        ("step", f"{planned.seconds:.2f} s"),
+        (f"MFU, of {si(peak, 'FLOP/s')}", f"{planned.flop / planned.seconds / peak:.1%}"),
         ("tokens per second and GPU", f"{speed / gpus:,.0f}"),
         ("tokens per day", si(speed * 86400, "")),
         ("GPU hours per trillion tokens", f"{hours / total * 1e12:,.0f}"),
@@ -178,4 +228,57 @@ def time_table(config: Config, time: StepTime, gpus: int, peak: float, efficienc
         reached = [si(flop * 1e12 / (PUBLISHED * 3600), "FLOP/s") for flop in (main_model, with_mtp)]
         rows.append(("published for V3 (H800, FP8, 16-way pipeline): GPU hours per T tokens", f"{PUBLISHED:,.0f}"))
         rows.append(("  which is per GPU, without and with MTP", " and ".join(reached)))
+    return table(rows)
+
+
+def schedule_of(config: Config, seconds: float, sharded: bool) -> day.Schedule:
+    """What interrupts a run of this config. seconds: of a step.
+
+    A share in trainer.limit_val_batches is of the held-out documents, which are `data.validation_fraction` of the run's
+    tokens if these are seen once.
+    """
+    data, trainer = config.data, config.trainer
+    limit, batch = trainer["limit_val_batches"], data.batch_size * data.sequence_length
+    held_out = data.validation_fraction * tokens_of(data, trainer["max_steps"]) / batch
+    batches = min(limit, held_out) if isinstance(limit, int) else limit * held_out
+    settings: dict[str, Any] = config.callbacks.get("checkpoint") or {}
+    minutes, steps = settings.get("every_n_minutes"), settings.get("every_n_steps")
+    intervals = [60.0 * minutes if minutes else math.inf, steps * seconds if steps else math.inf]
+    counted = count_parameters(config.model)
+    return day.Schedule(
+        validate_every=trainer["val_check_interval"] * seconds,
+        batches=batches,
+        save_every=min(*intervals, trainer["max_steps"] * seconds),
+        state=day.state_bytes(counted.total, counted.bias_entries),
+        kept=(settings.get("keep") or 0) + (settings.get("keep_best") or 0),
+        sharded=sharded,
+    )
+
+
+def day_table(config: Config, planned: Step, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
+    """A table of what of a day isn't training, with a warning for what takes more than 2 % of it."""
+    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints)
+    found = day.losses(schedule, planned.seconds, gpus, gpu.per_node)
+    rows = [("of a day", "share", "each takes", "every")]
+    rows += [(loss.name, f"{loss.share:.2%}", duration(loss.seconds), duration(loss.every)) for loss in found]
+    rows.append((f"a checkpoint, of which {schedule.kept} are kept", si(schedule.state, "B"),
+                 si(schedule.kept * schedule.state, "B"), ""))  # fmt: skip
+    return "\n".join([table(rows), *day.warnings(found, schedule, gpus, gpu.per_node)])
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def source_table(planned: Step, hardware: Hardware) -> str:
+    """A table of the coefficients of the step and of the day: value, unit, whether it was measured, source."""
+    rows = [("coefficient", "value", "unit", "measured", "source")]
+    for name in (*planned.coefficients, *day.COEFFICIENTS):
+        entry = TABLE[name]
+        measured = "yes" if entry.measured else "no"
+        rows.append((name, f"{hardware.rate(name):.4g}", entry.unit, measured, entry.source))
     return table(rows)

@@ -74,10 +74,6 @@ def positive(text: str) -> int:
     return number(int, text, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def share(text: str) -> float:
-    return number(float, text, lambda value: 0 < value <= 1, "above 0, and at most 1")
-
-
 def seed(text: str) -> int:
     return number(int, text, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 

@@ -99,7 +99,6 @@ class MeshStrategy(ModelParallelStrategy):
         weights, state = weights_of(optimizer), optimizer.state_dict()
         for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
             state["state"][index] = {k: self.to_save(as_dtensor_like(weight, v)) for k, v in values.items()}
-        del state["masters"]  # they are the weights
         return self.on_first_rank(state)
 
     def to_save(self, tensor: Tensor) -> Tensor:

@@ -75,6 +75,21 @@ def count_parameters(model: ModelConfig) -> Parameters:
     return Parameters(main, mtp, model.num_moe_layers * model.n_routed_experts)
 
 
+def parameter_split(model: ModelConfig) -> tuple[int, int]:
+    """Numbers of parameters: all but routed experts, and routed experts."""
+    parameters = count_parameters(model)
+    routed = sum(part["routed experts"].total for part in (parameters.main, parameters.mtp) if "routed experts" in part)
+    return parameters.total - routed, routed
+
+
+def small_parameters(model: ModelConfig) -> int:
+    """The number of parameters in norms and routers, which a mesh shards within a node and keeps in fp32."""
+    parameters = count_parameters(model)
+    return sum(
+        part[name].total for part in (parameters.main, parameters.mtp) for name in ("norms", "router") if name in part
+    )
+
+
 def same(n: int) -> Count:
     return Count(n, n)
 

@@ -26,6 +26,7 @@ class OptimizerConfig:
     """AdamW and its learning rate (V3 §4.2). Raises ConfigError.
 
     lr: the peak. betas, eps: AdamW's. weight_decay: on matrices only, never on norms.
+    moments: what AdamW's two moments are stored in; V3 §3.3.2 has bf16. Updates are computed in fp32 either way.
     warmup_steps: linear from 0 to lr, within the first phase.
     phases: the rest, in order; `constant` stays at `to`, the others move from the previous phase's `to` to this one's.
     max_skipped_steps: steps with a non-finite loss or gradient are skipped; this many in a row stop the run.
@@ -35,6 +36,7 @@ class OptimizerConfig:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    moments: Literal["fp32", "bf16"]
     warmup_steps: int
     phases: list[Phase]
     max_skipped_steps: int

@@ -88,7 +88,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "import": "-h --help folder --out",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
         "needle": "-h --help run --lengths --depths --texts --out",
-        "plan": f"{config} --gpus --gpu --inside --between --efficiency --dry-run",
+        "plan": f"{config} --gpus --gpu --inside --between --dry-run --sources",
         "sweep": "-h --help words --jobs --task --slurm",
         "reproduce": "-h --help overrides --dir --out --jobs --quick --report",
         "compare": "-h --help runs --markdown --plot --equal",

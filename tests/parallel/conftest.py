@@ -62,7 +62,7 @@ def on_ranks(
             process.wait()
     outputs = [(folder / f"rank{rank}.log").read_text() for rank in range(ranks)]
     codes = [process.returncode for process in processes]
-    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(output[-6000:] for output in outputs)
+    assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(output[-12000:] for output in outputs)
     return outputs
 
 

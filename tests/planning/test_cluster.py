@@ -11,15 +11,11 @@ from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.model import cpu
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
-from dsv3_lightning.planning.cluster import (
-    MAX_LOGITS,
-    Work,
-    parameter_split,
-    rank_memory,
-    step_time,
-    traffic,
-)
-from dsv3_lightning.planning.hardware import GPU, GPUS
+from dsv3_lightning.planning.cluster import MAX_LOGITS, rank_memory
+from dsv3_lightning.planning.hardware import GPU, GPUS, Hardware
+from dsv3_lightning.planning.layout import FIRST, Layout, Work
+from dsv3_lightning.planning.parameters import parameter_split
+from dsv3_lightning.planning.wires import offloading, traffic
 from tests.conftest import ROOT
 
 CLUSTER = sorted((ROOT / "configs/cluster").glob("*.yaml"))
@@ -48,6 +44,18 @@ def test_v3_on_2048_gpus_shows_its_estimate_beside_the_published_hours(capsys: p
     assert "180,000" in shown and "386.5 TFLOP/s" in shown  # 250.45 GFLOP/token · 1e12 / (180e3 · 3600 s), §1 table 1
 
 
+def test_the_plan_says_that_nothing_was_measured_and_lists_its_sources(capsys: pytest.CaptureFixture[str]):
+    words = ["plan", str(ROOT / "configs/cluster/v2-lite-8.yaml"), "--gpus", "8", "--sources"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "not measured on a GPU: all" in shown and "assumed" not in shown
+    parts = shown.split("a step by part, slowest rank")[1].split("\n\n")[0].splitlines()[1:]
+    shares = [float(line.split()[-1].rstrip("%")) for line in parts if line.endswith("%")]
+    assert sum(shares[:-1]) == pytest.approx(100, abs=1) and shares[-1] == 100
+    listed = [line for line in shown.split("coefficient  ")[1].splitlines() if "estimate: " in line]
+    assert len(listed) > 5 and all(" no  " in line for line in listed)
+
+
 def test_a_batch_that_grows_makes_the_run_shorter(capsys: pytest.CaptureFixture[str]):
     def hours(*overrides: str) -> tuple[int, ...]:
         words = ["plan", str(ROOT / "configs/cluster/v2-lite-8.yaml"), "--gpus", "8", "--gpu", "h100"]
@@ -72,16 +80,17 @@ def test_shares_are_the_whole_over_the_ranks():
 
 def test_what_is_offloaded_is_on_the_host_and_travels():
     """V3 on 2,048 ranks: 16 bytes per parameter leave the GPU; each pass fetches them in fp32, as gradients go back."""
-    shape, offloading = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep", cpu_offload=True)
-    here, there = (rank_memory(V3, shape, strategy, WORK) for strategy in (FSDP, offloading))
+    shape, offloading_ = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep", cpu_offload=True)
+    here, there = (rank_memory(V3, shape, strategy, WORK) for strategy in (FSDP, offloading_))
     own = sum(parameter_split(V3)) / 2048
     assert there.kept == pytest.approx(16 * own, rel=1e-5)
     assert here.total - there.total == pytest.approx(16 * own, rel=1e-5) and there.gathered == here.gathered
-    gpu = GPU(peak=1e12, peak_fp32=1e12, memory=1e9, inside=1e9, between=1e9, host=100.0)
-    time = step_time(V3, shape, offloading, WORK, gpu, efficiency=0.5)
-    assert time.traffic.host == pytest.approx(2 * (2 * 4 + 4) * own)  # two micro-batches
-    assert time.seconds == pytest.approx(time.traffic.host / 100 + time.traffic.token_seconds)  # slower than all else
-    assert step_time(V3, shape, FSDP, WORK, gpu, efficiency=0.5).traffic.host == 0
+    hardware = Hardware(replace(GPUS["h800"], host=100.0))
+    moved = traffic(V3, hardware, Layout(shape, offloading_, WORK, FIRST)).host
+    assert moved == pytest.approx(2 * (2 * 4 + 4) * own)  # two micro-batches
+    (part,) = offloading(V3, hardware, Layout(shape, offloading_, WORK, FIRST))
+    assert part.seconds == pytest.approx(moved / (100 * 0.8)) and part.hidden_under
+    assert offloading(V3, hardware, Layout(shape, FSDP, WORK, FIRST)) == []
 
 
 def test_the_plan_shows_the_host_every_policy_and_takes_bandwidths(capsys: pytest.CaptureFixture[str]):
@@ -90,51 +99,41 @@ def test_the_plan_shows_the_host_every_policy_and_takes_bandwidths(capsys: pytes
         return capsys.readouterr().out
 
     def seconds(text: str) -> float:
-        return float(next(line for line in text.splitlines() if line.startswith("tokens to 8 ranks")).split()[-1])
+        line = next(line for line in text.splitlines() if line.startswith("tokens to experts and back"))
+        return float(line.split()[-3])
 
-    plain, wired = shown(), shown("--inside", "45")  # a tenth of the data sheet's 450
-    assert seconds(wired) == pytest.approx(10 * seconds(plain), rel=0.05)
+    plain, wired = shown(), shown("--inside", "45")  # where an all-to-all is planned to reach 0.71 of 450
+    assert seconds(wired) == pytest.approx(7.1 * seconds(plain), rel=0.05)
     policies = [line.split() for line in plain.splitlines() if line.split(" ")[0] in ("none", "selective", "full")]
     assert [row[0] for row in policies] == ["none", "selective", "full"]
-    held, computing = ([float(row[column]) for row in policies] for column in (1, -2))
-    assert held[0] > held[1] > held[2] and computing[2] == pytest.approx(computing[0] * 4 / 3, rel=0.01)
+    held, step = ([float(row[column]) for row in policies] for column in (1, -2))
+    assert held[0] > held[1] > held[2] and step[0] < step[1] < step[2] < step[0] * 4 / 3
     offloaded = shown("strategy.cpu_offload=true")
     assert "exact, on the host" in offloaded and "sum on the host" in offloaded
     assert "parameters from the host" in offloaded and "parameters from the host" not in plain
 
 
 def test_bytes_on_the_wires_are_those_of_rings_and_of_all_to_alls():
-    """Two nodes of two GPUs; experts over all four: 3/4 of the routed tokens travel, 2/4 between nodes."""
-    gpu = GPU(peak=1e12, peak_fp32=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2)
+    """Two nodes of two GPUs, experts over all four: 1/4 of the routed tokens stay in the node, 2/4 leave it."""
+    hardware = Hardware(GPU(peak=1e12, peak_fp32=1e12, memory=1e9, inside=100.0, between=10.0, per_node=2))
     dense, routed = parameter_split(V3)
     assert routed == 59 * 256 * 3 * 7168 * 2048
-    found = traffic(V3, MeshShape(1, 4, 4), FSDP, WORK, gpu)
+    found = traffic(V3, hardware, Layout(MeshShape(1, 4, 4), FSDP, WORK, FIRST))
     gathered = 2 * (2 * 2 + 4) * dense * 3 / 4  # micro-batches, bf16 twice and fp32 once, ring of four
     assert found.parameters == pytest.approx(gathered)  # an expert is on one rank alone
-    assert found.parameter_seconds == pytest.approx(gathered / 10)
-    routed_tokens = 2 * 4096 * 8 * 59 * 7168 * 2 * 5  # there and back, there again for the recomputation; gradients
+    routed_tokens = 2 * 4096 * 8 * 59 * 7168 * 2 * 6  # there and back three times: forward, recomputed, backward
     assert found.tokens == pytest.approx(routed_tokens * 3 / 4)
-    assert found.token_seconds == pytest.approx(routed_tokens * (1 / 4 / 100 + 2 / 4 / 10))
+    assert found.tokens_between == pytest.approx(routed_tokens * 2 / 4)
 
 
 def test_replicas_add_their_parts_of_the_gradients():
-    found = traffic(V3, MeshShape(2, 4, 1), FSDP, WORK, GPUS["h100"])
+    found = traffic(V3, Hardware(GPUS["h100"]), Layout(MeshShape(2, 4, 1), FSDP, WORK, FIRST))
     assert found.replicas == pytest.approx(2 * 2 * 1 / 2 * 4 * sum(parameter_split(V3)) / 4)
 
 
-def test_a_step_takes_what_its_flop_take_where_nothing_travels():
-    time = step_time(V3, MeshShape(1, 1, 1), FSDP, WORK, GPUS["h800"], efficiency=0.5)
-    flop = 260.64e9 * 4096 * 2  # FACTS §4, with MTP
-    assert time.flop == pytest.approx(flop, rel=1e-4)
-    assert time.seconds == pytest.approx(4 / 3 * flop / (989e12 * 0.5), rel=1e-4)  # all forward passes twice
-
-
-@pytest.mark.parametrize(("kind", "peak"), [("a100", 19.5e12), ("h100", 67e12), ("b200", 75e12)])
+@pytest.mark.parametrize(("kind", "peak"), [("a100", 19.5e12), ("h100", 67e12), ("h200", 67e12)])
 def test_fp32_is_real_fp32_as_torch_computes_it(kind: str, peak: float, capsys: pytest.CaptureFixture[str]):
-    assert not torch.backends.cuda.matmul.allow_tf32  # or TF32 it would be, of 156, 495 and 1,125 TFLOP/s
-    work = replace(WORK, precision="32", policy="none")
-    time = step_time(V3, MeshShape(1, 1, 1), FSDP, work, GPUS[kind], efficiency=0.5)
-    assert time.compute == pytest.approx(260.64e9 * 4096 * 2 / (peak * 0.5), rel=1e-4)
+    assert not torch.backends.cuda.matmul.allow_tf32  # or TF32 it would be, of 156 and 495 TFLOP/s
     assert main(["plan", "nano", "--gpus", "1", "--gpu", kind, "trainer.precision=32"]) == 0
     assert f"MFU, of {peak / 1e12:g}" in capsys.readouterr().out
 
@@ -164,13 +163,15 @@ def test_unknown_devices_are_the_planned_gpus(devices: str, capsys: pytest.Captu
     [
         (["--gpus", "2048"], "data.batch_size=15360: does not divide into micro-batches of 5 samples on 2048 ranks; "
                              "use data.batch_size=16384 trainer.accumulate_grad_batches=4096"),
-        (["--gpus", "8", "--gpu", "h9"], "--gpu h9: not known; must be a100, h100, h200, h800, b200"),
+        (["--gpus", "8", "--gpu", "h9"], "--gpu h9: not known; must be a100, h100, h200, h800"),
+        (["--gpus", "8", "--gpu", "b200"], "--gpu b200: its rates are not known, and its grouped products give experts "
+                                           "without tokens a gradient (pytorch#172439); must be a100, h100, h200"),
         (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
           "trainer.accumulate_grad_batches=384"],
          "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
         (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp and fsdp2_ep can be planned for --gpus"),
         (["--gpus", "0"], "argument --gpus: '0' must be a whole number of at least 1"),
-        (["--gpus", "8", "--efficiency", "1.5"], "argument --efficiency: '1.5' must be above 0, and at most 1"),
+        (["--sources"], "--sources: needs the number of ranks; add --gpus N"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(words, message, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 """Which parameters decay, and what a step does to low-precision weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dsv3_lightning.training.precision import BF16Weights
 from tests.model.small import small_config
 
 CONFIG = OptimizerConfig(
-    lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, warmup_steps=0,
+    lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, moments="fp32", warmup_steps=0,
     phases=[Phase(until=1.0, shape="constant", to=1.0)], max_skipped_steps=1,
 )  # fmt: skip
 
@@ -84,3 +85,46 @@ def test_master_copies_begin_as_the_weights_were_before_they_were_rounded():
     del state["masters"]  # as sharded runs save it
     optimizer.load_state_dict(state)
     assert torch.equal(optimizer.masters[0], start)
+
+
+def test_bf16_moments_are_rounded_after_each_fp32_step():
+    """Against AdamW's equations in fp64, with both moments rounded where the optimizer stores them."""
+    torch.manual_seed(0)
+    weight, (beta1, beta2), lr, eps = nn.Parameter(torch.randn(32, 16)), CONFIG.betas, 1e-2, CONFIG.eps
+    optimizer = MasterAdamW([{"params": [weight], "weight_decay": 0.1}], torch.bfloat16, lr=lr, betas=CONFIG.betas,
+                            eps=eps)  # fmt: skip
+    expected, first, second = weight.detach().double(), torch.zeros(32, 16).double(), torch.zeros(32, 16).double()
+    for step in range(1, 6):
+        weight.grad = torch.randn(32, 16)
+        first = beta1 * first + (1 - beta1) * weight.grad.double()
+        second = beta2 * second + (1 - beta2) * weight.grad.double().square()
+        update = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
+        expected = expected * (1 - lr * 0.1) - lr * update
+        first, second = first.bfloat16().double(), second.bfloat16().double()
+        optimizer.step()
+        torch.testing.assert_close(weight.double(), expected, rtol=0, atol=2e-4)  # a moment may round the other way
+    state = optimizer.state[optimizer.masters[0]]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    assert (state["exp_avg"].double() == first).float().mean() > 0.99
+    assert (state["exp_avg_sq"].double() == second).float().mean() > 0.99
+    assert "masters" not in optimizer.state_dict()  # an fp32 weight needs no copy
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_moments_saved_in_either_dtype_continue_in_the_other(moments):
+    weight = nn.Parameter(torch.ones(4, 4))
+
+    def build(moments: str) -> torch.optim.Optimizer:
+        model = nn.Module()
+        model.weight = weight
+        return build_optimizer(model, replace(CONFIG, moments=moments))
+
+    saved, loaded = build(moments), build("bf16" if moments == "fp32" else "fp32")
+    weight.grad = torch.full((4, 4), 0.3)
+    saved.step()
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for before, after in zip(saved.state.values(), loaded.state.values(), strict=True):
+        assert after["exp_avg"].dtype != before["exp_avg"].dtype
+        torch.testing.assert_close(after["exp_avg"].bfloat16(), before["exp_avg"].bfloat16())
+        assert float(after["step"]) == 1
+    loaded.step()
