@@ -75,6 +75,6 @@ def lay_out(shape: MeshShape, device_type: str) -> Meshes:
     meshes = Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"], small)
     if shape.nodes == 1:
         return meshes
-    sizes = (shape.ranks // shape.ep, shape.nodes, shape.ep // shape.nodes)
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("ep_groups", "ep_across", "ep_within"))
+    of_groups = (shape.ranks // shape.ep, shape.nodes, shape.ep // shape.nodes)
+    mesh = init_device_mesh(device_type, of_groups, mesh_dim_names=("ep_groups", "ep_across", "ep_within"))
     return meshes._replace(across=mesh["ep_across"], within=mesh["ep_within"])

@@ -110,7 +110,7 @@ class EvenLoads(AllToAll):
 class Even:
     """The same numbers of routed tokens to and from each rank."""
 
-    arrived = None
+    arrived: torch.cuda.Event | None = None
 
     def __init__(self, each: list[int]) -> None:
         self.each = each
