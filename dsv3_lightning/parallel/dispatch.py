@@ -17,7 +17,7 @@ from torch.distributed._functional_collectives import all_to_all_single, all_to_
 from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.permute import Order, Permute, Reorder, Unpermute, inverse, sort_by_expert
 from dsv3_lightning.parallel.messages import Pack, Unpack
-from dsv3_lightning.parallel.streams import HostCopy, arrived, beside
+from dsv3_lightning.parallel.streams import HostCopy, arrived, beside, now
 
 
 class Splits(Protocol):
@@ -86,7 +86,8 @@ class AllToAll:
         """On CUDA the tokens leave in `receive`, when the host knows how many: what it has queued by then, such as the
         shared experts, runs during the exchange. On a CPU they leave at once."""
         order = sort_by_expert(experts_NK, self.num_experts)
-        received_WE, splits = self.exchange_counts(order.counts_E, experts_NK.numel())
+        with beside(now(x_ND), order.counts_E):  # the shared experts don't wait for the numbers
+            received_WE, splits = self.exchange_counts(order.counts_E, experts_NK.numel())
         sent = Sent(order.counts_E, x_ND, gates_NK, order, received_WE, splits)
         if splits.arrived is None:
             self.start(sent)
@@ -132,9 +133,12 @@ class AllToAll:
 
     def arrange(self, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of `Experts`, when the tokens have arrived."""
-        order_R = exchange.arranged_R = order_of_arrival(exchange.received_WE, sum(exchange.received))
-        x_RD, gates_R1 = Unpack.apply(exchange.take(), 1, order_R, inverse(order_R))
-        return x_RD, exchange.received_WE.sum(0).cumsum(0), gates_R1.squeeze(1)
+        message = exchange.take()
+        arrived(message)
+        received_WE = arrived(exchange.received_WE)  # the message left after these numbers had come
+        order_R = exchange.arranged_R = order_of_arrival(received_WE, sum(exchange.received))
+        x_RD, gates_R1 = Unpack.apply(message, 1, order_R, inverse(order_R))
+        return x_RD, received_WE.sum(0).cumsum(0), gates_R1.squeeze(1)
 
     def exchange_back(self, y_RD: Tensor, exchange: Exchange) -> Returning:
         """Starts the all-to-all of the experts' outputs."""

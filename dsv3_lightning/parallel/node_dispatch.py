@@ -21,7 +21,7 @@ from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.permute import Order, Permute, Unpermute, count, sort_by_expert
 from dsv3_lightning.parallel.dispatch import AllToAll, Exchange, Returning, tokens_by_rank
 from dsv3_lightning.parallel.messages import Pack, Unpack
-from dsv3_lightning.parallel.streams import HostCopy, arrived, beside
+from dsv3_lightning.parallel.streams import HostCopy, arrived, beside, now
 
 
 class Plan(NamedTuple):
@@ -70,7 +70,8 @@ class NodeAllToAll:
         """Starts the first stage as `AllToAll.dispatch` does."""
         order = sort_by_expert(nodes_of(experts_NK, self.experts_per_node, self.nodes), self.nodes)
         counts_E = count(experts_NK % (self.num_experts + 1), self.num_experts + 1)[:-1]
-        plan = self.exchange_counts(counts_E, order.counts_E)
+        with beside(now(x_ND), counts_E, order.counts_E):  # the shared experts don't wait for the numbers
+            plan = self.exchange_counts(counts_E, order.counts_E)
         sent = Crossing(counts_E, x_ND, experts_NK, gates_NK, order, plan, [], [], [], [])
         if plan.splits.arrived is None:
             self.start(sent)
@@ -134,8 +135,7 @@ class NodeAllToAll:
     def send_back(self, y_RD: Tensor, sent: Crossing) -> Returning:
         """Adds up the outputs of this node's experts, and starts the way back between nodes."""
         assert sent.exchange is not None and sent.exchange.arranged_R is not None
-        leave = torch.cuda.current_stream(y_RD.device).record_event() if y_RD.is_cuda else None
-        with beside(leave, y_RD, sent.exchange.arranged_R):
+        with beside(now(y_RD), y_RD, sent.exchange.arranged_R):
             sums_ND = self.within.combine(self.within.exchange_back(y_RD, sent.exchange))
             back_RD = all_to_all_single_autograd(sums_ND, sent.to_nodes, sent.from_nodes, self.across)
         return Returning(back_RD, sent.order)

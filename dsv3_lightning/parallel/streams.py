@@ -18,7 +18,7 @@ class HostCopy:
     def __init__(self, numbers: Tensor) -> None:
         pinned = torch.empty_like(numbers, device="cpu", pin_memory=numbers.is_cuda)
         self.host = pinned.copy_(numbers, non_blocking=True)
-        self.arrived = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+        self.arrived = now(numbers)
 
     def numbers(self) -> list[int]:
         """The numbers. This is the one moment of a layer's pass at which the host waits for the device."""
@@ -27,12 +27,17 @@ class HostCopy:
         return self.host.tolist()
 
 
+def now(x: Tensor) -> torch.cuda.Event | None:
+    """On CUDA, the moment at which what has been queued for x's device is done."""
+    return torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+
 @contextmanager
 def beside(start: torch.cuda.Event | None, *inputs: Tensor) -> Iterator[None]:
     """On CUDA, queues what is inside on a second stream, where it begins at the event `start`, not after the work that
     was queued since. inputs: the tensors of the current stream that it reads, in its backward pass, too.
 
-    What a collective brings, made inside, is taken to the current stream by `arrived`.
+    What is made inside is taken to the current stream by `arrived`, which waits for collectives alone.
     """
     if start is None:
         yield
@@ -46,7 +51,8 @@ def beside(start: torch.cuda.Event | None, *inputs: Tensor) -> Iterator[None]:
 
 
 def arrived(received: Tensor) -> Tensor:
-    """What a collective brings, once it is there, for use on the current stream. Without a gradient."""
+    """What a collective or the second stream brings, once it is there, for use on the current stream. Without a
+    gradient."""
     if isinstance(received, AsyncCollectiveTensor):
         received = received.wait()
     if received.is_cuda:
