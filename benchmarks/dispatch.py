@@ -53,12 +53,12 @@ def rank_counts(per_node: int, tokens: int) -> list[dict[str, Any]]:
     world = dist.group.WORLD
     across, within = mesh["across"].get_group(), mesh["within"].get_group()
     away_NK = experts_NK.div(E // nodes, rounding_mode="floor") != rank // per_node
-    away_NM = nodes_of(experts_NK, E // nodes, nodes)
-    away_NM = (away_NM >= 0) & (away_NM != rank // per_node)
+    away_nodes = nodes_of(experts_NK, E // nodes, nodes)
+    away_nodes = (away_nodes >= 0) & (away_nodes != rank // per_node)
     found = []
     for name, dispatcher, rows, numbers in (
         ("direct", AllToAll(world, E), int(away_NK.sum()), 1),
-        ("deduplicate", NodeAllToAll(world, E, across, within), int(away_NM.sum()), 2 * K),
+        ("deduplicate", NodeAllToAll(world, E, across, within), int(away_nodes.sum()), 2 * K),
     ):
         expected = 2 * rows * (D + columns(numbers, 2))
         found.append({"name": name, "expected": expected} | counted(dispatcher, per_node, x_ND, experts_NK, gates_NK))
