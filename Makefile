@@ -18,10 +18,10 @@ shell: $(INSTALLED) ## start a shell in which `dsv3`, `lightning` and `pytest` a
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$${SHELL:-/bin/sh}"
 
 check: lint ## lint, types and the fast tests: two minutes on two cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile -q -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q -m "not slow"
 
 test: $(INSTALLED) ## run the whole test suite
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## check style, spelling and types
 	$(VENV)/bin/ruff check .
@@ -35,7 +35,7 @@ docs: $(INSTALLED) ## build the documentation site into site/, with every warnin
 board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 	$(VENV)/bin/tensorboard --logdir runs
 
-bench: $(INSTALLED) ## measure training speed beside transformers' model of the same shape
+bench: $(INSTALLED) ## measure training speed against transformers' model of the same shape
 	$(PYTHON) benchmarks/throughput.py
 
 reproduce: $(INSTALLED) ## run the papers' experiments: an hour on two cores; QUICK=1: minutes, to see that it works

@@ -79,7 +79,7 @@ def main() -> None:
                     start = clock()
                     tokens = len(way(prompt))
                     speeds[name].append(tokens / (clock() - start))
-    print("| way | token/s, median | beside plain, median of pairs |\n| --- | --- | --- |")
+    print("| way | token/s, median | against plain, median of pairs |\n| --- | --- | --- |")
     for name, values in speeds.items():
         ratio = statistics.median(value / base for value, base in zip(values, speeds["plain"]))
         print(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} |")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
-from dsv3_lightning.data.batches.module import Loader
+from dsv3_lightning.data.batches.loader import Loader
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
 from dsv3_lightning.data.text.store import FORMAT, TokenFile, TokenWriter, token_dtype, write_manifest
@@ -62,7 +62,7 @@ def write_random_tokens(folder: Path, documents: int, median: int, vocab_size: i
 
 def measure(dataset: PackedDataset, arguments: argparse.Namespace) -> float:
     """Tokens per second from the second batch on, so the start of processes isn't included."""
-    sampler = TrainSampler(dataset.index.target_counts, Layout(arguments.batch_size), seed=0, max_steps=1_000_000)
+    sampler = TrainSampler(len(dataset), Layout(arguments.batch_size), seed=0, max_steps=1_000_000)
     batches = iter(Loader(dataset, sampler, arguments.workers))
     next(batches)
     start, count = time.perf_counter(), 0

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dsv3_lightning.callbacks.balance_factor import BalanceFactor as BalanceFactor
     from dsv3_lightning.callbacks.checkpoint import Checkpoint as Checkpoint
     from dsv3_lightning.callbacks.expert_bias import ExpertBias as ExpertBias
+    from dsv3_lightning.callbacks.garbage_collection import GarbageCollection as GarbageCollection
+    from dsv3_lightning.callbacks.loss_spike import LossSpike as LossSpike
+    from dsv3_lightning.callbacks.memory_snapshot import MemorySnapshot as MemorySnapshot
     from dsv3_lightning.callbacks.mtp_weight import MTPWeight as MTPWeight
     from dsv3_lightning.callbacks.progress import Progress as Progress
     from dsv3_lightning.callbacks.router_monitor import RouterMonitor as RouterMonitor

@@ -39,7 +39,7 @@ QUESTIONS: dict[str, dict[str, str]] = {  # question: {key: title}
     "is MTP helping": {
         "mtp_loss": "MTP training loss by depth",
         "val_mtp_loss": "MTP validation loss by depth",
-        "acceptance": "share of MTP guesses that greedy decoding would keep",
+        "acceptance": "share of MTP drafts that greedy decoding would accept",
         "mtp_weight": "weight of the MTP loss",
     },
     "is it fast": {

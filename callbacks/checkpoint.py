@@ -1,9 +1,9 @@
-"""Checkpoints: every N steps, whenever a run stops, and the best by validation loss."""
+"""Checkpoints: every N steps or minutes, whenever a run stops, and the best by validation loss."""
 
 import math
 import os
-import shutil
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.callbacks.settings import CheckpointSettings
-from dsv3_lightning.common.files import remove, whole
+from dsv3_lightning.common.files import give_name, remove, whole
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
@@ -24,28 +24,44 @@ from dsv3_lightning.training.logging import is_last_micro_batch, latest_values, 
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
-GO_ON = "which is saved; the same command goes on from there"
+# A step of so many micro-batches may take longer than the notice before a machine is taken away; it may end after
+# every so many of them.
+MANY, ASK_EVERY = 8, 4
+RESUMES = "which is saved; the same command resumes from there"
 
 
 class Checkpoint(CheckpointBase):
     """Writes step=<n>.ckpt into <default_root_dir>/checkpoints, and last.ckpt, a link to the newest.
 
-    every_n_steps: optimizer steps between checkpoints. keep: number of newest checkpoints to keep. keep_best: number of
-    checkpoints with the lowest validation loss to keep, as best-step=<n>-loss=<x>.ckpt; a missing or non-finite loss
-    never counts. With strategy.sharded_checkpoints a checkpoint is a folder.
+    every_n_steps: optimizer steps between checkpoints. every_n_minutes: the same by the clock of the first rank, after
+    the first step that ends so long after the last checkpoint began. Either may be None, and both may be set.
+    keep: number of newest checkpoints to keep. keep_best: number of checkpoints with the lowest validation loss to
+    keep, as best-step=<n>-loss=<x>.ckpt; a missing or non-finite loss never counts. Where step=<n>.ckpt is there
+    already, the best one is a second name of it. With strategy.sharded_checkpoints a checkpoint is a folder.
 
     The folder is the only record of its checkpoints, so a run killed at any moment leaves no state that disagrees.
     Every stop writes a checkpoint and prints one line with the reason: after the last step; after the current step or
-    validation on the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (on any rank); after the current step when
+    validation on the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP (on any rank), or, if a step has 8 micro-batches or more,
+    within the next 4, with the last completed step; after the current step when
     `trainer.max_time` or anything else sets `trainer.should_stop`; and, in a run of one process, on an exception, with
     the last completed step. A second Ctrl-C ends the run at once.
     A time limit applies to one start of the command.
     Lightning runs checkpoint callbacks last, so the file includes what other callbacks change after a step.
     """
 
-    def __init__(self, every_n_steps: int = 100, keep: int = 2, keep_best: int = 1) -> None:
-        CheckpointSettings(every_n_steps=every_n_steps, keep=keep, keep_best=keep_best)
-        self.every_n_steps, self.keep, self.keep_best = every_n_steps, keep, keep_best
+    def __init__(
+        self,
+        every_n_steps: int | None = 100,
+        every_n_minutes: float | None = None,
+        keep: int = 2,
+        keep_best: int = 1,
+    ) -> None:
+        CheckpointSettings(every_n_steps=every_n_steps, every_n_minutes=every_n_minutes, keep=keep, keep_best=keep_best)
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.keep, self.keep_best = keep, keep_best
+        self.clock = time.monotonic
+        self.begun = self.clock()  # the newest checkpoint, or training
+        self.saved: int | None = None  # the step of the newest checkpoint that this process has taken part in
         self.received = 0  # the signal that requested the stop
         self.asked = False  # a stop was requested in the middle of a step, which is finished first
         self.stopped_at: int | None = None  # the step after which the run stops, already saved
@@ -55,6 +71,7 @@ class Checkpoint(CheckpointBase):
         self.terminals: list[int] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = self.clock()
         self.terminals = [handle for handle in (1, 2) if os.isatty(handle)]
         for number in STOP:
             ignored = number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
@@ -93,11 +110,12 @@ class Checkpoint(CheckpointBase):
         if not is_last_micro_batch(trainer, batch_idx):
             if trainer.should_stop:
                 self.asked, trainer.should_stop = True, False
+            self.stop_within_step(trainer, batch_idx)
             return
         trainer.should_stop |= self.asked
         step, last = trainer.global_step, trainer.global_step >= planned_steps(trainer)
-        stop = self.agreed(trainer)
-        if stop or last or step % self.every_n_steps == 0:
+        stop, due = self.agreed(trainer)
+        if stop or last or due or (self.every_n_steps is not None and step % self.every_n_steps == 0):
             self.done = None  # a save that fails isn't retried
             self.save(trainer)
         if stop or last:
@@ -107,16 +125,38 @@ class Checkpoint(CheckpointBase):
         if not last:
             raise_if_signal(stop, step)
 
-    def agreed(self, trainer: Trainer) -> int:
-        """The signal that stops the run now, ASKED for any other reason, or 0 to continue; the same on all ranks."""
+    def stop_within_step(self, trainer: Trainer, batch_idx: int) -> None:
+        """When a signal has come, drops the micro-batches of the step and stops with the step before saved."""
+        if not asks_within_step(batch_idx, trainer.accumulate_grad_batches):
+            return
+        wanted = torch.tensor(self.received, device=trainer.strategy.root_device)
+        step, stop = trainer.global_step, int(trainer.strategy.reduce(wanted, reduce_op="max"))
+        if not stop or step == 0:  # without a step to save, the first one is finished
+            return
+        if step not in (self.saved, getattr(trainer.lightning_module, "loaded_step", 0)):
+            self.done = None
+            for part in keepers(trainer):
+                part.take_back()
+            self.save(trainer)
+        self.settle(trainer)
+        raise_if_signal(stop, step)
+
+    def agreed(self, trainer: Trainer) -> tuple[int, bool]:
+        """The signal that stops the run now, ASKED for any other reason, or 0 to continue; and whether, by the first
+        rank's clock, a checkpoint is due. The same on all ranks.
+        """
         asked = trainer.should_stop and trainer.fit_loop._can_stop_early  # not before trainer.min_steps
-        wanted = torch.tensor(ASKED if asked else self.received, device=trainer.strategy.root_device)
-        stop = int(trainer.strategy.reduce(wanted, reduce_op="max"))
+        minutes = self.every_n_minutes if trainer.is_global_zero else None
+        due = minutes is not None and self.clock() - self.begun >= 60 * minutes
+        wanted = torch.tensor([ASKED if asked else self.received, int(due)], device=trainer.strategy.root_device)
+        stop, due = trainer.strategy.reduce(wanted, reduce_op="max").tolist()
         trainer.should_stop |= stop == ASKED
-        return stop
+        return stop, bool(due)
 
     def save(self, trainer: Trainer) -> None:
+        self.begun = self.clock()
         self.write(trainer, f"step={trainer.global_step}.ckpt")
+        self.saved = trainer.global_step
         self.tidy(trainer, trainer.global_step)
 
     def write(self, trainer: Trainer, name: str) -> None:
@@ -136,7 +176,7 @@ class Checkpoint(CheckpointBase):
             self.save(trainer)
         self.settle(trainer)
         if trainer.should_stop and 0 < step < planned_steps(trainer) and trainer.is_global_zero:
-            print(f"stopped by {who_stopped(trainer)} after step {step}, {GO_ON}", flush=True)
+            print(f"stopped by {who_stopped(trainer)} after step {step}, {RESUMES}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the last completed step in a run of one process; with several, ranks may be at different steps."""
@@ -148,11 +188,11 @@ class Checkpoint(CheckpointBase):
                 part.take_back()
             self.save(trainer)
             self.settle(trainer)
-            print(f"stopped by {type(exception).__name__} after step {step}, {GO_ON}", flush=True)
+            print(f"stopped by {type(exception).__name__} after step {step}, {RESUMES}", flush=True)
 
     def note_done(self, trainer: Trainer) -> None:
         self.done = trainer.global_step
-        if trainer.world_size == 1:
+        if trainer.world_size == 1 or trainer.accumulate_grad_batches >= MANY:
             for part in keepers(trainer):
                 part.keep()
 
@@ -179,7 +219,7 @@ class Checkpoint(CheckpointBase):
         self.save_if_best(trainer)
         self.done = done
         if trainer.state.fn == "fit" and trainer.global_step < planned_steps(trainer):
-            stop = self.agreed(trainer)
+            stop, _ = self.agreed(trainer)
             if stop not in (0, ASKED):
                 self.save(trainer)
                 self.settle(trainer)
@@ -194,13 +234,22 @@ class Checkpoint(CheckpointBase):
         worse = len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]  # rounded as in the file name
         if trainer.strategy.broadcast(worse):  # ranks may see the folder differently while a checkpoint is written
             return
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and self.saved == step:
+            self.name_again(trainer, folder / f"step={step}.ckpt", path)
+        elif trainer.state.fn == "fit":
             self.write(trainer, path.name)
         elif not hasattr(trainer.lightning_module, "loaded_step"):
             return  # the step of what is validated isn't known
         elif trainer.is_global_zero and not path.exists():  # the run was stopped between its last step and the report
-            link(Path(str(trainer.ckpt_path)), path)
+            give_name(Path(str(trainer.ckpt_path)), path)
         self.tidy(trainer, step)
+
+    def name_again(self, trainer: Trainer, path: Path, name: Path) -> None:
+        """Gives the checkpoint of this step a second name, once it is written; the first rank does it for all."""
+        if isinstance(trainer.strategy, MeshStrategy) and trainer.strategy.saver is not None:
+            trainer.strategy.saver.then(lambda: give_name(path, name))
+        elif trainer.is_global_zero:
+            give_name(path, name)
 
 
 class StepDone(Callback):
@@ -216,6 +265,15 @@ class StepDone(Callback):
             self.checkpoint.note_done(trainer)
 
 
+def asks_within_step(batch_idx: int, micro_batches: int) -> bool:
+    """Whether the ranks ask each other after this micro-batch if a signal has come: in long steps, now and then.
+
+    >>> [batch_idx for batch_idx in range(16) if asks_within_step(batch_idx, 8)]
+    [3, 7, 11, 15]
+    """
+    return micro_batches >= MANY and (batch_idx + 1) % ASK_EVERY == 0
+
+
 def keepers(trainer: Trainer) -> list[Any]:
     """The module and callbacks that change state in mid-step; `take_back` restores what `keep` has stored."""
     parts = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
@@ -224,7 +282,7 @@ def keepers(trainer: Trainer) -> list[Any]:
 
 def raise_if_signal(stop: int, step: int) -> None:
     if stop not in (0, ASKED):
-        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {GO_ON}", code=128 + stop)
+        raise RunStopped(f"stopped by {signal.Signals(stop).name} after step {step}, {RESUMES}", code=128 + stop)
 
 
 def who_stopped(trainer: Trainer) -> str:
@@ -237,15 +295,6 @@ def who_stopped(trainer: Trainer) -> str:
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
             return f"EarlyStopping ({callback.stopping_reason_message.split(' Signaling')[0].rstrip('.')})"
     return "a callback that set trainer.should_stop"
-
-
-def link(path: Path, name: Path) -> None:
-    """Gives a checkpoint a second name, which remains when the first is removed."""
-    with whole(name) as beside:
-        if path.is_dir():
-            shutil.copytree(path, beside, copy_function=os.link)
-        else:
-            os.link(path, beside)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -145,7 +145,7 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
         ("bits per byte of validation text", show(report["val_bpb"])),
         ("gzip -9 on the same text, bits per byte", show(report["gzip_bpb"])),
         ("MTP loss by depth", show(report["mtp_loss"])),
-        ("share of the MTP modules' guesses that greedy decoding would keep, by depth", show(report["mtp_acceptance"])),
+        ("share of MTP drafts that greedy decoding would accept, by depth", show(report["mtp_acceptance"])),
         ("MaxVio over the validation set, by MoE layer (0 is balance)", show(report["max_vio_global"], "{:.2f}")),
         ("specialization by origin of the text, by MoE layer (0 is none)", show(report["specialization"], "{:.3f}")),
         ("MaxVio of a batch, mean of the last 50 steps", show(report["max_vio_batch"], "{:.2f}")),

@@ -110,18 +110,55 @@ class SampleTextSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    every_n_steps: int = 100
+    every_n_steps: int | None = 100
+    every_n_minutes: float | None = None
     keep: int = 2
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        at_least(1, "checkpoint.every_n_steps", self.every_n_steps)
+        if self.every_n_steps is None and self.every_n_minutes is None:
+            raise ConfigError("callbacks.checkpoint: every_n_steps and every_n_minutes are both null; set one of them")
+        if self.every_n_steps is not None:
+            at_least(1, "checkpoint.every_n_steps", self.every_n_steps, ", or null")
+        if self.every_n_minutes is not None and not self.every_n_minutes > 0:
+            raise ConfigError(
+                f"callbacks.checkpoint.every_n_minutes={self.every_n_minutes}: must be above 0, or null for steps alone"
+            )
         at_least(1, "checkpoint.keep", self.keep)
         at_least(0, "checkpoint.keep_best", self.keep_best)
 
 
 def no_settings(callback: str) -> type[Any]:
     return make_dataclass(f"{callback}Settings", (), frozen=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GarbageCollectionSettings:
+    every_n_steps: int = 50
+
+    def __post_init__(self) -> None:
+        at_least(1, "garbage_collection.every_n_steps", self.every_n_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySnapshotSettings:
+    history: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(0, "memory_snapshot.history", self.history, " (0 records no history)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpikeSettings:
+    threshold: float = 6.0
+    window: int = 50
+    max_returns: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ConfigError(f"callbacks.loss_spike.threshold={self.threshold}: must be above 0")
+        at_least(2, "loss_spike.window", self.window)
+        at_least(0, "loss_spike.max_returns", self.max_returns)
 
 
 CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that of the file
@@ -133,6 +170,9 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "router_probe": no_settings("RouterProbe"),
     "weight_average": WeightAverageSettings,
     "throughput": ThroughputSettings,
+    "loss_spike": LossSpikeSettings,
+    "garbage_collection": GarbageCollectionSettings,
+    "memory_snapshot": MemorySnapshotSettings,
     "sample_text": SampleTextSettings,
     "checkpoint": CheckpointSettings,
     "progress": no_settings("Progress"),

@@ -8,6 +8,7 @@ from statistics import median_low
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -178,7 +179,10 @@ def gathered(trainer: Trainer, values: Tensor) -> Tensor:
     """The values [n] of each rank, [ranks, n]; all ranks must call it."""
     if trainer.world_size == 1:
         return values[None]
-    return trainer.strategy.all_gather(values.to(trainer.strategy.root_device)).view(trainer.world_size, -1).cpu()
+    own = values.to(trainer.strategy.root_device)
+    found = own.new_empty(trainer.world_size, len(own))
+    dist.all_gather([*found], own)
+    return found.cpu()
 
 
 def name_bytes(name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Python API, as `dsv3_lightning.load` and so on: read a model, build one, let it write.
+"""The Python API, as `dsv3_lightning.load` and so on: load a model, build one, generate text.
 
 `dsv3_lightning/__init__.py` imports this file when one of its names is first used, so that `import dsv3_lightning`
 alone loads no torch.

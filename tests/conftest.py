@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ os.environ["PYTHONFAULTHANDLER"] = "1"
 
 QUIET = ["trainer.precision=32", "trainer.log_every_n_steps=1", "callbacks.throughput.peak_flops=1e11"]
 
+LONGEST = ("parallel", "runs", "examples", "studies")  # folders of tests, by the time that a file of theirs takes
 
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
 
@@ -49,12 +52,25 @@ def forget_launch() -> None:
         os.environ.pop(name, None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What trains runs or starts ranks is slow, and `make check` leaves it out; other slow tests carry the marker."""
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
+@contextmanager
+def blank_figures() -> Iterator[None]:
+    """Figures are made, logged and written, but not drawn, which takes more than half of a short run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
+        yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What trains runs or starts ranks is slow, and `make check` leaves it out; other slow tests carry the marker.
+
+    Of several workers none should begin the longest files at the end, so these come first.
+    """
+    folders = {item: item.path.relative_to(ROOT / "tests").parts[0] for item in items}
+    for item, folder in folders.items():
         if "nano" in getattr(item, "fixturenames", ()) or folder in ("parallel", "runs", "examples"):
             item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(folders[item]) if folders[item] in LONGEST else len(LONGEST))
 
 
 @dataclass
@@ -94,7 +110,8 @@ class Nano:
 
     def run(self, name: str, *overrides: str) -> Run:
         """In this process, which is fast."""
-        return Run(self.base / "runs" / name, main(self.arguments(name, overrides)))
+        with blank_figures():
+            return Run(self.base / "runs" / name, main(self.arguments(name, overrides)))
 
     def start(self, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
         """In a process of its own (and its children), which is what a user does."""

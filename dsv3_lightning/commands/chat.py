@@ -51,7 +51,7 @@ def run(
             check_encoding(line, number)
             if line.strip() == "/reset":
                 talk.reset()
-                note("the conversation begins anew")
+                note("the conversation starts over")
                 continue
             for piece in talk.reply(line.rstrip("\r\n"), max_new_tokens, tuple(stop)):
                 print(piece, end="", flush=True)
@@ -63,9 +63,9 @@ def run(
             continue
         if talk.dropped:
             turns = "turn was" if talk.dropped == 1 else f"{talk.dropped} turns were"
-            note(f"the context of {talk.limit} tokens is full: the oldest {turns} dropped (/reset begins anew)")
+            note(f"the context of {talk.limit} tokens is full: the oldest {turns} dropped (/reset starts over)")
         if talk.cut:
-            note(f"the context of {talk.limit} tokens is full: the answer ends here (/reset begins anew)")
+            note(f"the context of {talk.limit} tokens is full: the answer ends here (/reset starts over)")
     return 0
 
 

@@ -152,7 +152,7 @@ def consolidate(state: dict[str, Any], path: Path, output: Path) -> None:
     from dsv3_lightning.runs.models import CARRIED, carry, run_of
 
     if output.exists():
-        raise ConfigError(f"{output}: is there already; choose another name")
+        raise ConfigError(f"{output}: already exists; choose another name")
     folder = run_of(path)
     if folder is not None:
         carry(state, folder)

@@ -1,4 +1,4 @@
-"""`dsv3 doctor`: a table of what this machine and installation can do. Changes nothing."""
+"""`dsv3 doctor`: a table of what this machine and installation can do, or a test of its devices. Changes nothing."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_lightning import __version__
+from dsv3_lightning.common.flags import positive
 from dsv3_lightning.common.table import si
 
 if TYPE_CHECKING:
@@ -21,10 +22,19 @@ PACKAGES = "torch lightning torchmetrics omegaconf jsonargparse tokenizers tenso
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares no flags, since the verb has none."""
+    parser.add_argument(
+        "--node",
+        type=positive,
+        metavar="N",
+        help="test N devices by a matrix product each and an all-reduce; exit code 1 if one fails",
+    )
 
 
-def run() -> int:
+def run(node: int | None) -> int:
+    if node is not None:
+        from dsv3_lightning.runs.node_check import report
+
+        return report(node)
     rows = [("dsv3-lightning", f"{__version__} in {Path(__file__).parents[1]}"), ("python", interpreter())]
     rows += [(name, installed(name)) for name in PACKAGES]
     rows += [("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))]

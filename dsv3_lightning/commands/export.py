@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--verify", type=path_argument, nargs="?", const=True, default=False, metavar="TOKENS.npy",
-        help="write the model's logits to verify/ beside OUT, read OUT back and compare; random tokens without FILE",
+        help="write the model's logits to verify/ next to OUT, read OUT back and compare; random tokens without FILE",
     )  # fmt: skip
     parser.add_argument(
         "--file-gigabytes", type=above_zero, default=5.0, metavar="X", help="largest file; default %(default)s"

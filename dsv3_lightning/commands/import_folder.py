@@ -42,7 +42,7 @@ def run(folder: Path, out: Path | None) -> int:
         print(note)
     target = out if out is not None else Path(f"{source.path.resolve().name}.yaml")
     if target.exists():
-        raise ConfigError(f"{target}: is there already; name another file with --out")
+        raise ConfigError(f"{target}: already exists; name another file with --out")
     tree = {
         "defaults": ["base"],
         "run": {"name": source.path.resolve().name},

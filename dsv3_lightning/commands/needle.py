@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--depths", type=positive, default=5, metavar="N", help="depths of the needle; default %(default)s"
     )
     parser.add_argument("--texts", type=positive, default=8, metavar="N", help="texts per cell; default %(default)s")
-    help = "default: needle/ in the run's folder, or beside a consolidated file"
+    help = "default: needle/ in the run's folder, or next to a consolidated file"
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help=help)
 
 

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npy",
         help="tokens per expert [layers, experts]; default: counted on validation text",
     )
-    help = "default: placement/ in the run's folder, or beside a consolidated file"
+    help = "default: placement/ in the run's folder, or next to a consolidated file"
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help=help)
 
 

@@ -9,7 +9,8 @@ from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig, mesh_shape
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig, mesh_shape
 from dsv3_lightning.planning import contexts, day
 from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, rank_memory
 from dsv3_lightning.planning.coefficients import TABLE, unmeasured
@@ -20,6 +21,7 @@ from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.planning.step import Step, step
 from dsv3_lightning.planning.wires import traffic
 
+CROWDED = 1.5  # routed tokens of a rank with popular experts over the mean, before the router is balanced
 PUBLISHED = 180e3  # H800 hours per trillion tokens, V3 §1 table 1
 
 
@@ -41,7 +43,8 @@ def cluster_tables(config: Config, gpus: int, hardware: Hardware, name: str, dry
     layout = layout_of(config, shape, strategy, work, hardware)
     planned = step(config.model, hardware, layout)
     head = f"{gpus:,} {name.upper()}, {strategy.kind}{chosen}: {shape}"
-    tables = [head, memory_table(memory, gpu, work)]
+    crowded = rank_memory(busier(config.model), shape, strategy, work)
+    tables = [head, memory_table(memory, crowded if shape.ep > 1 else None, gpu, work)]
     tables.append(policy_table(config, hardware, layout))
     tables.append(length_table(config, shape, strategy, work, gpu))
     if dry:
@@ -49,7 +52,7 @@ def cluster_tables(config: Config, gpus: int, hardware: Hardware, name: str, dry
     tables += [traffic_table(config, hardware, layout), part_table(planned)]
     tables += [
         time_table(config, planned, gpus, gpu.peak_in(work.precision)),
-        day_table(config, planned, gpus, gpu, strategy),
+        day_table(config, planned, work, gpus, gpu, strategy),
     ]
     return [*tables, source_table(planned, hardware)] if sources else tables
 
@@ -82,7 +85,7 @@ def strategy_of(config: Config) -> tuple[StrategyConfig, str]:
     if strategy is not None:
         return strategy, ""
     if isinstance(config.strategy, dict) or config.strategy not in ("auto", "ddp"):
-        raise ConfigError(f"strategy={config.strategy!r}: only fsdp2, hsdp and fsdp2_ep can be planned for --gpus")
+        raise ConfigError(f"strategy={config.strategy!r}: only {', '.join(KINDS)} can be planned for --gpus")
     return StrategyConfig(kind="fsdp2_ep"), f" (assumed, the config says {config.strategy})"
 
 
@@ -95,7 +98,8 @@ def work_of(config: Config, gpus: int) -> Work:
     T = config.data.sequence_length
     check_step(config, samples, ranks, gpus)
     micro_batches = config.data.batch_size // (samples * gpus)
-    return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing)
+    moment = 2 if config.optimizer.moments == "bf16" else 4
+    return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing, moment=moment)
 
 
 def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
@@ -104,10 +108,10 @@ def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
     known: the number of ranks that determines the config's micro-batch.
     """
     data, accumulate = config.data, config.trainer["accumulate_grad_batches"]
-    sizes = [data.batch_size, *([data.batch_ramp.start, data.batch_ramp.increment] if data.batch_ramp else [])]
-    if accumulate * known % gpus == 0 and not any(size % (accumulate * known) for size in sizes):
-        return
     ramp = (data.batch_ramp.start, data.batch_ramp.increment) if data.batch_ramp else None
+    fits = data.batch_size % (accumulate * known) == 0 and not any(size % gpus or size % known for size in ramp or ())
+    if accumulate * known % gpus == 0 and fits:
+        return
     fit = fitting_batch(Batch(data.batch_size, accumulate, ramp), known, gpus)
     words = [f"data.batch_size={fit.size}", f"trainer.accumulate_grad_batches={fit.accumulate}"]
     if fit.ramp and fit.size > fit.ramp[0]:
@@ -118,7 +122,13 @@ def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
     )
 
 
-def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
+def busier(model: ModelConfig) -> ModelConfig:
+    """A model of which each rank gets as many routed tokens as a rank of this one that has popular experts."""
+    return replace(model, num_experts_per_tok=math.ceil(CROWDED * model.num_experts_per_tok))
+
+
+def memory_table(memory: RankMemory, crowded: RankMemory | None, gpu: GPU, work: Work) -> str:
+    """A table of a rank's memory. crowded: that of a rank with CROWDED times its routed tokens."""
     exact = "exact, on the host" if memory.offloaded else "exact"
     return table(
         [
@@ -131,6 +141,8 @@ def memory_table(memory: RankMemory, gpu: GPU, work: Work) -> str:
              "estimate"),
             *([("sum on the host", si(memory.kept, "B"), "")] if memory.offloaded else []),
             ("sum", si(memory.total, "B"), f"{verdict(memory, gpu)} in {si(gpu.memory, 'B')}"),
+            *([(f"sum with {CROWDED:g} times the routed tokens", si(crowded.total, "B"), verdict(crowded, gpu))]
+              if crowded else []),
         ]
     )  # fmt: skip
 
@@ -231,8 +243,8 @@ def time_table(config: Config, planned: Step, gpus: int, peak: float) -> str:
     return table(rows)
 
 
-def schedule_of(config: Config, seconds: float, sharded: bool) -> day.Schedule:
-    """What interrupts a run of this config. seconds: of a step.
+def schedule_of(config: Config, seconds: float, sharded: bool, moment: int) -> day.Schedule:
+    """What interrupts a run of this config. seconds: of a step. moment: bytes of a number in AdamW's moments.
 
     A share in trainer.limit_val_batches is of the held-out documents, which are `data.validation_fraction` of the run's
     tokens if these are seen once.
@@ -243,21 +255,24 @@ def schedule_of(config: Config, seconds: float, sharded: bool) -> day.Schedule:
     batches = min(limit, held_out) if isinstance(limit, int) else limit * held_out
     settings: dict[str, Any] = config.callbacks.get("checkpoint") or {}
     minutes, steps = settings.get("every_n_minutes"), settings.get("every_n_steps")
-    intervals = [60.0 * minutes if minutes else math.inf, steps * seconds if steps else math.inf]
+    clock = (
+        math.ceil(60 * minutes / seconds) if minutes else math.inf
+    )  # steps; saved after the first that is late enough
+    every = min(clock, steps or math.inf, trainer["max_steps"])
     counted = count_parameters(config.model)
     return day.Schedule(
         validate_every=trainer["val_check_interval"] * seconds,
         batches=batches,
-        save_every=min(*intervals, trainer["max_steps"] * seconds),
-        state=day.state_bytes(counted.total, counted.bias_entries),
+        save_every=every * seconds,
+        state=day.state_bytes(counted.total, counted.bias_entries, moment),
         kept=(settings.get("keep") or 0) + (settings.get("keep_best") or 0),
         sharded=sharded,
     )
 
 
-def day_table(config: Config, planned: Step, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
+def day_table(config: Config, planned: Step, work: Work, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
     """A table of what of a day isn't training, with a warning for what takes more than 2 % of it."""
-    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints)
+    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints, work.moment)
     found = day.losses(schedule, planned.seconds, gpus, gpu.per_node)
     rows = [("of a day", "share", "each takes", "every")]
     rows += [(loss.name, f"{loss.share:.2%}", duration(loss.seconds), duration(loss.every)) for loss in found]

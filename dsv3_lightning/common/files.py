@@ -64,7 +64,7 @@ def whole(path: Path) -> Iterator[Path]:
     """Yields a path to write a file or folder to, which is synced and renamed to `path` when the block ends.
 
     Readers see either the old one or the new one, even after a crash. Files get the umask's mode. The yielded path is
-    in a private folder beside `path`: an error leaves nothing behind, a kill what `remove_leftovers` removes.
+    in a private folder next to `path`: an error leaves nothing behind, a kill what `remove_leftovers` removes.
     Raises WriteError with the path and the system's reason.
     """
     own = None
@@ -86,6 +86,26 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         if own is not None:
             own.cleanup()
+
+
+def give_name(path: Path, name: Path) -> None:
+    """Gives a file or folder a second name, which remains when the first is removed; a copy where links are impossible.
+
+    Raises WriteError.
+    """
+    with whole(name) as beside:
+        if is_folder(path):
+            shutil.copytree(path, beside, copy_function=link_or_copy)
+        else:
+            link_or_copy(path, beside)
+
+
+def link_or_copy(path: str | Path, name: str | Path) -> None:
+    """Makes a hard link, or, on file systems that have none, a copy. Raises OSError."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
@@ -132,7 +152,7 @@ def umask() -> int:
 
 
 def put_in_place(beside: Path, path: Path, aside: Path | None = None) -> None:
-    """Renames what was written beside to its final name and syncs the folder. Raises OSError.
+    """Renames what was written to its final name and syncs the folder. Raises OSError.
 
     A rename can't replace a folder, or a file by a folder, so the old one is first renamed to `aside`, a name that no
     one else may use; by default the same name with OLD.

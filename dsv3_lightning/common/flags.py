@@ -79,7 +79,7 @@ def seed(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
-    return number(int, text, lambda value: value >= 0, "a whole number from 0 on")
+    return number(int, text, lambda value: value >= 0, "a whole number of at least 0")
 
 
 def port(text: str) -> int:

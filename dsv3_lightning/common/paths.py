@@ -1,7 +1,7 @@
 """Resolution of paths from users: flags have `type=path_argument`, settings the type `PathText`.
 
 `~` and `~NAME` are home folders; all other paths are relative to the working folder, even in a YAML file (only files in
-`defaults:` are searched beside the file that names them). Links are not resolved. Environment variables are not
+`defaults:` are searched next to the file that names them). Links are not resolved. Environment variables are not
 expanded; YAML has `${oc.env:NAME}` for that. Imports no torch.
 """
 

@@ -32,20 +32,23 @@ def heat_maps(
 
     maps = [np.asarray(values, dtype=np.float64) for values in panels.values()]
     count = len(maps[0])
-    figure = Figure(figsize=(9, 1.6 + 0.28 * min(count, 18)), layout="constrained")
+    # Narrow, with many pixels per inch, so that TensorBoard's thumbnails can be read.
+    width = 5 if len(maps) == 1 else 9
+    figure = Figure(figsize=(width, 1.4 + 0.2 * min(count, 18)), dpi=900 / width, layout="constrained")
     reach = max(1.0 if center else 1e-6, *(float(np.nan_to_num(np.abs(numbers - center)).max()) for numbers in maps))
     norm = TwoSlopeNorm(center, 0.0 if center else -reach, center + reach)
-    beside = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    for axes, title, numbers in zip(beside, panels, maps, strict=True):
+    all_axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, title, numbers in zip(all_axes, panels, maps, strict=True):
         image = axes.imshow(numbers, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
-        axes.set(title=title, xlabel=columns)
+        axes.set_title(title, fontsize="medium", wrap=True)
+        axes.set_xlabel(columns)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if isinstance(rows, str):
-        beside[0].set_ylabel(rows)
-        beside[0].yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        all_axes[0].set_ylabel(rows)
+        all_axes[0].yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     else:
-        beside[0].set_yticks(range(count), rows, fontsize="small")
-    figure.colorbar(image, ax=list(beside))
+        all_axes[0].set_yticks(range(count), rows, fontsize="small")
+    figure.colorbar(image, ax=list(all_axes))
     return figure
 
 
@@ -66,5 +69,5 @@ def curves(series: dict[str, tuple[list[int], list[float]]], title: str) -> "Fig
 
 def save_figure(figure: "Figure", path: Path, dpi: float | None = None) -> None:
     """Writes a figure as PNG, atomically. Raises WriteError."""
-    with whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=dpi or "figure")
+    with whole(path) as new:
+        figure.savefig(new, format="png", dpi=dpi or "figure")

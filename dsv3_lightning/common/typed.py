@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class WrongType(Exception):
-    """The value isn't of the type asked for."""
+    """A value that isn't of the requested type."""
 
 
 def build(cls: type[T], tree: Any, path: str = "") -> T:
@@ -32,7 +32,7 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """The value as what the annotation says."""
+    """The value, converted to the type of its annotation."""
     try:
         return fit(value, hint, path)
     except WrongType:
@@ -41,7 +41,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def fit(value: Any, hint: Any, path: str) -> Any:
-    """Whole numbers pass as float and 1e1 as int 10; a bool is no number; nan and inf are none either."""
+    """Whole numbers are valid as float and 1e1 as int 10; bool, nan and inf are not numbers."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

@@ -9,7 +9,7 @@ from yaml import YAMLError
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean prefix.this?`, or all that is valid where nothing is like the word."""
+    """`; did you mean prefix.this?`, or all valid names if none is similar."""
     valid = list(valid)
     close = difflib.get_close_matches(word, valid, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; valid: {', '.join(valid) or 'none'}"

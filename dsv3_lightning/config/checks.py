@@ -155,7 +155,7 @@ def check_class_block(block: Any, path: str) -> None:
         raise ConfigError(f"{path}={show(block)}: needs a class_path")
     for key in block:
         if key not in ("class_path", "init_args"):
-            raise ConfigError(f"{path}.{key}: not valid beside class_path; arguments stand under init_args")
+            raise ConfigError(f"{path}.{key}: not valid next to class_path; arguments go under init_args")
     class_path = block["class_path"]
     if not isinstance(class_path, str) or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", class_path) is None:
         where = f"{path}.class_path={show(class_path)}"
@@ -224,10 +224,10 @@ def check_together(
         )
     if data.vocab_size > model.vocab_size:
         raise ConfigError(f"data.vocab_size={data.vocab_size}: model.vocab_size={model.vocab_size} has fewer")
-    check_batch("data.batch_size", data.batch_size, trainer)
-    if data.batch_ramp is not None:
-        check_batch("data.batch_ramp.start", data.batch_ramp.start, trainer)
-        check_batch("data.batch_ramp.increment", data.batch_ramp.increment, trainer)
+    check_batch("data.batch_size", data.batch_size, trainer, "accumulate_grad_batches", "devices", "num_nodes")
+    if data.batch_ramp is not None:  # the number of micro-batches grows with it
+        check_batch("data.batch_ramp.start", data.batch_ramp.start, trainer, "devices", "num_nodes")
+        check_batch("data.batch_ramp.increment", data.batch_ramp.increment, trainer, "devices", "num_nodes")
     check_mtp_weight(model.mtp_depth, loss.mtp_weight, callbacks.get("mtp_weight"))
     if not model.num_moe_layers:
         for key, on, off in (
@@ -248,16 +248,16 @@ def check_together(
         )
 
 
-def check_batch(key: str, batch_size: int, trainer: dict[str, Any]) -> None:
-    """Raises ConfigError if micro-batches can't have equal sizes; skipped if devices is `auto`."""
+def check_batch(key: str, batch_size: int, trainer: dict[str, Any], *factors: str) -> None:
+    """Raises ConfigError if it isn't a multiple of the Trainer's factors; skipped if devices is `auto`."""
     ranks = number_of_devices(trainer)
     if ranks is None:
         return
-    parts = trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]
+    parts = math.prod((trainer | {"devices": ranks})[factor] for factor in factors)
     if batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         raise ConfigError(
-            f"{key}={batch_size}: does not divide into accumulate_grad_batches × devices × num_nodes = "
+            f"{key}={batch_size}: does not divide into {' × '.join(factors)} = "
             f"{parts} equal parts; use {f'{below} or ' if below else ''}{above}"
         )
 

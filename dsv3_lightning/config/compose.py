@@ -36,7 +36,7 @@ def compose(
 ) -> Composed:
     """Merges files, each after those in its `defaults:`, then `a.b=value` overrides, left to right.
 
-    A file is a path or a name, with or without .yaml, searched beside the file that names it, then among the presets.
+    A file is a path or a name, with or without .yaml, searched next to the file that names it, then among the presets.
     A file named by several others is merged once, where it is first needed. planned: content of files that follow the
     others and aren't written yet. Raises ConfigError.
     """
@@ -75,7 +75,7 @@ def gather(path: Path, read: dict[Path, dict[str, Any]], chain: tuple[Path, ...]
     """Reads a file into `read`, after its defaults. Raises ConfigError."""
     if path in chain:
         circle = " -> ".join(step.name for step in (*chain[chain.index(path) :], path))
-        raise ConfigError(f"{chain[-1]}: defaults go in a circle: {circle}")
+        raise ConfigError(f"{chain[-1]}: circular defaults: {circle}")
     if path in read:
         return
     tree = read_yaml(path)

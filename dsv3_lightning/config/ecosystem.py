@@ -22,7 +22,7 @@ REFUSED: dict[type, str] = {  # {class, with its subclasses: reason and replacem
     callbacks.GradientAccumulationScheduler: f"{BATCH}; data.batch_ramp lets it grow",
     callbacks.LearningRateFinder: "it would train before the run, on the run's data; dsv3 sweep compares rates",
     callbacks.ModelPruning: "it replaces the model's parameters by others, which checkpoints and exports don't know",
-    callbacks.SpikeDetection: "it can't read the state that it saves, so that the run could not go on; "
+    callbacks.SpikeDetection: "it can't read the state that it saves, so that the run could not resume; "
     "optimizer.max_skipped_steps stops a run that is not finite",
     callbacks.StochasticWeightAveraging: "it works by epochs, and a run is a single one; use callbacks.weight_average",
 }
@@ -56,8 +56,8 @@ def check_version(cls: type, init_args: Mapping[str, Any], path: str) -> None:
     version = init_args.get("version")
     if issubclass(cls, loggers.CSVLogger) and version is not None:
         raise ConfigError(
-            f"{path}.version={version!r}: CSVLogger deletes the file of that version when the run goes on; "
-            "leave it out, and each start of the run writes a version of its own"
+            f"{path}.version={version!r}: CSVLogger deletes the file of that version when the run resumes; "
+            "leave it out, and each start of the run writes its own version"
         )
 
 
@@ -65,7 +65,7 @@ def check_set(built: Mapping[str, Callback], strategy: Any, folder: Path) -> Non
     """Checks callbacks against each other. A ModelCheckpoint without `dirpath` gets a separate folder in the run's.
 
     built: callbacks by name. folder: the run's. Raises ConfigError for two progress bars, two callbacks whose states
-    Lightning couldn't tell apart, averages of sharded weights, and files among the run's own checkpoints.
+    Lightning couldn't distinguish, averages of sharded weights, and files among the run's own checkpoints.
     """
     states: dict[str, str] = {}
     for name, callback in built.items():
@@ -116,4 +116,4 @@ def check_fresh(built: Collection[Callback]) -> None:
             files += Path(callback.dirpath).glob(f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}")
     for file in files:
         if file.exists():
-            raise ConfigError(f"{file}: Lightning would go on from it; remove it, or name it as run.resume")
+            raise ConfigError(f"{file}: Lightning would resume from it; remove it, or name it as run.resume")

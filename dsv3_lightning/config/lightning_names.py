@@ -17,7 +17,7 @@ STRATEGIES = (
     *("deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"),
     *("fsdp", "fsdp_cpu_offload", "single_device", "single_tpu", "single_xla", "xla", "xla_debug"),
 )
-TRAINER_MORE: dict[str, Any] = {  # arguments of the Trainer that a config may have beside those of base.yaml
+TRAINER_MORE: dict[str, Any] = {  # arguments of the Trainer that a config may have in addition to those of base.yaml
     "benchmark": bool | None,
     "detect_anomaly": bool,
     "deterministic": bool | Literal["warn"] | None,

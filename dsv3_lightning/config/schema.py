@@ -41,7 +41,7 @@ class Config:
     """A run's settings. trainer: Lightning's Trainer arguments. strategy: a name, one of Lightning's or of ours
     (parallel/mesh.py), or a block with `kind` (ours) or `class_path` (any).
 
-        init_from: a run's folder or a Hugging Face folder with the initial weights; None: they are random.
+    init_from: a run's folder or a Hugging Face folder with the initial weights; None: they are random.
     callbacks: by name, None if switched off.
     """
 

@@ -13,4 +13,4 @@ def check_start(config: Config) -> None:
     if wanted is False or wanted == "auto" or Path(wanted).exists():
         return
     if not step_files(Path(config.run.dir) / config.run.name / "checkpoints"):
-        raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
+        raise ConfigError(f"run.resume={wanted}: no such checkpoint")

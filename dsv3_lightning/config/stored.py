@@ -5,10 +5,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dsv3_lightning.callbacks.settings import CALLBACKS
 from dsv3_lightning.config.compose import read_yaml, resolve
 
-# Values that reproduce the behavior before a setting existed. Every setting added to the schema or to base.yaml gets a
-# line here, whatever its default, so that runs started without it continue unchanged.
+# Values that reproduce the behavior before a setting existed. Every setting added to the schema or to a callback gets a
+# line here, whatever its default, so that runs started without it continue unchanged. A callback itself needs none: one
+# that stored settings lack is off.
 OFF: dict[str, Any] = {
     "init_from": None,
     "data.skip_bad_lines": False,
@@ -32,7 +34,11 @@ OFF: dict[str, Any] = {
     "callbacks.mtp_weight.by": "share",
     "callbacks.router_monitor.per_layer": False,
     "callbacks.throughput.peak_flops": None,
+    "callbacks.checkpoint.every_n_minutes": None,
     "callbacks.throughput.straggler": 1.5,
+    "callbacks.loss_spike": None,
+    "callbacks.garbage_collection": None,
+    "callbacks.memory_snapshot": {"history": 0},  # it changes nothing in a run that has enough memory
 }
 
 
@@ -42,7 +48,9 @@ def read_stored(path: Path) -> dict[str, Any]:
 
 
 def complete(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree with missing settings filled from OFF. Arguments are added only to callbacks that are present.
+    """A tree with missing settings filled from OFF, and missing callbacks switched off.
+
+    Arguments are added only to callbacks that are on.
 
     >>> complete({"data": {"num_workers": 2}, "callbacks": {"mtp_weight": None}})["data"]["isolate_documents"]
     False
@@ -56,4 +64,7 @@ def complete(tree: dict[str, Any]) -> dict[str, Any]:
                 break
         else:
             node.setdefault(name, value)
+    callbacks = tree.setdefault("callbacks", {})
+    for name in CALLBACKS:
+        callbacks.setdefault(name, None)
     return tree

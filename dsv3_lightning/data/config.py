@@ -89,7 +89,7 @@ class DataConfig:
             raise ConfigError(f"data.validation_fraction={self.validation_fraction}: must be in [0, 1)")
         if self.isolate_documents and not self.mask_document_ends:
             raise ConfigError(
-                "data.isolate_documents=true: needs data.mask_document_ends=true, as none can foresee another"
+                "data.isolate_documents=true: needs data.mask_document_ends=true: no document can predict another"
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers}: must be at least 0")

@@ -54,8 +54,8 @@ def family(config: ModelConfig) -> str:
         for name, wanted in (("num_moe_layers", 0), ("qk_nope_head_dim", 0), ("rope_scaling", None)):
             if getattr(config, name) != wanted:
                 raise ConfigError(
-                    f"model.attention=gqa with {name}={getattr(config, name)}: no released architecture is like that; "
-                    "the Llama-shaped one has no experts, turns all channels, and has no YaRN"
+                    f"model.attention=gqa with {name}={getattr(config, name)}: no released architecture has this; "
+                    "Llama's has no experts, rotates all channels, and has no YaRN"
                 )
         if config.v_head_dim != config.qk_head_dim:
             raise ConfigError(f"model.v_head_dim={config.v_head_dim}: Llama's is qk_rope_head_dim={config.qk_head_dim}")

@@ -96,7 +96,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
 
 def check_free(out: Path) -> None:
     if out.exists():
-        raise ConfigError(f"{out}: is there already; choose another folder, or remove it")
+        raise ConfigError(f"{out}: already exists; choose another folder, or remove it")
 
 
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:

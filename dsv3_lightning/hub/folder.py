@@ -202,7 +202,7 @@ def check_same_model(found: ModelConfig, wanted: ModelConfig, path: str | Path) 
         if theirs == ours or unused and not (name in EXPERTS and wanted.num_moe_layers):
             continue
         if name == "num_nextn_predict_layers":
-            new = "the others start anew" if ours > theirs else "the others are left out"
+            new = "the others start from random weights" if ours > theirs else "the others are left out"
             notes.append(f"model.{name}={ours}: {path} has {theirs}; {new}")
         elif name in MAY_DIFFER:
             notes.append(f"model.{name}={ours}: {path} has {theirs}")

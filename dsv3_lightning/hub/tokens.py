@@ -49,7 +49,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def end_ids(folder: Path) -> set[int]:
-    """The end tokens in the folder's JSON files: instruct models often have an end of turn beside the tokenizer's."""
+    """The end tokens in the folder's JSON files: instruct models often also have an end of turn."""
     return {index for file in existing(folder, FILES_WITH_IDS) for index in id_list(read_json(file), file)}
 
 

@@ -51,7 +51,7 @@ class Pickled:
     def __init__(self, path: Path) -> None:
         self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(self.tensors, dict) or not all(map(torch.is_tensor, self.tensors.values())):
-            raise ConfigError("it holds other things than tensors by name")
+            raise ConfigError("it holds something other than named tensors")
 
     def keys(self) -> list[str]:
         return list(self.tensors)

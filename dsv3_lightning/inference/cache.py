@@ -31,7 +31,7 @@ class Cache:
         except RuntimeError as error:  # torch's error for insufficient memory
             needed = layers * rows * capacity * size * like.element_size()
             raise ConfigError(
-                f"a cache for {rows} x {capacity} tokens takes {needed:,} bytes, which {like.device} has not got; "
+                f"a cache for {rows} x {capacity} tokens takes {needed:,} bytes, more than {like.device} has; "
                 f"lower {lower}"
             ) from error
 

@@ -106,6 +106,6 @@ def check_lengths(lengths: list[int], max_new_tokens: int, limit: int) -> None:
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if min(lengths) < 1:
-        raise ConfigError("a prompt holds no token; start it with the begin token")
+        raise ConfigError("a prompt has no tokens; start it with the begin token")
     if max(lengths) > limit:
         raise ConfigError(f"a prompt of {max(lengths)} tokens is longer than the context of {limit} tokens")

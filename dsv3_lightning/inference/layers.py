@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_lightning.inference.cache import Step
-from dsv3_lightning.model.attention import MultiHeadLatentAttention, causal_attention
+from dsv3_lightning.model.attention import MultiHeadLatentAttention
+from dsv3_lightning.model.attention_kernels import causal_attention
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.moe import MLP, MoE

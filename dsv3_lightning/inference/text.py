@@ -12,7 +12,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"the text is no Unicode: its character {error.start} is a half one") from error
+        raise ConfigError(f"the text is not valid Unicode: character {error.start} is an unpaired surrogate") from error
     return tokenizer.encode(text)
 
 

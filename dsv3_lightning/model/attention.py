@@ -1,11 +1,10 @@
 """Multi-head latent attention (V3 §2.1.1, eq. 1-11), in the form used for training: keys and values are expanded."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_lightning.model.attention_kernels import Documents, causal_attention
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.cpu import pad_to_one_width
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import CosSin, apply_rope, softmax_scale
 
@@ -14,7 +13,7 @@ LATENT_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """x [B, T, D] -> [B, T, D], causal, within `attn_mask_B1TT`. Parameters are named as in the released checkpoint."""
+    """x [B, T, D] -> [B, T, D], causal, within `documents`. Parameters are named as in the released checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,9 +36,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope_size + self.v_size), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_size, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: CosSin, attn_mask_B1TT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: CosSin, documents: Documents | None = None) -> Tensor:
         q_BHTC, k_BHTC, v_BHTC = self.queries(x_BTD, rope), *self.keys_values(x_BTD, rope)
-        out_BHTC = causal_attention(q_BHTC, k_BHTC, v_BHTC, self.scale, attn_mask_B1TT)
+        out_BHTC = causal_attention(q_BHTC, k_BHTC, v_BHTC, self.scale, documents)
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))  # eq. 11
 
     def queries(self, x_BTD: Tensor, rope: CosSin) -> Tensor:
@@ -59,24 +58,3 @@ class MultiHeadLatentAttention(nn.Module):
         k_c, v_BHTC = kv.split((self.nope_size, self.v_size), -1)
         k_r = apply_rope(k_r, rope, self.interleave)[:, None].expand(-1, self.heads, -1, -1)
         return torch.cat((k_c, k_r.to(k_c.dtype)), -1), v_BHTC
-
-
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """Which positions each position may attend to, bool [B, 1, T, T]: those of its own document up to itself.
-
-    documents_BT: int64, the number of each token's document. Positions need not restart, since rotary ones only say
-    distances.
-    """
-    T = documents_BT.shape[1]
-    earlier_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-    return (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]) & earlier_TT
-
-
-def causal_attention(
-    q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float, attn_mask_B1TT: Tensor | None = None
-) -> Tensor:
-    """softmax(q k^T · scale) v over the positions up to one's own (eq. 10), or over those that `attn_mask_B1TT` (bool,
-    see `document_mask`) allows: [B, H, T, C of v], which may differ from the C of q and k."""
-    q, k, v = pad_to_one_width(q_BHTC, k_BHTC, v_BHTC)
-    out_BHTC = F.scaled_dot_product_attention(q, k, v, attn_mask_B1TT, is_causal=attn_mask_B1TT is None, scale=scale)
-    return out_BHTC[..., : v_BHTC.shape[-1]]

@@ -1,6 +1,6 @@
 """Balance losses: penalties for uneven routing. Pure functions of affinities and choices, all without their factor α.
 
-Two kinds, told apart by `whole_batch` in the table. Most are means over sequences, so micro-batches and ranks with
+Two kinds, distinguished by `whole_batch` in the table. Most are means over sequences, so micro-batches and ranks with
 equally many sequences average to the whole batch's. `batch` and `switch` multiply frequencies f and affinities P of the
 whole global batch. f carries no gradient, and P is a sum over tokens; so a layer reports that sum, Σ_t p_i,t [E], and
 `batch_loss` puts it together with the token counts of the whole optimizer step, summed over micro-batches and ranks:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dsv3_lightning.model.attention import MultiHeadLatentAttention
+from dsv3_lightning.model.attention_kernels import Documents
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.grouped_query import GroupedQueryAttention
 from dsv3_lightning.model.moe import DenseMLP, MoE, RouterStats
@@ -13,7 +14,7 @@ ATTENTION = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}
 
 
 class Block(nn.Module):
-    """x [B, T, D] -> ([B, T, D], RouterStats, or None from a dense layer). attn_mask: see `causal_attention`."""
+    """x [B, T, D] -> ([B, T, D], RouterStats, or None from a dense layer). documents: see `causal_attention`."""
 
     def __init__(self, config: ModelConfig, dense: bool, balance: tuple[str, ...] = ("sequence",)) -> None:
         super().__init__()
@@ -23,8 +24,8 @@ class Block(nn.Module):
         self.mlp = DenseMLP(config.hidden_size, config.intermediate_size) if dense else MoE(config, balance)
 
     def forward(
-        self, x_BTD: Tensor, rope: CosSin, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
+        self, x_BTD: Tensor, rope: CosSin, mask_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attn_mask_B1TT)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, documents)
         out_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD), mask_BT)
         return x_BTD + out_BTD, stats

@@ -1,24 +1,38 @@
-"""What the model does for the sake of CPUs, beside what GPUs need as well.
+"""What the model does for CPUs only.
 
 Every function takes its size as an argument; None chooses it by the device that computes.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-MAX_LOGITS = 2**27  # logits that exist at a time: 512 MiB in fp32
+MAX_LOGITS = 2**27  # logits that exist in fp32 at a time: 512 MiB
+LOSS_PRODUCT = 4096  # tokens of a product with the head at least: its gradient is read and written once for so many
 MAX_LOGITS_CPU = 2**20  # 4 MiB, so that they stay in the cache
 # oneDNN compiles a program for every new shape of a bf16 product, which takes longer than running it. The numbers of
 # tokens per expert are new in every step; their multiples of 16 are few.
 ROW_MULTIPLE_CPU = 16
 
 
-def max_logits(device: torch.device, chosen: int | None) -> int:
-    """How many logits may exist at a time."""
-    if chosen is not None:
-        return chosen
-    return MAX_LOGITS_CPU if device.type == "cpu" else MAX_LOGITS
+class LossChunks(NamedTuple):
+    """Tokens at a time of the loss: whose logits one product makes, and whose softmax exists in fp32."""
+
+    product: int
+    softmax: int
+
+
+def loss_chunks(device_type: str, vocab_size: int) -> LossChunks:
+    """Large products for GPUs, whose softmax is done in parts of MAX_LOGITS; one small size for both on CPUs.
+
+    >>> loss_chunks("cuda", 129280)
+    LossChunks(product=4096, softmax=1038)
+    """
+    if device_type == "cpu":
+        return LossChunks(*[max(1, MAX_LOGITS_CPU // vocab_size)] * 2)
+    softmax = max(1, MAX_LOGITS // vocab_size)
+    return LossChunks(max(softmax, LOSS_PRODUCT), softmax)
 
 
 def row_multiple(x: Tensor, chosen: int | None) -> int:
@@ -39,10 +53,3 @@ def padded_rows(offsets_E: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     new_offsets_E = padded_E.cumsum(0)
     shift_E = new_offsets_E - padded_E - (offsets_E - counts_E)
     return torch.arange(int(offsets_E[-1])) + shift_E.repeat_interleave(counts_E), new_offsets_E
-
-
-def pad_to_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Zeros after the last dim of the narrower ones: with unequal widths scaled_dot_product_attention leaves its fast
-    path on CPUs."""
-    width = max(x.shape[-1] for x in tensors)
-    return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.cpu import padded_rows, row_multiple
+from dsv3_lightning.model.devices import mask_empty_experts
 from dsv3_lightning.model.recompute import keep_no_more
 
 
@@ -57,4 +58,4 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
 
     The cast is explicit since autocast does not cover grouped products.
     """
-    return F.grouped_mm(x, weight.to(x.dtype), offs=offsets_E.int())
+    return F.grouped_mm(x, mask_empty_experts(weight.to(x.dtype), offsets_E), offs=offsets_E.int())

@@ -11,45 +11,72 @@ IGNORE = -100  # a target that does not count
 class LinearCrossEntropy(torch.autograd.Function):
     """Σ of -log softmax(x W^T)[target], in chunks of tokens.
 
-    The forward pass computes the gradients too, so that the backward pass only scales them.
+    product: tokens whose logits one matrix product makes; they have the dtype of x. softmax: tokens whose logits exist
+    in fp32 (fp64 for fp64) at a time. The forward pass computes the gradients too, so that the backward pass only
+    scales them: that of x in x's dtype, that of W in fp32. It can't see whether gradients are wanted: under `no_grad`
+    pass tensors that need none.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: int, softmax: int) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x_ND) if need_x else None
         total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
         grad_weight = torch.zeros_like(weight_VD, dtype=total.dtype) if need_weight else None
         # One set of buffers for all chunks: on a CPU fresh memory costs more than what is computed into it.
-        logits_NV = x_ND.new_empty(min(chunk, len(x_ND)), len(weight_VD))
-        log_p_NV = torch.empty_like(logits_NV, dtype=total.dtype)
-        part_VD = torch.empty_like(weight_VD) if need_weight else None
-        for start in range(0, len(x_ND), chunk):
-            x, targets = x_ND[start : start + chunk], targets_N[start : start + chunk]
+        logits_NV = x_ND.new_empty(min(product, len(x_ND)), len(weight_VD))
+        log_p_NV = torch.empty_like(logits_NV[:softmax], dtype=total.dtype)
+        part_VD = torch.empty_like(weight_VD) if need_weight and not weight_VD.is_cuda else None
+        for start in range(0, len(x_ND), product):
+            x, targets = x_ND[start : start + product], targets_N[start : start + product]
             logits = torch.mm(x, weight_VD.T, out=logits_NV[: len(x)])
-            log_p = torch.log_softmax(logits, -1, dtype=total.dtype, out=log_p_NV[: len(x)])
-            valid = targets != IGNORE
-            index = targets.masked_fill(~valid, 0)[:, None]
-            total -= (log_p.gather(1, index).squeeze(1) * valid).sum()
-            if need_x or need_weight:
-                # d loss / d logits = softmax - one-hot
-                grad = log_p.exp_()
-                grad.scatter_add_(1, index, grad.new_full((len(x), 1), -1.0))
-                grad = logits.copy_(grad.mul_(valid[:, None]))
-                if grad_x is not None:
-                    torch.mm(grad, weight_VD, out=grad_x[start : start + chunk])
-                if grad_weight is not None:
-                    grad_weight += torch.mm(grad.T, x, out=part_VD)
+            for some, wanted in zip(logits.split(softmax), targets.split(softmax)):
+                log_p = torch.log_softmax(some, -1, dtype=total.dtype, out=log_p_NV[: len(some)])
+                valid = wanted != IGNORE
+                index = wanted.masked_fill(~valid, 0)[:, None]
+                total -= (log_p.gather(1, index).squeeze(1) * valid).sum()
+                if need_x or need_weight:
+                    # d loss / d logits = softmax - one-hot
+                    grad = log_p.exp_()
+                    grad.scatter_add_(1, index, grad.new_full((len(some), 1), -1.0))
+                    some.copy_(grad.mul_(valid[:, None]))
+            if grad_x is not None:
+                torch.mm(logits, weight_VD, out=grad_x[start : start + product])
+            if grad_weight is not None:
+                add_product(grad_weight, logits.T, x, part_VD)
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.weight_dtype, ctx.product = weight_VD.dtype, product
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return (
-            None if grad_x is None else grad_x * grad.to(grad_x.dtype),
+            None if grad_x is None else scaled(grad_x, grad, ctx.product),
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor | None) -> None:
+    """Adds the matrix product a b to `total`, which may be fp32 where a and b are bf16.
+
+    buffer: of total's shape in the dtype of a and b. With None, as on CUDA, the product adds in fp32 by itself, without
+    another pass over `total` (`addmm` with `out_dtype`, torch 2.10 or newer; CPUs have none).
+    """
+    if buffer is None:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(a, b, out=buffer)
+
+
+def scaled(x: Tensor, factor: Tensor, rows: int) -> Tensor:
+    """x times a scalar, in x's dtype. The factor may be wider and is not rounded; `rows` rows are wide at a time."""
+    if x.dtype == factor.dtype:
+        return x * factor
+    out = torch.empty_like(x)
+    for part, result in zip(x.split(rows), out.split(rows)):
+        result.copy_(part.to(factor.dtype) * factor)
+    return out

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dsv3_lightning.model.attention import causal_attention
+from dsv3_lightning.model.attention_kernels import Documents, causal_attention
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import CosSin, apply_rope, softmax_scale
 
@@ -28,9 +28,9 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * config.v_head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: CosSin, attn_mask_B1TT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: CosSin, documents: Documents | None = None) -> Tensor:
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in self.keys_values(x_BTD, rope))
-        out_BHTC = causal_attention(self.queries(x_BTD, rope), k, v, self.scale, attn_mask_B1TT)
+        out_BHTC = causal_attention(self.queries(x_BTD, rope), k, v, self.scale, documents)
         return self.o_proj(out_BHTC.transpose(1, 2).flatten(2))
 
     def queries(self, x_BTD: Tensor, rope: CosSin) -> Tensor:

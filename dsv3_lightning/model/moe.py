@@ -13,7 +13,7 @@ from dsv3_lightning.model.router import Router
 
 
 class RouterStats(NamedTuple):
-    """What a MoE layer reports beside its output.
+    """What a MoE layer reports in addition to its output.
 
     counts_E: tokens per expert without padding, int64. balance: by name, the result of `balance_terms`.
     """

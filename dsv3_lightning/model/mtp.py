@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dsv3_lightning.model.attention_kernels import Documents
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import RouterStats
@@ -35,8 +36,8 @@ class MTPModule(nn.Module):
 
     def forward(
         self, h_BTD: Tensor, embedding_BTD: Tensor, rope: CosSin, mask_BT: Tensor,
-        attn_mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, RouterStats]:  # fmt: skip
         """h_k [B, T, D], before `norm` and the output head."""
         joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(h_BTD)), -1)
-        return self.block(self.eh_proj(joined), rope, mask_BT, attn_mask_B1TT)  # eq. 21, 22
+        return self.block(self.eh_proj(joined), rope, mask_BT, documents)  # eq. 21, 22

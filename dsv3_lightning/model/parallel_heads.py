@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from dsv3_lightning.model.attention_kernels import Documents
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import RouterStats
@@ -25,7 +26,7 @@ class ParallelHead(nn.Module):
         return trunk_BTD, None, mask_BS[:, : h_BTD.shape[1]]
 
     def forward(
-        self, h_BTD: Tensor, embedding_BTD: None, rope: CosSin, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
+        self, h_BTD: Tensor, embedding_BTD: None, rope: CosSin, mask_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, RouterStats]:
         """The head's output [B, T, D], before `norm` and the output head."""
-        return self.block(h_BTD, rope, mask_BT, attn_mask_B1TT)
+        return self.block(h_BTD, rope, mask_BT, documents)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_lightning.model.attention import document_mask
+from dsv3_lightning.model.attention_kernels import Documents, find_documents
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.cpu import LossChunks
 from dsv3_lightning.model.init import Fill, fill, init_weights
 from dsv3_lightning.model.losses import linear_cross_entropy
 from dsv3_lightning.model.moe import RouterStats
@@ -36,9 +37,9 @@ class Losses(NamedTuple):
 
 
 class OutputHead(nn.Linear):
-    """h [..., D] -> logits [..., V]. `loss` never holds them all, but max_logits numbers (see `cpu.max_logits`)."""
+    """h [..., D] -> logits [..., V]. `loss` never holds them all (chunks; None: see `cpu.loss_chunks`)."""
 
-    max_logits: int | None = None
+    chunks: LossChunks | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight.to(h.dtype))  # sharded and tied to the embedding, the weight is wider in bf16
@@ -47,7 +48,7 @@ class OutputHead(nn.Linear):
         """Summed cross-entropy of the targets that are not IGNORE, fp32 [P]. One call for all P heads, so that a
         sharded weight is gathered once."""
         rows = zip(inputs_PBTD, targets_BPT.unbind(1), strict=True)
-        losses = [linear_cross_entropy(h.flatten(0, 1), self.weight, t.flatten(), self.max_logits) for h, t in rows]
+        losses = [linear_cross_entropy(h.flatten(0, 1), self.weight, t.flatten(), self.chunks) for h, t in rows]
         return torch.stack(losses)
 
     @torch.no_grad()
@@ -97,13 +98,13 @@ class Transformer(nn.Module):
         return self.lm_head(h_BTD)
 
     def trunk(
-        self, h_BTD: Tensor, mask_BT: Tensor, attn_mask_B1TT: Tensor | None = None
+        self, h_BTD: Tensor, mask_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """The main model from the embeddings to its final norm: [B, T, D], and the stats of its MoE layers."""
         rope = cos_sin(self.config, torch.arange(h_BTD.shape[1], device=h_BTD.device))
         stats = []
         for block in self.layers:
-            h_BTD, layer_stats = self.recompute(block, h_BTD, rope, mask_BT, attn_mask_B1TT)
+            h_BTD, layer_stats = self.recompute(block, h_BTD, rope, mask_BT, documents)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(h_BTD), stats
@@ -120,21 +121,22 @@ class Transformer(nn.Module):
 
         mask_BS: bool, False on padding. targets_BPT: int64, [:, p, i] is token i + 1 + p or IGNORE; p = 0 is the main
         head; None computes the routing alone. draft: whether the most likely token by each head is wanted, too.
-        documents_BS: int64, the number of each token's document, where documents of a sample do not see each other.
+        documents_BS: int64, the number of each token's document, where documents of a sample do not see each other;
+        best on the host (see `find_documents`).
         MTP module k starts from h_{k-1}, where h_0 is the main model's output after its final norm (eq. 21-25); a
         parallel head from h_0.
         """
         T = tokens_BS.shape[1] - 1 - self.config.mtp_depth if targets_BPT is None else targets_BPT.shape[-1]
         # At a document's end, module k sees a token of the next document. Only that position's own prediction is
         # affected, and it has no target.
-        attn_mask_B1TT = None if documents_BS is None else document_mask(documents_BS[:, :T])
+        documents = None if documents_BS is None else find_documents(documents_BS[:, :T], tokens_BS.device)
         embedding_BSD = self.embed_tokens(tokens_BS)  # once, also for the MTP modules: where sharded, it is gathered
-        trunk_BTD, stats = self.trunk(embedding_BSD[:, :T], mask_BS[:, :T], attn_mask_B1TT)
+        trunk_BTD, stats = self.trunk(embedding_BSD[:, :T], mask_BS[:, :T], documents)
         rope = cos_sin(self.config, torch.arange(T, device=tokens_BS.device))
         h_BTD, head_inputs = trunk_BTD, [trunk_BTD]
         for k, module in enumerate(cast(list[MTPModule], self.mtp), start=1):
             h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, embedding_BSD, mask_BS)
-            h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, attn_mask_B1TT)
+            h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, documents)
             stats.append(layer_stats)
             head_inputs.append(module.norm(h_BTD))
         nll_P = torch.zeros(0, device=h_BTD.device)

@@ -82,8 +82,8 @@ def find_launch(environment: Environment) -> Launch:
         return Launch(size=size, local_rank=local_rank, node=node or 0)
     if "RANK" in environment and (size or 1) > 1:
         raise ConfigError(
-            f"RANK={environment['RANK']}, WORLD_SIZE={size}: LOCAL_RANK is not set, without which each process would "
-            "take itself for the only one; start by torchrun, or unset them"
+            f"RANK={environment['RANK']}, WORLD_SIZE={size}: LOCAL_RANK is not set; without it each process would "
+            "consider itself the only one; start by torchrun, or unset them"
         )
     return Launch(node=node or 0)
 
@@ -127,7 +127,7 @@ def number(environment: Environment, name: str, default: int | None = None) -> i
     if text is None:
         return default
     if not text.strip().isdecimal():
-        raise ConfigError(f"{name}={text!r}: must be a whole number from 0 on, or unset")
+        raise ConfigError(f"{name}={text!r}: must be a whole number of at least 0, or unset")
     return int(text)
 
 
@@ -182,7 +182,7 @@ def rank_of(trainer: dict[str, Any], environment: Environment) -> int:
         for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if nodes > 1 else ("MASTER_PORT",):
             if name not in environment and not (name == "NODE_RANK" and "GROUP_RANK" in environment):
                 reason = f"LOCAL_RANK={launch.local_rank}" if "LOCAL_RANK" in environment else shown
-                raise ConfigError(f"{reason}: {name} is not set, so that the processes could not meet; use torchrun")
+                raise ConfigError(f"{reason}: {name} is not set, so the processes can't find each other; use torchrun")
     return rank
 
 

@@ -10,6 +10,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 # The errors that may reach a run's main thread: of a collective, or of a checkpoint written in the background.
 ERRORS = (RuntimeError, CheckpointException)
 CLOSED = ("gloo", "Connection closed by peer", "Connection reset by peer", "caused pair closure")
+# NCCL's watchdog ends the process itself, unless TORCH_NCCL_BLOCKING_WAIT=1 or a communicator is just being made. Of
+# the errors that Python sees then, these are of this rank or of the program, and no other rank's.
+OWN_NCCL = ("ncclUnhandledCudaError", "ncclInternalError", "ncclInvalidArgument", "ncclInvalidUsage")
 
 
 def peer_failure(error: BaseException, started: Sequence[subprocess.Popen]) -> str | None:
@@ -21,8 +24,11 @@ def peer_failure(error: BaseException, started: Sequence[subprocess.Popen]) -> s
     late = any(sign in text.lower() for sign in ("timed out", "timeout"))
     if not (isinstance(error, dist.DistError) or any(sign in text for sign in CLOSED)):
         return None
+    if any(sign in text for sign in OWN_NCCL):
+        return None
     for rank, process in enumerate(started, start=1):
         if code := process.poll():
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return f"rank {rank} is gone ({how})"
-    return "another rank did not answer within strategy.timeout_minutes" if late else "another rank is gone"
+    limit = "strategy.timeout_minutes (step_timeout_minutes after the first step)"
+    return f"another rank did not answer within {limit}" if late else "another rank is gone"

@@ -7,12 +7,13 @@ ranks hold different experts and exchange tokens, and the other factor of `dp_sh
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 
-KINDS = ("fsdp2", "hsdp", "fsdp2_ep")
+Kind = Literal["fsdp2", "hsdp", "fsdp2_ep"]
+KINDS: tuple[str, ...] = get_args(Kind)
 Size = int | Literal["auto"]
 
 
@@ -38,9 +39,11 @@ class StrategyConfig:
     dispatcher: the class that sends tokens to the ranks of their experts and back, with the methods of
         `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
     timeout_minutes: how long a collective waits for a rank before all ranks stop.
+    step_timeout_minutes: the same from the second step of a start on, when everything is connected and warm; None: as
+        before. It must be longer than the first rank takes for a checkpoint of one file, or for its part of one.
     """
 
-    kind: Literal["fsdp2", "hsdp", "fsdp2_ep"]
+    kind: Kind
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
     expert_parallel: Size = "auto"
@@ -52,6 +55,7 @@ class StrategyConfig:
     sharded_checkpoints: bool = False
     dispatcher: str = "dsv3_lightning.parallel.dispatch.AllToAll"
     timeout_minutes: float = 30.0
+    step_timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "expert_parallel", "node_size"):
@@ -62,6 +66,11 @@ class StrategyConfig:
             raise ConfigError(f"strategy.prefetch={self.prefetch}: must be at least 0")
         if not self.timeout_minutes > 0:
             raise ConfigError(f"strategy.timeout_minutes={self.timeout_minutes}: must be above 0")
+        if (later := self.step_timeout_minutes) is not None and not 0 < later <= self.timeout_minutes:
+            raise ConfigError(
+                f"strategy.step_timeout_minutes={later}: must be above 0 and at most "
+                f"strategy.timeout_minutes={self.timeout_minutes}, or null"
+            )
 
 
 @dataclass(frozen=True)

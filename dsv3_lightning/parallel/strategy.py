@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -16,7 +17,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.shards import Saver, read_parts
 from dsv3_lightning.parallel.dispatch import AllToAll
-from dsv3_lightning.parallel.groups import build_meshes
+from dsv3_lightning.parallel.groups import build_meshes, set_timeout
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
 from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
@@ -37,6 +38,8 @@ class MeshStrategy(ModelParallelStrategy):
         backend = "cpu:gloo,cuda:nccl" if self.config.cpu_offload else None
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout, process_group_backend=backend)
         self.saver: Saver | None = None
+        self.started_at: int | None = None  # the step that this start began with
+        self.timeout_lowered = False
 
     def setup_environment(self) -> None:
         if self.config.cpu_offload and self.root_device.type == "cpu":
@@ -48,6 +51,18 @@ class MeshStrategy(ModelParallelStrategy):
         self._device_mesh = self.meshes.dense
         self.saver = Saver() if self.config.sharded_checkpoints else None
         rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """After the first step of this start, lowers the limit on the time that a collective waits for a rank."""
+        minutes, step = self.config.step_timeout_minutes, self.lightning_module.trainer.global_step  # type: ignore[union-attr]
+        if self.started_at is None:
+            self.started_at = step
+        if minutes is None or self.timeout_lowered or step == self.started_at:
+            return
+        self.barrier()  # a rank that is still in its first step has the longer limit
+        set_timeout(self.meshes, timedelta(minutes=minutes))
+        dist.group.WORLD.set_timeout(timedelta(minutes=minutes))  # type: ignore[union-attr]
+        self.timeout_lowered = True
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

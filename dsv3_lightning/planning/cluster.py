@@ -13,7 +13,8 @@ from dsv3_lightning.planning.layout import Mesh, Policy, Work
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import attention_weights, moe_parts, parameter_split, small_parameters, swiglu
 
-MAX_LOGITS = 2**27  # logits computed at a time, as in model/cpu.py for GPUs
+MAX_LOGITS = 2**27  # logits in fp32 at a time, and tokens of a product with the head, as in model/cpu.py for GPUs
+LOSS_PRODUCT = 4096
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     else:
         dense, routed = parameter_split(model)
         ahead = computed * (dense + routed / shape.ep)
-    logits = min(work.tokens, MAX_LOGITS // model.vocab_size) * model.vocab_size
+    softmax = MAX_LOGITS // model.vocab_size
+    product = min(work.tokens, max(softmax, LOSS_PRODUCT))
+    logits = (computed * product + 4 * min(work.tokens, softmax)) * model.vocab_size
     moments = [
-        (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + (computed + 4) * logits,
+        (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + logits,
          work.tokens * per_token.kept),
         (ahead + computed * head + (2 + model.mtp_depth) * 4 * head, work.tokens * per_token.kept),
         (ahead + 2 * block + 4 * head, work.tokens * (per_token.kept + per_token.made_again)),
@@ -102,7 +105,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     return RankMemory(
         weights=whole.weights / shape.dp_shard + more,
         gradients=whole.gradients / shape.dp_shard + more,
-        optimizer=whole.optimizer / shape.dp_shard + 2 * more,
+        optimizer=(whole.optimizer / shape.dp_shard + 2 * more) * work.moment / 4,
         gathered=gathered + 4 * small,
         activations=held,
         offloaded=strategy.cpu_offload,

@@ -37,6 +37,7 @@ class Work:
     """The work of an optimizer step. tokens: per micro-batch and rank. micro_batches: per rank and step.
 
     documents: the mean length of the documents that tokens attend within; None: of the whole sequence.
+    moment: bytes of a number in AdamW's moments.
     """
 
     tokens: int
@@ -45,6 +46,7 @@ class Work:
     precision: str
     policy: str
     documents: float | None = None
+    moment: int = 4
 
     @property
     def computed(self) -> int:
@@ -83,11 +85,11 @@ class Implementation:
         node and then per rank, by kernels of their own.
     exchange_hidden: it runs beside another micro-batch's computing.
     counted: exchanges of counts per MoE layer and pass. syncs: how often the host waits for the GPU there.
-    logits: numbers computed at a time; None: all.
+    logits: numbers computed at a time, but at least those of `least_tokens` tokens; None: all.
     fp32_passes: bytes per weight of the head and chunk of logits, to add up its gradient.
     zero1: parameters are gathered and gradients reduced once per step.
     reduce_once: copies of the model add their gradients once per step.
-    gradient, moment: bytes of a number. again: by checkpointing policy.
+    gradient: bytes of a number. again: by checkpointing policy.
     """
 
     attention: str
@@ -99,11 +101,11 @@ class Implementation:
     counted: int = 1
     exchange_hidden: bool = False
     logits: int | None = 2**27
+    least_tokens: int = 1
     fp32_passes: int = 12
     zero1: bool = False
     reduce_once: bool = False
     gradient: int = 4
-    moment: int = 4
     again: dict[str, Again] = field(default_factory=dict)
 
 
@@ -115,10 +117,32 @@ FIRST = Implementation(  # this project's code of November 2026, before it was p
         "full": Again(1, 1, 1, 1, 1, 2),
     },
 )  # fmt: skip
-NOW = {  # what the code does today, by GPU generation
-    "sm90": replace(FIRST, reduce_once=True),
-    "sm80": replace(FIRST, reduce_once=True),
+ONCE = replace(FIRST, reduce_once=True)
+KERNELS = replace(ONCE, attention="cudnn", masked="flash", least_tokens=4096, fp32_passes=8)
+TRAVELING = replace(  # gates travel with the tokens; with `full` they are sent again, but not back
+    KERNELS, rows="gated", syncs=1,
+    again={
+        "none": Again(0, 0, 0, 0, 0, 0),
+        "selective": Again(0, 0, 0, 1, 0.3, 0),
+        "full": Again(1, 2 / 3, 1, 1, 0.3, 1),
+    },
+)  # fmt: skip
+HISTORY = {
+    "the same code, planned by part": FIRST,
+    "copies of the model add their gradients once per step": ONCE,
+    "attention by cuDNN, unpadded; the loss in larger products": KERNELS,
+    "gates travel with the tokens; nothing is sent twice, one wait per pass": TRAVELING,
+    "a token travels once to each node": replace(TRAVELING, exchange="by_node", rows="by_node"),
 }
+
+
+def now(state: str) -> dict[str, Implementation]:
+    """A state of the code, by GPU generation: cuDNN's attention is the faster one on Hopper alone."""
+    code = HISTORY[state]
+    return {"sm90": code, "sm80": replace(code, attention="flash")}
+
+
+NOW = now("attention by cuDNN, unpadded; the loss in larger products")  # what the code does today
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,8 @@ def head(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
     seconds = 3 * 2 * V * D * tokens * heads / rate
     moved = sum(passes.logits(work.computed, code.fused)) * V * tokens * heads
     if code.logits is not None:
-        chunks = -(-work.tokens * V // code.logits) * work.micro_batches * heads
+        chunk = max(code.least_tokens, code.logits // V)
+        chunks = -(-work.tokens // chunk) * work.micro_batches * heads
         moved += code.fp32_passes * chunks * V * D
     return [Part("output head and loss", seconds + moved / hardware.memory_rate, (), (name, "memory.share"))]
 
@@ -172,8 +173,8 @@ def optimizer(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Pa
     numbers = count_parameters(model).total / layout.mesh.dp_shard
     if layout.strategy.cpu_offload:
         return []
-    code = layout.code
-    each = passes.ADAMW if (code.gradient, code.moment) == (4, 4) else passes.adamw(code.gradient, code.moment)
+    gradient, moment = layout.code.gradient, layout.work.moment
+    each = passes.ADAMW if (gradient, moment) == (4, 4) else passes.adamw(gradient, moment)
     return [Part("optimizer", each * numbers / hardware.memory_rate, (), ("memory.share",))]
 
 

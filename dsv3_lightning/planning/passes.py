@@ -77,8 +77,15 @@ def router(model: ModelConfig, c: int, fused: bool) -> Passes:
 
 # Reads and writes of rows of D numbers for each routed token, forward and backward (model/permute.py,
 # parallel/dispatch.py). `local`: to the order of experts, and back with the gates. `sorted`: that, and again at the
-# receiver, in both directions. `folded`: as sorted, with the gates in the last gather. `fused`: copies by the exchange.
-ROW_PASSES = {"local": Passes(5, 7), "sorted": Passes(9, 11), "folded": Passes(7, 9), "fused": Passes(3, 3)}
+# receiver, in both directions. `gated`: as sorted, with sums over a token's rows in fp32, a row at a time, which are
+# seven passes. `by_node`: that, with such a sum for each node. `fused`: copies by the exchange's own kernels.
+ROW_PASSES = {
+    "local": Passes(5, 7),
+    "sorted": Passes(9, 11),
+    "gated": Passes(13, 13),
+    "by_node": Passes(17, 17),
+    "fused": Passes(3, 3),
+}
 
 
 def logits(c: int, fused: bool) -> Passes:

@@ -74,7 +74,7 @@ def refuse_changes(path: str, stored: Tree, stateful: set[str], tree: Tree, step
     differing = differences(stored, tree, lambda key: rule(key).road in free)
     differing |= changed_arguments(stored["callbacks"], stateful, tree["callbacks"])
     if differing:
-        raise ConfigError(f"run.resume={path}: these settings can't change in a run that goes on: {shown(differing)}")
+        raise ConfigError(f"run.resume={path}: these settings can't change when a run resumes: {shown(differing)}")
     if step > (max_steps := tree["trainer"]["max_steps"]):
         raise ConfigError(f"run.resume={path}: is of step {step}, beyond trainer.max_steps={max_steps}")
 

@@ -1,4 +1,4 @@
-"""What a run's failures are told as: one line with the file that could not be written, or the rank that was lost."""
+"""A run's failure as one line, with the file that could not be written, or the rank that was lost."""
 
 import errno
 import threading
@@ -16,9 +16,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a write fa
 
 
 def in_one_line(error: BaseException, folder: Path) -> BaseException:
-    """The error to tell: of a chain the last that is meant for users, or the file that could not be written.
+    """The error to report: the last one of a chain that is meant for users, or the file that could not be written.
 
-    What Lightning raises while it tidies up after those would hide them.
+    Errors that Lightning raises while it cleans up would hide these.
     """
     step: BaseException | None = error
     while step is not None:
@@ -34,7 +34,7 @@ def in_one_line(error: BaseException, folder: Path) -> BaseException:
 
 
 def of_event_files(error: OSError) -> bool:
-    """Whether TensorBoard's writer raised it, which tells no path."""
+    """Whether TensorBoard's writer raised it, whose errors name no file."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith("tensorboard.") for frame, _ in frames)
 
@@ -46,7 +46,7 @@ def hide_event_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
-    """Raises RunStopped where the error came of that, and ends the ranks that this one has started."""
+    """Raises RunStopped if another rank's end caused the error, and ends the ranks that this one has started."""
     if isinstance(error, RunStopped):
         return
     watched = getattr(trainer.strategy.launcher, "procs", [])
@@ -60,4 +60,4 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
         for process in started:
             process.kill()
         who = f"rank {trainer.global_rank} stops"
-        raise RunStopped(f"{who}: {lost}; the same command goes on from the newest checkpoint") from error
+        raise RunStopped(f"{who}: {lost}; the same command resumes from the newest checkpoint") from error

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
+from dsv3_lightning.callbacks.loss_spike import LossSpiked
 from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.compose import PRESETS, read_yaml
 from dsv3_lightning.config.ecosystem import check_fresh
@@ -23,12 +24,16 @@ from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
+from dsv3_lightning.model.devices import device_of
+from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
 from dsv3_lightning.runs.record import CONFIG, RunFolder
+from dsv3_lightning.runs.returns import free_memory, record_return
+from dsv3_lightning.runs.space import check_space
 from dsv3_lightning.runs.start import weight_source
 from dsv3_lightning.runs.trainer import (
     build_trainer,
@@ -37,12 +42,14 @@ from dsv3_lightning.runs.trainer import (
     quiet_libraries,
     refuse_taken_port,
     resolve_precision,
+    run_device,
 )
+from dsv3_lightning.training.hardware import hardware_lines
 from dsv3_lightning.training.module import PretrainModule
 
 
 class Start(NamedTuple):
-    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and what to tell of it."""
+    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and notes to print."""
 
     checkpoint: tuple[Path, int] | None
     source: WeightSource | None
@@ -60,7 +67,7 @@ class Parts(NamedTuple):
 
 
 def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
-    """Trains to the last step, or says that this is done. Returns the exit status.
+    """Trains to the last step, or says that the run is finished. Returns the exit status.
 
     sources: the files that the settings came from, which the run's folder keeps. Raises ConfigError and RunStopped.
     """
@@ -68,32 +75,47 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
     rank_zero_only.rank = rank_of(config.trainer, os.environ)  # type: ignore[attr-defined]  # Lightning believes RANK
     folder = RunFolder(config)
     try:
-        with put_back(os.environ):
+        variables = run_environment(
+            run_device(config).type, several_processes(config.trainer), folder.path / "flight_recorder", os.environ
+        )
+        with put_back(os.environ), added(os.environ, variables):
             if open_run(folder, config, tree):
                 return 0
-            start = find_start(folder, config, tree)
-            parts, reason = build(folder, config, tree, start)
-            if is_first_rank():
-                prepare_once(folder, config, sources, start, parts, reason)
-            return train(parts, start)
+            while (code := train_once(folder, config, tree, sources)) is None:
+                free_memory()
+            return code
     except Exception as error:
-        if (told := in_one_line(error, folder.path)) is error:
+        if (reported := in_one_line(error, folder.path)) is error:
             raise
-        raise told from error
+        raise reported from error
     finally:  # an exception inside of Lightning keeps this frame, and the lock with it, until garbage is collected
         folder.lock.release(force=True)
+
+
+def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources: list[Path]) -> int | None:
+    """Trains from the newest checkpoint, if any. Returns the exit status; None where the run goes back to another."""
+    start = find_start(folder, config, tree)
+    parts, reason = build(folder, config, tree, start)
+    if is_first_rank():
+        prepare_once(folder, config, sources, start, parts, reason)
+    make_folder_of(os.environ.get(RECORDER))
+    try:
+        return train(parts, start)
+    except LossSpiked as spiked:
+        record_return(folder.path, parts.trainer, parts.data, spiked)
+        return None
 
 
 def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
     """Takes the folder of a run that exists, and returns whether the run is finished. Raises ConfigError.
 
-    Every rank looks: none waits for another that is done.
+    Every rank checks this, so that none waits for another that has ended.
     """
     if not is_first_rank():
         wait_for_first_rank(folder.path / CONFIG, rank_zero_only.rank)  # type: ignore[attr-defined]
     elif folder.stored_tree() is not None:
         folder.reopen(tree)
-    finished = folder.finished() and folder.goes_on()
+    finished = folder.finished() and folder.resumes_own()
     if finished and is_first_rank():
         shown = display_path(folder.path)
         print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
@@ -120,8 +142,9 @@ def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
         init_after_restart(
-            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout
-        )
+            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout,
+            trainer.strategy.root_device,
+        )  # fmt: skip
     max_steps, accumulate = config.trainer["max_steps"], config.trainer["accumulate_grad_batches"]
     module = PretrainModule(
         config.model, config.optimizer, config.loss, config.compute, config.data.sequence_length, max_steps,
@@ -131,6 +154,7 @@ def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start)
     whole_steps = module.balance.needs_counts and accumulate > 1
     limit = config.trainer["limit_val_batches"]
     data = TextDataModule(config.data, config.model.mtp_depth, max_steps, whole_steps, limit, folder.data_inputs())
+    module.ramp = data.micro_batches
     return Parts(trainer, module, data, logger, recorded), reason
 
 
@@ -139,14 +163,17 @@ def prepare_once(
 ) -> None:
     """Prepares the data, makes the run's folder if it isn't there, and says what is about to happen: first rank only.
 
-    The folder is made when everything has been found to be right: settings that failed don't block its name.
+    The folder is made once everything has been checked, so that settings that fail don't block its name.
     """
     said: list[str] = []
     prepared = parts.data.prepare_tokens(tell=said.append)
+    if start.checkpoint is None or start.checkpoint[1] < config.trainer["max_steps"]:
+        space = check_space(config, folder.path, parts.tree["trainer"]["precision"])
+        said += [space] if space is not None else []
     note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
     folder.create(parts.tree, sources)
     folder.keep_data(prepared)
-    banner(config, folder, start.checkpoint, reason)
+    banner(config, folder, start.checkpoint, reason, str(parts.tree["trainer"]["precision"]))
     if start.checkpoint is not None:
         folder.begin(start.checkpoint)
     else:
@@ -169,6 +196,8 @@ def train(parts: Parts, start: Start) -> int:
                 trainer.validate(parts.module, parts.data, ckpt_path=checkpoint[0], weights_only=True, verbose=False)
             else:
                 trainer.fit(parts.module, parts.data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
+    except LossSpiked:
+        raise
     except ERRORS as error:
         if isinstance(error, RunStopped) and not trainer.is_global_zero:
             return error.code  # all ranks stop together, and the first one says why
@@ -178,7 +207,7 @@ def train(parts: Parts, start: Start) -> int:
 
 
 def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
-    """The folder that the run starts from, and what to tell of it. Raises ConfigError where it has another model."""
+    """The folder that the run starts from, and notes to print. Raises ConfigError where it has another model."""
     if config.init_from is None:
         return None, []
     source = weight_source(config.init_from)
@@ -188,7 +217,7 @@ def open_source(config: Config) -> tuple[WeightSource | None, list[str | None]]:
     return source, [*source.notes, *differing, f"weights of {config.init_from}; {loss}"]
 
 
-def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str) -> None:
+def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, reason: str, precision: str) -> None:
     """What is about to happen, before the first step."""
     counts = count_parameters(config.model)
     max_steps = config.trainer["max_steps"]
@@ -198,6 +227,9 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
         f"{max_steps:,} steps, {tokens:,} tokens"
     )
     print(f"{reason}; dashboard: tensorboard --logdir {shlex.quote(display_path(config.run.dir))}")
+    device, data = device_of(run_device(config)), config.data
+    for line in hardware_lines(config.model, device, precision, data.sequence_length, data.isolate_documents):
+        print(line)
     print(
         f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting a new run", flush=True
     )

@@ -31,7 +31,7 @@ CARRIED = "run"  # the key under which a consolidated file has its run's tokeniz
 class Found(NamedTuple):
     """A run's checkpoint and what is needed to use its model.
 
-    folder: where results go unless told otherwise: the run's, or the one that a consolidated file lies in.
+    folder: the default folder for results: the run's, or the one that a consolidated file lies in.
     report: the content of report.json; empty where the run has none yet.
     """
 
@@ -86,7 +86,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def best_checkpoint(run: Path) -> OpenCheckpoint:
-    """Of a run's folder the one with the lowest validation loss, else the newest. Raises ConfigError."""
+    """The run's checkpoint with the lowest validation loss, else the newest. Raises ConfigError."""
     folder = run / "checkpoints"
     found = open_newest([*(best for _, best in best_files(folder)), *step_files(folder)])
     if found is None:
@@ -95,7 +95,7 @@ def best_checkpoint(run: Path) -> OpenCheckpoint:
 
 
 def tokenizer_and_report(run: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """Of a run's folder; the report is empty where there is none yet. Raises ConfigError."""
+    """The tokenizer and the report in a run's folder; the report is empty if there is none yet. Raises ConfigError."""
     return Tokenizer.from_file(run), read_report(run) or {}
 
 

@@ -43,7 +43,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What the data of the run in a folder were made of; None where it doesn't say. Raises ConfigError."""
+    """The inputs that a run's data were made from; None if they aren't recorded. Raises ConfigError."""
     return read_if_there(folder / INPUTS)
 
 
@@ -86,9 +86,9 @@ class RunFolder:
         write_file(self.path / CONFIG, to_yaml(tree))
 
     def take(self) -> None:
-        """Locks the folder, which is made if need be. Raises ConfigError."""
+        """Locks the folder, and creates it if needed. Raises ConfigError."""
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path}: the run's folder can't be made, a file of that name is in its place")
+            raise ConfigError(f"{self.path}: the run's folder can't be created, a file of that name exists")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -105,16 +105,18 @@ class RunFolder:
     def refuse_other(self, stored: dict[str, Any], tree: dict[str, Any]) -> None:
         compared = self.data_inputs() is not None and not self.finished()
         if differing := shown_differences(stored, tree, compared):
-            raise ConfigError(f"{self.path}: a run with other settings is there ({differing}); choose another run.name")
+            raise ConfigError(
+                f"{self.path}: already holds a run with other settings ({differing}); choose another run.name"
+            )
         if self.config.run.resume is False and (resumable_files(self.path / "checkpoints") or self.finished()):
             raise ConfigError(
                 f"{self.path}: run.resume=false, but the run exists; choose another run.name or resume=auto"
             )
 
     def data_inputs(self) -> dict[str, Any] | None:
-        """What the run's data were made of; None before they were. Its own, or those of the run that it goes on from.
+        """What the run's data were made of; None before they were. Its own, or those of the run that it resumes from.
 
-        The run holds to them (data/text/prepare.py), wherever the texts and the tokenizer lie by now.
+        The run must have the same (data/text/prepare.py), wherever texts and tokenizer are now.
         """
         wanted = self.config.run.resume
         elsewhere = Path(wanted).parent.parent if isinstance(wanted, str) and wanted != "auto" else self.path
@@ -124,7 +126,7 @@ class RunFolder:
     def keep_data(self, prepared: Path) -> None:
         """Copies the tokenizer and the record of the inputs, so that the folder is all that generating needs.
 
-        Raises ConfigError where another tokenizer is there: the run's weights know its ids.
+        Raises ConfigError if the folder has another tokenizer, to whose ids the run's weights belong.
         """
         from dsv3_lightning.data.text.store import read_manifest  # loads NumPy
 
@@ -133,7 +135,7 @@ class RunFolder:
         there = {name: (self.path / name).read_bytes() for name in files if (self.path / name).is_file()}
         if differing := [name for name in there if there[name] != files[name] and name != INPUTS]:
             raise ConfigError(
-                f"{self.path / differing[0]}: is another than that of the data in {prepared}; choose another run.name"
+                f"{self.path / differing[0]}: differs from the data's in {prepared}; choose another run.name"
             )
         for name in files.keys() - there.keys():
             write_file(self.path / name, files[name])
@@ -143,7 +145,7 @@ class RunFolder:
         report = read_report(self.path)
         return report is not None and report["steps"] >= self.config.trainer["max_steps"]
 
-    def goes_on(self) -> bool:
+    def resumes_own(self) -> bool:
         """Whether the run continues from its own checkpoints: run.resume is auto or the path that it began from."""
         wanted, begun = self.config.run.resume, self.begun_from()
         return wanted == "auto" or (begun is not None and begun["path"] == wanted)
@@ -169,16 +171,16 @@ class RunFolder:
             return None
         if wanted == "auto":
             return newest_good(own)
-        begun = self.begun_from() if self.goes_on() else None
+        begun = self.begun_from() if self.resumes_own() else None
         if begun is not None and (newer := newest_good([path for path in own if step_in(path) > begun["step"]])):
             return newer
         path = Path(wanted)
         if not path.exists():
-            raise ConfigError(f"run.resume={wanted}: there is no such checkpoint")
+            raise ConfigError(f"run.resume={wanted}: no such checkpoint")
         if own and begun is None and path.parent.resolve() != own[0].parent.resolve():
             raise ConfigError(
-                f"run.resume={wanted}: {self.path} has checkpoints of its own; resume=auto goes on from them, "
-                "another run.name begins from the path"
+                f"run.resume={wanted}: {self.path} has checkpoints of its own; resume=auto continues from them, "
+                "another run.name starts from the path"
             )
         step = step_of(path)
         stored, stateful = made_with(path)
@@ -190,15 +192,24 @@ class RunFolder:
         path, step = start
         if str(path) != self.config.run.resume:
             return
-        files = self.path / "checkpoints"
-        later = [file for file in resumable_files(files) if step_in(file) > step]
-        for file in [*later, self.path / REPORT, self.path / "report.md"]:
-            if file.exists():
-                aside = self.path / SET_ASIDE / file.name
-                aside.parent.mkdir(exist_ok=True)
-                remove(aside)
-                os.replace(file, aside)
-        if later:
-            (files / "last.ckpt").unlink(missing_ok=True)
+        if set_aside(self.path, step):
             print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
         write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
+
+
+def set_aside(folder: Path, step: int) -> bool:
+    """Moves a run's checkpoints of later steps, and its report, out of the way. Returns whether there were checkpoints.
+
+    folder: the run's.
+    """
+    files = folder / "checkpoints"
+    later = [file for file in resumable_files(files) if step_in(file) > step]
+    for file in [*later, folder / REPORT, folder / "report.md"]:
+        if file.exists():
+            aside = folder / SET_ASIDE / file.name
+            aside.parent.mkdir(exist_ok=True)
+            remove(aside)
+            os.replace(file, aside)
+    if later:
+        (files / "last.ckpt").unlink(missing_ok=True)
+    return bool(later)

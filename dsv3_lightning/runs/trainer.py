@@ -112,7 +112,7 @@ def is_first_rank() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Hides what tells a user nothing: Lightning's device list and tips, and warnings about our own choices."""
+    """Hides what is of no use to users: Lightning's device list and tips, and warnings about our own choices."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     threading.excepthook = hide_event_thread
@@ -120,5 +120,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "Total length of `list`.*")  # no validation documents, as we said ourselves
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")  # a short run; the last step is shown
     warnings.filterwarnings("ignore", ".*fit.ckpt_path=(None|.last.)\\W+(was called|is set, but)")  # `check_fresh`
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")  # the run goes on
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")  # the run resumes
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

@@ -69,7 +69,7 @@ def run(runs: list[Path], markdown: Path | None, plot: Path | None, equal: bool)
     groups = grouped(find_runs(runs))
     rows = comparison(groups)
     print(table(rows))
-    print("± is the standard deviation over seeds; cache/token counts numbers; speeds are of runs beside each other")
+    print("± is the standard deviation over seeds; cache/token is in numbers; runs that shared a machine are slower")
     if markdown is not None:
         write_file(markdown, markdown_table(rows))
     if plot is not None:
@@ -109,7 +109,9 @@ def grouped(runs: list[Finished]) -> dict[str, list[Finished]]:
         label = SEED.sub("", run.folder.name)
         first = groups.setdefault(label, []) or [run]
         if (first[0].config.model, first[0].config.loss) != (run.config.model, run.config.loss):
-            raise ConfigError(f"{run.folder}: has another model or loss than {first[0].folder}, which is named alike")
+            raise ConfigError(
+                f"{run.folder}: has a different model or loss than {first[0].folder}, which has the same name"
+            )
         groups[label].append(run)
     return groups
 
@@ -192,6 +194,6 @@ PANELS = {
     "val/bpb": "bits per byte of validation text",
     "balance/max_vio": "MaxVio of a batch (0 is balance)",
     "balance/max_vio_global": "MaxVio over the validation set",
-    "mtp/acceptance_1": "share of MTP's first guesses that are kept",
+    "mtp/acceptance_1": "share of MTP's first drafts that are accepted",
     SPEED: "tokens per second",
 }

@@ -36,7 +36,7 @@ class Plan:
             if not getattr(self, name):
                 raise ConfigError(f"{name}: must not be empty")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds={self.seeds}: each once")
+            raise ConfigError(f"seeds={self.seeds}: must not repeat a seed")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Experiment:
         tasks = []
         for variant, changes in self.plan.variants.items():
             if not re.fullmatch(r"[^\W.][\w.+-]*", variant):
-                raise ConfigError(f"{self.path}: variants.{variant}: must be a word that can name a folder")
+                raise ConfigError(f"{self.path}: variants.{variant}: must be usable as a folder's name")
             merged = plain(OmegaConf.merge(self.plan.common, changes or {}))
             file = self.folder / "variants" / f"{variant}.yaml"
             for seed in self.plan.seeds:
@@ -112,4 +112,4 @@ def find_experiment(word: str) -> Path:
         if path.is_file():
             return path.resolve()
     names = sorted(path.stem for path in shipped.glob("*.yaml"))
-    raise ConfigError(f"{word}: no such experiment, neither a file nor one of ours{nearest(Path(word).stem, names)}")
+    raise ConfigError(f"{word}: no such experiment: neither a file nor a shipped one{nearest(Path(word).stem, names)}")

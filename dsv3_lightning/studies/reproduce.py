@@ -28,20 +28,20 @@ from dsv3_lightning.studies.sweep import refuse_other_settings
 QUICK = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=8")
 SCALE = (
     "The papers' models are hundreds of times larger and see a hundred thousand times as much text: what doesn't show "
-    "here may well hold there, and a loss that differs here by less than its spread says nothing."
+    "at this scale may still hold at theirs, and a difference in loss below the spread means nothing."
 )
 METHOD = (
     "Each claim is an inequality, printed as the smaller side against the larger: means over seeds ± their standard "
-    "deviation. Runs with one seed see the same data in the same order, so the verdict is about their differences: "
-    f"Student's t, 5 % on either side; within that, or with fewer than {SEEDS} seeds, it is undecided. One of twenty "
-    "such verdicts is luck. 'No number' marks what a paper chose or says without printing one: the verdict is about "
-    "our inequality alone."
+    "deviation. Runs with the same seed see the same data in the same order, so the verdict is about their "
+    f"differences: a one-sided Student's t-test at 5 % in either direction. Otherwise, or with fewer than {SEEDS} "
+    "seeds, a claim is undecided. About one in twenty verdicts is due to chance. 'No number' marks claims for which "
+    "the paper prints none: the verdict is about our inequality alone."
 )
 COLUMNS_MEAN = (
-    "MaxVio global is (max - mean) / mean of the tokens per expert over the validation batches, for each MoE layer, "
-    f"averaged over the layers, as in {LF}; MaxVio batch the same of a training batch, over the last 50 steps. "
-    "Specialization is the share of choices that text from another folder of the corpus would have made otherwise. "
-    "cache/token counts numbers."
+    "MaxVio global is (max - mean) / mean of the tokens per expert over the validation batches for each MoE layer, "
+    f"averaged over the layers, as in {LF}; MaxVio batch is the same for a training batch, averaged over the last 50 "
+    "steps. Specialization is the share of choices that text from another folder of the corpus would have made "
+    "differently. cache/token is in numbers."
 )
 Groups = dict[str, list[Finished]]
 
@@ -110,10 +110,14 @@ def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) 
     quick = set(QUICK) <= set(overrides)
     some = next(run for groups in experiments.values() for runs in groups.values() for run in runs)
     parts = [
-        "# What of the papers shows at this scale\n",
+        "# Which of the papers' claims hold at this scale\n",
         f"Made by `dsv3 reproduce --jobs 2{settings}`{'' if settings else ', or `make reproduce`,'} on "
         f"{some.report['device']} ({platform.system()}), torch {some.report['versions']['torch']}. {SCALE}\n",
-        *(["**A few steps a run show that everything works. Their verdicts mean nothing.**\n"] if quick else []),
+        *(
+            ["**These runs have only a few steps, to test that everything works. Their verdicts mean nothing.**\n"]
+            if quick
+            else []
+        ),
         f"{METHOD}\n",
         markdown_table(rows, left=len(rows[0])),
         f"{COLUMNS_MEAN}\n",
@@ -132,7 +136,7 @@ def section(name: str, groups: Groups, settings: str, pictures: str) -> list[str
     return [
         f"## {name}\n",
         f"{question(name)}\n",
-        f"`dsv3 sweep {name} --jobs 2{settings}`: {steps:,} steps of {each:,} tokens a run.{missing}\n",
+        f"`dsv3 sweep {name} --jobs 2{settings}`: {steps:,} steps of {each:,} tokens per run.{missing}\n",
         markdown_table(comparison(groups, leave_out=("tokens/s",))),
         f"![curves of {name}; bands are the range over seeds]({pictures}/{name}.png)\n",
     ]

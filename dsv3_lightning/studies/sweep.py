@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
     """Runs the unfinished runs; returns 0 if all are finished, else 1. words: the experiment, then key=value overrides.
 
-    Each run is a separate process with an equal share of the cores and logs to `<run>.log` beside its folder. A failed
+    Each run is a separate process with an equal share of the cores and logs to `<run>.log` next to its folder. A failed
     run doesn't stop the others. task: index of the only run to run. slurm: print a batch script and write nothing.
     """
 
@@ -92,9 +92,7 @@ def refuse_other_settings(task: Task) -> None:
     """Raises ConfigError if the task's folder has a run with other settings."""
     run = RunFolder(task.config)
     if differing := shown_differences(run.stored_tree() or {}, to_tree(task.config)):
-        raise ConfigError(
-            f"{run.path}: was made with other settings ({differing}); give those, or take another folder for these"
-        )
+        raise ConfigError(f"{run.path}: was run with other settings ({differing}); use those, or another folder")
 
 
 def outcome(report: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def fake_process_group(ranks: int) -> Iterator[None]:
 
 def compute_as_on_a_gpu(model: Transformer) -> None:
     """Turns off the model's CPU-specific code paths."""
-    model.lm_head.max_logits = cpu.MAX_LOGITS
+    model.lm_head.chunks = cpu.loss_chunks("cuda", model.config.vocab_size)
     for module in model.modules():
         if isinstance(module, Experts):
             module.row_multiple = 1

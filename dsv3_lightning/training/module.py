@@ -1,6 +1,7 @@
 """PretrainModule: losses, gradients and logs of a batch. Callbacks do what happens between steps."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
-from dsv3_lightning.training.logging import is_log_step, log_scalars, publish
-from dsv3_lightning.training.loops import loops_at
+from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, publish
+from dsv3_lightning.training.loops import loops_at, set_micro_batches
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
+from dsv3_lightning.training.non_finite import describe, find_on_rank, gather_findings
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.schedule import lr_factor
 from dsv3_lightning.training.stored import stored_arguments
@@ -33,9 +35,9 @@ class PretrainModule(pl.LightningModule):
     """Pre-training with L = L_main + λ/mtp_depth · Σ_k L_mtp,k + α · Σ_layers L_balance (V3 eq. 17, 25).
 
     A batch holds `tokens` and `mask` [B, T + 1 + mtp_depth], `targets` [B, 1 + mtp_depth, T] and `target_counts`
-    [1 + mtp_depth], the number of valid targets of the optimizer step over all ranks and micro-batches, by which
-    every mean is divided, however the batch is split.
-    If `balance.needs_counts`, a step's first micro-batch also holds `step_tokens` and `step_mask` of all of them.
+    [1 + mtp_depth], in a step's first micro-batch: the number of valid targets of all of the step's micro-batches on
+    this rank. Their sum over the ranks divides every mean, however the step is split.
+    If `balance.needs_counts`, the first of several micro-batches also holds `step_tokens` and `step_mask` of all.
     With `data.isolate_documents` it also holds `documents` (and `step_documents`).
     init_from: a folder with initial weights, in place of random ones.
     `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
@@ -66,7 +68,9 @@ class PretrainModule(pl.LightningModule):
         self.val_bpb = BitsPerByte()
         self.val_acceptance = Acceptance(model.mtp_depth)
         self.scalars: dict[str, float] = {}
+        self.target_counts_P: Tensor | None = None  # of the current step, over all micro-batches and ranks
         self.step_loss: Tensor | float = 0.0  # sum over the current step's micro-batches on this rank
+        self.micro_batches: list[tuple[Tensor, Tensor | None]] = []  # losses and sample numbers of the current step
         self.step_skipped = False
         self.skipped_steps = self.skipped_in_a_row = 0
         self.loaded_step = 0
@@ -74,6 +78,7 @@ class PretrainModule(pl.LightningModule):
         self.updating = False
         self.forward_start = 0.0  # time.perf_counter when the callbacks were done with a batch
         self.settings: dict[str, Any] = {}  # the run's, for its checkpoints
+        self.ramp: Callable[[int], int] | None = None  # micro-batches of the step after so many; None: always as many
         self.validated_step: int | None = None  # the step of the last validation
 
     @classmethod
@@ -139,6 +144,13 @@ class PretrainModule(pl.LightningModule):
         """Optimizer steps of the run so far, also if a finished run is loaded only for validation."""
         return max(self.trainer.global_step, self.loaded_step)
 
+    def step_targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """Valid targets of each head in the whole step over all micro-batches and ranks, int64 [P]."""
+        if "target_counts" in batch:
+            self.target_counts_P = self.trainer.strategy.reduce(batch["target_counts"].clone(), reduce_op="sum")
+        assert self.target_counts_P is not None, "a step's first micro-batch has target_counts"
+        return self.target_counts_P
+
     def step_counts(self, batch: dict[str, Tensor], losses: Losses) -> Tensor | None:
         """Tokens per expert of the whole step over all micro-batches and ranks, or None if no loss needs them."""
         if not self.balance.needs_counts:
@@ -153,17 +165,19 @@ class PretrainModule(pl.LightningModule):
         return self.balance.step_counts_LE
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
+        targets_P = self.step_targets(batch).clamp(min=1)
         losses = self.model.losses(
             batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
         )
         # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        mean_P = losses.nll_P / batch["target_counts"].clamp(min=1) * parts
+        mean_P = losses.nll_P / targets_P * parts
         loss = mean_P[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
         if len(mean_P) > 1:
             loss = loss + self.mtp_weight * mean_P[1:].mean()
         self.train_loss.update(losses.nll_P, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
+        self.micro_batches.append((loss.detach(), batch.get("sample_ids")))
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
 
     def configure_gradient_clipping(
@@ -179,8 +193,10 @@ class PretrainModule(pl.LightningModule):
         # All ranks must decide alike, and a value may be non-finite on one of them only.
         self.step_skipped = not bool(self.trainer.strategy.reduce(finite, reduce_op="sum") == self.trainer.world_size)
         self.step_loss = 0.0
+        micro_batches, self.micro_batches = self.micro_batches, []
         if self.step_skipped:
-            self.skip_step()
+            own = find_on_rank(self.trainer.global_rank, self.named_parameters(), micro_batches)
+            self.skip_step(describe(gather_findings(own, self.trainer.world_size)))
         else:
             self.skipped_in_a_row = 0
             parts = [local(gradient) for gradient in gradients]
@@ -192,7 +208,7 @@ class PretrainModule(pl.LightningModule):
         self.log_step(float(norm))
         self.updating = True  # the weights change next
 
-    def skip_step(self) -> None:
+    def skip_step(self, cause: str) -> None:
         """Drops the gradients, so AdamW changes neither weights nor moments. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
@@ -204,10 +220,11 @@ class PretrainModule(pl.LightningModule):
         if self.skipped_in_a_row >= self.optimizer_config.max_skipped_steps:
             raise RunStopped(
                 f"step {step}: the loss or a gradient was not finite {self.skipped_in_a_row} steps in a row "
-                "(optimizer.max_skipped_steps); the newest checkpoint is from before"
+                f"(optimizer.max_skipped_steps); the newest checkpoint is from before; at last {cause}"
             )
         if self.trainer.is_global_zero:
-            print(f"step {step}: the loss or a gradient is not finite; step skipped ({self.skipped_steps} so far)")
+            skipped = f"step skipped ({self.skipped_steps} so far)"
+            print(f"step {step}: the loss or a gradient is not finite; {skipped}; {cause}", flush=True)
 
     def log_step(self, norm: float) -> None:
         """Logs the means since the last logged step. Called before the optimizer's step counter increases."""
@@ -232,13 +249,23 @@ class PretrainModule(pl.LightningModule):
         """Applies the optimizer settings of this run in place of those in a checkpoint."""
         for group, wanted in zip(self.trainer.optimizers[0].param_groups, self.set_for_step, strict=True):
             group |= wanted | {"lr": wanted["initial_lr"] * self.rate_factor(self.trainer.global_step)}
+        set_micro_batches(self.trainer, self.micro_batches_after(self.trainer.global_step))
         publish(self.trainer, self.scalars)  # from before a resume: a monitored one may not be logged again soon
+
+    def micro_batches_after(self, step: int) -> int:
+        """Micro-batches of each rank in the step that follows on so many."""
+        if self.ramp is None:
+            return self.trainer.accumulate_grad_batches
+        return self.ramp(step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.forward_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.global_step >= self.max_steps:
+        step = self.trainer.global_step
+        if is_last_micro_batch(self.trainer, batch_idx):
+            set_micro_batches(self.trainer, self.micro_batches_after(step), step)
+        if step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning still validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -306,9 +333,10 @@ class PretrainModule(pl.LightningModule):
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
         self.scalars.update(checkpoint["scalars"])
         step = self.loaded_step = checkpoint["global_step"]
-        micro_batches = self.trainer.accumulate_grad_batches
-        due = step * micro_batches % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
+        all_full = step * self.trainer.accumulate_grad_batches  # val_check_interval counts full steps' micro-batches
+        due = all_full % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
         validate_first = due and not checkpoint["validated"]
+        micro_batches = self.micro_batches_after(step)
         checkpoint["loops"] = loops_at(checkpoint["loops"], step, micro_batches, validate_first)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):  # else a run whose time was up would never make another step

@@ -80,6 +80,8 @@ def check_schedule(schedule: Any, by: str, name: str) -> None:
         limit = " to at most 1.0" if by == "share" else ""
         raise ConfigError(f"{name}={schedule}: {by} must rise from 0{limit}")
     if len(schedule[0]) > 2:
-        raise ConfigError(f"{name}={schedule}: the first point has nothing before it to come from; leave its shape out")
+        raise ConfigError(
+            f"{name}={schedule}: the first point has no earlier point to interpolate from; leave out its shape"
+        )
     if any(point[1] < 0 for point in schedule):
         raise ConfigError(f"{name}={schedule}: values must be at least 0")

@@ -1,4 +1,4 @@
-"""What a module needs to be made again, from a checkpoint alone."""
+"""What is needed to build a module from a checkpoint alone."""
 
 from typing import Any
 

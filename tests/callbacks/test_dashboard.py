@@ -22,7 +22,7 @@ RUNS = {
     "everything": ("callbacks.router_monitor.per_layer=true", "callbacks.weight_average={decay: 0.9}"),
     "no monitor, no speed": ("callbacks.router_monitor=null", "callbacks.throughput=null"),
     "no bias, no probe": ("callbacks.expert_bias=null", "callbacks.router_probe=null", "callbacks.balance_factor=null"),
-    "no losses beside": ("model.num_nextn_predict_layers=0", "loss.balance=none"),
+    "no other losses": ("model.num_nextn_predict_layers=0", "loss.balance=none"),
     "constant weight, one origin, no choice in the open groups": (
         *("callbacks.mtp_weight=null", "loss.mtp_weight=0.3", "data.paths=[CORPUS]"),
         *("model.n_group=8", "model.topk_group=2", "model.n_routed_experts=16", "model.num_experts_per_tok=4"),
@@ -84,7 +84,7 @@ def test_every_chart_is_declared_under_a_question_and_no_key_twice():
 
 
 def test_no_chart_has_curves_of_training_and_of_validation():
-    """TensorBoard draws them in one color. Nor a balance loss with its factor beside one without."""
+    """TensorBoard draws them in one color. Nor a balance loss with its factor together with one without."""
     for charts in layout(settings("callbacks.router_monitor.per_layer=true"), 2).values():
         for title, (_, tags) in charts.items():
             validation = [tag.startswith("val/") or "max_vio_global" in tag for tag in tags]

@@ -16,6 +16,9 @@ from dsv3_lightning.callbacks import (
     BalanceFactor,
     Checkpoint,
     ExpertBias,
+    GarbageCollection,
+    LossSpike,
+    MemorySnapshot,
     MTPWeight,
     Progress,
     RouterMonitor,
@@ -113,7 +116,7 @@ def seed():
 def test_they_run_together_through_epochs_with_short_last_steps(tmp_path, capsys):
     module, logger = Regression("expert_counts", "tokens"), CSVLogger(tmp_path)
     bias = ExpertBias(speed=1.0, schedule=[[0.0, 1.0], [0.5, 0.25]])
-    used = (bias, RouterMonitor(), Throughput(), Progress(), Checkpoint())
+    used = (bias, RouterMonitor(), Throughput(), GarbageCollection(), MemorySnapshot(), Progress(), Checkpoint())
     trainer = fit(module, tmp_path, *used, logger=logger, log_every_n_steps=1)
     assert trainer.global_step == STEPS
 
@@ -190,11 +193,12 @@ LACKING = {
     SkewedStart: "`expert_bias`",
     WeightAverage: "`model`",
 }
+NEEDING_NOTHING = (Checkpoint, GarbageCollection, MemorySnapshot, Progress, Throughput)
 ARGUMENTS = {SkewedStart: {"strength": 0.5}, WeightAverage: {"decay": 0.9}}
 
 
 def test_every_callback_is_tried_here():
-    assert {kind.__name__ for kind in (*LACKING, Checkpoint, Progress, Throughput)} == set(callbacks.__all__)
+    assert {kind.__name__ for kind in (*LACKING, *NEEDING_NOTHING, LossSpike)} == set(callbacks.__all__)
 
 
 @pytest.mark.parametrize("kind", LACKING)
@@ -241,3 +245,8 @@ def test_schedules_by_tokens_need_a_data_module_that_counts_them(tmp_path, kind)
     module.mtp_weight, module.balance = 0.0, type("Balance", (), {"scale": 1.0, "factors": {}})()
     with pytest.raises(ConfigError, match=f"^{kind.__name__} needs .*`tokens_before`.* no data module$"):
         fit(module, tmp_path, kind(by="tokens"))
+
+
+def test_a_return_after_a_spike_needs_a_data_module_that_can_leave_samples_out(tmp_path):
+    with pytest.raises(ConfigError, match="^LossSpike needs the attribute `skips` of the LightningDataModule, but the"):
+        fit(Dense(), tmp_path, LossSpike())

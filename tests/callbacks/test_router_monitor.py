@@ -81,7 +81,7 @@ def test_a_window_is_saved_as_its_sum_over_ranks_and_loaded_by_the_first(monkeyp
     saving.on_train_batch_end(rank(0), module, {"expert_counts": torch.tensor([[3, 1]])}, None, 0)
     others = torch.tensor([3.0, 1.0, 0.5, 1.0])  # the other rank's counts, violation and micro-batches
     state = saving.state_dict()
-    assert torch.equal(saving.window[0], torch.tensor([[3, 1]]))  # goes on with its own
+    assert torch.equal(saving.window[0], torch.tensor([[3, 1]]))  # continues with its own
     first, second = RouterMonitor(every_n_steps=100), RouterMonitor(every_n_steps=100)
     for number, monitor in enumerate((first, second)):
         monitor.setup(rank(number), module, "fit")

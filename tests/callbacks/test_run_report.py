@@ -1,4 +1,4 @@
-"""What the report recommends, and that it is made without a word that looks like an error."""
+"""What the report recommends, and that it is made without a message that looks like an error."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_a_report_without_samples_has_no_empty_section(monkeypatch):
 
 
 def test_the_curves_of_a_run_that_went_on_are_read_without_a_warning(tmp_path, caplog):
-    """The first life came as far as step 5, the second one went on after step 2."""
+    """The first session came as far as step 5, the second one resumed after step 2."""
     for steps, purge in (((1, 2, 3, 4, 5), None), ((3, 4), 3)):
         writer = SummaryWriter(str(tmp_path), purge_step=purge)
         for step in steps:

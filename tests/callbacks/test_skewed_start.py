@@ -21,7 +21,7 @@ def test_a_skewed_run_stays_so_without_balancing_and_leaves_with_a_bias(nano):
     assert min(vio["helped"]) < ceiling - 0.5
 
 
-def test_a_run_that_goes_on_is_not_skewed_again(nano):
+def test_a_run_that_resumes_is_not_skewed_again(nano):
     words = (SKEWED, *SHORT, "callbacks.expert_bias=null", "trainer.max_steps=4")
     first = nano.run("first", *words)
     second = nano.run("second", *words, f"run.resume={first.folder / 'checkpoints/step=2.ckpt'}")

@@ -50,7 +50,7 @@ def test_an_average_of_the_last_step_alone_has_its_loss(nano):
     assert scalars["val/loss_average"] == scalars["val/loss"]
 
 
-def test_a_resumed_run_goes_on_with_it(nano, averaged):
+def test_a_resumed_run_resumes_with_it(nano, averaged):
     (averaged.folder / "report.json").unlink()
     for step in (3, 4):
         (averaged.folder / f"checkpoints/step={step}.ckpt").unlink()

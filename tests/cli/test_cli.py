@@ -93,7 +93,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "reproduce": "-h --help overrides --dir --out --jobs --quick --report",
         "compare": "-h --help runs --markdown --plot --equal",
         "checkpoint": "-h --help action path output",
-        "doctor": "-h --help",
+        "doctor": "-h --help --node",
     }
 
 

@@ -122,7 +122,7 @@ def test_a_path_through_a_file_is_one_line(tmp_path: Path):
 
 
 def test_files_beyond_the_limit_are_one_line(tmp_path: Path):
-    """Of bytes, numbers and tensors: each library tells it in another way."""
+    """Of bytes, numbers and tensors: each library reports it differently."""
     numbers, tensors = np.zeros(1 << 16), {"state_dict": {"w": torch.zeros(1 << 16)}}
     writers = {
         "bytes": lambda path: write_file(path, bytes(1 << 18)),

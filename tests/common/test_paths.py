@@ -34,7 +34,7 @@ TEXT_SETTINGS = {"run.name", "data.text_key", "data.end_token"}
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder, and a working folder beside it."""
+    """A home folder, and a working folder next to it."""
     for name in ("home", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -148,7 +148,7 @@ def test_an_override_made_for_a_path_is_that_path(home: Path, name: str):
     assert check(compose(["nano"], [text_override("run.dir", f"{home}/{name}")]).tree).run.dir == f"{home}/{name}"
 
 
-def test_a_run_below_the_home_folder_lives_in_one_place_and_goes_on(nano: Nano, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_below_the_home_folder_is_in_one_place_and_resumes(nano: Nano, monkeypatch: pytest.MonkeyPatch):
     """By `~` on the command line, with a variable's name in the run's: all files of it lie in one folder."""
     home, here = nano.base / "home", nano.base / "here"
     for folder in (home, here):

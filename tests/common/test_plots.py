@@ -35,3 +35,11 @@ def test_the_reports_58_layers_of_256_experts_stay_readable():
     for axis in (axes.xaxis, axes.yaxis):  # numbers that don't overlap, from both ends' near
         boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
         assert len(boxes) >= 5 and not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+def test_labels_can_be_read_in_a_thumbnail_of_250_pixels():
+    figure = heat_map(torch.rand(3, 32), "load", 1.0)
+    figure.canvas.draw()
+    shrunk = 250 / figure.bbox.width
+    (label, *_) = figure.axes[0].get_xticklabels()
+    assert label.get_window_extent().height * shrunk > 5

@@ -15,7 +15,7 @@ from dsv3_lightning.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [  # YAML 1.2.2 §10.3.2; what YAML 1.1 takes for a number, a boolean or a date beside it
+    [  # YAML 1.2.2 §10.3.2; what YAML 1.1 additionally takes for a number, a boolean or a date
         ("010", 10), ("0o10", 8), ("0x1F", 31), ("-7", -7), ("+7", 7),
         ("1e5", 1e5), ("2E-5", 2e-5), (".5", 0.5), ("5.", 5.0), ("-1.5e+3", -1500.0), ("695e0514", math.inf),
         (".inf", math.inf), ("-.INF", -math.inf), ("Infinity", "Infinity"), ("inf", "inf"), ("nan", "nan"),

@@ -1,4 +1,4 @@
-"""Files and overrides: what is merged, in which order, and how a mistake is told."""
+"""Files and overrides: what is merged, in which order, and how a mistake is reported."""
 
 import os
 from pathlib import Path
@@ -155,12 +155,12 @@ def here(name: str = "") -> str:
         ("a:\n  b: ???", "a.b: has no value yet (???); set it in a file or as a.b=…"),
         ("a: ${b}\nb: ${c}\nc: ???", "c: has no value yet (???); set it in a file or as c=…"),
         ("a:\n- b: ???", "a[0].b: has no value yet (???); set it in a file or as a[0].b=…"),
-        ("defaults: [x]", "{file}: defaults go in a circle: x.yaml -> x.yaml"),
+        ("defaults: [x]", "{file}: circular defaults: x.yaml -> x.yaml"),
         ("defaults: [lapto]", "lapto: no such file in {here}, nor a preset; did you mean laptop?"),
         (f"defaults: [{'x' * 300}]", f'"{"x" * 78}…: File name too long'),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(text: str, expected: str):
+def test_a_broken_file_is_reported_in_one_line(text: str, expected: str):
     write("x.yaml", text)
     assert message(["x.yaml"]) == expected.format(file=here("x.yaml"), here=here())
 
@@ -170,7 +170,7 @@ def test_more_broken_files():
     assert message(["latin.yaml"]) == f"{here('latin.yaml')}: not UTF-8 text (byte 6)"
     write("a.yaml", "defaults: [b]")
     write("b.yaml", "defaults: [a]")
-    assert message(["a"]) == f"{here('b.yaml')}: defaults go in a circle: a.yaml -> b.yaml -> a.yaml"
+    assert message(["a"]) == f"{here('b.yaml')}: circular defaults: a.yaml -> b.yaml -> a.yaml"
     write("map.yaml", "s: {t: {x: 1}}")
     write("list.yaml", "s: {t: [1]}")
     assert message(["map", "list"]) == f"{here('list.yaml')}: s.t: a list and a mapping can't be merged"
@@ -189,6 +189,6 @@ def test_more_broken_files():
         ("s=[1]", "s=[1]: Cannot merge incompatible container types"),
     ],
 )
-def test_an_impossible_override_is_told_in_one_line(override: str, expected: str):
+def test_an_impossible_override_is_reported_in_one_line(override: str, expected: str):
     write("a.yaml", "s: {list: [5, 6], lr: 0.1}")
     assert message(["a"], [override]) == expected

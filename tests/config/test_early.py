@@ -1,4 +1,4 @@
-"""Wrong settings of trainer, strategy and callbacks are told before torch is imported; the tables equal the classes."""
+"""Wrong settings of trainer, strategy and callbacks are reported before torch is imported; tables equal classes."""
 
 import inspect
 import os
@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from dsv3_lightning import callbacks
 from dsv3_lightning.callbacks.settings import CALLBACKS, CLASSES
+from dsv3_lightning.common.wording import either
 from dsv3_lightning.config.checks import ELSEWHERE, TRAINER
 from dsv3_lightning.config.lightning_names import ACCELERATORS, STRATEGIES, TRAINER_MORE
 from dsv3_lightning.errors import ConfigError
@@ -39,8 +40,8 @@ CASES = {  # what is given after `nano` -> the line
     "callbacks.progress={every: 1}": "callbacks.progress.every: no such key; valid: none",
     "callbacks.own={class_path: Thing}": 'callbacks.own.class_path="Thing": must be the full name of a class, '
     "such as package.module.Class",
-    "callbacks.own={class_path: a.B, speed: 1}": "callbacks.own.speed: not valid beside class_path; "
-    "arguments stand under init_args",
+    "callbacks.own={class_path: a.B, speed: 1}": "callbacks.own.speed: not valid next to class_path; "
+    "arguments go under init_args",
     "trainer.limit_val_batch=1": "trainer.limit_val_batch: no such argument of Trainer; "
     "did you mean limit_val_batches?",
     "trainer.detect_anomaly=1": "trainer.detect_anomaly=1: must be true or false",
@@ -53,10 +54,10 @@ CASES = {  # what is given after `nano` -> the line
     "trainer.max_time={minute: 5}": "trainer.max_time.minute: no such unit of time; did you mean minutes?",
     "trainer.max_steps=1:30": 'trainer.max_steps="1:30": must be a whole number',
     "strategy=dpp": 'strategy="dpp": no such strategy; did you mean ddp?',
-    "strategy={kind: fsdp}": 'strategy.kind="fsdp": must be fsdp2, hsdp or fsdp2_ep',
+    "strategy={kind: fsdp}": f'strategy.kind="fsdp": must be {either(KINDS)}',
     "strategy={kind: fsdp2, prefetch: -1}": "strategy.prefetch=-1: must be at least 0",
     "strategy={kind: fsdp2, prefech: 1}": "strategy.prefech: no such key; did you mean strategy.prefetch?",
-    "run.resume=gone/step=3.ckpt": "run.resume={here}/gone/step=3.ckpt: there is no such checkpoint",
+    "run.resume=gone/step=3.ckpt": "run.resume={here}/gone/step=3.ckpt: no such checkpoint",
 }
 SCRIPT = """
 import sys

@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 from dsv3_lightning import callbacks as ours
+from dsv3_lightning.common.wording import either
 from dsv3_lightning.config.checks import check_callbacks
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.instantiate import (
@@ -19,6 +20,7 @@ from dsv3_lightning.config.instantiate import (
 )
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.mesh import KINDS
 
 MODULE = """
 from typing import Any
@@ -140,7 +142,7 @@ ARGUMENTS = "speed, n, pairs, until"
         ),
         (
             "{class_path: beside_the_run.Mine, speed: 1}",
-            "callbacks.mine.speed: not valid beside class_path; arguments stand under init_args",
+            "callbacks.mine.speed: not valid next to class_path; arguments go under init_args",
         ),
         (
             "{class_path: beside_the_run.Mine, init_args: 3}",
@@ -161,7 +163,7 @@ ARGUMENTS = "speed, n, pairs, until"
         ),
     ],
 )
-def test_a_wrong_block_is_told_in_one_line(block: str, expected: str):
+def test_a_wrong_block_is_reported_in_one_line(block: str, expected: str):
     if not block.startswith("{class_path"):  # arguments
         block = f"{{class_path: beside_the_run.Mine, init_args: {block}}}"
         expected = expected.replace("callbacks.mine", "callbacks.mine.init_args", 1)
@@ -192,7 +194,7 @@ def test_trainer_arguments_are_lightnings_own_and_typed():
         ),
     ],
 )
-def test_a_wrong_trainer_argument_is_told_in_one_line(argument: str, value: Any, expected: str):
+def test_a_wrong_trainer_argument_is_reported_in_one_line(argument: str, value: Any, expected: str):
     with pytest.raises(ConfigError) as caught:
         check_objects(config(trainer=config().trainer | {argument: value}))
     assert str(caught.value) == expected
@@ -204,7 +206,7 @@ def test_a_strategy_is_lightnings_name_or_a_class():
     assert isinstance(build_strategy(config(strategy=block)), DDPStrategy)
     for strategy, expected in (
         ("dpp", 'strategy="dpp": no such strategy; did you mean ddp?'),
-        ({"kind": "x"}, 'strategy.kind="x": must be fsdp2, hsdp or fsdp2_ep'),
+        ({"kind": "x"}, f'strategy.kind="x": must be {either(KINDS)}'),
     ):
         with pytest.raises(ConfigError) as caught:
             build_strategy(config(strategy=strategy))

@@ -120,7 +120,7 @@ NAMES = ", ".join(CALLBACKS)
         (["run.seed=-1"], "run.seed=-1: must be between 0 and 2^32 - 1"),
         (
             ["data.isolate_documents=true"],
-            "data.isolate_documents=true: needs data.mask_document_ends=true, as none can foresee another",
+            "data.isolate_documents=true: needs data.mask_document_ends=true: no document can predict another",
         ),
         (
             ["model.num_experts_per_tok=9"],
@@ -165,7 +165,7 @@ NAMES = ", ".join(CALLBACKS)
         (["trainer.devices=3"], f"data.batch_size=8: {PARTS} 3 equal parts; use 6 or 9"),
         (
             ["data.batch_ramp={start: 3, increment: 1, tokens: 9}", "trainer.devices=2"],
-            f"data.batch_ramp.start=3: {PARTS} 2 equal parts; use 2 or 4",
+            "data.batch_ramp.start=3: does not divide into devices × num_nodes = 2 equal parts; use 2 or 4",
         ),
         (["trainer.devices=[0,1,2]"], f"data.batch_size=8: {PARTS} 3 equal parts; use 6 or 9"),
         (
@@ -243,7 +243,7 @@ NAMES = ", ".join(CALLBACKS)
         (["callbacks.foo={a: 1}"], f"callbacks.foo: no such callback, nor a class_path; valid: {NAMES}"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line(overrides: list[str], expected: str):
+def test_a_wrong_setting_is_reported_in_one_line(overrides: list[str], expected: str):
     with pytest.raises(ConfigError) as caught:
         check(nano(*overrides))
     assert str(caught.value) == expected

@@ -1,4 +1,4 @@
-"""Folders that others wrote: what they may leave beside the weights, leave out, or write in another way."""
+"""Folders that others wrote: what they may leave next to the weights, leave out, or write in another way."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def refused(folder, capsys):
 
 @torch.no_grad()
 def test_scales_count_for_fp8_numbers_only(folder, capsys):
-    """A conversion to bf16 with the scales left beside: transformers doesn't use them, and neither do we."""
+    """A conversion to bf16 with the scales left in the folder: transformers doesn't use them, and neither do we."""
     from transformers import AutoModelForCausalLM
 
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(folder / "model.safetensors").items()}
@@ -183,7 +183,9 @@ def test_without_a_tokenizer_import_says_what_to_do_and_later_verbs_name_the_fil
     (folder / "tokenizer.json").rename(folder / "tiktoken.model")
     assert main(["import", str(folder)]) == 0
     text = capsys.readouterr().out
-    missing = f"{folder / 'tokenizer.json'}: No such file or directory, and tiktoken.model beside it is another format"
+    missing = (
+        f"{folder / 'tokenizer.json'}: No such file or directory, and tiktoken.model next to it has another format"
+    )
     assert missing in text and "set data.tokenizer to a tokenizer.json with this model's ids" in text
     assert "dsv3 run hf.yaml, once data.tokenizer is set, starts" in text
     assert main(["run", "hf.yaml"]) == 2 and "data.tokenizer" in capsys.readouterr().err
@@ -303,7 +305,7 @@ def test_a_folders_name_is_text_whatever_yaml_reads_in_it(folder, name, capsys):
     assert main(["import", name]) == 0
     capsys.readouterr()
     assert main(["validate", f"{name}.yaml"]) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith(f"ok: {name}, ") and not told.err
+    reported = capsys.readouterr()
+    assert reported.out.startswith(f"ok: {name}, ") and not reported.err
     tree = compose([f"{name}.yaml"]).tree
     assert (tree["run"]["name"], tree["init_from"]) == (name, str(folder.with_name(name)))

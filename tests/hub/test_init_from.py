@@ -139,7 +139,7 @@ def test_another_mtp_depth_and_context_are_said(runs, folder, capsys):
     more = ["model.num_nextn_predict_layers=2", "model.max_position_embeddings=512", "trainer.max_steps=1"]
     assert runs.run("deeper", f"init_from={folder}", *more).code == 0
     text = capsys.readouterr().out
-    assert f"model.num_nextn_predict_layers=2: {folder} has 1; the others start anew" in text
+    assert f"model.num_nextn_predict_layers=2: {folder} has 1; the others start from random weights" in text
     assert f"model.max_position_embeddings=512: {folder} has 256" in text
 
 
@@ -153,7 +153,7 @@ def test_import_writes_a_config_that_starts_from_the_folder(runs, folder, capsys
     arguments = runs.arguments("again", tuple(overrides))
     assert main(["run", str(target), *arguments[2:]]) == 0
     assert main(["import", str(folder), "--out", str(target)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_the_best_checkpoint_and_with_the_tokenizer_of_another(runs, trained, capsys):

@@ -92,7 +92,7 @@ def test_of_two_exports_to_one_folder_the_first_to_end_has_it(tmp_path):
             write_folder(out, lambda other: (other / "a").write_text("fast"))
         assert (folder / "a").read_text() == "slow"
 
-    with pytest.raises(ConfigError, match="out: is there already"):
+    with pytest.raises(ConfigError, match="out: already exists"):
         write_folder(out, write)
     assert (out / "a").read_text() == "fast" and list(tmp_path.iterdir()) == [out]
 
@@ -338,7 +338,7 @@ def test_absent_fields_are_named_with_what_is_taken():
 
 @pytest.mark.parametrize("factor", [40, 40.0])
 def test_both_spellings_of_yarn_are_read(factor):
-    """`rope_scaling` beside `rope_theta`, and `rope_parameters` with both, as transformers 5 saves."""
+    """`rope_scaling` next to `rope_theta`, and `rope_parameters` with both, as transformers 5 saves."""
     content = to_json(small_config(), {}, "float32")
     yarn = {"factor": factor, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.0}
     old = from_json(content | {"rope_scaling": {"type": "yarn", **yarn}}, "").config
@@ -370,5 +370,5 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
         exported(model, tmp_path / "out", "float16")
     assert list(tmp_path.iterdir()) == []
     exported(model, tmp_path / "out")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         exported(model, tmp_path / "out")

@@ -58,7 +58,7 @@ def test_no_room_for_a_token_is_no_error_with_drafts_either(folder, capsys):
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_less_than_no_token_is_refused(folder, verb, capsys):
     assert main([verb, folder, "--max-new-tokens", "-3", *(["--prompt", "a"] if verb == "generate" else [])]) == 2
-    assert "a whole number from 0 on" in capsys.readouterr().err
+    assert "a whole number of at least 0" in capsys.readouterr().err
 
 
 def test_generate_streams_what_decoding_gives(folder, model, tokenizer, capsys):
@@ -145,7 +145,7 @@ def test_an_end_that_is_no_id_is_one_line(ids, folder, tmp_path, capsys):
     "words, message",
     [
         (["--seed", "-1"], "argument --seed: '-1' must be a whole number from 0 to 2^63 - 1"),
-        (["--prompt", "\udcff"], "the text is no Unicode: its character 0 is a half one"),
+        (["--prompt", "\udcff"], "the text is not valid Unicode: character 0 is an unpaired surrogate"),
         (["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["--top-p", "2"], "top_p=2.0: must be between 0 and 1"),
         (["--prompt", "x " * 600], "tokens is longer than the context of 512 tokens"),
@@ -185,7 +185,7 @@ def test_a_key_or_origin_that_no_client_can_send_is_one_line_before_the_model_is
 @pytest.mark.parametrize(
     "host, key, warned", [("0.0.0.0", None, True), ("0.0.0.0", "secret", False), ("127.0.0.1", None, False)]
 )
-def test_a_model_that_anybody_can_reach_is_told(host, key, warned, folder, monkeypatch, capsys):
+def test_a_model_that_anybody_can_reach_is_reported(host, key, warned, folder, monkeypatch, capsys):
     """The key of the environment counts as that of the flag."""
     run = pytest.importorskip("dsv3_lightning.inference.server.run", exc_type=ImportError)
     monkeypatch.setattr(run.Server, "run", lambda *_: None)
@@ -213,7 +213,7 @@ def test_a_chat_is_one_growing_conversation(folder, model, tokenizer, monkeypatc
     assert shown == expected
 
 
-def test_a_chat_that_outgrows_the_context_drops_its_oldest_turns_and_goes_on(model, tokenizer):
+def test_a_chat_that_outgrows_the_context_drops_its_oldest_turns_and_continues(model, tokenizer):
     """Its answer is that of a conversation which begins with the system message and the turns that are left."""
     chat, end = Chat(model, tokenizer, Sampling(), 0, "be brief", context=200), {tokenizer.eos_id}
     answers, dropped = {}, 0
@@ -244,7 +244,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_begins_anew(folder, monkeypatch, capsys):
+def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_starts_over(folder, monkeypatch, capsys):
     options = ["--temperature", "0", "--max-new-tokens", "30", "--context", "120"]
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     assert main(["chat", folder, *options]) == 0
@@ -254,11 +254,11 @@ def test_a_terminal_stays_where_a_turn_cannot_be_answered_and_reset_begins_anew(
     assert main(["chat", folder, *options]) == 0
     out, error = capsys.readouterr()
     assert out.startswith(f"> {answer}> > > > {answer}> ")
-    told = error.splitlines()
-    assert "this turn has " in told[0] and "the context holds 120" in told[0]
-    assert told[1] == "dsv3: standard input: line 3 is not UTF-8 text (it has the byte 0xe9)"
-    assert told[2] == "dsv3: the conversation begins anew"
-    assert told[3].startswith("dsv3: the context of 120 tokens is full: the oldest ") and "/reset" in told[3]
+    reported = error.splitlines()
+    assert "this turn has " in reported[0] and "the context holds 120" in reported[0]
+    assert reported[1] == "dsv3: standard input: line 3 is not UTF-8 text (it has the byte 0xe9)"
+    assert reported[2] == "dsv3: the conversation starts over"
+    assert reported[3].startswith("dsv3: the context of 120 tokens is full: the oldest ") and "/reset" in reported[3]
 
 
 def test_a_file_that_is_not_utf8_is_named_with_its_line(folder, monkeypatch, capsys):

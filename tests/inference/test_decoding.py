@@ -1,4 +1,4 @@
-"""Decoding with the cache is the training path, position by position, alone and beside others."""
+"""Decoding with the cache is the training path, position by position, alone and together with others."""
 
 import itertools
 from dataclasses import replace
@@ -158,7 +158,7 @@ def test_it_stops_at_the_context_limit(length):
     "prompts, count, message",
     [
         ([[1] * 513], 1, "a prompt of 513 tokens is longer than the context of 512 tokens"),
-        ([[1], []], 1, "a prompt holds no token"),
+        ([[1], []], 1, "a prompt has no tokens"),
         ([[1]], -1, "max_new_tokens=-1: must be at least 0"),
     ],
 )

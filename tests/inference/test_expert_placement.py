@@ -58,7 +58,7 @@ def test_a_plan_is_always_valid_and_as_even_as_the_best_published_one(case):
             places = plan.logical_to_physical[layer, e]
             n = int(plan.expert_count[layer, e])
             assert (places[n:] == -1).all() and (experts[places[:n]] == e).all() and places[:n].unique().numel() == n
-        if groups % nodes == 0:  # a group lives on one node
+        if groups % nodes == 0:  # a group is on one node
             of_node = (experts.view(nodes, -1) // (E // groups)).tolist()
             homes = [{node for node in range(nodes) if group in of_node[node]} for group in range(groups)]
             assert all(len(home) == 1 for home in homes)

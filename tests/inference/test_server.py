@@ -143,7 +143,7 @@ def test_a_client_that_goes_away_frees_its_row(served, model, tokenizer, streami
         ({"max_tokens": -1}, 400, "max_tokens=-1: must be a whole number from 0 to"),
         ({"prompt": "x " * 600}, 400, "tokens is longer than the context of 512 tokens"),
         ({"prompt": []}, 400, "prompt: must not be an empty list"),
-        ({"prompt": [[]]}, 400, "a prompt holds no token"),
+        ({"prompt": [[]]}, 400, "a prompt has no tokens"),
         ({"prompt": [10**6]}, 400, "prompt: a token lies outside 0 to"),
         ({"prompt": None}, 400, "prompt"),
         ({"logit_bias": {"1": 5}}, 400, 'logit_bias={"1": 5}: is not supported here; leave it out, or give {}'),

@@ -67,7 +67,7 @@ def test_a_field_that_would_change_the_answer_is_refused_by_its_name(served, fie
 
 
 @pytest.mark.parametrize(
-    "field, told",
+    "field, reported",
     [
         ({"max_token": 5}, "max_token: is not supported here; did you mean max_tokens?"),
         ({"temperature": "1"}, 'temperature="1": must be a number'),
@@ -87,13 +87,13 @@ def test_a_field_that_would_change_the_answer_is_refused_by_its_name(served, fie
         ({"model": None}, "model: is missing"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_field_and_what_is_valid(served, field, told):
-    error = assert_refused(served, "/v1/completions", COMPLETION | field, 400, told)
+def test_a_wrong_value_is_reported_with_its_field_and_what_is_valid(served, field, reported):
+    error = assert_refused(served, "/v1/completions", COMPLETION | field, 400, reported)
     assert error["param"].startswith(next(iter(field)))
 
 
 @pytest.mark.parametrize(
-    "message, told",
+    "message, reported",
     [
         ({"role": "assistant", "content": "x", "prefix": True}, "messages.1.prefix=true: is not supported here"),
         ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "messages.1.tool_calls=[{"),
@@ -121,12 +121,12 @@ def test_a_wrong_value_is_told_with_its_field_and_what_is_valid(served, field, t
         ({"role": "system", "content": "x"}, "role=system: must be the first message"),
     ],
 )
-def test_what_a_message_holds_is_honored_or_refused_as_outside(served, message, told):
-    assert_refused(served, "/v1/chat/completions", CHAT | {"messages": [*HELLO, message]}, 400, told)
+def test_what_a_message_holds_is_honored_or_refused_as_outside(served, message, reported):
+    assert_refused(served, "/v1/chat/completions", CHAT | {"messages": [*HELLO, message]}, 400, reported)
 
 
 def test_messages_of_text_are_understood_in_every_form(served, tokenizer):
-    """Parts, OpenAI's newer role, what an answer of theirs holds beside its text, and nulls."""
+    """Parts, OpenAI's newer role, what an answer of theirs holds in addition to its text, and nulls."""
     talk = [
         {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
         {
@@ -155,7 +155,7 @@ def test_models_are_found_by_name_and_every_path_answers_head(served):
 
 
 @pytest.mark.parametrize(
-    "method, path, data, status, told",
+    "method, path, data, status, reported",
     [
         ("GET", "/", None, 404, "GET /: no such path; there are /health, /v1/models, "),
         ("POST", "/v1/embeddings", b"{}", 404, "POST /v1/embeddings: no such path"),
@@ -177,10 +177,10 @@ def test_models_are_found_by_name_and_every_path_answers_head(served):
         ),
     ],
 )
-def test_every_error_has_openais_form(served, method, path, data, status, told):
+def test_every_error_has_openais_form(served, method, path, data, status, reported):
     got, headers, answer = served.ask(method, path, data)
     error = json.loads(answer)["error"]
-    assert got == status and told in error["message"]
+    assert got == status and reported in error["message"]
     assert error.keys() == {"message", "type", "param", "code"}
     if status == 405:
         assert "GET" in headers["Allow"] or "POST" in headers["Allow"]
@@ -194,9 +194,9 @@ def test_another_content_type_is_refused_and_an_error_of_ours_has_the_form_too(s
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(served, tokenizer, monkeypatch):
-    """Its size alone tells: no token stands for more bytes than the longest one."""
+    """Its size alone decides: no token stands for more bytes than the longest one."""
     longest = max(len(tokenizer.bytes_of(token)) for token in range(tokenizer.vocab_size))
-    fits, never = "a" * (longest * 511), "a" * (longest * 511 + 1)  # beside the begin token, of 512
+    fits, never = "a" * (longest * 511), "a" * (longest * 511 + 1)  # with the begin token, of 512
     assert_refused(served, "/v1/completions", COMPLETION | {"prompt": fits}, 400, " tokens is longer than the context")
     monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("tokenized"))
     for text in (never, "x " * 3_500_000):

@@ -76,7 +76,7 @@ def test_tying_the_head_leaves_all_others_as_they_are():
 
 
 def test_no_two_matrices_are_alike():
-    # One stream begun anew for each parameter would make equal shapes equal, and others begin alike.
+    # One stream, restarted for each parameter, would make equal shapes equal, and others begin alike.
     starts = [tuple(tensor.flatten()[:4].tolist()) for tensor in initial().values() if tensor.dim() > 1]
     assert len(set(starts)) == len(starts) > 30
 

@@ -1,17 +1,21 @@
 """Documents packed into one sample, isolated: each as if it were alone, for both attentions and every head."""
 
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from dsv3_lightning.model import transformer
+from dsv3_lightning.model.attention_kernels import find_documents
 from dsv3_lightning.model.config import Yarn
 from dsv3_lightning.model.losses import IGNORE
 from dsv3_lightning.training.balance import count_step
 from tests.hub.folders import LLAMA
 
 from .small import small_config, small_model
+from .test_losses import LargestTensor
 
 LENGTHS = (7, 12, 3, 9)
 DEEP = {"num_nextn_predict_layers": 2}
@@ -90,15 +94,28 @@ def test_no_token_of_another_document_matters(name: str) -> None:
     assert not torch.allclose(*(losses(model, p._replace(targets=own), isolated=False).nll_P for p in (first, second)))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("how", ["selective", "full"])
-def test_recomputation_keeps_every_bit(how: str) -> None:
+def test_recomputation_keeps_every_bit(how: str, autocast: bool) -> None:
     found = []
     for checkpointing in ("none", how):
         model = small_model(MODELS["mla"], activation_checkpointing=checkpointing)
-        nll_P = losses(model, pack(documents(61), 2)).nll_P
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            nll_P = losses(model, pack(documents(61), 2)).nll_P
         nll_P.sum().backward()
         found.append([nll_P, *(parameter.grad for parameter in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_nothing_of_a_step_grows_with_the_square_of_the_length() -> None:
+    """Neither a mask nor scores of T² numbers, forward and backward; documents are found once for all layers."""
+    config = small_config(n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, vocab_size=61)
+    model, T = small_model(config), 1000
+    parts = [torch.randint(61, (length,)) for length in (1, 600, 1, 1, 397)]
+    with LargestTensor() as largest, mock.patch.object(transformer, "find_documents", wraps=find_documents) as found:
+        losses(model, pack(parts, 0, padding=0)).nll_P.sum().backward()
+    assert found.call_count == 1
+    assert largest.numel < T * T / 4
 
 
 @torch.no_grad()

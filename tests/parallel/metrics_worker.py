@@ -61,7 +61,7 @@ def check_states() -> None:
     assert all(torch.equal(getattr(metric, name), before[name]) for name in STATES)
     found = metric.compute()
     assert torch.equal(found[2], expected["together_LEE"]) and torch.equal(found[3], expected["counts_LOE"])
-    metric.update(0, *no_tokens(metric))  # goes on from the rank's own sums
+    metric.update(0, *no_tokens(metric))  # continues from the rank's own sums
     assert all(torch.equal(getattr(metric, name), before[name]) for name in STATES)
 
 

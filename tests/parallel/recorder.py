@@ -55,7 +55,7 @@ class Valid(Callback):
             for head in range(heads):
                 batch["targets"][row, head] = batch["tokens"][row, 1 + head : 1 + head + T]
             batch["targets"][row, :, count:] = IGNORE
-        batch["target_counts"][:] = sum(self.counts)
+        batch["target_counts"][:] = sum(self.counts[first : first + rows])
 
 
 class Even(Callback):
@@ -65,7 +65,8 @@ class Even(Callback):
         self.count = count
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        batch["target_counts"].fill_(self.count)
+        if "target_counts" in batch:
+            batch["target_counts"].fill_(self.count // trainer.world_size)
 
 
 def whole(tensor):

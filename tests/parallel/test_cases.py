@@ -35,7 +35,9 @@ MOVED = (*ORDER[:-1], "callbacks.checkpoint.every_n_steps=100", DIARY,
 FOUR_PARTS = ("data.batch_size=16", "trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=5")
 EP = "strategy={kind: fsdp2_ep, sharded_checkpoints: true}"
 EP2 = "strategy={kind: fsdp2_ep, expert_parallel: 2}"
-
+LONG = (EP, "trainer.max_steps=60", "data.batch_size=4", "data.sequence_length=16", "trainer.log_every_n_steps=5",
+        "trainer.val_check_interval=20",
+        "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory_every: 30}}")  # fmt: skip
 
 pytestmark = pytest.mark.timeout(900)  # many runs, made before the first test
 
@@ -87,9 +89,7 @@ def runs(shared_nano, few):
             f"few_ep_{n}": (*FEW, few, "trainer.max_steps=2", EP2),
             f"none_ep_{n}": ("trainer.max_steps=2", "data.validation_fraction=0", EP2),
             f"once_{n}": (EP, *FOUR_PARTS, POISON.format(rank=n - 1, step=7, onwards="false")),
-            f"long_{n}": (EP, "trainer.max_steps=60", "data.batch_size=4", "data.sequence_length=16",
-                          "trainer.log_every_n_steps=5", "trainer.val_check_interval=20",
-                          "callbacks.diary={class_path: tests.runs.poison.Diary, init_args: {memory_every: 30}}"),
+            **({"long": LONG} if n == 2 else {}),
             f"endless_{n}": (EP, "callbacks.checkpoint.every_n_steps=2", "optimizer.max_skipped_steps=3",
                              POISON.format(rank=n - 1, step=7, onwards="true")),
         }  # fmt: skip
@@ -184,7 +184,7 @@ def test_the_order_of_samples_is_one_for_any_ranks_workers_and_resumes(runs, n):
 
 
 def order_of_samples(run, ranks):
-    """{step: those of each rank, one rank after the other}, of all lives of a run."""
+    """{step: those of each rank, one rank after the other}, of all sessions of a run."""
     steps = {}
     for entry in (entry for rank in range(ranks) for entry in diary(run, rank) if "samples" in entry):
         steps.setdefault(entry["step"], []).extend(entry["samples"])
@@ -192,7 +192,7 @@ def order_of_samples(run, ranks):
 
 
 @pytest.mark.parametrize("n", RANKS)
-def test_a_stop_that_one_rank_asks_for_stops_all_and_any_ranks_and_micro_batches_go_on(runs, shared_nano, n):
+def test_a_stop_that_one_rank_asks_for_stops_all_and_any_ranks_and_micro_batches_resume(runs, shared_nano, n):
     """After step 3 on one process, of four micro-batches; after step 5 on several, of fewer."""
     output = (shared_nano.base / f"output_{n}").read_text()
     assert output.count("stopped by a callback that set trainer.should_stop after step 5, which is saved") == 1
@@ -210,9 +210,8 @@ def test_bf16_products_of_parts_learn_as_those_of_the_whole(runs, n):
     assert {value.dtype for value in weights(runs[f"mixed_{n}"], 12).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("n", RANKS)
-def test_memory_does_not_grow(runs, n):
+def test_memory_does_not_grow(runs):
     """Lightning-AI/pytorch-lightning#4556: logged tensors keep their graphs. `benchmarks/soak.py` takes 2,000 steps."""
-    for rank in range(n):
-        used = {entry["step"]: entry["rss"] for entry in diary(runs[f"long_{n}"], rank) if "rss" in entry}
+    for rank in (0, 1):
+        used = {entry["step"]: entry["rss"] for entry in diary(runs["long"], rank) if "rss" in entry}
         assert used[60] < 1.02 * used[30], used

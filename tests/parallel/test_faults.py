@@ -79,7 +79,7 @@ def test_old_checkpoints_go_and_nothing_half_written_stays(runs):
     assert (runs["killed"].folder / "checkpoints/last.ckpt").resolve().name == "step=15.ckpt"
 
 
-def test_going_on_from_an_earlier_checkpoint_writes_the_later_ones_anew(runs, shared_nano):
+def test_resuming_from_an_earlier_checkpoint_writes_the_later_ones_again(runs, shared_nano):
     """Folders of shards are there already under the names that are saved next; no rename replaces a folder."""
     copy = shared_nano.base / "elsewhere/alone"
     shutil.copytree(runs["alone"].folder, copy, symlinks=True)
@@ -130,7 +130,7 @@ def there_and_back(runs, shared_nano):
     return found
 
 
-def test_bf16_runs_go_on_with_one_process_and_with_two(runs, there_and_back):
+def test_bf16_runs_resume_with_one_process_and_with_two(runs, there_and_back):
     for name, step in (("one", 10), ("two", 12)):  # the sums of bf16 products are rounded at other places
         assert_same_curves(loss_alone(runs["alone"]), loss_alone(there_and_back[name][0]), 2e-3, after=step)
 
@@ -174,7 +174,7 @@ def test_checkpoint_verbs_show_judge_and_join_shards(runs, tmp_path, capsys):
     for name in ("exp_avg", "exp_avg_sq", "step"):
         assert torch.equal(one["optimizer_states"][0]["state"][3][name], many["optimizer_states"][0]["state"][3][name])
     assert main(["checkpoint", "consolidate", str(shards), str(file)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     texts = []
     for path in (shards, file):
         assert main(["generate", str(path), "--prompt", "def ", "--temperature", "0", "--max-new-tokens", "8"]) == 0

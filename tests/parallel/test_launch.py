@@ -19,7 +19,7 @@ LONG = ("trainer.devices=2", "trainer.max_steps=5000", "data.sequence_length=16"
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
-    """In a save, in a validation and in a step (pytorch/pytorch#17113); the same command goes on."""
+    """In a save, in a validation and in a step (pytorch/pytorch#17113); the same command resumes."""
     victim = ranks - 1
     settings = (
         f"trainer.devices={ranks}", "strategy={kind: fsdp2_ep, sharded_checkpoints: true}", "trainer.max_steps=9",
@@ -38,7 +38,7 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_is_named(nano, ranks):
         output, _ = process.communicate(timeout=60)
         _, alive = psutil.wait_procs(family, timeout=5)
         assert len(family) >= ranks and not alive and process.returncode == 1, output
-        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command goes on from"
+        named = f"dsv3: rank 0 stops: rank {victim} is gone (killed by SIGKILL); the same command resumes from"
         assert named in output and begun in output and "Traceback" not in output, output
 
 
@@ -96,7 +96,7 @@ def test_a_slurm_job_that_is_asked_to_stop_saves_and_queues_itself_again(nano, t
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "dsv3", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-             "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
+             "SLURM_JOB_NUM_NODES": "1", "CHECK": "0", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
     _, *words = nano.arguments("queued", (*LONG, "strategy={kind: fsdp2, sharded_checkpoints: true}"))
     job = subprocess.Popen(
         ["bash", str(ROOT / "configs/launch/slurm.sbatch"), *words], cwd=tmp_path, text=True,

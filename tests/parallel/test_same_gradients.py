@@ -49,7 +49,7 @@ WAYS = {
 pytestmark = pytest.mark.timeout(900)  # many runs, made before the first test
 NAMES = [name for ways in WAYS.values() for name in ways]
 
-GO_ON = {  # on so many ranks, with that strategy, from that run's checkpoint of that step
+RESUMED = {  # on so many ranks, with that strategy, from that run's checkpoint of that step
     "1 -> 2 fsdp": (2, "{kind: fsdp2, sharded_checkpoints: true}", "one", 10),
     "2 ep -> 2 fsdp": (2, "fsdp2", "ep2", 10),
     "2 fsdp -> 2 ep": (2, "fsdp2_ep", "fsdp2_of_2", 10),
@@ -87,7 +87,7 @@ def runs(shared_nano):
         nodes = 2 if ranks == 4 else 1  # so that norms and routers are sharded over fewer ranks than all else
         machines = f"trainer.devices={ranks // nodes}", f"trainer.num_nodes={nodes}"
         overrides = {name: (*COMMON, *way, *machines, *recorded(base, name)) for name, way in ways.items()}
-        for name, (on, strategy, start, step) in GO_ON.items():
+        for name, (on, strategy, start, step) in RESUMED.items():
             if on == ranks and name not in found and start in found | overrides:
                 checkpoint = base / "runs" / folder_name(start) / f"checkpoints/step={step}.ckpt"
                 overrides[name] = (*COMMON, f"strategy={strategy}", *machines,
@@ -95,7 +95,7 @@ def runs(shared_nano):
         named = {folder_name(name): words for name, words in overrides.items()}
         runs_on_ranks(ranks, shared_nano, named, per_node=ranks // nodes)
         found |= {name: type(found["one"])(base / "runs" / folder_name(name), 0) for name in overrides}
-    assert found.keys() == {"one", *NAMES, *GO_ON}
+    assert found.keys() == {"one", *NAMES, *RESUMED}
     return found
 
 
@@ -114,10 +114,10 @@ def test_losses_gradients_and_weights_are_those_of_one_process(runs, shared_nano
                 assert error < 5e-5, f"{file} {key}: differs by {error:.1e} of its norm"
 
 
-@pytest.mark.parametrize("name", GO_ON)
-def test_a_checkpoint_goes_on_in_any_other_mesh(runs, name):
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_resumes_in_any_other_mesh(runs, name):
     """A file or a folder of shards: weights, optimizer state, expert bias, schedules and the data's position."""
-    assert_same_curves(runs["one"], runs[name], 1e-5, after=GO_ON[name][3])
+    assert_same_curves(runs["one"], runs[name], 1e-5, after=RESUMED[name][3])
 
 
 @pytest.mark.parametrize("name", NAMES)

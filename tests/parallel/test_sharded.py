@@ -83,7 +83,7 @@ def test_shards_and_one_file_of_the_same_show_and_are_judged_alike(tmp_path, cap
 
 
 def test_what_is_wrong_in_shards_is_named(tmp_path, capsys):
-    """A number in the last tensor of the last file, one beside the shards, a bias that lost its type, a cut record."""
+    """A number in the last tensor of the last file, one next to the shards, a bias that lost its type, a cut record."""
     nan, scalar, bias, damaged = (state(8) for _ in range(4))
     nan["optimizer_states"][0]["state"][2]["exp_avg_sq"][-1] = float("inf")
     scalar["callbacks"]["Average"]["decay"]["of"].fill_(float("nan"))

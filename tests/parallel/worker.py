@@ -10,6 +10,7 @@ import sys
 import torch
 
 from dsv3_lightning.cli import main
+from tests.conftest import blank_figures
 
 
 def work(path: str) -> int:
@@ -17,7 +18,8 @@ def work(path: str) -> int:
     with open(path) as file:
         runs = json.load(file)
     for number, arguments in enumerate(runs, start=1):
-        code = main(arguments)
+        with blank_figures():
+            code = main(arguments)
         if code and not (code == 1 and number == len(runs)):
             return code
     return 0

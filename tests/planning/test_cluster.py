@@ -59,7 +59,18 @@ def test_the_plan_says_that_nothing_was_measured_and_lists_its_sources(capsys: p
 def test_a_batch_that_grows_makes_the_run_shorter(capsys: pytest.CaptureFixture[str]):
     def hours(*overrides: str) -> tuple[int, ...]:
         words = ["plan", str(ROOT / "configs/cluster/v2-lite-8.yaml"), "--gpus", "8", "--gpu", "h100"]
-        assert main([*words, "data.batch_size=6144", "trainer.max_steps=1000", *overrides]) == 0
+        assert (
+            main(
+                [
+                    *words,
+                    "data.batch_size=6144",
+                    "trainer.accumulate_grad_batches=192",
+                    "trainer.max_steps=1000",
+                    *overrides,
+                ]
+            )
+            == 0
+        )
         rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU hours")]
         return tuple(int(row.split()[-1].replace(",", "")) for row in rows)
 
@@ -76,6 +87,8 @@ def test_shares_are_the_whole_over_the_ranks():
     assert memory.weights == pytest.approx(4 * total / 256, rel=1e-5)  # fp32, gathered in bf16
     assert memory.gradients == pytest.approx(4 * total / 256, rel=1e-5)
     assert memory.optimizer == pytest.approx(8 * total / 256, rel=1e-5)  # two moments
+    rounded = rank_memory(V3, MeshShape(8, 256, 64), FSDP, replace(WORK, moment=2))
+    assert rounded.optimizer == pytest.approx(4 * total / 256, rel=1e-5)
 
 
 def test_what_is_offloaded_is_on_the_host_and_travels():
@@ -169,7 +182,7 @@ def test_unknown_devices_are_the_planned_gpus(devices: str, capsys: pytest.Captu
         (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
           "trainer.accumulate_grad_batches=384"],
          "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
-        (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp and fsdp2_ep can be planned for --gpus"),
+        (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp, fsdp2_ep can be planned for --gpus"),
         (["--gpus", "0"], "argument --gpus: '0' must be a whole number of at least 1"),
         (["--sources"], "--sources: needs the number of ranks; add --gpus N"),
     ],

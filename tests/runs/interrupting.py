@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class StopOnce(Callback):
-    """Sends this process SIGINT during the given step, in the run's first life alone."""
+    """Sends this process SIGINT during the given step, in the run's first session only."""
 
     def __init__(self, step: int) -> None:
         self.step = step

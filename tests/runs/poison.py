@@ -121,3 +121,18 @@ class Raise(Callback):
         if [trainer.global_step, hook] in self.moments and not marker.exists():
             marker.touch()
             raise KeyboardInterrupt if self.kill else RuntimeError("raised on purpose")
+
+
+class Spoil(Callback):
+    """Makes the loss large in each step that holds a sample which was drawn in this step of the run's first life."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        path, own = Path(trainer.default_root_dir) / f"spoilt-{trainer.global_rank}.json", batch["sample_ids"].tolist()
+        if trainer.global_step + 1 == self.step and not path.exists():
+            path.write_text(json.dumps(own))
+        if path.exists() and set(own) & set(json.loads(path.read_text())):
+            with torch.no_grad():
+                pl_module.model.lm_head.weight.mul_(50)

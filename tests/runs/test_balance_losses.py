@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 from tests.runs.compare import assert_same_curves, assert_same_weights
 
+FACTORS = {"batch": 0.2, "switch": 0.2, "z": 0.01}  # of the others 0.1
 ALL = (
-    "loss.balance=[sequence,batch,expert,device,communication,switch,z]",
-    "loss.balance_factor=[0.1,0.2,0.1,0.1,0.1,0.2,0.01]",
+    f"loss.balance=[{','.join(BALANCE_LOSSES)}]",
+    f"loss.balance_factor=[{','.join(str(FACTORS.get(name, 0.1)) for name in BALANCE_LOSSES)}]",
     "callbacks.balance_factor.schedule=[[0.0,1.0],[1.0,0.0,linear]]",
 )
 SMALL = ("trainer.max_steps=12", "trainer.val_check_interval=12", "trainer.limit_val_batches=1")
@@ -17,7 +19,7 @@ def test_micro_batches_recomputation_and_processes_give_the_same_numbers(nano):
     one = nano.run("one", *ALL, *SMALL)
     curves = one.scalars()
     assert {tag for tag in curves if tag.startswith("loss/balance_")} == {
-        f"loss/balance_{name}" for name in ("sequence", "batch", "expert", "device", "communication", "switch", "z")
+        f"loss/balance_{name}" for name in BALANCE_LOSSES
     }
     assert curves["balance/factor"][1] == pytest.approx([1 - step / 12 for step in range(12)])
     four = nano.run("four", *ALL, *SMALL, "trainer.accumulate_grad_batches=4", "compute.activation_checkpointing=full")

@@ -1,4 +1,4 @@
-"""A run that goes on with other settings: each change has its meaning, or is refused by name, on every road."""
+"""A run that resumes with other settings: each change has its meaning, or is refused by name, on every road."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_arguments_that_somebody_elses_callback_holds_in_its_state_cannot_change
     assert not changed_arguments(early(1), {"RunReport"}, early(2))
 
 
-def test_a_run_that_began_from_a_path_goes_on_from_its_own_newest_checkpoint(shared, base, capsys):
+def test_a_run_that_began_from_a_path_resumes_from_its_own_newest_checkpoint(shared, base, capsys):
     words = (*COMMON, resume(base, 2), poison("Raise", moments=[[5, "on_train_batch_start"]]))
     with pytest.raises(SystemExit):
         shared.run("begun", *words)
@@ -119,14 +119,14 @@ def test_a_run_that_began_from_a_path_goes_on_from_its_own_newest_checkpoint(sha
     assert "this run is finished" in capsys.readouterr().out
 
 
-def test_a_run_with_checkpoints_of_its_own_does_not_go_on_from_another_runs(shared, base, capsys):
+def test_a_run_with_checkpoints_of_its_own_does_not_resume_from_another_runs(shared, base, capsys):
     run = shared.run("own", *COMMON)
     capsys.readouterr()
     assert shared.run("own", *COMMON, resume(base)).code == 2
-    assert f"{run.folder} has checkpoints of its own; resume=auto goes on from them" in capsys.readouterr().err
+    assert f"{run.folder} has checkpoints of its own; resume=auto continues from them" in capsys.readouterr().err
 
 
-def test_a_run_that_is_taken_back_puts_later_checkpoints_away_and_goes_on_from_there(shared, base, capsys):
+def test_a_run_that_is_taken_back_puts_later_checkpoints_away_and_resumes_from_there(shared, base, capsys):
     run = shared.run("back", *COMMON)
     words = (*COMMON, resume(run, 2))
     assert shared.run("back", *words).code == 0

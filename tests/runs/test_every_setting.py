@@ -16,7 +16,7 @@ NUMBERS = "numbers"  # logged curves or final weights
 FILES = "files"  # what lies in the run's folder
 TEXT = "text"  # what is printed
 REFUSED = "refused"
-ELSEWHERE = "elsewhere"  # changes no number on purpose; the test named beside it shows that it does something
+ELSEWHERE = "elsewhere"  # changes no number on purpose; the test named next to it shows that it does something
 
 # A short run that reaches everything: validation, samples, checkpoints, both phases of each schedule.
 SHORT = (
@@ -122,11 +122,15 @@ LEAVES = {
     "callbacks.weight_average": ("{decay: 0.5}", NUMBERS),
     "callbacks.throughput.peak_flops": (2e11, "speed"),
     "callbacks.throughput.straggler": (1.2, "elsewhere: tests/callbacks/test_rank_times.py"),
+    "callbacks.loss_spike": ("{threshold: 3}", "elsewhere: tests/runs/test_loss_spike.py"),
+    "callbacks.garbage_collection": ("{every_n_steps: 2}", "elsewhere: tests/callbacks/test_operation.py"),
+    "callbacks.memory_snapshot.history": (1000, "elsewhere: tests/callbacks/test_operation.py"),
     "callbacks.sample_text.every_n_steps": (1, TEXT),
     "callbacks.sample_text.prompts": ("[b]", TEXT),
     "callbacks.sample_text.max_new_tokens": (3, TEXT),
     "callbacks.sample_text.temperature": (0.0, TEXT),
     "callbacks.checkpoint.every_n_steps": (4, FILES),
+    "callbacks.checkpoint.every_n_minutes": (20, "elsewhere: tests/callbacks/test_checkpoint.py"),
     "callbacks.checkpoint.keep": (1, FILES),
     "callbacks.checkpoint.keep_best": (2, FILES),
     "callbacks.progress": ("null", TEXT),

@@ -1,4 +1,4 @@
-"""A failure is told in one line: the file that could not be written, however deep in the chain it is."""
+"""A failure is reported in one line: the file that could not be written, however deep in the chain it is."""
 
 import errno
 from pathlib import Path
@@ -15,9 +15,9 @@ def test_a_full_disk_behind_the_event_files_names_them(tmp_path: Path):
     """TensorBoard's error has no path."""
     with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError) as raised:
         RecordWriter(file).write(b"event")
-    told = in_one_line(raised.value, tmp_path)
-    assert isinstance(told, WriteError)
-    assert str(told) == f"{tmp_path}/events.out.tfevents.*: can't be written (No space left on device)"
+    reported = in_one_line(raised.value, tmp_path)
+    assert isinstance(reported, WriteError)
+    assert str(reported) == f"{tmp_path}/events.out.tfevents.*: can't be written (No space left on device)"
 
 
 def test_a_full_disk_elsewhere_names_its_file_or_the_run(tmp_path: Path):

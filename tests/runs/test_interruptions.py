@@ -56,7 +56,7 @@ def assert_same_curves_without_validation(expected, actual):
 
 
 def test_a_checkpoint_between_two_logs_holds_what_the_next_one_averages(nano):
-    """Logs after steps 5 and 10, a checkpoint after step 3: without its part, the first would tell of steps 4 and 5."""
+    """Logs after steps 5 and 10, a checkpoint after step 3: without its part, the first would hold steps 4 and 5."""
     words = ("trainer.max_steps=10", "trainer.log_every_n_steps=5", "callbacks.checkpoint={every_n_steps: 3, keep: 9}")
     words += ("trainer.accumulate_grad_batches=2", "loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}")
     words += ("trainer.val_check_interval=10", "trainer.limit_val_batches=1", "callbacks.router_monitor.per_layer=true")
@@ -69,7 +69,7 @@ def test_a_checkpoint_between_two_logs_holds_what_the_next_one_averages(nano):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes_on_later(nano, whole, number):
+def test_asked_to_stop_it_saves_and_resumes_later(nano, whole, number):
     process = nano.start("stopped", "trainer.max_steps=40", *EVERY)
     wait_for(process, "step 12/")
     process.send_signal(number)
@@ -108,7 +108,7 @@ def without_position(path):
 
 def test_a_named_checkpoint_that_is_missing_or_unsafe_is_one_line(nano, capsys, tmp_path):
     assert nano.run("x", "run.resume=/nope.ckpt").code == 2
-    assert capsys.readouterr().err == "dsv3: error: run.resume=/nope.ckpt: there is no such checkpoint\n"
+    assert capsys.readouterr().err == "dsv3: error: run.resume=/nope.ckpt: no such checkpoint\n"
     evil = tmp_path / "evil=1.ckpt"
     torch.save({"state_dict": os.system}, evil)
     assert nano.run("x", f"run.resume={evil}").code == 2
@@ -148,7 +148,7 @@ def test_a_file_in_the_folders_place_and_a_second_process_are_refused(nano, caps
     (nano.base / "runs").mkdir()
     (nano.base / "runs/taken").write_text("mine")
     assert nano.run("taken").code == 2
-    assert "a file of that name is in its place" in capsys.readouterr().err
+    assert "a file of that name exists" in capsys.readouterr().err
     process = nano.start("shared", "trainer.max_steps=2000")
     wait_for(process, "step 2/")
     assert nano.run("shared", "trainer.max_steps=2000").code == 2

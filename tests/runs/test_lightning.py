@@ -1,4 +1,4 @@
-"""Lightning's callbacks and loggers by class_path: each works in a run that goes on, or is refused before step 1."""
+"""Lightning's callbacks and loggers by class_path: each works in a run that resumes, or is refused before step 1."""
 
 import csv
 import importlib.util
@@ -60,7 +60,7 @@ def test_the_table_has_every_class_that_lightning_exports():
     assert set(TABLE) == {*callbacks.__all__, *loggers.__all__}
 
 
-def test_what_works_does_so_in_one_run_that_is_stopped_and_goes_on(nano, monkeypatch, capsys):
+def test_what_works_does_so_in_one_run_that_is_stopped_and_resumes(nano, monkeypatch, capsys):
     monkeypatch.chdir(nano.base)
     names = [name for name in working(callbacks) if name not in APART]
     blocks = [logger_block(name, nano.base / name) for name in working(loggers)]
@@ -79,7 +79,7 @@ def test_what_works_does_so_in_one_run_that_is_stopped_and_goes_on(nano, monkeyp
     assert {path.name for path in (run.folder / "checkpoints").glob("step=*.ckpt")} == {"step=4.ckpt", "step=5.ckpt"}
     assert (run.folder / "checkpoints/last.ckpt").resolve().name == "step=5.ckpt"
     logged = {}
-    for version in ("version_0", "version_1"):  # one for each life, and none deletes the other's
+    for version in ("version_0", "version_1"):  # one for each session, and none deletes the other's
         with open(nano.base / f"CSVLogger/lightning_logs/{version}/metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("loss/main")]
         logged |= {int(row["step"]): pytest.approx(float(row["loss/main"])) for row in rows}
@@ -88,7 +88,7 @@ def test_what_works_does_so_in_one_run_that_is_stopped_and_goes_on(nano, monkeyp
 
 
 @pytest.mark.parametrize("names", [("WeightAveraging", "RichProgressBar"), ("EMAWeightAveraging", "TQDMProgressBar")])
-def test_an_average_and_a_progress_bar_of_lightnings_work_in_a_run_that_goes_on(nano, names, capsys):
+def test_an_average_and_a_progress_bar_of_lightnings_work_in_a_run_that_resumes(nano, names, capsys):
     settings = (*STEPS, *map(callback, names), "callbacks.progress=null")
     assert nano.run("average", *settings).code == 130, capsys.readouterr().err
     run = nano.run("average", *settings)
@@ -97,13 +97,13 @@ def test_an_average_and_a_progress_bar_of_lightnings_work_in_a_run_that_goes_on(
     assert run.scalars()["val/loss"] == nano.run("whole", *settings[:-1]).scalars()["val/loss"]
 
 
-def test_a_file_that_lightning_would_go_on_from_unasked_is_refused(nano, monkeypatch, capsys):
-    """With an OnExceptionCheckpoint it looks for one, also where the run starts anew."""
+def test_a_file_that_lightning_would_resume_from_unasked_is_refused(nano, monkeypatch, capsys):
+    """With an OnExceptionCheckpoint it looks for one, also where the run starts again."""
     monkeypatch.chdir(nano.base)
     (nano.base / "exceptions").mkdir()
     (nano.base / "exceptions/on_exception.ckpt").touch()
-    assert nano.run("anew", callback("OnExceptionCheckpoint")).code == 2
-    assert "exceptions/on_exception.ckpt: Lightning would go on from it" in capsys.readouterr().err
+    assert nano.run("again", callback("OnExceptionCheckpoint")).code == 2
+    assert "exceptions/on_exception.ckpt: Lightning would resume from it" in capsys.readouterr().err
 
 
 def test_early_stopping_stops_the_run(nano):

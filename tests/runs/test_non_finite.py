@@ -7,6 +7,8 @@ import socket
 import pytest
 import torch
 
+from tests.runs.test_steps import diary
+
 POISON = (
     "callbacks.poison={{class_path: tests.runs.poison.Poison, "
     "init_args: {{rank: {rank}, step: {step}, onwards: {onwards}}}}}"
@@ -15,6 +17,7 @@ SLEEPY = (
     "callbacks.sleepy={class_path: tests.runs.poison.Sleepy, init_args: {rank: 1, every: 20, seconds: 0.5}}",
     "callbacks.throughput.straggler=3",
 )
+DIARY = "callbacks.diary={class_path: tests.runs.poison.Diary}"
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=5")
 
 
@@ -27,7 +30,7 @@ def everything_finite(checkpoint):
 
 
 def test_the_step_is_skipped_on_both_ranks_and_counted_once(nano):
-    run = nano.command("once", *TWO, *SLEEPY, POISON.format(rank=1, step=7, onwards="false"))
+    run = nano.command("once", *TWO, *SLEEPY, DIARY, POISON.format(rank=1, step=7, onwards="false"))
     assert run.code == 0, run.output
     # In logged steps rank 1 is late before its forward pass, and rank 0 waits for it: both need the same wall time.
     late = re.findall(r"^step (\d+): rank 1 \((.+)\) is slow: by itself it needs", run.output, re.MULTILINE)
@@ -38,6 +41,11 @@ def test_the_step_is_skipped_on_both_ranks_and_counted_once(nano):
     assert all(value >= 4 * 0.5 for value in curves["throughput/step_seconds_max"][1])
     assert all(value > 0 for value in curves["throughput/step_seconds_min"][1])
     assert run.output.count("step 8: the loss or a gradient is not finite; step skipped") == 1
+    # rank 1's four micro-batches of step 8 are named by their samples, as the run's diary has them
+    (line,) = [line for line in run.output.splitlines() if line.startswith("step 8: the loss")]
+    name, samples = re.search(r"; rank 1: gradient of (\S+), samples ([\d, ]+)$", line).groups()
+    (drawn,) = [entry["samples"] for entry in diary(run, 1) if entry["step"] == 8]
+    assert name == "model.embed_tokens.weight" and [int(number) for number in samples.split(", ")] == drawn
     assert run.report()["skipped_steps"] == 1 and math.isfinite(run.report()["val_loss"])
     assert everything_finite(run.folder / "checkpoints/step=20.ckpt")
     # DDP keeps no promise that ranks stay equal once their gradients differ: equal numbers of a clean continuation do
@@ -51,6 +59,7 @@ def test_without_end_the_run_stops_with_one_line_and_a_finite_checkpoint(nano, s
     run = nano.command("endless", *arguments, "callbacks.checkpoint.every_n_steps=4")
     assert run.code == 1 and "Traceback" not in run.output
     assert f"step {step + 3}: the loss or a gradient was not finite 3 steps in a row" in run.output
+    assert run.output.count("; at last rank 0: gradient of model.embed_tokens.weight, samples ") == 1
     for checkpoint in (run.folder / "checkpoints").glob("step=*.ckpt"):
         assert everything_finite(checkpoint)
 

@@ -1,10 +1,11 @@
-"""A run's folder is a record: a refusal changes nothing in it, and a run goes on when what it started from is gone."""
+"""A run's folder is a record: a refusal changes nothing in it, and a run resumes when what it started from is gone."""
 
 import hashlib
 import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data_cache: list[str]) ->
     trained = Trained(base, ["trainer.precision=32", "callbacks.sample_text=null"])
     assert trained.run("x", *trained.settings()).code == 0
     return base
+
+
+def test_the_size_of_a_checkpoint_is_known_before_the_first_one(finished):
+    from dsv3_lightning.config.compose import compose
+    from dsv3_lightning.config.schema import check
+    from dsv3_lightning.runs.space import checkpoint_bytes
+
+    size = (finished / "runs/x/checkpoints/step=4.ckpt").stat().st_size
+    names = 200_000  # of nano's tensors, their places and the settings; the same for larger tensors
+    assert 0 < size - checkpoint_bytes(check(compose(["nano"]).tree), "32") < names
+
+
+def test_a_run_whose_checkpoint_does_not_fit_the_disk_is_refused_and_a_disk_that_gets_full_told(
+    finished, tmp_path, capsys, monkeypatch
+):
+    trained = Trained(finished, ["trainer.precision=32", "callbacks.sample_text=null", f"run.dir={tmp_path}"])
+    free = SimpleNamespace(free=8_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert trained.run("full", *trained.settings()).code == 2
+    error = capsys.readouterr().err
+    assert "full/checkpoints: a checkpoint takes about 0.01 GB, but 0.01 GB are free; make room" in error
+    assert error.splitlines()[-1].startswith("dsv3: error: ") and not (tmp_path / "full").exists()
+    free.free = 20_000_000  # two are kept, and a third is written beside them
+    assert trained.run("filling", *trained.settings("trainer.max_steps=1")).code == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "the disk will be full" in line]
+    assert len(told) == 1 and "2 of about 0.01 GB are kept and one more is written beside them" in told[0]
 
 
 @pytest.fixture
@@ -73,18 +100,18 @@ def test_other_data_are_refused_and_nothing_changes(finished, run, capsys, what:
     assert content(folder) == before and content(run.base / "cache") == cache
 
 
-def test_a_run_goes_on_without_its_texts(finished, run, capsys):
+def test_a_run_resumes_without_its_texts(finished, run, capsys):
     expected = Run(finished / "runs/x", 0).weights(4)
     shutil.rmtree(run.base / "texts")
-    (run.base / "runs/x/checkpoints/step=4.ckpt.new").mkdir()  # of a life that was killed
+    (run.base / "runs/x/checkpoints/step=4.ckpt.new").mkdir()  # of a session that was killed
     (run.base / "runs/x/.report.md.abc.new").mkdir()
     again = run.run("x", *run.settings())
-    assert again.code == 0 and "are enough" in capsys.readouterr().err
+    assert again.code == 0 and "are used" in capsys.readouterr().err
     assert all((value == expected[name]).all() for name, value in again.weights(4).items())
     assert not [path.name for path in again.folder.rglob("*") if path.name.endswith(".new")]
 
 
-def test_a_run_goes_on_with_its_texts_and_its_folder_elsewhere(finished, run, capsys):
+def test_a_run_resumes_with_its_texts_and_its_folder_elsewhere(finished, run, capsys):
     expected = Run(finished / "runs/x", 0).weights(4)
     run.base.rename(run.base.with_name("moved"))
     run.base = run.base.with_name("moved")
@@ -95,11 +122,11 @@ def test_a_run_goes_on_with_its_texts_and_its_folder_elsewhere(finished, run, ca
     assert all((value == expected[name]).all() for name, value in again.weights(4).items())
 
 
-def test_preparation_that_happens_anew_says_why(run, capsys):
+def test_repeated_preparation_says_why(run, capsys):
     with open(run.base / "texts/calendar.py", "a") as file:
         file.write("# more\n")
     assert main(["prepare", "nano", *run.settings("run.name=y")]) == 0
-    assert "prepared anew, since " in (said := capsys.readouterr().err) and "calendar.py changed" in said
+    assert "prepared again, since " in (said := capsys.readouterr().err) and "calendar.py changed" in said
     assert main(["prepare", "nano", *run.settings("run.name=y", "data.validation_fraction=0.25")]) == 0
     assert "validation_fraction: 0.5 before, 0.25 now" in capsys.readouterr().err
 

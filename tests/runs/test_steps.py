@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 
+from tests.runs.compare import assert_same_curves
+
 DIARY = "callbacks.diary={class_path: tests.runs.poison.Diary}"
 
 
@@ -40,6 +42,30 @@ def test_intervals_count_optimizer_steps_also_under_accumulation_and_in_later_ep
     saved = sorted(int(path.stem.split("=")[1]) for path in (run.folder / "checkpoints").glob("step=*.ckpt"))
     assert saved == [12, 24, 36, 48, 60]
     assert max(ids.values()) <= 1 + samples // len(ids)
+
+
+def test_a_growing_batch_is_the_same_numbers_in_any_micro_batches_also_when_the_run_goes_on(nano):
+    """Steps of 2 to 8 samples in 1 to 4 micro-batches, which Lightning counts to find steps and validations."""
+    words = (
+        "data.batch_ramp={start: 2, increment: 2, tokens: 1536}", DIARY, "trainer.max_steps=10",
+        "trainer.val_check_interval=3", "trainer.limit_val_batches=1",
+        "callbacks.checkpoint={every_n_steps: 1, keep: 9}",
+        "loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}", "optimizer.eps=1e-3",
+    )  # fmt: skip
+    one = nano.run("one", *words)
+    parts = nano.run("parts", *words, "trainer.accumulate_grad_batches=4")
+    samples = [[entry["samples"] for entry in diary(run) if "samples" in entry] for run in (one, parts)]
+    assert [len(of_step) for of_step in samples[0]] == [2, 2, 2, 2, 4, 4, 6, 6, 8, 8]
+    assert samples[1] == samples[0]
+    assert parts.scalars()["val/loss"][0] == [3, 6, 9, 10]
+    assert_same_curves(one, parts, 1e-5)
+    for micro_batches, step in ((2, 3), (4, 6)):  # 3: of a step of 2 samples, and before a validation
+        on = nano.run(
+            f"on_{step}", *words, f"trainer.accumulate_grad_batches={micro_batches}",
+            f"run.resume={parts.folder / f'checkpoints/step={step}.ckpt'}",
+        )  # fmt: skip
+        assert on.code == 0
+        assert_same_curves(one, on, 1e-5, after=step)
 
 
 def test_validation_moves_no_bias_and_the_mtp_router_is_balanced_too(nano):

@@ -1,4 +1,4 @@
-"""Every stop saves its step and says why, the next life goes on from there, and what was due is made up for."""
+"""Every stop saves its step and says why, the next session resumes from there, and what was due is made up for."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def whole(shared):
 
 
 def test_a_time_limit_stops_each_life_after_as_many_steps_and_all_lives_equal_one(shared, whole, capsys):
-    """seen elsewhere: nothing is saved, or no later life makes a step (Lightning-AI/pytorch-lightning#10226)."""
+    """seen elsewhere: nothing is saved, or no later session makes a step (Lightning-AI/pytorch-lightning#10226)."""
     words = (*SHORT, SELDOM, poison("Ticks", duration={"seconds": 4}))
     for step in (4, 8):
         run = shared.run("limited", *words)
@@ -36,7 +36,7 @@ def test_a_time_limit_stops_each_life_after_as_many_steps_and_all_lives_equal_on
         line = (
             f"stopped by the time limit of 0:00:04 for one start (trainer.max_time or Timer) after step {step}, which"
         )
-        assert f"{line} is saved; the same command goes on from there" in capsys.readouterr().out
+        assert f"{line} is saved; the same command resumes from there" in capsys.readouterr().out
         assert (run.folder / f"checkpoints/step={step}.ckpt").exists()
     assert shared.run("limited", *words).code == 0
     assert_same_curves(whole, run, 0.0)
@@ -52,7 +52,7 @@ def test_the_step_in_which_a_callback_asks_to_stop_is_finished_and_saved(shared,
 
 
 def test_a_run_that_a_validation_stops_saves_that_step_and_its_next_life_works(shared, capsys):
-    """Each life of three makes the steps to its next validation, as with an EarlyStopping whose patience is out."""
+    """Each session of three makes the steps to its next validation, as with an EarlyStopping whose patience is out."""
     words = (*SHORT[2:], "trainer.max_steps=6", "trainer.val_check_interval=2", SELDOM, poison("StopAfterValidation"))
     for step in (2, 4, 6):
         run = shared.run("validated", *words)
@@ -115,7 +115,7 @@ KILLS = [
 
 
 def test_curves_are_the_same_wherever_kills_fall(shared, whole, capsys):
-    """Also of what is logged again: it is on the disk already when a life ends by such a kill."""
+    """Also of what is logged again: it is on the disk already when a session ends by such a kill."""
     words = (*SHORT, "callbacks.checkpoint.every_n_steps=5", poison("Raise", moments=KILLS))
     for _ in KILLS:
         with pytest.raises(SystemExit):
@@ -143,7 +143,7 @@ def test_micro_batches_may_change_at_every_resume(shared):
     assert_same_curves(whole, run, 1e-4)
 
 
-def test_a_run_that_has_only_best_checkpoints_keeps_as_many_and_goes_on_from_the_newest(shared, capsys):
+def test_a_run_that_has_only_best_checkpoints_keeps_as_many_and_resumes_from_the_newest(shared, capsys):
     words = (*SHORT[2:], "trainer.max_steps=8", "trainer.val_check_interval=1", SELDOM)
     killed = (*words, poison("Raise", moments=[[6, "on_train_batch_start"]]))
     with pytest.raises(SystemExit):

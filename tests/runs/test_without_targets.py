@@ -13,7 +13,7 @@ STEPS = 12
 
 
 def short_answers(nano: Nano, tmp_path: Path) -> Run:
-    question = "Is it so that {} is a number that can be told from the others by looking at it for long enough? "
+    question = "Is it so that {} is a number that can be reported from the others by looking at it for long enough? "
     with open(tmp_path / "talks.jsonl", "w") as file:
         for number in range(60):
             asked = {"role": "user", "content": "".join(question.format(number * n) for n in range(5))}

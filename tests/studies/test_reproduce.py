@@ -64,15 +64,15 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert row(text, "The bias costs less loss")[3:] == ["4.500 ± 0.500 against 4.512 ± 0.501", f"**{REPRODUCED}**"]
     assert row(text, "A batch-wise loss costs less")[4] == f"**{UNDECIDED}**"  # one seed
     assert row(text, "Predicting one more token")[3:] == ["-", f"**{MISSING}**"]
-    assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens a run." in text
+    assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens per run." in text
     assert "10 of 18 runs are finished." in text and text.index("| none | 3") < text.index("| loss_free | 3")
     assert "Does loss-free balancing balance" in text and "## mtp" not in text
     assert "Their verdicts mean nothing" not in text
-    assert "77,777" not in text  # speeds of runs beside each other say nothing
+    assert "77,777" not in text  # speeds of runs at the same time say nothing
     assert (tmp_path / "docs/report/balance.png").stat().st_size > 5_000 and "(report/balance.png)" in text
 
 
-def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
+def test_all_experiments_are_swept_and_a_failure_is_reported(tmp_path, monkeypatch):
     calls = []
     finish(tmp_path, "moe", {"fine_grained": {1: {}}}, *command.QUICK, "data.batch_size=8")
 
@@ -89,18 +89,18 @@ def test_all_experiments_are_swept_and_a_failure_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("made_with", "words", "told"),
+    ("made_with", "words", "reported"),
     [
         ([], ["optimizer.lr=1e-3"], "optimizer.lr: 0.003 there, 0.001 here"),
         (["optimizer.lr=1e-3"], [], "optimizer.lr: 0.001 there, 0.003 here"),
         ([], ["--quick"], "trainer.max_steps: 160 there, 30 here"),
     ],
 )
-def test_a_command_that_did_not_make_the_runs_is_not_printed_as_theirs(tmp_path, capsys, made_with, words, told):
+def test_a_command_that_did_not_make_the_runs_is_not_printed_as_theirs(tmp_path, capsys, made_with, words, reported):
     finish(tmp_path, "moe", {"gshard_like": {2: {}}}, *made_with)
     assert main(["reproduce", "--report", "--dir", str(tmp_path), *words]) == 2
     err = capsys.readouterr().err
-    assert "moe/gshard_like-seed2: was made with other settings" in err and told in err and err.count("\n") == 1
+    assert "moe/gshard_like-seed2: was run with other settings" in err and reported in err and err.count("\n") == 1
     assert not (tmp_path / "reproduction.md").exists()
 
 

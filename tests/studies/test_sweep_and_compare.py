@@ -1,4 +1,4 @@
-"""An experiment from its file to its table: what runs, what is skipped, what survives, and what is told."""
+"""An experiment from its file to its table: what runs, what is skipped, what survives, and what is reported."""
 
 import json
 import os
@@ -121,16 +121,16 @@ def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("config: [nano]\nvariants: {a: {}}\n", "seeds: missing"),
         ("config: [nano]\nseeds: []\nvariants: {a: {}}\n", "seeds: must not be empty"),
-        ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: each once"),
+        ("config: [nano]\nseeds: [1, 1]\nvariants: {a: {}}\n", "seeds=[1, 1]: must not repeat a seed"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {1e3: {}}\n",
             "variants.1000.0: a name must be text, in quotes where it reads like a number",
         ),
-        ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be a word"),
+        ("config: [nano]\nseeds: [1]\nvariants: {a b: {}}\n", "variants.a b: must be usable as a folder"),
         (
             "config: [nano]\nseeds: [1]\nvariants: {a: {model: {hiden_size: 1}}}\n",
             "a-seed1: model.hiden_size: no such key",
@@ -139,22 +139,22 @@ def test_a_slurm_script_survives_spaces_and_its_log_needs_no_new_folder(tmp_path
         ("config: [nano]\nseed: [1]\nvariants: {a: {}}\n", "seed: no such key; did you mean seeds?"),
     ],
 )
-def test_a_wrong_experiment_is_named_before_anything_runs(tmp_path, capsys, text, told):
+def test_a_wrong_experiment_is_named_before_anything_runs(tmp_path, capsys, text, reported):
     (tmp_path / "wrong.yaml").write_text(text)
     assert main(["sweep", str(tmp_path / "wrong.yaml"), f"run.dir={tmp_path}"]) == 2
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1
+    assert reported in err and err.count("\n") == 1
 
 
 def test_wrong_words_are_named(tmp_path, words, capsys):
-    for arguments, told in [
+    for arguments, reported in [
         (["sweep", "balanse"], "did you mean balance?"),
         (["sweep", *words, "--task", "9"], "--task 9: mine.yaml has runs 0 to 3"),
         (["sweep", *words, "--jobs", "0"], "--jobs"),
         (["compare", str(tmp_path)], "holds no finished run"),
     ]:
         assert main(arguments) == 2
-        assert told in capsys.readouterr().err
+        assert reported in capsys.readouterr().err
 
 
 def test_spread_and_markdown():

@@ -31,5 +31,5 @@ def test_a_module_loads_from_a_file_and_from_shards_without_arguments(nano, tmp_
 def test_what_is_no_checkpoint_of_a_run_is_one_line(tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(ConfigError, match="^.*other.ckpt: not a checkpoint of a run.*$"):
+    with pytest.raises(ConfigError, match="^.*other.ckpt: not a checkpoint that a run can resume from.*$"):
         PretrainModule.load_from_checkpoint(path)

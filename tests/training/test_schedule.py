@@ -69,7 +69,7 @@ def test_a_place_is_counted_in_shares_steps_or_tokens():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "by", "told"),
+    ("wrong", "by", "reported"),
     [
         ([], "share", "must be a list of points"),
         (5, "share", "must be a list of points"),
@@ -81,10 +81,10 @@ def test_a_place_is_counted_in_shares_steps_or_tokens():
         ([[0.0, 1.0], [1.5, 0.0]], "share", "at most 1.0"),
         ([[0, 1.0], [100, 0.0], [50, 1.0]], "steps", "steps must rise from 0$"),
         ([[0.0, -1.0]], "share", "values must be at least 0"),
-        ([[0.0, 1.0, "linear"]], "share", "leave its shape out"),
+        ([[0.0, 1.0, "linear"]], "share", "leave out its shape"),
         ([[0.0, 1.0]], "epochs", "must be share, steps or tokens"),
     ],
 )
-def test_a_wrong_schedule_is_named(wrong, by, told):
-    with pytest.raises(ConfigError, match=rf"^callbacks\.x\.(schedule|by)=.*{told}"):
+def test_a_wrong_schedule_is_named(wrong, by, reported):
+    with pytest.raises(ConfigError, match=rf"^callbacks\.x\.(schedule|by)=.*{reported}"):
         check_schedule(wrong, by, "callbacks.x.schedule")

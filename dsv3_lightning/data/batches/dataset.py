@@ -21,11 +21,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     tokens [B, S] int64, padded with `pad_id`; mask [B, S] bool, False for padding.
     targets [B, P, T] int64: targets[:, p, i] = tokens[:, i + 1 + p], or -100 for none (see `segment_start`).
         If `loss_spans` (of TokenFile) are given, tokens outside of them are no targets.
-    target_counts [P] int64: valid targets of each head in the whole step, over all ranks and micro-batches.
+    target_counts [P] int64, in the first micro-batch of a training step: valid targets of each head in all of the
+        step's micro-batches on this rank.
     sample_ids [B] int64: position in the packed index; -1 for a row without a sample, which is all padding.
     documents [B, S] int64, with `isolate`: a number that identifies each token's document; -1 for padding.
-    step_tokens, step_mask (step_documents) [accumulate·B, S], if it has `step_samples`: the same for all
-        micro-batches of the step.
+    step_tokens, step_mask (step_documents) [accumulate·B, S], with `whole_steps`, in the first of several micro-batches
+        of a training step: the same for all of them.
     target_bytes [B] int64, if `bytes_per_token` [V] int64 is given: bytes of text of the main head's targets.
     origins [B, S] int64, if `origins` [documents] are given: the origin of each token's document; 0 for padding.
     """
@@ -42,36 +43,34 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         loss_spans: np.ndarray | None = None,
         bytes_per_token: np.ndarray | None = None,
         origins: np.ndarray | None = None,
+        whole_steps: bool = False,
     ) -> None:
         self.file, self.index, self.pad_id = file, index, pad_id
         self.isolate, self.loss_spans, self.bytes_per_token = isolate, loss_spans, bytes_per_token
         self.sequence_length, self.mtp_depth = sequence_length, mtp_depth
-        self.mask_document_ends, self.origins = mask_document_ends, origins
+        self.mask_document_ends, self.origins, self.whole_steps = mask_document_ends, origins, whole_steps
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        tokens, mask, segment_starts = self.gather(micro_batch.samples)
+        samples, of_step = micro_batch
+        tokens, mask, segment_starts = self.gather(samples)
         targets = targets_of(tokens, segment_starts, self.sequence_length)
-        batch: dict[str, Any] = {
-            "tokens": tokens,
-            "mask": mask,
-            "targets": targets,
-            "target_counts": micro_batch.target_counts,
-            "sample_ids": micro_batch.samples,
-        }
-        if micro_batch.step_samples is not None:
-            batch["step_tokens"], batch["step_mask"], _ = self.gather(micro_batch.step_samples)
+        batch: dict[str, Any] = {"tokens": tokens, "mask": mask, "targets": targets, "sample_ids": samples}
         if self.isolate:
-            batch["documents"] = self.spread(micro_batch.samples, self.numbers_of, -1)
-            if micro_batch.step_samples is not None:
-                batch["step_documents"] = self.spread(micro_batch.step_samples, self.numbers_of, -1)
+            batch["documents"] = self.spread(samples, self.numbers_of, -1)
+        if of_step is not None:
+            batch["target_counts"] = self.index.target_counts[of_step].sum(0)
+        if of_step is not None and self.whole_steps and len(of_step) > len(samples):
+            batch["step_tokens"], batch["step_mask"], _ = self.gather(of_step)
+            if self.isolate:
+                batch["step_documents"] = self.spread(of_step, self.numbers_of, -1)
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
         if self.origins is not None:
-            batch["origins"] = self.spread(micro_batch.samples, self.origins_of, 0)
+            batch["origins"] = self.spread(samples, self.origins_of, 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
-"""The packed index in memory-mapped files beside the tokens, shared by all ranks and loader processes of a node.
+"""The packed index in memory-mapped files next to the tokens, shared by all ranks and loader processes of a node.
 
     SPLIT/index-FORMAT-T-DEPTH[-masked]/NAME.npy    one array of `PackedIndex` each
+    SPLIT/index-FORMAT-T-DEPTH[-masked]/digest      its hash, so that no start reads the index whole
 
 The folder is built under another name and renamed when everything is on disk. Imports no torch.
 """
@@ -21,7 +22,7 @@ from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile
 from dsv3_lightning.errors import WriteError
 
-FORMAT = 1
+FORMAT, DIGEST = 2, "digest"
 MILLION = 10**6
 SECONDS = 0.5  # for a million documents
 ARRAYS = [field.name for field in fields(PackedIndex)]
@@ -29,19 +30,24 @@ ARRAYS = [field.name for field in fields(PackedIndex)]
 
 @dataclass(frozen=True)
 class MappedIndex(PackedIndex):
-    """A memory-mapped index, pickled as its path."""
+    """A memory-mapped index with the hash from when it was built, pickled as its path."""
 
     folder: Path
+    built_as: str
 
     @classmethod
     def open(cls, folder: Path) -> "MappedIndex":
         """Opens the index. Raises OSError, ValueError or IndexError if it is missing or damaged."""
         arrays = {name: np.asarray(open_memmap(folder / f"{name}.npy", "r")) for name in ARRAYS}
-        index = cls(**arrays, folder=folder)
+        built_as = (folder / DIGEST).read_text(encoding="utf-8")
+        index = cls(**arrays, folder=folder, built_as=built_as)
         pieces = {len(arrays[name]) for name in ("starts", "lengths", "positions", "continues")}
-        if pieces != {int(index.samples[-1])} or len(index.target_counts) != len(index):
+        if pieces != {int(index.samples[-1])} or len(index.target_counts) != len(index) or len(built_as) != 16:
             raise ValueError(f"{folder}: its arrays don't belong together")
         return index
+
+    def digest(self) -> str:
+        return self.built_as
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedIndex.open, (self.folder,)
@@ -81,13 +87,14 @@ def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, 
         say(f"packing {documents / MILLION:,.0f} million documents: about {SECONDS * documents / MILLION:.0f} s")
     with whole(final) as beside:
         beside.mkdir()
-        pack(
+        index = pack(
             file.offsets(), sequence_length, mtp_depth, masked, file.loss_spans(),
             make=lambda name, shape, dtype: new_file(beside / f"{name}.npy", shape, dtype),
         )  # fmt: skip
         for path in beside.iterdir():
             if path.stem not in ARRAYS:  # needed only for packing
                 path.unlink()
+        (beside / DIGEST).write_text(index.digest(), encoding="utf-8")
 
 
 def new_file(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -1,8 +1,7 @@
 """TextDataModule: batches from prepared text, in the same order for any number of ranks, loaders and resumes."""
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
 from dsv3_lightning.data.batches.index import open_index, prepare_index
+from dsv3_lightning.data.batches.loader import Loader
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.ramp import batch_sizes
-from dsv3_lightning.data.batches.sampling import Layout, TrainSampler, ValidationSampler
+from dsv3_lightning.data.batches.sampling import ORDER, Layout, TrainSampler, ValidationSampler
+from dsv3_lightning.data.batches.skips import Skip
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
@@ -32,9 +32,11 @@ MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.1626
 class TextDataModule(LightningDataModule):
     """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
 
-    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. Saved state:
-    `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that gives such
-    numbers their meaning. Save between optimizer steps: a step that is cut short is drawn anew from its first sample.
+    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. While `batch_ramp`
+    lets the batch grow, a step has fewer of them (see `micro_batches`), which PretrainModule takes care of.
+    Saved state: `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of all that
+    gives such numbers their meaning. Save between optimizer steps: a step that is cut short is drawn again from its
+    first sample.
     whole_steps: the first micro-batch of a step also holds the tokens of all of them.
     limit_val_batches: at most so many batches of `batch_size` samples in a validation, or a share of them (Lightning's
     own counts micro-batches).
@@ -53,7 +55,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         if config.sequence_length <= mtp_depth:
             raise ConfigError(
-                f"data.sequence_length={config.sequence_length}: a sample too short for "
+                f"data.sequence_length={config.sequence_length}: too short for "
                 f"model.num_nextn_predict_layers={mtp_depth}; needs at least {mtp_depth + 1}"
             )
         self.config, self.mtp_depth, self.max_steps = config, mtp_depth, max_steps
@@ -61,10 +63,12 @@ class TextDataModule(LightningDataModule):
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
+        self._layout = Layout(config.batch_size)
         self._first_step, self._first_sample, self._restored = 0, 0, False
+        self.skips: list[Skip] = []  # what the run leaves out; LossSpike sets those that are newer than a checkpoint
 
     def prepare_tokens(self, tell: Callable[[str], None] = say) -> Path:
-        """Prepares the token files, unless that is done. tell: gets what `prepare` has to tell."""
+        """Prepares the token files, unless that is done. tell: called with each note of `prepare`."""
         if self._folder is None:
             self._folder = prepare(self.config, self.known, tell)
         return self._folder
@@ -77,29 +81,31 @@ class TextDataModule(LightningDataModule):
             self._folder = self.trainer.strategy.broadcast(self._folder)
         elif self._folder is None:
             self.prepare_data()
+        self._layout = self._full_layout()  # later the Trainer's number of micro-batches follows the batch ramp
         self._datasets["validation"] = self._dataset("validation")
         if stage in ("fit", None):
-            self._layout()  # refuses a batch that can't be dealt out
+            for size in np.unique(self.batch_sizes):
+                self._layout.of_step(int(size))  # refuses a batch that can't be dealt out
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
-            self._index_hash = index_hash(self._datasets["train"], self.manifest, self.config.seed)
+            self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
             rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
 
     def train_dataloader(self) -> "Loader":
-        layout, step = self._layout(), self.trainer.global_step if self.trainer is not None else 0
+        layout, step = self._layout, self.trainer.global_step if self.trainer is not None else 0
         if step and not self._restored:
             raise ConfigError(f"checkpoint of step {step}: the position in the data is missing")
         self._first_step = step
         dataset = self._datasets["train"]
         sampler = TrainSampler(
-            dataset.index.target_counts,
+            len(dataset),
             layout,
             self.config.seed,
             self.max_steps,
             first_step=step,
             first_sample=self._first_sample,
-            whole_steps=self.whole_steps,
             sizes=self.batch_sizes,
+            skips=self.skips,
         )
         return Loader(dataset, sampler, self.config.num_workers)
 
@@ -109,13 +115,25 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        sampler = ValidationSampler(dataset.index.target_counts, self._layout(), self.limit_val_batches)
+        sampler = ValidationSampler(len(dataset), self._layout, self.limit_val_batches)
         return Loader(dataset, sampler, self.config.num_workers)
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Leaves the numbers of documents on the host, where the model reads them without waiting for a GPU."""
+        on_host = {name: batch[name] for name in ("documents", "step_documents") if name in batch}
+        rest = {name: value for name, value in batch.items() if name not in on_host}
+        return super().transfer_batch_to_device(rest, device, dataloader_idx) | on_host
 
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
-        drawn = int(self.batch_sizes[self._first_step : step].sum())
-        return {"next_sample": self._first_sample + drawn, "index": self._index_hash}
+        return {"next_sample": self.position(step), "skips": self.skips, "index": self._index_hash}
+
+    def position(self, step: int) -> int:
+        """The number of samples that the run has drawn in its first `step` optimizer steps."""
+        sizes, first = self.batch_sizes, self._first_step
+        return self._first_sample + int(sizes[first:step].sum()) - int(sizes[step:first].sum())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" not in self._datasets:  # only validating: other data than in training is fine
@@ -125,9 +143,11 @@ class TextDataModule(LightningDataModule):
         if state_dict["index"] != self._index_hash:
             raise ConfigError(
                 f"checkpoint: its samples are {state_dict['index']}, these are {self._index_hash}; "
-                "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth"
+                "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth, "
+                "and a version that orders samples alike"
             )
         self._first_sample, self._restored = state_dict["next_sample"], True
+        self.skips = self.skips or [(at, length) for at, length in state_dict.get("skips", [])]
 
     @property
     def prepared(self) -> Path:
@@ -165,6 +185,11 @@ class TextDataModule(LightningDataModule):
         """Samples of each optimizer step of the run, over all ranks and micro-batches: int64 [max_steps]."""
         return np.array(batch_sizes(self.config, self.max_steps), dtype=np.int64)
 
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of each rank in the step that follows on the run's first `step` steps."""
+        size = self.batch_sizes[min(step, self.max_steps - 1)]
+        return self._layout.of_step(int(size)).accumulate
+
     def tokens_before(self, step: int) -> int:
         """Positions of the run's first `step` optimizer steps, over all ranks."""
         return int(self.batch_sizes[:step].sum()) * self.config.sequence_length
@@ -188,17 +213,20 @@ class TextDataModule(LightningDataModule):
         file = TokenFile(self.prepared, split)
         length, depth = self.config.sequence_length, self.mtp_depth
         mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
-        extra = (self.tokenizer.bytes_per_token(), file.origins()) if split == "validation" else ()
+        per_token, origins = (None, None) if split == "train" else (self.tokenizer.bytes_per_token(), file.origins())
         found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
         index = pack(file.offsets(), *self._shape, file.loss_spans()) if found is None else found
-        return PackedDataset(file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), *extra)
+        return PackedDataset(
+            file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), per_token, origins, self.whole_steps
+        )
 
     @property
     def _shape(self) -> tuple[int, int, bool]:
         """The settings that determine the packed index for given tokens."""
         return self.config.sequence_length, self.mtp_depth, self.config.mask_document_ends
 
-    def _layout(self) -> Layout:
+    def _full_layout(self) -> Layout:
+        """The division of steps of `batch_size` samples. Raises ConfigError."""
         if self.trainer is None:
             return Layout(self.config.batch_size)
         accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -209,58 +237,15 @@ def length_note(passes: float, tokens: int) -> str:
     """A note on the number of passes over the data, with a warning if it is large.
 
     >>> length_note(0.25, 1_000_000)
-    'data: the run goes 0.25 times over its 1,000,000 training tokens'
+    'data: the run makes 0.25 passes over its 1,000,000 training tokens'
     """
-    note = f"the run goes {passes:,.3g} times over its {tokens:,} training tokens"
+    note = f"the run makes {passes:,.3g} passes over its {tokens:,} training tokens"
     if passes <= MANY_PASSES:
         return f"data: {note}"
-    return f"warning: {note}; beyond {MANY_PASSES} passes it learns less and less, and little text by heart"
+    return f"warning: {note}; beyond {MANY_PASSES} passes it learns little more, and memorizes short data"
 
 
-class Loader:
-    """A DataLoader that Lightning uses unchanged, without replacing the sampler or warning about workers.
-
-    Starting it draws no global random number, which would make a resumed run differ. Its position is part of the
-    module's state. wait_seconds: time that the consumer has spent waiting for batches.
-    """
-
-    def __init__(self, dataset: PackedDataset, sampler: TrainSampler | ValidationSampler, num_workers: int) -> None:
-        self.wait_seconds = 0.0
-        self.batches = DataLoader(
-            dataset,
-            batch_size=None,  # the dataset makes whole micro-batches
-            sampler=sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batches = iter(self.batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.wait_seconds += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-
-def index_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
-    """A hash of the tokens, the packed samples and the seed of their order, as 16 hexadecimal digits."""
-    index = dataset.index
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{manifest['files']['train/00000.bin']['sha256']} {seed}".encode())
-    for part in (index.samples, index.starts, index.lengths):
-        digest.update(part.data)  # without a copy: it may be larger than memory
-    return digest.hexdigest()
+def data_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
+    """A hash of the tokens, the packed samples and their order, as 16 hexadecimal digits."""
+    parts = manifest["files"]["train/00000.bin"]["sha256"], dataset.index.digest(), ORDER, seed
+    return hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).hexdigest()

@@ -10,6 +10,7 @@ Arrays that grow with the number of documents, tens of gigabytes for a billion, 
 files. Memory holds one or two numbers per sample and a chunk of pieces.
 """
 
+import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,13 @@ class PackedIndex:
 
     def __len__(self) -> int:
         return len(self.samples) - 1
+
+    def digest(self) -> str:
+        """A hash of the tokens that each sample has, as 16 hexadecimal digits. Reads the whole index."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (self.samples, self.starts, self.lengths):
+            digest.update(part.data)  # without a copy: it may be larger than memory
+        return digest.hexdigest()
 
 
 def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

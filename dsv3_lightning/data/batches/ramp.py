@@ -23,6 +23,15 @@ def batch_sizes(config: DataConfig, steps: int) -> list[int]:
     return sizes
 
 
+def micro_batches(samples: int, largest: int) -> int:
+    """The smallest number of equal micro-batches of a rank's samples in a step, each of at most `largest`.
+
+    >>> [micro_batches(samples, 2) for samples in (1, 2, 12, 60)], micro_batches(7, 4)
+    ([1, 1, 6, 30], 7)
+    """
+    return next(number for number in range(-(-samples // largest), samples + 1) if samples % number == 0)
+
+
 def tokens_of(config: DataConfig, steps: int) -> int:
     """Positions of the run's first `steps` optimizer steps, over all ranks."""
     return sum(batch_sizes(config, steps)) * config.sequence_length

@@ -5,25 +5,26 @@ rank r of W is part m · W + r of those. So the order is the same for any number
 processes, and the position is a single integer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from dsv3_lightning.data.batches.permutation import permuted
+from dsv3_lightning.data.batches.ramp import micro_batches
+from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.errors import ConfigError
 
-CHUNK = 1 << 16  # samples at a time
+ORDER = "feistel"  # another name for another order: checkpoints of the old one are then refused
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none. target_counts
-    [P] int64: valid targets of each head in the step's samples of all ranks and micro-batches.
-    step_samples: in a step's first micro-batch, if requested, the samples of all its micro-batches on this rank.
+    """A micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none.
+    step_samples: in the first micro-batch of a training step, the samples of all its micro-batches on this rank.
     """
 
     samples: np.ndarray
-    target_counts: np.ndarray
     step_samples: np.ndarray | None = None
 
 
@@ -52,46 +53,60 @@ class Layout:
     def micro_batch_size(self) -> int:
         return self.batch_size // self.accumulate // self.ranks
 
+    def of_step(self, samples: int) -> "Layout":
+        """The division of a step of fewer samples, whose micro-batches are at most as large. Raises ConfigError."""
+        if samples % self.ranks:
+            raise ConfigError(
+                f"data.batch_ramp: a step of {samples} samples does not divide into {self.ranks} ranks; "
+                f"its start and increment need multiples of {self.ranks}"
+            )
+        number = micro_batches(samples // self.ranks, self.micro_batch_size)
+        return Layout(samples, number, self.ranks, self.rank)
+
+    def numbers(self) -> np.ndarray:
+        """This rank's samples of a step, numbered from the step's first: int64 [accumulate, micro_batch_size]."""
+        parts = np.arange(self.batch_size).reshape(self.accumulate, self.ranks, -1)
+        return parts[:, self.rank]
+
 
 class TrainSampler:
     """Samples steps first_step .. max_steps - 1, beginning with the run's sample number first_sample.
 
-    Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume.
-    target_counts [samples, P] int64: those of each sample. whole_steps: whether micro-batches have `step_samples`.
-    sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
+    Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume,
+    and as if each step had as many micro-batches as the one with the most (see training/loops.py).
+    count: samples of an epoch. sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
+    skips: what the run leaves out, at the beginnings of steps.
     """
 
     def __init__(
         self,
-        target_counts: np.ndarray,
+        count: int,
         layout: Layout,
         seed: int,
         max_steps: int,
         *,
         first_step: int = 0,
         first_sample: int = 0,
-        whole_steps: bool = False,
         sizes: np.ndarray | None = None,
+        skips: Sequence[Skip] = (),
     ) -> None:
-        self.target_counts, self.layout, self.seed = target_counts, layout, seed
-        self.whole_steps = whole_steps
+        self.count, self.layout, self.seed = count, layout, seed
         self.sizes = np.full(max_steps, layout.batch_size) if sizes is None else sizes
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
+        self.skips = skips
 
     def __len__(self) -> int:
-        return self.max_steps * self.layout.accumulate
+        most = max((self.layout.of_step(int(size)).accumulate for size in np.unique(self.sizes)), default=0)
+        return self.max_steps * most
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        layout = self.layout
-        order = Order(len(self.target_counts), self.seed)
         first = self.first_sample
         for size in map(int, self.sizes[self.first_step :]):
-            samples = order[first : first + size]
+            numbers = shifted(first, self.skips) + self.layout.of_step(size).numbers()
+            samples = order(numbers, self.count, self.seed)
             first += size
-            target_counts = self.target_counts[samples].sum(0)
-            parts = samples.reshape(layout.accumulate, layout.ranks, -1)[:, layout.rank]
-            for number, part in enumerate(parts):
-                yield MicroBatch(part, target_counts, parts.reshape(-1) if self.whole_steps and number == 0 else None)
+            for number, part in enumerate(samples):
+                yield MicroBatch(part, samples.reshape(-1) if number == 0 else None)
 
 
 class ValidationSampler:
@@ -103,60 +118,24 @@ class ValidationSampler:
     number of ranks and micro-batches.
     """
 
-    def __init__(self, target_counts: np.ndarray, layout: Layout, limit: int | float = 1.0) -> None:
-        self.target_counts, self.layout = target_counts, layout
-        size, samples = layout.batch_size, len(target_counts)
-        batches = limit if isinstance(limit, int) else max(1, int(limit * -(-samples // size)))
-        self.samples = min(samples, batches * size)
+    def __init__(self, count: int, layout: Layout, limit: int | float = 1.0) -> None:
+        self.count, self.layout = count, layout
+        size = layout.batch_size
+        batches = limit if isinstance(limit, int) else max(1, int(limit * -(-count // size)))
+        self.samples = min(count, batches * size)
 
     def __len__(self) -> int:
         return -(-self.samples // (self.layout.ranks * self.layout.micro_batch_size))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size, ranks = self.layout.micro_batch_size, self.layout.ranks
-        order = permutation(len(self.target_counts), seed=0, epoch=0)[: self.samples]
         for first in range(0, len(self) * size * ranks, size * ranks):
-            together = order[first : first + size * ranks]
+            own = np.arange(first, min(first + size * ranks, self.samples))[self.layout.rank :: ranks]
             samples = np.full(size, -1, dtype=np.int64)
-            own = together[self.layout.rank :: ranks]
-            samples[: len(own)] = own
-            yield MicroBatch(samples, self.target_counts[together].sum(0))
+            samples[: len(own)] = permuted(own, self.count, seed=0, epoch=0)
+            yield MicroBatch(samples)
 
 
-class Order:
-    """A sliceable order of `count` samples: order[a:b] are those numbered a .. b - 1 in the run, int64 [b - a]."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
-        self.epoch, self.permutation = -1, np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, numbers: slice) -> np.ndarray:
-        parts, number = [], numbers.start
-        while number < numbers.stop:
-            epoch, start = divmod(number, self.count)
-            if epoch != self.epoch:
-                self.epoch, self.permutation = epoch, permutation(self.count, self.seed, epoch)
-            parts.append(self.permutation[start : start + numbers.stop - number])
-            number += len(parts[-1])
-        return np.concatenate(parts)
-
-
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers 0 .. count - 1 in an order that depends only on seed and epoch, int64 [count].
-
-    They are sorted by a hash because a library's random generator may change with its version.
-    """
-    key = mix(mix(np.array([seed & (1 << 64) - 1], dtype=np.uint64)) + np.array([epoch], dtype=np.uint64))
-    hashes = np.empty(count, dtype=np.uint64)
-    for begin in range(0, count, CHUNK):  # with 10^8 samples each step of `mix` would take another gigabyte
-        part = hashes[begin : begin + CHUNK]
-        part[:] = mix(np.arange(begin, begin + len(part), dtype=np.uint64) ^ key)
-    return np.argsort(hashes).astype(np.int64, copy=False)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The splitmix64 hash (Steele et al. 2014, doi 10.1145/2660193.2660195): a bijection of uint64, so without ties."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def order(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The samples with these numbers in a run: int64 of the same shape. Each epoch of `count` has them once."""
+    return permuted(numbers % count, count, seed, numbers // count)

@@ -79,7 +79,7 @@ def refuse_no_text(where: str, content: bytes) -> None:
 
 
 class BadLines:
-    """The lines of a file that can't be used, by reason: told together, not one per start."""
+    """The lines of a file that can't be used, by reason: reported together, not one per start."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.numbers, self.count = source, dict[str, list[int]](), 0
@@ -89,13 +89,13 @@ class BadLines:
         self.count += 1
 
     def error(self) -> ConfigError:
-        told = [
+        bad = [
             f"{'line' if len(numbers) == 1 else 'lines'} {', '.join(map(str, numbers))}: {reason}"
             for reason, numbers in self.numbers.items()
         ]
         more = " (the rest of the file was not read)" if self.count >= MOST_BAD_LINES else ""
         return ConfigError(
-            f"data.paths: {utf8_path(self.source.path)}, {'; '.join(told)}{more}; data.skip_bad_lines=true leaves bad "
+            f"data.paths: {utf8_path(self.source.path)}, {'; '.join(bad)}{more}; data.skip_bad_lines=true leaves bad "
             "lines out"
         )
 
@@ -129,7 +129,7 @@ def refuse_other_layouts(source: Source, line: bytes) -> None:
     refuse_no_text(where, line)
     if start.startswith(b"["):
         name = utf8_path(source.path.name)
-        raise ConfigError(f"{where}: is a JSON array, not JSON lines; jq -c '.[]' {name} writes one object a line")
+        raise ConfigError(f"{where}: is a JSON array, not JSON lines; jq -c '.[]' {name} writes one object per line")
     if start == b"{":
         raise ConfigError(
             f"{where}: is a JSON document over several lines, not JSON lines; jq -c . writes each object on one line"
@@ -142,11 +142,11 @@ def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | l
         record = json.loads(line)
     except json.JSONDecodeError as error:
         comma = ", as a comma follows the object" if line.rstrip().endswith("},") else ""
-        raise ConfigError(f"no JSON: {error.msg} at character {error.pos + 1}{comma}") from None
+        raise ConfigError(f"not JSON: {error.msg} at character {error.pos + 1}{comma}") from None
     except (ValueError, RecursionError) as error:  # too many digits, nested too deep
-        raise ConfigError(f"no JSON: {error}") from None
+        raise ConfigError(f"not JSON: {error}") from None
     if not isinstance(record, dict) or text_key not in record:
-        found = ", ".join(record) if isinstance(record, dict) else f"no object, but {short(record)}"
+        found = ", ".join(record) if isinstance(record, dict) else f"not an object but {short(record)}"
         raise ConfigError(
             f"no text under data.text_key={text_key}, nor a list of messages; the line has {found or 'no keys'}"
             f"{advice(record)}"
@@ -157,7 +157,7 @@ def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | l
     if isinstance(text, str):
         text = whole(text, file, stats)
         if holds_messages(text):
-            raise ConfigError(f"{text_key}: is a conversation as JSON text; must be the list itself, not its spelling")
+            raise ConfigError(f"{text_key}: is a conversation as JSON text; must be the list itself")
         return text
     if isinstance(text, list):
         messages = parse(record, text_key, stats.unread)

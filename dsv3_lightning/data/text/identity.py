@@ -17,14 +17,14 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 
 def gone(config: DataConfig) -> str | None:
-    """The first of a config's texts that isn't there any more, or its tokenizer, with the setting's name."""
+    """The first text of a config, or its tokenizer, that no longer exists, with the setting's name."""
     given = [("data.paths", path) for path in config.paths if not path.startswith(PACKAGE)]
     given += [("data.tokenizer", config.tokenizer)] if config.tokenizer is not None else []
     return next((f"{key}: {path}" for key, path in given if not Path(path).exists()), None)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Which inputs differ, the first few in words; empty where none does."""
+    """Which inputs differ, the first few in words; empty if none do."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))  # as a manifest holds them
     before, after = ({(name, origin): rest for name, origin, *rest in inputs["files"]} for inputs in (old, new))
     found = [f"{name} changed" for (name, origin) in before if before[name, origin] != after.get((name, origin))
@@ -41,8 +41,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(found[:SHOWN]) + more
 
 
-def why_anew(folder: Path, inputs: dict[str, Any]) -> str | None:
-    """Why the data of these inputs aren't there, though others of the same texts are; None where none are."""
+def why_again(folder: Path, inputs: dict[str, Any]) -> str | None:
+    """Why the data must be prepared again although data of the same texts exist; None if none exist."""
     if folder.exists():
         return f"{folder.name} is damaged, or of another version"
     names = {(name, origin) for name, origin, *_ in inputs["files"]}

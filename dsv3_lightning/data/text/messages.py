@@ -75,7 +75,7 @@ def read_fields(fields: Mapping[str, Any], impossible: frozenset[str], where: st
                 continue
             if name not in MARKS or not isinstance(value, int | float) or value not in (0, 1):
                 raise ConfigError(
-                    f"{where}{name}={short(value)}: seems to decide what is learned; understood are "
+                    f"{where}{name}={short(value)}: seems to mark what is learned; valid marks are "
                     f"{', '.join(MARKS)}, each 0, 1, true or false"
                 )
             marks.append(bool(value))
@@ -108,7 +108,7 @@ def with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mess
         if not isinstance(text, str):
             raise ConfigError(f"{name}: must be text, is {TYPES[type(text)]}")
         if messages[0].role == "system":
-            raise ConfigError(f"{name}={short(text)}: the messages have a system text too")
+            raise ConfigError(f"{name}={short(text)}: the messages also have a system text")
         messages = [Message("system", text, False), *messages]
     return messages
 

@@ -18,7 +18,7 @@ from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build, summary
 from dsv3_lightning.data.text.digests import Digests
-from dsv3_lightning.data.text.identity import changes, gone, key_of, why_anew
+from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.sources import Source, find_sources, unreadable
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
@@ -30,8 +30,8 @@ from dsv3_lightning.errors import ConfigError
 def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Callable[[str], None] | None = say) -> Path:
     """The folder with the token files, built if need be; several processes may call it at the same time.
 
-    known: what the data of a run that goes on were made of, as a manifest's `inputs`. Others are refused before
-    anything is written. Where texts or tokenizer are gone, the tokens that were prepared of them are enough.
+    known: what the data of a run that resumes were made of, as a manifest's `inputs`. Others are refused before
+    anything is written. If texts or tokenizer are gone, the tokens prepared from them are used.
     tell: called with one line for each kind of input that isn't in the token files.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
@@ -76,11 +76,11 @@ def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: 
     folder = user_path(config.cache_dir) / key_of(known)
     if not is_complete(folder):
         raise ConfigError(
-            f"{lost} does not exist, nor {utf8_path(folder)} with the tokens that were made of it; "
+            f"{lost} does not exist, nor does {utf8_path(folder)} with the tokens made from it; "
             "set data.paths to where the texts are now, or data.cache_dir to where the tokens are"
         )
     if tell is not None:
-        tell(f"{lost} does not exist; the tokens that were made of it are enough: {utf8_path(folder)}")
+        tell(f"{lost} does not exist; the tokens made from it are used: {utf8_path(folder)}")
     return folder
 
 
@@ -94,8 +94,8 @@ def build_whole(
 ) -> None:
     """Builds the folder, which appears only when complete. Only one process at a time may call this."""
     begun = time.monotonic()
-    if reason := why_anew(folder, inputs):
-        say(f"data are prepared anew, {reason}")
+    if reason := why_again(folder, inputs):
+        say(f"data are prepared again, {reason}")
     remove_leftovers(folder.parent, folder.name)
     with whole(folder) as beside:
         manifest = build(beside, config, sources, left_out, tokenizer, inputs)
@@ -125,7 +125,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock file beside the folder; the operating system releases it if the process dies."""
+    """Holds a lock file next to the folder; the operating system releases it if the process dies."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)

@@ -109,7 +109,7 @@ def package_folder(given: str) -> Path:
     name = given.removeprefix(PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"data.paths: {given} is not installed, or no package with a folder of its own")
+        raise ConfigError(f"data.paths: {given} is not an installed package with a folder of its own")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -1,4 +1,4 @@
-"""Control tokens of a tokenizer.json and the files beside it: which they are, and which begin and end a text.
+"""Control tokens of a tokenizer.json and the files next to it: which they are, and which begin and end a text.
 
 Imports no torch.
 """
@@ -23,7 +23,7 @@ def parse(serialized: str, file: Path = Path("tokenizer.json")) -> dict[str, Any
     """The content of a tokenizer.json. Raises ConfigError."""
     description = parse_object(serialized, file)
     if not isinstance(description.get("model"), dict):
-        raise ConfigError("no tokenizer.json: it has no model")
+        raise ConfigError("not a tokenizer.json: it has no model")
     return description
 
 
@@ -48,7 +48,7 @@ def absent(file: Path) -> str:
     missing = f"{file}: No such file or directory"
     found = [name for name in OTHERS if file.with_name(name).is_file()]
     if found:
-        missing += f", and {found[0]} beside it is another format"
+        missing += f", and {found[0]} next to it has another format"
     if (file.parent / "config.json").is_file():
         missing += "; set data.tokenizer to a tokenizer.json with this model's ids (docs/huggingface.md, Tokenizers)"
     return missing
@@ -71,7 +71,7 @@ def find_names(description: dict[str, Any], folder: Path) -> tuple[str, str, str
         eos = [token["content"] for index in ids for token in added if token.get("id") == index]
     end = next((name for name in (*eos, EOS) if name in known), None)
     if end is None:
-        where = "an eos_token in a tokenizer_config.json beside it, nor an eos_token_id in a config.json"
+        where = "an eos_token in a tokenizer_config.json next to it, nor an eos_token_id in a config.json"
         raise ConfigError(f"no end token: neither {EOS} nor {where}")
     begin, padding = (next(name for name in found if name in known) for found in ((BOS, *bos, end), (PAD, *pad, end)))
     return begin, end, padding

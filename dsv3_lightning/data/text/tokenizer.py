@@ -71,15 +71,17 @@ class Tokenizer:
         ids = self.encode(PROBE)
         plain = [index for index in ids if index not in self.added]  # the library garbles added letters such as ø
         if self.decode(ids) != PROBE or self.backend.decode(plain) != self.decode(plain):
-            raise ConfigError("does not give every text back; use a byte-level BPE without normalizer or added spaces")
+            raise ConfigError("does not reproduce every text; use a byte-level BPE without normalizer or added spaces")
 
     def __reduce__(self) -> tuple[Any, ...]:  # a pickled backend loses that text can't contain control tokens
         return Tokenizer, (self.serialized, *self.names)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder. The end token is that of the tokenizer_config.json beside it,
-        else V3's; begin and padding are the tokens with V3's names, else those of that file, else the end token.
+        """Reads a tokenizer.json, or the one in a folder.
+
+        The end token is that of the tokenizer_config.json next to it, else V3's; begin and padding are the tokens with
+        V3's names, else those of that file, else the end token.
 
         Raises ConfigError that names the file.
         """
@@ -204,7 +206,7 @@ def backend_of(description: dict[str, Any], names: Sequence[str]) -> Backend:
     try:
         backend = Backend.from_str(json.dumps(description))
     except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"no tokenizer.json that the tokenizers library reads ({error})") from error
+        raise ConfigError(f"not a tokenizer.json that the tokenizers library can read ({error})") from error
     backend.add_special_tokens([name for name in names if backend.token_to_id(name) is not None])
     backend.encode_special_tokens = True
     return backend

@@ -49,7 +49,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if path.is_dir():
         return complete(shards.read_whole(path), path)
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such checkpoint")
+        raise ConfigError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many types for a damaged file
@@ -71,7 +71,7 @@ def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     ):
         missing.append("data position")
     if missing:
-        raise ConfigError(f"{path}: not a checkpoint of a run that can go on; it lacks {', '.join(missing)}")
+        raise ConfigError(f"{path}: not a checkpoint that a run can resume from; it lacks {', '.join(missing)}")
     return checkpoint
 
 

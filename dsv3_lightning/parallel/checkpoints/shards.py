@@ -44,20 +44,31 @@ class Saver:
         self.finish()
         tensors, rest = split(checkpoint)
         beside = path.with_name(path.name + BESIDE)
-        told: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        if told[0] is not None:
-            raise could_not_write(path, 0, told[0])
+        failed: list[str | None] = [begin(beside, rest) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(failed, src=0, group=self.group)
+        if failed[0] is not None:
+            raise could_not_write(path, 0, failed[0])
         written: Any = dcp.async_save(
             tensors, checkpoint_id=beside / SHARDS, process_group=self.group, async_stager=self.stager
         )
         self.pending = self.thread.submit(commit, written, beside, path)
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Does the work on the first rank once the last checkpoint is written, in the background."""
+        if dist.get_rank() == 0:
+            self.pending = self.thread.submit(after, self.pending, work)
 
     def finish(self) -> None:
         """Waits for the last checkpoint, and raises the error of writing it, if any."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+
+def after(pending: Future[None] | None, work: Callable[[], None]) -> None:
+    if pending is not None:
+        pending.result()
+    work()
 
 
 def begin(beside: Path, rest: dict[str, Any]) -> str | None:

@@ -5,20 +5,22 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dsv3_lightning.data.batches.module import TextDataModule
-from dsv3_lightning.data.batches.sampling import permutation
-from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.batches.permutation import permuted
+from dsv3_lightning.data.config import BatchRamp, DataConfig
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -56,6 +58,40 @@ def test_loader_processes_keep_the_order(
     assert merge([train_ids(module) for module in modules]) == order
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_outlive_the_signals_that_stop_a_run(config: DataConfig, make_module: Make, order: list[int]) -> None:
+    """A run that is asked to stop finishes its step: Ctrl-C and SLURM's signals reach its workers as well."""
+    batches = iter(make_module(dataclasses.replace(config, num_workers=2), max_steps=STEPS).train_dataloader())
+    first = next(batches)
+    workers = torch.multiprocessing.active_children()
+    assert len(workers) == 2
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGTERM"):
+        for worker in workers:
+            os.kill(worker.pid, getattr(signal, name))
+    assert merge([[batch["sample_ids"].tolist() for batch in (first, *batches)]]) == order
+    for worker in workers:  # one that doesn't answer is sent two by its process
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_go_on_from_any_step_with_the_same_batches(config: DataConfig, make_module: Make, workers: int) -> None:
+    growing = dataclasses.replace(config, batch_ramp=BatchRamp(start=2, increment=2, tokens=96 * 30))
+    for step in (0, 3, 7):
+        modules = []
+        for number in (0, workers):
+            module = make_module(dataclasses.replace(growing, num_workers=number), mtp_depth=2, accumulate=2)
+            state = module.state_dict() | {"next_sample": int(module.batch_sizes[:step].sum())}
+            module.load_state_dict(state)
+            module.trainer.global_step = step  # type: ignore[misc, union-attr]
+            modules.append(module)
+        alone, parallel = (list(module.train_dataloader()) for module in modules)
+        for one, other in zip(alone, parallel, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (8, 1)])
 def test_resuming_again_and_again_keeps_the_order(
     config: DataConfig, make_module: Make, order: list[int], ranks: int, accumulate: int
@@ -79,7 +115,7 @@ def test_resuming_again_and_again_keeps_the_order(
     assert seen == order
 
 
-def test_another_batch_size_goes_on_with_the_next_sample(config: DataConfig, make_module: Make) -> None:
+def test_another_batch_size_resumes_with_the_next_sample(config: DataConfig, make_module: Make) -> None:
     state = make_module(config).state_dict() | {"next_sample": 24}
     other = dataclasses.replace(config, batch_size=4)
     module = make_module(other, state=state, step=3, max_steps=5)
@@ -89,17 +125,20 @@ def test_another_batch_size_goes_on_with_the_next_sample(config: DataConfig, mak
 
 
 @pytest.mark.parametrize("mask_ends", [False, True])
-def test_target_counts_are_the_sum_over_ranks_and_micro_batches(
+def test_each_rank_counts_the_targets_of_its_own_samples_for_the_whole_step(
     config: DataConfig, make_module: Make, mask_ends: bool
 ) -> None:
     config = dataclasses.replace(config, mask_document_ends=mask_ends)
     modules = [make_module(config, mtp_depth=2, rank=rank, ranks=2, accumulate=2) for rank in range(2)]
     batches = [list(module.train_dataloader()) for module in modules]
+    total = torch.zeros(3, dtype=torch.int64)
     for step in range(10):
-        of_step = [batch for of_rank in batches for batch in of_rank[2 * step : 2 * step + 2]]
-        counted = torch.stack([(batch["targets"] != -100).sum((0, 2)) for batch in of_step]).sum(0)
-        assert all(torch.equal(batch["target_counts"], counted) for batch in of_step)
-        assert counted.min() > 0 and counted[0] > counted[1] > counted[2]
+        for of_rank in batches:  # each rank counts its own; training adds them up
+            first, second = of_rank[2 * step : 2 * step + 2]
+            counted = sum((batch["targets"] != -100).sum((0, 2)) for batch in (first, second))
+            assert torch.equal(first["target_counts"], counted) and "target_counts" not in second
+            total += counted
+    assert total[0] > total[1] > total[2] > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -113,8 +152,6 @@ def test_validation_adds_up_for_any_number_of_ranks(config: DataConfig, make_mod
     assert sorted(ids) == list(range(samples)) and samples % 8  # the last batch has rows without a sample
     assert sum(int(batch["target_bytes"].sum()) for batches in by_rank for batch in batches) == total["text_bytes"]
     for same_time in zip(*by_rank):
-        counted = torch.stack([(batch["targets"] != -100).sum((0, 2)) for batch in same_time]).sum(0)
-        assert all(torch.equal(batch["target_counts"], counted) for batch in same_time)
         assert all(batch["tokens"].shape == same_time[0]["tokens"].shape for batch in same_time)
     # without a mask, every token is a target but a document's first in its sample
     targets = sum(int((batch["targets"][:, 0] != -100).sum()) for batches in by_rank for batch in batches)
@@ -183,7 +220,7 @@ def test_a_state_of_other_samples_is_refused(config: DataConfig, make_module: Ma
 
 
 def test_what_cannot_work_is_refused(config: DataConfig, make_module: Make) -> None:
-    with pytest.raises(ConfigError, match="^data.sequence_length=2: a sample too short for .*=2; needs at least 3$"):
+    with pytest.raises(ConfigError, match="^data.sequence_length=2: too short for .*=2; needs at least 3$"):
         TextDataModule(dataclasses.replace(config, sequence_length=2), 2, 1)
     TextDataModule(dataclasses.replace(config, sequence_length=3), 2, 1)
     with pytest.raises(ConfigError, match="^data.batch_size=8: 3 ranks .* multiple of 3, such as 6 or 9$"):
@@ -247,7 +284,7 @@ def test_lightning_resumes_in_the_middle(
 ) -> None:
     seen: list[int] = []
     checkpoint: Path | None = None
-    for stop in (3, 4, STEPS):  # the second life resumes, the third resumes a resumed one
+    for stop in (3, 4, STEPS):  # the second session resumes, the third resumes a resumed one
         trainer = trainer_of(tmp_path, stop, accumulate_grad_batches=accumulate, val_check_interval=2)
         model, data = Recorder(), TextDataModule(config, 1, STEPS)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
@@ -298,4 +335,4 @@ trainer.fit(model, data)
     (train0, val0), (train1, val1) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert merge([train0, train1]) == order
     assert sorted(val0 + val1) == list(range(len(val0 + val1)))
-    assert val0 == permutation(len(val0 + val1), 0, 0)[::2].tolist()
+    assert val0 == permuted(np.arange(len(val0 + val1)), len(val0 + val1), 0, 0)[::2].tolist()

@@ -37,7 +37,7 @@ def dataset_of(
 
 
 def micro_batch(*samples: int) -> MicroBatch:
-    return MicroBatch(np.array(samples), np.array([11, 12]))
+    return MicroBatch(np.array(samples))
 
 
 @pytest.mark.parametrize("talk", [False, True])
@@ -53,7 +53,7 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
     )
     ends = np.cumsum(lengths)
     chosen = rng.permutation(len(dataset))
-    batch = dataset[MicroBatch(chosen, np.zeros(1 + depth, dtype=np.int64))]
+    batch = dataset[MicroBatch(chosen)]
     assert batch["tokens"].shape == batch["mask"].shape == (len(chosen), length + 1 + depth)
     assert batch["targets"].shape == (len(chosen), 1 + depth, length)
     for row, sample in enumerate(chosen):
@@ -85,9 +85,13 @@ def test_a_batch_is_what_its_definition_says(length: int, depth: int, mask_ends:
 
 
 def test_types_and_what_is_passed_on() -> None:
-    batch = dataset_of([20, 3], 8, 1, False)[micro_batch(1, 0)]
-    assert set(batch) == {"tokens", "mask", "targets", "target_counts", "sample_ids"}
-    assert batch["sample_ids"].tolist() == [1, 0] and batch["target_counts"].tolist() == [11, 12]
+    dataset = dataset_of([20, 3], 8, 1, False)
+    batch = dataset[micro_batch(1, 0)]
+    assert set(batch) == {"tokens", "mask", "targets", "sample_ids"}
+    first = dataset[MicroBatch(np.array([1, 0]), np.array([1, 0, 0, 1]))]
+    targets = (dataset[micro_batch(1, 0, 0, 1)]["targets"] != -100).sum((0, 2))  # a sample twice counts twice
+    assert set(first) == {*batch, "target_counts"} and torch.equal(first["target_counts"], targets)
+    assert batch["sample_ids"].tolist() == [1, 0]
     assert batch.pop("mask").dtype == torch.bool
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
@@ -105,5 +109,5 @@ def test_no_sample_is_all_padding() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])  # D tokens, BOS and EOS included or not
 def test_documents_as_short_as_the_depth_work(size: int) -> None:
-    batch = dataset_of([size], 8, 2, False)[MicroBatch(np.array([0]), np.zeros(3, dtype=np.int64))]
+    batch = dataset_of([size], 8, 2, False)[micro_batch(0)]
     assert (batch["targets"] != -100).sum((0, 2)).tolist() == [size - 1, max(size - 2, 0), 0]

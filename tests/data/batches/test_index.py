@@ -1,5 +1,6 @@
-"""The index is made once and shared: what is found is used, what is damaged made anew, and memory holds none of it."""
+"""The index is made once and shared: what is found is used, what is damaged is made again, none of it is in memory."""
 
+import hashlib
 import mmap
 import pickle
 import tracemalloc
@@ -15,7 +16,7 @@ from dsv3_lightning.data.batches import index
 from dsv3_lightning.data.batches.index import ARRAYS, MappedIndex, index_folder, open_index, prepare_index
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.packing import pack
-from dsv3_lightning.data.batches.sampling import permutation
+from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.store import FORMAT, write_manifest
 
@@ -60,15 +61,17 @@ def test_the_second_start_uses_what_the_first_made(
             make_module(replace(own, **change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["samples", "starts", "target_counts"])
+@pytest.mark.parametrize("name", ["samples.npy", "starts.npy", "target_counts.npy", "digest"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "other", "empty"])
-def test_a_damaged_one_is_made_anew(own: DataConfig, make_module: Make, name: str, damage: str) -> None:
+def test_a_damaged_one_is_made_again(own: DataConfig, make_module: Make, name: str, damage: str) -> None:
     first = make_module(own)
     batches, state = batches_of(first), first.state_dict()
-    path = index_folder(first.prepared, "train", own.sequence_length, 1, False) / f"{name}.npy"
+    path = index_folder(first.prepared, "train", own.sequence_length, 1, False) / name
     whole = path.read_bytes()
     path.unlink()  # the file that `first` has mapped stays what it was
-    if damage == "other":
+    if damage == "other" and name == "digest":
+        path.write_text("x", encoding="utf-8")
+    elif damage == "other":
         np.save(path, np.arange(5))
     elif damage != "gone":
         path.write_bytes(whole[:-8] if damage == "cut" else b"")
@@ -76,6 +79,38 @@ def test_a_damaged_one_is_made_anew(own: DataConfig, make_module: Make, name: st
     assert path.read_bytes() == whole
     assert same(batches, batches_of(second)) and second.state_dict() == state
     assert isinstance(second._datasets["train"].index, MappedIndex)
+
+
+def test_it_is_hashed_when_it_is_built_and_not_read_at_a_start(
+    own: DataConfig, make_module: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_module(own)
+    found = first._datasets["train"].index
+    assert isinstance(found, MappedIndex)
+    expected = hashlib.blake2b(digest_size=8)
+    for name in ("samples", "starts", "lengths"):
+        expected.update(np.load(found.folder / f"{name}.npy").tobytes())
+    assert found.digest() == (found.folder / index.DIGEST).read_text() == expected.hexdigest()
+    state = first.state_dict()
+
+    class Unread(np.ndarray):
+        """An array that tells no more than its ends."""
+
+        @property
+        def data(self) -> memoryview:
+            raise AssertionError("read whole")
+
+        def __getitem__(self, key: object) -> object:
+            assert isinstance(key, int), f"read at {key}"
+            return super().__getitem__(key)
+
+    monkeypatch.setattr(index, "open_memmap", lambda path, mode: np.load(path, mmap_mode=mode).view(Unread))
+    monkeypatch.setattr(index.np, "asarray", lambda array: array)
+    second = make_module(own)
+    assert second.state_dict() == state and type(second._datasets["train"].index.starts) is Unread
+    second.train_dataloader()
+    with pytest.raises(AssertionError, match="read at"):
+        next(iter(second.train_dataloader()))
 
 
 def full(*_: object) -> None:
@@ -131,14 +166,14 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, kind: str) -> N
     kept = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.reset_peak()
     assert found is not None
-    permutation(len(found), 1, 0)
+    next(iter(TrainSampler(len(found), Layout(8), 1, 10)))
     drawn = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
 
     chunk = 40e6  # of pieces, whatever the corpus
-    assert built < chunk + 24 * len(found) and kept < 100_000 and drawn < 5e6 + 24 * len(found)
+    assert built < chunk + 24 * len(found) and kept < 100_000 and drawn < 1e6
     print(f"{kind}: {built / documents:.1f} B per document at the peak, {kept} B kept, {len(found)} samples")
-    names = {path.stem for path in index_folder(tmp_path, "train", 4096, 1, False).iterdir()}
-    assert names == set(ARRAYS)
+    names = {path.name for path in index_folder(tmp_path, "train", 4096, 1, False).iterdir()}
+    assert names == {f"{name}.npy" for name in ARRAYS} | {index.DIGEST}
     expected = pack(offsets, 4096, 1)
     assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ARRAYS)

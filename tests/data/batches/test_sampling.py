@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 
-from dsv3_lightning.data.batches.sampling import Layout, MicroBatch, Order, TrainSampler, ValidationSampler, permutation
+from dsv3_lightning.data.batches.permutation import permuted
+from dsv3_lightning.data.batches.sampling import Layout, MicroBatch, TrainSampler, ValidationSampler, order
 from dsv3_lightning.errors import ConfigError
-
-
-def counts_of(samples: int) -> np.ndarray:
-    """Distinct in every sample and head, so that a sum tells who was counted."""
-    return np.stack([2 ** np.arange(samples), 3 * 2 ** np.arange(samples)], 1)
 
 
 def micro_batches_of(
@@ -17,7 +13,7 @@ def micro_batches_of(
 ) -> list[MicroBatch]:
     layout = Layout(batch_size, accumulate, ranks, rank)
     first = {"first_step": steps.start, "first_sample": steps.start * batch_size}
-    return list(TrainSampler(counts_of(samples), layout, 5, steps.stop, **first))
+    return list(TrainSampler(samples, layout, 5, steps.stop, **first))
 
 
 def global_order(samples: int, batch_size: int, accumulate: int, ranks: int, steps: range) -> list[int]:
@@ -27,39 +23,17 @@ def global_order(samples: int, batch_size: int, accumulate: int, ranks: int, ste
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
-    order = Order(50, seed=3)[0:250].reshape(5, 50)
-    assert all(sorted(epoch) == list(range(50)) for epoch in order.tolist())
-    assert len({tuple(epoch) for epoch in order.tolist()}) == 5
-    other = Order(50, seed=4)[0:250].reshape(5, 50)
-    assert not any(np.array_equal(mine, theirs) for mine in order for theirs in other)
+    epochs = order(np.arange(250), 50, seed=3).reshape(5, 50)
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+    other = order(np.arange(250), 50, seed=4).reshape(5, 50)
+    assert not any(np.array_equal(mine, theirs) for mine in epochs for theirs in other)
 
 
 def test_the_order_is_a_function_of_the_number() -> None:
-    whole = Order(7, seed=3)[0:100]
-    jumping = Order(7, seed=3)
-    for start, stop in ((90, 100), (0, 3), (5, 30), (13, 14), (14, 15)):  # across epochs, several of them, backwards
-        assert np.array_equal(jumping[start:stop], whole[start:stop])
-
-
-def test_the_order_does_not_change_with_versions() -> None:
-    # Worked out with Python's integers from the published splitmix64; a resumed run relies on it.
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) % 2**64
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        return x ^ x >> 31
-
-    assert mix(0) == 0xE220A8397B1DCDAF  # the first output of the reference code for seed 0
-    for seed, epoch in ((1, 0), (1, 1), (-1, 0), (2**70 + 5, 3)):
-        key = mix((mix(seed % 2**64) + epoch) % 2**64)
-        assert permutation(9, seed, epoch).tolist() == sorted(range(9), key=lambda i: mix(i ^ key))
-
-
-def test_places_are_equally_likely() -> None:
-    hits = np.zeros((8, 8))
-    for epoch in range(2000):
-        hits[permutation(8, 11, epoch), np.arange(8)] += 1
-    assert ((hits - 250) ** 2 / 250).sum() < 49 + 5 * np.sqrt(2 * 49)  # chi-square, five deviations
+    whole = order(np.arange(100), 7, seed=3)
+    numbers = np.array([[90, 99], [0, 3], [13, 14]])  # across epochs, backwards
+    assert np.array_equal(order(numbers, 7, seed=3), whole[numbers])
 
 
 @pytest.mark.parametrize(("accumulate", "ranks"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 1), (2, 4)])
@@ -69,30 +43,29 @@ def test_ranks_and_micro_batches_share_one_order(accumulate: int, ranks: int) ->
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_later_start_goes_on_where_it_would_have_been(ranks: int) -> None:
+def test_a_later_start_resumes_where_it_would_have_been(ranks: int) -> None:
     whole = global_order(16, 8, 1, 1, range(10))
     for step in (0, 1, 2, 3, 10):  # in mid-epoch, at an epoch's end, at the run's end
         assert global_order(16, 8, 1, ranks, range(step, 10)) == whole[step * 8 :]
 
 
-def test_target_counts_are_those_of_the_whole_step() -> None:
-    order, counts = global_order(11, 8, 1, 1, range(4)), counts_of(11)
+def test_a_steps_first_micro_batch_names_all_samples_of_its_rank() -> None:
     for rank in range(2):
-        for number, micro_batch in enumerate(micro_batches_of(11, 8, 2, 2, rank, range(4))):
-            step = number // 2
-            assert micro_batch.target_counts.tolist() == counts[order[8 * step : 8 * step + 8]].sum(0).tolist()
+        micro_batches = micro_batches_of(11, 8, 2, 2, rank, range(4))
+        for first, second in zip(micro_batches[::2], micro_batches[1::2], strict=True):
+            assert first.step_samples is not None and second.step_samples is None
+            assert first.step_samples.tolist() == [*first.samples, *second.samples]
 
 
 def test_the_length_is_that_of_the_whole_run() -> None:
-    sampler = TrainSampler(counts_of(11), Layout(8, 4), 5, 10, first_step=6, first_sample=48)
+    sampler = TrainSampler(11, Layout(8, 4), 5, 10, first_step=6, first_sample=48)
     assert len(sampler) == 40 and len(list(sampler)) == 16
 
 
 def test_a_step_may_hold_several_epochs() -> None:
     (micro_batch,) = micro_batches_of(3, 8, 1, 1, 0, range(1))
     assert sorted(micro_batch.samples[:3]) == sorted(micro_batch.samples[3:6]) == [0, 1, 2]
-    counts = counts_of(3)[micro_batch.samples].sum(0)  # a sample twice counts twice
-    assert micro_batch.target_counts.tolist() == counts.tolist()
+    assert micro_batch.step_samples is not None and micro_batch.step_samples.tolist() == micro_batch.samples.tolist()
 
 
 @pytest.mark.parametrize(("batch_size", "nearest"), [(16, "12 or 18"), (4, "6"), (13, "12 or 18"), (1, "6")])
@@ -104,20 +77,16 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(batch_size: int, nearest: s
 @pytest.mark.parametrize("samples", [1, 3, 4, 8, 9, 21])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_validation_draws_each_sample_once_and_equally_often(samples: int, ranks: int) -> None:
-    by_rank = [list(ValidationSampler(counts_of(samples), Layout(8, 1, ranks, rank))) for rank in range(ranks)]
+    by_rank = [list(ValidationSampler(samples, Layout(8, 1, ranks, rank))) for rank in range(ranks)]
     assert {len(of_rank) for of_rank in by_rank} == {-(-samples // 8)}
     for rank, of_rank in enumerate(by_rank):
         drawn = np.concatenate([micro_batch.samples for micro_batch in of_rank])
-        assert drawn[drawn >= 0].tolist() == permutation(samples, 0, 0)[rank::ranks].tolist()
+        assert drawn[drawn >= 0].tolist() == permuted(np.arange(samples), samples, 0, 0)[rank::ranks].tolist()
         assert {len(micro_batch.samples) for micro_batch in of_rank} == {8 // ranks}
-    for same_time in zip(*by_rank):
-        together = np.concatenate([micro_batch.samples for micro_batch in same_time])
-        for micro_batch in same_time:
-            assert micro_batch.target_counts.tolist() == counts_of(samples)[together[together >= 0]].sum(0).tolist()
 
 
 def test_a_part_of_the_validation_is_of_all_documents() -> None:
-    micro_batches = list(ValidationSampler(counts_of(1000), Layout(10)))
+    micro_batches = list(ValidationSampler(1000, Layout(10)))
     drawn = np.concatenate([micro_batch.samples for micro_batch in micro_batches])
     assert sorted(drawn) == list(range(1000))
     first_tenth = np.bincount(drawn[:100] // 100, minlength=10)  # in order, all would lie in the first tenth

@@ -86,7 +86,7 @@ def test_every_token_of_an_answer_is_a_target_once_and_nothing_else_is(config: D
         dataset = module._datasets[split]
         bounds, ids = dataset.file.loss_spans(), dataset.file.tokens.tolist()
         learned = sorted(token for begin, end in bounds.reshape(-1, 2) for token in ids[begin:end])
-        batch = dataset[MicroBatch(np.arange(len(dataset)), np.zeros(3, dtype=np.int64))]
+        batch = dataset[MicroBatch(np.arange(len(dataset)))]
         assert np.array_equal(dataset.index.target_counts, (batch["targets"] != IGNORE).sum(2))
         for k in range(3):
             targets = batch["targets"][:, k]
@@ -212,8 +212,8 @@ def test_a_bad_conversation_is_named_by_file_and_line(tmp_path: Path, messages: 
     write(tmp_path / "x.jsonl", [talk("q", "a"), messages])
     with pytest.raises(ConfigError) as error:
         list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "messages"))
-    told = f"data.paths: {tmp_path / 'x.jsonl'}, line 2: {message}; data.skip_bad_lines=true leaves bad lines out"
-    assert str(error.value) == told
+    reported = f"data.paths: {tmp_path / 'x.jsonl'}, line 2: {message}; data.skip_bad_lines=true leaves bad lines out"
+    assert str(error.value) == reported
 
 
 def said_and_learned(line: dict[str, Any], key: str = "messages") -> tuple[list[tuple[str, str, bool]], Counter[str]]:
@@ -253,11 +253,11 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
 @pytest.mark.parametrize(
     ("where", "fields", "message"),
     [
-        (1, {"weight": 0.5}, "messages[1].weight=0.5: seems to decide what is learned; understood are weight, train,"),
+        (1, {"weight": 0.5}, "messages[1].weight=0.5: seems to mark what is learned; valid marks are weight, train,"),
         (1, {"train_detail": [{"begin": 0}]}, "messages[1].train_detail="),
-        (1, {"masks": [0, 1]}, "messages[1].masks=[0, 1]: seems to decide what is learned"),
-        (1, {"lossMask": 1}, "messages[1].lossMask=1: seems to decide what is learned"),
-        (1, {"weight": "0"}, 'messages[1].weight="0": seems to decide what is learned'),
+        (1, {"masks": [0, 1]}, "messages[1].masks=[0, 1]: seems to mark what is learned"),
+        (1, {"lossMask": 1}, "messages[1].lossMask=1: seems to mark what is learned"),
+        (1, {"weight": "0"}, 'messages[1].weight="0": seems to mark what is learned'),
         (
             0,
             {"weight": 1},
@@ -271,8 +271,8 @@ def test_a_line_that_is_marked_as_a_whole_is_left_out_and_counted(tmp_path: Path
         (1, {"prefix": True}, "messages[1].prefix=true: has no place"),
         (None, {"tools": [{"type": "function"}]}, 'tools=[{"type": "function"}]: has no place'),
         (None, {"images": ["a.png"]}, 'images=["a.png"]: has no place'),
-        (None, {"weight": 0.3}, "weight=0.3: seems to decide what is learned"),
-        (None, {"loss_mask": [0, 1]}, "loss_mask=[0, 1]: seems to decide what is learned"),
+        (None, {"weight": 0.3}, "weight=0.3: seems to mark what is learned"),
+        (None, {"loss_mask": [0, 1]}, "loss_mask=[0, 1]: seems to mark what is learned"),
     ],
 )
 def test_what_cannot_be_honored_is_refused_by_field(where: int | None, fields: dict[str, Any], message: str) -> None:
@@ -298,5 +298,5 @@ def test_sharegpt_and_content_parts_are_the_same_conversation() -> None:
     parts = talk("q", "", system="s")
     parts[2]["content"] = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]  # type: ignore[assignment]
     assert said_and_learned({"messages": parts})[0] == expected
-    with pytest.raises(ConfigError, match='^system="t": the messages have a system text too'):
+    with pytest.raises(ConfigError, match='^system="t": the messages also have a system text'):
         said_and_learned({"conversations": shared, "system": "t"}, "conversations")

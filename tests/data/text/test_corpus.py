@@ -125,15 +125,17 @@ def test_a_data_set_that_cannot_be_read_is_no_corpus_of_its_card(tmp_path: Path,
     assert len(find_sources([str(tmp_path)])) == 3  # without data the READMEs are the corpus
 
 
-def test_all_bad_lines_of_a_file_are_told_at_once_and_skipped_on_demand(tmp_path: Path) -> None:
+def test_all_bad_lines_of_a_file_are_reported_at_once_and_skipped_on_demand(tmp_path: Path) -> None:
     lines = ['{"text": "a"}', "{", '{"text": 5}', '{"body": 1}', '{"text": "b"}', '{"text": 5}', '{"text": null}']
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(ConfigError) as error:
         read(path)
-    told = str(error.value)
-    assert told.startswith(f"data.paths: {path}, line 2: no JSON: ") and "; lines 3, 6: text=5: must be" in told
-    assert "; line 4: no text under data.text_key=text" in told and told.endswith(
+    reported = str(error.value)
+    assert (
+        reported.startswith(f"data.paths: {path}, line 2: not JSON: ") and "; lines 3, 6: text=5: must be" in reported
+    )
+    assert "; line 4: no text under data.text_key=text" in reported and reported.endswith(
         "skip_bad_lines=true leaves bad lines out"
     )
     stats = ReadStats()
@@ -174,7 +176,7 @@ def test_an_installed_package_is_a_corpus_too() -> None:
     assert [source.origin for source in two][:: len(two) - 1] == ["package:email", "package:json"]
     assert {source.origin for source in find_sources(["package:email"])} == {"(top level)", "mime"}
     for name in ("package:nope", "package:json.decoder", "package:", "package:ast"):
-        with pytest.raises(ConfigError, match=f"^data.paths: {name} is not installed, or no package"):
+        with pytest.raises(ConfigError, match=f"^data.paths: {name} is not an installed package"):
             find_sources([name])
 
 
@@ -190,7 +192,7 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: no JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: not JSON"),
         (
             "x.jsonl",
             b'\n{"body": "a", "id": 1}',
@@ -208,7 +210,7 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
         (
             "x.jsonl",
             b'{"text": "a"},\n{"text": "b"},',
-            "x.jsonl, lines 1, 2: no JSON: Extra data at character 14, as a comma follows the object; data.skip_bad",
+            "x.jsonl, lines 1, 2: not JSON: Extra data at character 14, as a comma follows the object; data.skip_bad",
         ),
         (
             "x.jsonl",

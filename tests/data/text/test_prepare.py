@@ -1,4 +1,4 @@
-"""Prepared once, whole or not at all, and anew when anything that matters has changed."""
+"""Prepared once, whole or not at all, and again when anything that matters has changed."""
 
 import dataclasses
 import gzip
@@ -197,7 +197,7 @@ def child(config: DataConfig, mode: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_a_killed_preparation_is_begun_anew(small: DataConfig) -> None:
+def test_a_killed_preparation_is_started_again(small: DataConfig) -> None:
     process = child(small, "stop")
     assert process.stdout is not None and process.stdout.readline() == "there\n"
     process.send_signal(signal.SIGKILL)
@@ -257,7 +257,7 @@ def test_a_corpus_of_one_text_has_no_validation(tmp_path: Path, make_config: Mak
     assert read_manifest(folder)["gzip_bpb"] is None
 
 
-def test_what_the_tokens_lack_of_the_files_is_told_at_every_start_and_recorded(small: DataConfig) -> None:
+def test_what_the_tokens_lack_of_the_files_is_reported_at_every_start_and_recorded(small: DataConfig) -> None:
     folder = Path(small.paths[0])
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_bytes(b"\xff" + name.encode())
@@ -267,13 +267,13 @@ def test_what_the_tokens_lack_of_the_files_is_told_at_every_start_and_recorded(s
         "data.paths: not UTF-8: U+FFFD stands for 2 characters: 1 in a.txt, 1 in b.txt",
     ]
     for _ in ("prepared", "found"):
-        told: list[str] = []
-        manifest = read_manifest(prepare(small, tell=told.append))
-        assert told == lines
+        reported: list[str] = []
+        manifest = read_manifest(prepare(small, tell=reported.append))
+        assert reported == lines
     assert manifest["replaced_characters"] == {"a.txt": 1, "b.txt": 1} and manifest["files_left_out"] == {".csv": 1}
     (folder / "more.csv").write_text("1,2")
-    told = []
-    assert prepare(small, tell=told.append).name == prepare(small, tell=None).name and "2 .csv" in told[0]
+    reported = []
+    assert prepare(small, tell=reported.append).name == prepare(small, tell=None).name and "2 .csv" in reported[0]
 
 
 def test_bad_lines_are_skipped_in_every_pass(small: DataConfig) -> None:

@@ -275,7 +275,7 @@ def without_bytes(description: dict[str, Any]) -> None:
 @pytest.mark.parametrize("change", [lower, composed, prefixed, without_bytes])
 def test_a_lossy_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path, change: Change) -> None:
     path = write(tmp_path, tokenizer, change)
-    with pytest.raises(ConfigError, match=f"^{path}: does not give every text back"):
+    with pytest.raises(ConfigError, match=f"^{path}: does not reproduce every text"):
         Tokenizer.from_file(path)
 
 
@@ -288,12 +288,12 @@ V3_ENDS = [{"content": BOS}, {"content": EOS}]
         (None, "No such file or directory"),
         ("{", "Expecting"),
         ("[1]", "must hold a JSON object, holds a list"),
-        ('{"model": []}', "no tokenizer.json: it has no model"),
+        ('{"model": []}', "not a tokenizer.json: it has no model"),
         ('{"model": {}, "added_tokens": {"a": 1}}', 'added_tokens={"a": 1}: must be a list'),
         ('{"model": {}, "added_tokens": [{"content": 1}]}', 'added_tokens: {"content": 1} must be an object'),
         ("[" * 100_000, "can't be read, it is not JSON"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "is a Git LFS pointer"),
-        (json.dumps({"model": {"type": "BPE", "vocab": 3}, "added_tokens": V3_ENDS}), "no tokenizer.json"),
+        (json.dumps({"model": {"type": "BPE", "vocab": 3}, "added_tokens": V3_ENDS}), "not a tokenizer.json"),
         ('{"model": {}, "added_tokens": []}', f"no end token: neither {EOS} nor an eos_token"),
     ],
 )  # fmt: skip

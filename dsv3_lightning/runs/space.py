@@ -1,0 +1,64 @@
+"""The room that a run's checkpoints need on the disk, compared with what is free before the first step."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.config.schema import Config
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.planning.memory import training_memory
+
+
+def checkpoint_bytes(config: Config, precision: str) -> int:
+    """The size of one checkpoint: weights, AdamW's state and, if there is one, the average of the weights."""
+    sharded = mesh_strategy(config.strategy) is not None
+    memory = training_memory(config.model, 0, precision, "none", sharded)
+    averaged = config.callbacks.get("weight_average") is not None  # in fp32, as gradients are
+    return memory.weights + memory.optimizer + averaged * memory.gradients
+
+
+def check_space(config: Config, folder: Path, precision: str) -> str | None:
+    """A warning if the disk gets full before as many checkpoints are there as are kept; None if there is room.
+
+    Raises ConfigError where not even the next one fits.
+    """
+    settings: dict[str, Any] | None = config.callbacks.get("checkpoint")
+    if settings is None:
+        return None
+    kept = settings["keep"] + settings["keep_best"]
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free, files = shutil.disk_usage(there).free, folder / "checkpoints"
+    return judge(files, free, used(files), checkpoint_bytes(config, precision), kept)
+
+
+def judge(files: Path, free: int, used: int, one: int, kept: int) -> str | None:
+    """What to say of `kept` checkpoints of `one` byte count each, and one more while it is written.
+
+    free: bytes of the disk. used: bytes of the checkpoints that are there. Raises ConfigError.
+
+    >>> judge(Path("checkpoints"), 4 * 10**9, 0, 10**9, 3)
+    >>> judge(Path("checkpoints"), 2 * 10**9, 10**9, 10**9, 3)  # doctest: +ELLIPSIS
+    'checkpoints: 3 of about 1.00 GB are kept and one more is written beside them, but 2.00 GB are free: the disk...'
+    """
+    if free < one:
+        raise ConfigError(
+            f"{files}: a checkpoint takes about {gigabytes(one)}, but {gigabytes(free)} are free; "
+            "make room, or choose another run.dir"
+        )
+    if free + used >= (kept + 1) * one:
+        return None
+    return (
+        f"{files}: {kept} of about {gigabytes(one)} are kept and one more is written beside them, "
+        f"but {gigabytes(free)} are free: the disk will be full before all are there"
+    )
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+def used(files: Path) -> int:
+    """Bytes of the checkpoints in a folder; hard links count once."""
+    found = [path.stat() for path in files.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum({status.st_ino: status.st_size for status in found}.values())
