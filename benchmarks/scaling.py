@@ -26,8 +26,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
+from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.init import fill
-from dsv3_lightning.model.permute import permute, unpermute
+from dsv3_lightning.model.permute import Order, Permute, WeightedUnpermute, sort_by_expert
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
@@ -41,14 +42,19 @@ WAYS = ("ddp", "fsdp2", "fsdp2_ep", "all-gather")
 
 
 class Gathered(NamedTuple):
-    """Routed tokens x_WRD of all W ranks, padded to R each, and their counts_WE. order_R sorts this rank's tokens.
-    index_R: indices of the tokens for this rank's experts, sorted by expert."""
+    """Routed tokens x_WRD of all W ranks, padded to R each, and their counts_WE; or, in x_WRD, the experts' outputs of
+    this rank's tokens, [R, D]. counts_E, order: of this rank's tokens. index_R: indices of the tokens for this rank's
+    experts, sorted by expert."""
 
     x_WRD: Tensor
     counts_WE: Tensor
-    order_R: Tensor
+    order: Order
     gates_NK: Tensor
     index_R: Tensor
+
+    @property
+    def counts_E(self) -> Tensor:
+        return self.order.counts_E
 
 
 class AllGather:
@@ -58,7 +64,9 @@ class AllGather:
         self.group, self.num_experts = group, num_experts
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Gathered:
-        x_RD, order_R, counts_E = permute(x_ND, experts_NK, self.num_experts)
+        order = sort_by_expert(experts_NK, self.num_experts)
+        x_RD = Permute.apply(x_ND.to(compute_dtype(x_ND)), order.order_R, order.rows_NK)
+        counts_E = order.counts_E
         ranks, longest = self.group.size(), torch.tensor(len(x_RD))
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
         padded_RD = F.pad(x_RD, (0, 0, 0, max(int(longest), len(x_RD)) - len(x_RD)))
@@ -66,7 +74,7 @@ class AllGather:
         dist.all_gather(counts, counts_E, group=self.group)
         x_WRD = all_gather_single_autograd(padded_RD, 0, self.group).unflatten(0, (ranks, -1))
         counts_WE = torch.stack(counts)
-        return Gathered(x_WRD, counts_WE, order_R, gates_NK, self.rows_of_own_experts(counts_WE, x_WRD.shape[1]))
+        return Gathered(x_WRD, counts_WE, order, gates_NK, self.rows_of_own_experts(counts_WE, x_WRD.shape[1]))
 
     def rows_of_own_experts(self, counts_WE: Tensor, padded: int) -> Tensor:
         rank, ranks = self.group.rank(), self.group.size()
@@ -81,10 +89,14 @@ class AllGather:
         own_WE = sent.counts_WE.chunk(self.group.size(), 1)[self.group.rank()]
         return sent.x_WRD.flatten(0, 1).index_select(0, sent.index_R), own_WE.sum(0).cumsum(0)
 
-    def combine(self, y_RD: Tensor, sent: Gathered) -> Tensor:
+    def send_back(self, y_RD: Tensor, sent: Gathered) -> Gathered:
         all_RD = torch.zeros_like(sent.x_WRD).flatten(0, 1).to(y_RD.dtype).index_copy(0, sent.index_R, y_RD)
-        own_RD = reduce_scatter_single_autograd(all_RD, "sum", 0, self.group)[: len(sent.order_R)]
-        return unpermute(own_RD, sent.order_R, sent.gates_NK)
+        own_RD = reduce_scatter_single_autograd(all_RD, "sum", 0, self.group)[: len(sent.order.order_R)]
+        return sent._replace(x_WRD=own_RD)
+
+    def combine(self, returning: Gathered) -> Tensor:
+        order = returning.order
+        return WeightedUnpermute.apply(returning.x_WRD, returning.gates_NK, order.order_R, order.rows_NK)
 
 
 class Model(nn.Module):

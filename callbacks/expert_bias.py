@@ -64,19 +64,21 @@ class ExpertBias(Callback):
                 f"ExpertBias needs a row of `expert_counts` for each `expert_bias` of {name_of(pl_module)}: "
                 f"found {list(counts_LE.shape)} for biases of {[len(router.expert_bias) for router in routers]}"
             )
+        biases = [router.expert_bias for router in routers]
         if not getattr(pl_module, "step_skipped", False):
-            for router, counts_E in zip(routers, counts_LE, strict=True):
-                router.expert_bias += bias_step(counts_E, speed, self.rule, self.centered)
+            steps_LE = bias_step(counts_LE, speed, self.rule, self.centered)  # a few launches for all layers
+            torch._foreach_add_(biases, list(steps_LE))
         if is_log_step(trainer, trainer.global_step):
-            absmax = max(float(router.expert_bias.abs().max()) for router in routers)
+            absmax = float(torch.stack(biases).abs().max())
             log_scalars(trainer, {"balance/bias_speed": speed, "balance/bias_absmax": absmax})
 
 
-def bias_step(counts_E: Tensor, speed: float, rule: str = "sign", centered: bool = False) -> Tensor:
-    """speed · sign(mean c - c_i), or speed · (mean c - c_i) / mean c; fp32 [E], counts int64.
+def bias_step(counts: Tensor, speed: float, rule: str = "sign", centered: bool = False) -> Tensor:
+    """speed · sign(mean c - c_i), or speed · (mean c - c_i) / mean c; fp32, counts int64 [E], or [L, E] of L layers.
 
     The difference is exact: the total minus E · c_i, in integers. The step is 0 if no token was routed.
     """
-    missing_E = counts_E.sum() - counts_E * counts_E.numel()
-    step_E = torch.sign(missing_E).float() if rule == "sign" else missing_E.double() / counts_E.sum().clamp(min=1)
-    return (speed * (step_E - step_E.mean() if centered else step_E)).float()
+    total = counts.sum(-1, keepdim=True)
+    missing = total - counts * counts.shape[-1]
+    step = torch.sign(missing).float() if rule == "sign" else missing.double() / total.clamp(min=1)
+    return (speed * (step - step.mean(-1, keepdim=True) if centered else step)).float()

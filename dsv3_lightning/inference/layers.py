@@ -148,7 +148,8 @@ class Mixture:
             out_ND = self.few_tokens(u_ND, experts_NK, gates_NK)
         else:
             sent = self.dispatcher.dispatch(u_ND, experts_NK, gates_NK)
-            out_ND = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), sent)
+            y_RD = self.experts(*self.dispatcher.receive(sent))
+            out_ND = self.dispatcher.combine(self.dispatcher.send_back(y_RD, sent))
         if self.shared is not None:
             out_ND = out_ND + self.shared(u_ND)
         return out_ND.view_as(u_BTD)

@@ -42,14 +42,14 @@ def row_multiple(x: Tensor, chosen: int | None) -> int:
     return ROW_MULTIPLE_CPU if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
 
 
-def padded_rows(offsets_E: Tensor, rows: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """Where each row goes when every expert's rows are filled up to a multiple: [rows], and the new offsets, [E].
+def padded_rows(offsets_E: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Where each row goes when every expert's rows are filled up to a multiple, and the new offsets, [E].
 
-    >>> padded_rows(torch.tensor([1, 1, 4]), 4, 2)
+    >>> padded_rows(torch.tensor([1, 1, 4]), 2)
     (tensor([0, 2, 3, 4]), tensor([2, 2, 6]))
     """
     counts_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
     padded_E = (counts_E + multiple - 1) // multiple * multiple
     new_offsets_E = padded_E.cumsum(0)
     shift_E = new_offsets_E - padded_E - (offsets_E - counts_E)
-    return torch.arange(rows) + shift_E.repeat_interleave(counts_E), new_offsets_E
+    return torch.arange(int(offsets_E[-1])) + shift_E.repeat_interleave(counts_E), new_offsets_E

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.cpu import padded_rows, row_multiple
 from dsv3_lightning.model.devices import mask_empty_experts
+from dsv3_lightning.model.recompute import keep_no_more
 
 
 class Experts(nn.Module):
@@ -23,21 +24,28 @@ class Experts(nn.Module):
         self.num_experts = E
         self.row_multiple: int | None = None
 
-    def forward(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """FFN_expert(x) of every routed token: [R, D], in x's dtype (the FFN_i of V3 eq. 12).
+    def forward(self, x_RD: Tensor, offsets_E: Tensor, gates_R: Tensor | None = None) -> Tensor:
+        """FFN_expert(x) of every routed token, weighted by gates_R if given: [R, D], in x's dtype (V3 eq. 12).
 
-        x_RD is sorted by expert; the rows of expert e end before row offsets_E[e] (int64).
+        x_RD is sorted by expert; the rows of expert e end before row offsets_E[e] (int64). Rows after the last
+        expert's are not computed: the result has anything there, or ends before them.
         """
         multiple = row_multiple(x_RD, self.row_multiple)
         if multiple == 1:
-            return self.feed_forward(x_RD, offsets_E)
-        rows_R, offsets_E = padded_rows(offsets_E, len(x_RD), multiple)
-        x_RD = x_RD.new_zeros(int(offsets_E[-1]), x_RD.shape[1]).index_copy(0, rows_R, x_RD)
-        return self.feed_forward(x_RD, offsets_E).index_select(0, rows_R)
+            return self.feed_forward(x_RD, offsets_E, gates_R)
+        rows_R, offsets_E = padded_rows(offsets_E, multiple)
+        padded_RD = x_RD.new_zeros(int(offsets_E[-1]), x_RD.shape[1]).index_copy(0, rows_R, x_RD[: len(rows_R)])
+        if gates_R is not None:
+            gates_R = gates_R.new_zeros(len(padded_RD)).index_copy(0, rows_R, gates_R[: len(rows_R)])
+        return self.feed_forward(padded_RD, offsets_E, gates_R).index_select(0, rows_R)
 
-    def feed_forward(self, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    def feed_forward(self, x_RD: Tensor, offsets_E: Tensor, gates_R: Tensor | None) -> Tensor:
         gate, up = grouped_linear(x_RD, local_weight(self.gate_up_proj), offsets_E).chunk(2, -1)
-        return grouped_linear(F.silu(gate) * up, local_weight(self.down_proj), offsets_E)
+        hidden_RF = F.silu(gate) * up
+        if gates_R is not None:
+            hidden_RF = (hidden_RF * gates_R[:, None]).to(x_RD.dtype)  # fp32; narrower than the output
+            keep_no_more()  # no gradient needs what follows
+        return grouped_linear(hidden_RF, local_weight(self.down_proj), offsets_E)
 
 
 def local_weight(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dsv3_lightning.model.balance import Choices, balance_terms
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.dispatch import Dispatcher, LocalDispatcher
 from dsv3_lightning.model.experts import Experts
-from dsv3_lightning.model.router import Router, count_tokens
+from dsv3_lightning.model.router import Router
 
 
 class RouterStats(NamedTuple):
@@ -63,13 +63,16 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, RouterStats]:
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
-        sent = self.dispatcher.dispatch(x_ND, routing.experts_NK, routing.gates_NK)
-        shared_ND = None if self.shared_experts is None else self.shared_experts(x_ND)  # while the tokens travel
-        routed_ND = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), sent)
-        out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND
-
-        counts_E = count_tokens(routing.experts_NK, mask_BT.flatten(), self.config.n_routed_experts)
+        experts_NK = routing.experts_NK.masked_fill(~mask_BT.flatten()[:, None], -1)  # padding goes nowhere
+        sent = self.dispatcher.dispatch(x_ND, experts_NK, routing.gates_NK)
+        # While the tokens travel. What selective checkpointing keeps for the backward pass comes before `send_back`.
+        shared_ND = None if self.shared_experts is None else self.shared_experts(x_ND)
         logits_BTE, scores_BTE = (x_NE.unflatten(0, mask_BT.shape) for x_NE in (routing.logits_NE, routing.scores_NE))
         experts_BTK = routing.experts_NK.unflatten(0, mask_BT.shape)
         choices = Choices(logits_BTE, scores_BTE, experts_BTK, mask_BT, self.config.n_group, self.config.topk_group)
-        return out_ND.view_as(x_BTD), RouterStats(counts_E, balance_terms(self.balance, choices))
+        stats = RouterStats(sent.counts_E, balance_terms(self.balance, choices))
+
+        y_RD = self.experts(*self.dispatcher.receive(sent))
+        routed_ND = self.dispatcher.combine(self.dispatcher.send_back(y_RD, sent))
+        out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND
+        return out_ND.view_as(x_BTD), stats

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # defines its operation
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # Operations that decide between discrete outcomes. Products on a GPU may round otherwise in the second pass, and then a
@@ -20,6 +20,7 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.all_to_all_single.default,  # tokens reach their experts once
     torch.ops.torch_attn._varlen_attn.default,
     *CHOICES,
 }
@@ -55,8 +56,18 @@ def saving_contexts(saved: set[Any]) -> tuple[TorchDispatchMode, TorchDispatchMo
     return OnSavedOps(first, saved), OnSavedOps(second, saved)
 
 
+def keep_no_more() -> None:
+    """Tells selective checkpointing that the backward pass needs no result of what the block computes from here on.
+
+    The recomputation then ends here: torch stops it at the last tensor that is needed.
+    """
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, OnSavedOps):
+            mode.saved = set()
+
+
 class OnSavedOps(TorchDispatchMode):
-    """Another mode, applied to the operations in `saved` alone.
+    """Another mode, applied to the operations in `saved` alone, up to `keep_no_more`.
 
     torch's mode counts the operations it sees, and the two passes have unequal numbers of others where parameters are
     gathered on the way.

@@ -84,9 +84,3 @@ def mask_unselected_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
     unselected_NG = torch.ones_like(score_NG, dtype=torch.bool)
     unselected_NG.scatter_(-1, score_NG.topk(config.topk_group, -1).indices, False)
     return by_group.masked_fill(unselected_NG[..., None], -torch.inf).flatten(-2)
-
-
-def count_tokens(experts_NK: Tensor, mask_N: Tensor, num_experts: int) -> Tensor:
-    """Tokens routed to each expert, int64 [E], without padding, where mask_N (bool) is False."""
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_NK.device)
-    return counts_E.scatter_add_(0, experts_NK.flatten(), mask_N.long().repeat_interleave(experts_NK.shape[1]))

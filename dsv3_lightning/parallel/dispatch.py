@@ -1,47 +1,76 @@
 """The exchange of tokens between the ranks that hold different experts (V3 §3.2): one all-to-all each way.
 
-No token is dropped. Imports no Lightning. Another library's exchange can replace this one by a class with the
-methods of `model.dispatch.Dispatcher`, called with the process group and the number of experts.
+No token is dropped. Gates travel with the tokens, so the backward pass needs neither the experts' outputs nor a second
+exchange of them, also where activations are computed again. Imports no Lightning. Another library's exchange can
+replace this one by a class with the methods of `model.dispatch.Dispatcher`, called with the process group and the
+number of experts.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
-from dsv3_lightning.model.permute import Permute, Unpermute, permute, unpermute
+from dsv3_lightning.model.autocast import compute_dtype
+from dsv3_lightning.model.permute import Order, Permute, Reorder, Unpermute, inverse, sort_by_expert
+from dsv3_lightning.parallel.messages import Pack, Unpack
+from dsv3_lightning.parallel.streams import HostCopy, arrived, beside, now
+
+
+class Splits(Protocol):
+    """See `streams.HostCopy`."""
+
+    arrived: torch.cuda.Event | None
+
+    def numbers(self) -> list[int]: ...
 
 
 @dataclass
 class Exchange:
-    """An all-to-all that may still be running. x_RD: the routed tokens received, by rank and then by expert.
+    """An all-to-all of routed tokens that may still be running. message: see `messages.Pack`; what is received, by rank
+    and then by expert. sent, received: their numbers by rank; received_WE: by rank and local expert. order: that at
+    the sender. arranged_R: the order that sorts what arrives by expert.
 
-    received_WE: their number by sending rank and local expert. sent, received: numbers of routed tokens by rank. x_RD
-    is None once taken.
+    message is None once taken: it is among the largest tensors of a step.
     """
 
-    x_RD: Tensor | None
-    received_WE: Tensor
+    message: Tensor | None
     sent: list[int]
     received: list[int]
+    received_WE: Tensor
+    order: Order
+    arranged_R: Tensor | None = None
 
     def take(self) -> Tensor:
-        """Returns the routed tokens and drops the reference: they are among the largest tensors of a step."""
-        assert self.x_RD is not None
-        x_RD, self.x_RD = self.x_RD, None
-        return x_RD
+        assert self.message is not None
+        message, self.message = self.message, None
+        return message
 
 
 @dataclass
 class Sent:
-    """Tokens in transit, and the orders that sort them by expert: order_R here, received_order_R at the receiver."""
+    """Tokens on their way. counts_E: this rank's tokens per expert. received_WE: routed tokens by sending rank and
+    local expert. splits: the numbers to each rank, and then from each. exchange: None until it starts.
+    """
 
-    exchange: Exchange
-    order_R: Tensor
+    counts_E: Tensor
+    x_ND: Tensor
     gates_NK: Tensor
-    received_order_R: Tensor | None = None
+    order: Order
+    received_WE: Tensor
+    splits: Splits
+    exchange: Exchange | None = None
+
+
+@dataclass
+class Returning:
+    """The experts' outputs on their way back, in the order of the tokens' sender."""
+
+    y_RD: Tensor
+    order: Order
 
 
 class AllToAll:
@@ -54,38 +83,85 @@ class AllToAll:
         self.group, self.num_experts = group, num_experts
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Sent:
-        """Starts the exchange and returns before the tokens have arrived; waits only for their numbers."""
-        x_RD, order_R, counts_E = permute(x_ND, experts_NK, self.num_experts)
-        return Sent(self.exchange(x_RD, counts_E), order_R, gates_NK)
+        """On CUDA the tokens leave in `receive`, when the host knows how many: what it has queued by then, such as the
+        shared experts, runs during the exchange. On a CPU they leave at once."""
+        order = sort_by_expert(experts_NK, self.num_experts)
+        with beside(now(x_ND), order.counts_E):  # the shared experts don't wait for the numbers
+            received_WE, splits = self.exchange_counts(order.counts_E, experts_NK.numel())
+        sent = Sent(order.counts_E, x_ND, gates_NK, order, received_WE, splits)
+        if splits.arrived is None:
+            self.start(sent)
+        return sent
 
-    def exchange(self, x_RD: Tensor, counts_E: Tensor) -> Exchange:
-        """Starts the all-to-all of routed tokens that are sorted by expert."""
+    def exchange_counts(self, counts_E: Tensor, copies: int) -> tuple[Tensor, Splits]:
+        """received_WE and splits of `Sent`. copies: an upper bound of the routed tokens."""
         ranks = self.group.size()
-        received_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_E, counts_E, group=self.group)
-        received_WE = received_E.view(ranks, -1)
-        by_rank = torch.stack([tokens_by_rank(counts_E, ranks), received_WE.sum(1)])
-        sent, received = by_rank.tolist()
-        return Exchange(all_to_all_single_autograd(x_RD, received, sent, self.group), received_WE, sent, received)
+        received_WE = all_to_all_single(counts_E, None, None, self.group).view(ranks, -1)
+        return received_WE, HostCopy(torch.cat([tokens_by_rank(counts_E, ranks), received_WE.sum(1)]))
 
-    def receive(self, sent: Sent) -> tuple[Tensor, Tensor]:
-        exchange = sent.exchange
-        ranks, experts = exchange.received_WE.shape
-        experts_R = (
-            torch.arange(experts, device=exchange.received_WE.device)
-            .repeat(ranks)
-            .repeat_interleave(exchange.received_WE.flatten(), output_size=sum(exchange.received))
-        )
-        sent.received_order_R = experts_R.argsort(stable=True)
-        return Permute.apply(exchange.take(), sent.received_order_R, 1), exchange.received_WE.sum(0).cumsum(0)
+    def start(self, sent: Sent) -> None:
+        numbers, ranks = sent.splits.numbers(), self.group.size()
+        with beside(sent.splits.arrived, sent.x_ND, sent.gates_NK, *sent.order):
+            x_ND = sent.x_ND.to(compute_dtype(sent.x_ND))
+            sent.exchange = self.exchange(
+                x_ND, sent.gates_NK, sent.order, numbers[:ranks], numbers[ranks:], sent.received_WE
+            )
 
-    def combine(self, y_RD: Tensor, sent: Sent) -> Tensor:
-        exchange = sent.exchange
-        y_RD = Unpermute.apply(y_RD, sent.received_order_R)
+    def receive(self, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+        if sent.exchange is None:
+            self.start(sent)
+        assert sent.exchange is not None
+        return self.arrange(sent.exchange)
+
+    def send_back(self, y_RD: Tensor, sent: Sent) -> Returning:
+        assert sent.exchange is not None
+        return self.exchange_back(y_RD, sent.exchange)
+
+    def combine(self, returning: Returning) -> Tensor:
+        arrived(returning.y_RD)  # also on a rank without tokens, which reads nothing of it
+        return Unpermute.apply(returning.y_RD, returning.order.order_R, returning.order.rows_NK)
+
+    def exchange(
+        self, x_ND: Tensor, gates_NK: Tensor, order: Order, sent: list[int], received: list[int], received_WE: Tensor
+    ) -> Exchange:
+        """Starts the all-to-all of tokens with their gates, fp32."""
+        order = order._replace(order_R=order.order_R[: sum(sent)])
+        gates_R1 = Permute.apply(gates_NK.reshape(-1, 1), order.order_R, order.rows_NK.view(-1, 1))
+        message = Pack.apply(x_ND, gates_R1, order.order_R, order.rows_NK)
+        message = all_to_all_single_autograd(message, received, sent, self.group)
+        return Exchange(message, sent, received, received_WE, order)
+
+    def arrange(self, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `Experts`, when the tokens have arrived."""
+        message = exchange.take()
+        arrived(message)
+        received_WE = arrived(exchange.received_WE)  # the message left after these numbers had come
+        order_R = exchange.arranged_R = order_of_arrival(received_WE, sum(exchange.received))
+        x_RD, gates_R1 = Unpack.apply(message, 1, order_R, inverse(order_R))
+        return x_RD, received_WE.sum(0).cumsum(0), gates_R1.squeeze(1)
+
+    def exchange_back(self, y_RD: Tensor, exchange: Exchange) -> Returning:
+        """Starts the all-to-all of the experts' outputs."""
+        assert exchange.arranged_R is not None
+        y_RD = Reorder.apply(y_RD, inverse(exchange.arranged_R), exchange.arranged_R)
         y_RD = all_to_all_single_autograd(y_RD, exchange.sent, exchange.received, self.group)
-        return unpermute(y_RD, sent.order_R, sent.gates_NK)
+        return Returning(y_RD, exchange.order)
 
 
 def tokens_by_rank(counts_E: Tensor, ranks: int) -> Tensor:
     """The number of routed tokens for each rank, int64 [ranks]; only ranks with some get a message."""
     return counts_E.view(ranks, -1).sum(1)
+
+
+def order_of_arrival(received_WE: Tensor, total: int) -> Tensor:
+    """The order that sorts `total` rows, which come by rank and then by expert, by expert and then by rank: int64.
+
+    >>> order_of_arrival(torch.tensor([[1, 2], [2, 0]]), 5).tolist()  # of expert 0: row 0, and 3 and 4 of rank 1
+    [0, 3, 4, 1, 2]
+    """
+    ends_WE = received_WE.flatten().cumsum(0).view_as(received_WE)
+    arranged_EW = received_WE.T.contiguous()
+    arranged_ends_EW = arranged_EW.flatten().cumsum(0).view_as(arranged_EW)
+    shift_EW = ends_WE.T - arranged_ends_EW  # both minus their sizes are where a block starts
+    shift_R = shift_EW.flatten().repeat_interleave(arranged_EW.flatten(), output_size=total)
+    return torch.arange(total, device=received_WE.device) + shift_R

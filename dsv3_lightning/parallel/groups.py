@@ -12,18 +12,22 @@ from dsv3_lightning.parallel.mesh import MeshShape
 
 
 class Meshes(NamedTuple):
-    """Four device meshes over the same ranks.
+    """Device meshes over the same ranks.
 
     dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
     experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
     ep: for the ranks that hold different experts; None where every rank computes with all of them.
     small: for norms and routers, [small_replicate, small_shard], or the same as dense.
+    across, within: for the ranks of an ep group that have the same place in each node, and for those of one node; None
+        where a token does not travel to each node once.
     """
 
     dense: DeviceMesh
     experts: DeviceMesh
     ep: DeviceMesh | None
     small: DeviceMesh
+    across: DeviceMesh | None = None
+    within: DeviceMesh | None = None
 
 
 def init_after_restart(backend: str, timeout: timedelta, device: torch.device) -> None:
@@ -77,4 +81,9 @@ def lay_out(shape: MeshShape, device_type: str) -> Meshes:
         return Meshes(dense, dense, None, small)
     axes = ("dp_replicate", "expert_shard", "ep")
     mesh = init_device_mesh(device_type, (shape.dp_replicate, shape.expert_shard, shape.ep), mesh_dim_names=axes)
-    return Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"], small)
+    meshes = Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"], small)
+    if shape.nodes == 1:
+        return meshes
+    of_groups = (shape.ranks // shape.ep, shape.nodes, shape.ep // shape.nodes)
+    mesh = init_device_mesh(device_type, of_groups, mesh_dim_names=("ep_groups", "ep_across", "ep_within"))
+    return meshes._replace(across=mesh["ep_across"], within=mesh["ep_within"])

@@ -27,6 +27,9 @@ class StrategyConfig:
     dp_replicate, dp_shard: sizes of the mesh, outermost first; their product is the number of processes.
     expert_parallel: ranks over which a layer's experts are spread, with any `kind`. `auto` is 1 for fsdp2 and hsdp,
         and for fsdp2_ep as many ranks of a node as divide the experts.
+    node_size: ranks per node; `auto`: as many as were started on one machine.
+    deduplicate: where an ep group spans several nodes, a token travels once to each node that has some of its experts,
+        and from there to these. false: once to each of its experts. Only with the default dispatcher.
     reshard_after_forward: frees a block's gathered parameters after its forward pass and gathers them again for the
         backward pass: less memory, 50 % more communication.
     cpu_offload: parameters, gradients and optimizer state live in the host's memory (GPUs only).
@@ -44,6 +47,8 @@ class StrategyConfig:
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
     expert_parallel: Size = "auto"
+    node_size: Size = "auto"
+    deduplicate: bool = True
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     prefetch: int = 1
@@ -53,7 +58,7 @@ class StrategyConfig:
     step_timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "expert_parallel"):
+        for name in ("dp_replicate", "dp_shard", "expert_parallel", "node_size"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ConfigError(f"strategy.{name}={value}: must be at least 1, or auto")
@@ -73,13 +78,14 @@ class MeshShape:
     """The size of each mesh axis; ep divides dp_shard.
 
     small_shard: the number of neighboring ranks over which norms and routers are sharded; it divides dp_shard. None is
-    dp_shard.
+    dp_shard. nodes: those of an ep group to each of which a token travels once; 1: tokens travel to experts directly.
     """
 
     dp_replicate: int
     dp_shard: int
     ep: int = 1
     small_shard: int | None = None
+    nodes: int = 1
 
     @property
     def ranks(self) -> int:
@@ -91,13 +97,24 @@ class MeshShape:
         return self.dp_shard // self.ep
 
     def __str__(self) -> str:
-        experts = f" (experts: {self.expert_shard} x ep {self.ep})" if self.ep > 1 else ""
+        nodes = f" over {self.nodes} nodes" if self.nodes > 1 else ""
+        experts = f" (experts: {self.expert_shard} x ep {self.ep}{nodes})" if self.ep > 1 else ""
         return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}{experts}"
 
 
 def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: ModelConfig | None = None) -> MeshShape:
-    """The mesh for `ranks` processes, with `auto` resolved. Raises ConfigError that names the nearest valid sizes."""
+    """The mesh for `ranks` processes, with `auto` resolved. Raises ConfigError that names the nearest valid sizes.
+
+    ranks_per_node: the processes that were started on each machine; used where `node_size` is `auto`.
+    """
     wanted, shard = config.dp_replicate, config.dp_shard
+    if config.node_size != "auto":
+        ranks_per_node = config.node_size
+        if ranks % ranks_per_node:
+            raise ConfigError(
+                f"strategy.node_size={ranks_per_node}: does not divide {ranks} processes; "
+                f"use {near(ranks_per_node, ranks)}"
+            )
     if wanted != "auto":
         replicate = wanted
     elif shard != "auto":
@@ -120,7 +137,8 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
     # be gathered eight times as wide. Within a node nothing is padded, and nothing crosses the network.
     node = math.gcd(shard, ranks_per_node)
     ep = expert_size(config, shard, ranks_per_node, model)
-    shape = MeshShape(replicate, shard, ep, node if node < shard else None)
+    nodes = nodes_of_group(config, ep, ranks_per_node)
+    shape = MeshShape(replicate, shard, ep, node if node < shard else None, nodes)
     if model is not None and shape.ep > 1:
         check_expert_widths(shape, model)
     return shape
@@ -142,6 +160,20 @@ def expert_size(config: StrategyConfig, shard: int, ranks_per_node: int, model: 
             f"use {near(ep, math.gcd(shard, experts))}"
         )
     return ep
+
+
+def nodes_of_group(config: StrategyConfig, ep: int, ranks_per_node: int) -> int:
+    """The nodes to each of which a token travels once, of the nodes that an ep group spans. Raises ConfigError."""
+    if not config.deduplicate or ep <= ranks_per_node:
+        return 1
+    if ep % ranks_per_node == 0:
+        return ep // ranks_per_node
+    if config.node_size == "auto":  # groups that end within a node, whose ranks have no places in common
+        return 1
+    raise ConfigError(
+        f"strategy.node_size={ranks_per_node}: must divide expert_parallel={ep}, so that an ep group fills its nodes; "
+        f"use {near(ranks_per_node, ep)}, or deduplicate: false"
+    )
 
 
 def check_expert_widths(shape: MeshShape, model: ModelConfig) -> None:

@@ -30,6 +30,7 @@ from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import Meshes
 from dsv3_lightning.parallel.mesh import StrategyConfig
+from dsv3_lightning.parallel.node_dispatch import NodeAllToAll
 
 MakeDispatcher = Callable[[dist.ProcessGroup, int], Dispatcher]  # takes the ep group and the number of experts
 
@@ -111,7 +112,11 @@ def spread_experts(moe: MoE, meshes: Meshes, dispatcher: MakeDispatcher) -> None
             local_EDF, meshes.ep, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
         )
         setattr(moe.experts, name, nn.Parameter(spread))
-    moe.dispatcher = dispatcher(meshes.ep.get_group(), moe.experts.num_experts)
+    group, experts = meshes.ep.get_group(), moe.experts.num_experts
+    if meshes.across is None or meshes.within is None or dispatcher is not AllToAll:
+        moe.dispatcher = dispatcher(group, experts)
+    else:
+        moe.dispatcher = NodeAllToAll(group, experts, meshes.across.get_group(), meshes.within.get_group())
 
 
 def expert_placement(meshes: Meshes) -> Callable[[nn.Parameter], Shard]:

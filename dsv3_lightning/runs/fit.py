@@ -25,10 +25,12 @@ from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.model.devices import device_of
+from dsv3_lightning.parallel.checkpoints.one_file import made_with
 from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
 from dsv3_lightning.parallel.lost import ERRORS
+from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
 from dsv3_lightning.runs.record import CONFIG, RunFolder
@@ -48,10 +50,22 @@ from dsv3_lightning.training.hardware import hardware_lines
 from dsv3_lightning.training.module import PretrainModule
 
 
+class Decision(NamedTuple):
+    """What the first rank has found in the run's folder. precision: of the checkpoint's run."""
+
+    finished: bool = False
+    checkpoint: tuple[Path, int] | None = None
+    precision: str | None = None
+
+
 class Start(NamedTuple):
-    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and notes to print."""
+    """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and notes to print.
+
+    precision: what the checkpoint was made with.
+    """
 
     checkpoint: tuple[Path, int] | None
+    precision: str | None
     source: WeightSource | None
     notes: list[str | None]
 
@@ -79,8 +93,7 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
             run_device(config).type, several_processes(config.trainer), folder.path / "flight_recorder", os.environ
         )
         with put_back(os.environ), added(os.environ, variables):
-            if open_run(folder, config, tree):
-                return 0
+            refuse_taken_port(config)
             while (code := train_once(folder, config, tree, sources)) is None:
                 free_memory()
             return code
@@ -94,7 +107,10 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
 
 def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources: list[Path]) -> int | None:
     """Trains from the newest checkpoint, if any. Returns the exit status; None where the run goes back to another."""
-    start = find_start(folder, config, tree)
+    decision = open_run(folder, config, tree)
+    if decision.finished:
+        return 0
+    start = find_start(decision, config)
     parts, reason = build(folder, config, tree, start)
     if is_first_rank():
         prepare_once(folder, config, sources, start, parts, reason)
@@ -106,29 +122,43 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
         return None
 
 
-def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> bool:
-    """Takes the folder of a run that exists, and returns whether the run is finished. Raises ConfigError.
-
-    Every rank checks this, so that none waits for another that has ended.
-    """
+def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> Decision:
+    """Takes the folder of a run that exists; the first rank looks for all what is there. Raises ConfigError."""
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    first = FirstRank(meeting(config.trainer, rank), str(folder.path))
+    decided = first.decides(lambda: look(folder, tree))
+    if decided["finished"]:
+        if is_first_rank():
+            shown = display_path(folder.path)
+            print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
+        first.wait_for_others(seconds=60)
+        return Decision(finished=True)
     if not is_first_rank():
-        wait_for_first_rank(folder.path / CONFIG, rank_zero_only.rank)  # type: ignore[attr-defined]
-    elif folder.stored_tree() is not None:
+        wait_for_first_rank(folder.path / CONFIG, rank)
+    if decided["checkpoint"] is None:
+        return Decision()
+    path, step = decided["checkpoint"]
+    return Decision(False, (Path(path), step), decided["precision"])
+
+
+def look(folder: RunFolder, tree: dict[str, Any]) -> dict[str, Any]:
+    """A Decision in JSON: whether the run is finished, or the newest valid checkpoint. Raises ConfigError."""
+    if not folder.lock.is_locked and folder.stored_tree() is not None:
         folder.reopen(tree)
-    finished = folder.finished() and folder.resumes_own()
-    if finished and is_first_rank():
-        shown = display_path(folder.path)
-        print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
-    return finished
+    if folder.finished() and folder.resumes_own():
+        return {"finished": True}
+    if (checkpoint := folder.resume_from(tree)) is None:
+        return {"finished": False, "checkpoint": None}
+    path, step = checkpoint
+    precision = str(made_with(path)[0]["trainer"]["precision"])
+    return {"finished": False, "checkpoint": [str(path), step], "precision": precision}
 
 
-def find_start(folder: RunFolder, config: Config, tree: dict[str, Any]) -> Start:
+def find_start(decision: Decision, config: Config) -> Start:
     """Checks what the run starts from, before anything is built. Raises ConfigError."""
-    refuse_taken_port(config)
-    checkpoint = folder.resume_from(tree)
-    if checkpoint is not None:  # the folder that the run began from is of no use to it any more
-        return Start(checkpoint, None, [])
-    return Start(None, *open_source(config))
+    if decision.checkpoint is not None:  # the folder that the run began from is of no use to it any more
+        return Start(decision.checkpoint, decision.precision, None, [])
+    return Start(None, None, *open_source(config))
 
 
 def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start) -> tuple[Parts, str]:
@@ -136,7 +166,7 @@ def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start)
     callbacks = in_order(build_callbacks(config), config)
     if start.checkpoint is None:
         check_fresh(callbacks)
-    precision, reason = resolve_precision(config, folder, start.checkpoint)
+    precision, reason = resolve_precision(config, folder, start.precision)
     recorded = tree | {"trainer": tree["trainer"] | {"precision": precision}}
     logger = RunLogger(str(folder.path), start.checkpoint[1] if start.checkpoint else None)
     trainer = build_trainer(config, folder, logger, callbacks, precision)

@@ -155,7 +155,7 @@ class RunFolder:
         return read_if_there(self.path / BEGUN_FROM)
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
-        """The checkpoint to resume from and its step, or None; the same on every rank, as it depends on files alone.
+        """The checkpoint to resume from and its step, or None; for the first rank to find, and to tell the others.
 
         A path counts only until the run has a newer checkpoint of its own, from which it then continues. Raises
         ConfigError if the path's checkpoint doesn't exist or differs in settings that may not change.

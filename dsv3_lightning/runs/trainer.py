@@ -5,7 +5,6 @@ import os
 import socket
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from dsv3_lightning.config.instantiate import (
 )
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO, made_with
+from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 from dsv3_lightning.parallel.launch import find_launch
 from dsv3_lightning.runs.failures import hide_event_thread
 from dsv3_lightning.runs.record import RunFolder
@@ -77,13 +76,15 @@ def run_device(config: Config) -> torch.device:
     return available or torch.device("cpu")
 
 
-def resolve_precision(config: Config, folder: RunFolder, start: tuple[Path, int] | None) -> tuple[str, str]:
-    """The precision and why. A run keeps the one it began with: a second measurement might choose another."""
+def resolve_precision(config: Config, folder: RunFolder, begun_with: str | None) -> tuple[str, str]:
+    """The precision and why. A run keeps the one it began with: a second measurement might choose another.
+
+    begun_with: that of the checkpoint that it goes on from.
+    """
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))
-    if start is not None:
-        precision = str(made_with(start[0])[0]["trainer"]["precision"])
-        return precision, f"precision {precision}, as in the checkpoint"
+    if begun_with is not None:
+        return begun_with, f"precision {begun_with}, as in the checkpoint"
     stored = folder.stored_tree()  # the first rank has measured for all
     if stored is not None:
         precision = str(stored["trainer"]["precision"])

@@ -18,7 +18,6 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +26,7 @@ from dsv3_lightning.model import cpu
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer
-from dsv3_lightning.parallel.dispatch import AllToAll, Exchange
+from dsv3_lightning.parallel.dispatch import AllToAll, Splits
 from dsv3_lightning.parallel.groups import build_meshes
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.parallel.sharding import shard_model
@@ -103,10 +102,21 @@ def compute_as_on_a_gpu(model: Transformer) -> None:
 class EvenLoads(AllToAll):
     """A dispatcher that assumes equally many routed tokens for every rank's experts."""
 
-    def exchange(self, x_RD: Tensor, counts_E: Tensor) -> Exchange:
-        ranks, tokens = self.group.size(), len(x_RD)
-        each = [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
-        return Exchange(all_to_all_single_autograd(x_RD, each, each, self.group), counts_E.view(ranks, -1), each, each)
+    def exchange_counts(self, counts_E: Tensor, copies: int) -> tuple[Tensor, Splits]:
+        ranks = self.group.size()
+        return counts_E.view(ranks, -1), Even([copies // ranks + (rank < copies % ranks) for rank in range(ranks)])
+
+
+class Even:
+    """The same numbers of routed tokens to and from each rank."""
+
+    arrived: torch.cuda.Event | None = None
+
+    def __init__(self, each: list[int]) -> None:
+        self.each = each
+
+    def numbers(self) -> list[int]:
+        return [*self.each, *self.each]
 
 
 class Counter(TorchDispatchMode):
@@ -139,8 +149,6 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:  # its local tensors are counted themselves
             return NotImplemented
-        if func is torch.ops.aten.bincount.default:  # its output shape depends on the data
-            return args[0].new_zeros((kwargs or {}).get("minlength", args[-1]))
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return args[0].new_empty(grouped_shape(*args))
         if func is torch.ops._c10d_functional.wait_tensor.default:  # allocates nothing

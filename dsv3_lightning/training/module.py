@@ -17,6 +17,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
+from dsv3_lightning.parallel.meeting import refuse_mixed_steps
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -304,6 +305,12 @@ class PretrainModule(pl.LightningModule):
         config = self.optimizer_config
         return lr_factor(step, self.max_steps, config.warmup_steps, config.phases)
 
+    def every_rank(self, value: int) -> list[int]:
+        """The value of each rank, all of which must call it."""
+        mine = torch.zeros(self.trainer.world_size, dtype=torch.int64)
+        mine[self.trainer.global_rank] = value
+        return [int(one) for one in self.summed(mine)]
+
     def summed(self, values: Tensor) -> list[Any]:
         """The values summed over all ranks, all of which must call it."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
@@ -333,6 +340,7 @@ class PretrainModule(pl.LightningModule):
         self.skipped_steps, self.skipped_in_a_row = checkpoint["skipped_steps"]
         self.scalars.update(checkpoint["scalars"])
         step = self.loaded_step = checkpoint["global_step"]
+        refuse_mixed_steps(self.every_rank(step))
         all_full = step * self.trainer.accumulate_grad_batches  # val_check_interval counts full steps' micro-batches
         due = all_full % self.trainer.val_check_interval == 0 and self.trainer.enable_validation
         validate_first = due and not checkpoint["validated"]

@@ -185,7 +185,6 @@ class TensorRows(IterableDataset):
 LACKING = {
     BalanceFactor: "`balance.scale`",
     ExpertBias: "`expert_bias`",
-    LossSpike: "`skips`",
     MTPWeight: "`mtp_weight`",
     RouterMonitor: "`expert_bias`",
     RouterProbe: "`model`",
@@ -199,7 +198,7 @@ ARGUMENTS = {SkewedStart: {"strength": 0.5}, WeightAverage: {"decay": 0.9}}
 
 
 def test_every_callback_is_tried_here():
-    assert {kind.__name__ for kind in (*LACKING, *NEEDING_NOTHING)} == set(callbacks.__all__)
+    assert {kind.__name__ for kind in (*LACKING, *NEEDING_NOTHING, LossSpike)} == set(callbacks.__all__)
 
 
 @pytest.mark.parametrize("kind", LACKING)
@@ -246,3 +245,8 @@ def test_schedules_by_tokens_need_a_data_module_that_counts_them(tmp_path, kind)
     module.mtp_weight, module.balance = 0.0, type("Balance", (), {"scale": 1.0, "factors": {}})()
     with pytest.raises(ConfigError, match=f"^{kind.__name__} needs .*`tokens_before`.* no data module$"):
         fit(module, tmp_path, kind(by="tokens"))
+
+
+def test_a_return_after_a_spike_needs_a_data_module_that_can_leave_samples_out(tmp_path):
+    with pytest.raises(ConfigError, match="^LossSpike needs the attribute `skips` of the LightningDataModule, but the"):
+        fit(Dense(), tmp_path, LossSpike())

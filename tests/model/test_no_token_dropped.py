@@ -9,6 +9,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import LocalDispatcher
 from dsv3_lightning.model.experts import Experts, grouped_linear
 from dsv3_lightning.model.moe import MoE
+from dsv3_lightning.model.permute import Permute, Unpermute
 
 from .small import routers, small_batch, small_config, small_model
 
@@ -19,20 +20,33 @@ def expert_loop(x_ND, experts_NK, gates_NK, gate_up, down) -> Tensor:
     """V3 eq. 12, the routed part, token by token in fp64; differentiable."""
     rows = []
     for n in range(len(x_ND)):
-        row = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+        row = 0 * (x_ND[n] + gates_NK[n].sum())  # padding, too, has a gradient, which is 0
         for k in range(experts_NK.shape[1]):
             e = experts_NK[n, k]
+            if e < 0:
+                continue
             gate, up = (x_ND[n] @ gate_up[e]).split(gate_up.shape[2] // 2)
             row = row + gates_NK[n, k] * ((F.silu(gate) * up) @ down[e])
         rows.append(row)
     return torch.stack(rows)
 
 
-def routed(module: Experts, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
+class GatesTravel(LocalDispatcher):
+    """Gates go to the experts with the tokens, as between ranks."""
+
+    def receive(self, sent):
+        gates_R1 = Permute.apply(sent.gates_NK.view(-1, 1), sent.order_R, sent.rows_NK.view(-1, 1))
+        return *super().receive(sent), gates_R1.squeeze(1)
+
+    def combine(self, returning):
+        return Unpermute.apply(returning.x_RD, returning.order_R, returning.rows_NK)
+
+
+def routed(module: Experts, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, gates_travel: bool = False) -> Tensor:
     """What MoE.forward does between the router and the shared experts."""
-    dispatcher = LocalDispatcher(module.num_experts)
+    dispatcher = (GatesTravel if gates_travel else LocalDispatcher)(module.num_experts)
     sent = dispatcher.dispatch(x_ND, experts_NK, gates_NK)
-    return dispatcher.combine(module(*dispatcher.receive(sent)), sent)
+    return dispatcher.combine(dispatcher.send_back(module(*dispatcher.receive(sent)), sent))
 
 
 def same_for_all(*experts: int) -> Tensor:
@@ -52,12 +66,16 @@ LOADS = {
     "every expert for every token": random_experts(E),
     "at random": random_experts(K),
     "a single token": torch.tensor([[6, 0, 4]]),
+    "padding": random_experts(K).masked_fill(torch.arange(N)[:, None] % 3 == 1, -1),
+    "nothing but padding": same_for_all(-1, -1, -1),
 }
 
 
+@pytest.mark.parametrize("gates_travel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("load", LOADS)
-def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype):
+def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype, gates_travel):
+    """With gates on the experts' outputs and on the narrow side of SwiGLU."""
     experts_NK = LOADS[load]
     tokens, chosen = experts_NK.shape
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +89,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype):
 
     inputs = [x_ND, gates_NK, module.gate_up_proj, module.down_proj]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        out_ND = routed(module, x_ND, experts_NK, gates_NK)
+        out_ND = routed(module, x_ND, experts_NK, gates_NK, gates_travel)
     assert out_ND.dtype == dtype
     out_ND = out_ND.float()
     gradients = torch.autograd.grad(out_ND, inputs, grad_ND)
@@ -79,7 +97,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype):
     x, gates, gate_up, down = exact = [t.detach().double().requires_grad_() for t in inputs]
     expected_ND = expert_loop(x, experts_NK, gates, gate_up, down)
     exactness = 1e-6 if dtype == torch.float32 else 2e-2  # bf16 has 8 bits; each result went through three products
-    wanted = (expected_ND, *torch.autograd.grad(expected_ND, exact, grad_ND.double()))
+    wanted = (expected_ND, *torch.autograd.grad(expected_ND, exact, grad_ND.double(), materialize_grads=True))
     for got, want in zip((out_ND, *gradients), wanted, strict=True):
         assert (got - want).norm() <= exactness * want.norm()
     idle = [e for e in range(E) if e not in experts_NK]
@@ -150,9 +168,9 @@ class Counting(LocalDispatcher):
         self.received.append((len(x_RD), offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()))
         return x_RD, offsets_E
 
-    def combine(self, y_RD, sent):
+    def send_back(self, y_RD, sent):
         self.combined.append(int(y_RD.detach().abs().amax(1).gt(0).sum()))  # what comes back is not nothing
-        return super().combine(y_RD, sent)
+        return super().send_back(y_RD, sent)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -208,3 +226,26 @@ def test_any_size_works_or_is_refused_by_the_configuration(sizes):
         return
     moe = MoE(config)
     moe(torch.zeros(1, 2, config.hidden_size), torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("gates_travel", [False, True])
+@pytest.mark.parametrize("real", [0, 7])
+def test_what_is_computed_for_padding_reaches_nothing(real, gates_travel):
+    """Rows that no expert computes hold whatever the memory held: here it holds NaN."""
+    module = Experts(small_config())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    x_ND = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    gates_NK = torch.rand(N, K, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    experts_NK = random_experts(K).masked_fill(torch.arange(N)[:, None] >= real, -1)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        out_ND = routed(module, x_ND, experts_NK, gates_NK, gates_travel)
+        out_ND.square().sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for values, shape in ((out_ND, D), (x_ND.grad, D), (gates_NK.grad, K)):
+        assert values.isfinite().all() and values[:real].ne(0).all()
+        assert torch.equal(values[real:], torch.zeros(N - real, shape))
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import MoE
-from dsv3_lightning.model.router import Router, count_tokens, mask_unselected_groups, route
+from dsv3_lightning.model.permute import sort_by_expert
+from dsv3_lightning.model.router import Router, mask_unselected_groups, route
 
 from .small import small_config
 
@@ -228,15 +229,13 @@ def test_a_forward_pass_leaves_the_bias_alone():
 def test_counts_are_exact_beyond_what_fp32_can_count():
     # fp32 stops at 2^24 = 16,777,216 when ones are added; its neighbors above are even numbers.
     N = 2**24 + 3
-    counts_E = count_tokens(torch.ones(1, 1, dtype=torch.int64).expand(N, 1), torch.ones(1).bool().expand(N), 3)
+    counts_E = sort_by_expert(torch.ones(1, 1, dtype=torch.int64).expand(N, 1), 3).counts_E
     assert counts_E.dtype == torch.int64
     assert counts_E.tolist() == [0, N, 0]
 
 
 def test_padding_is_not_counted():
-    experts_NK = torch.tensor([[0, 2], [1, 2], [2, 3], [0, 1]])
-    mask_N = torch.tensor([True, False, True, False])
-    assert count_tokens(experts_NK, mask_N, 5).tolist() == [1, 0, 2, 1, 0]
+    assert sort_by_expert(torch.tensor([[0, 2], [-1, -1], [2, 3], [-1, -1]]), 5).counts_E.tolist() == [1, 0, 2, 1, 0]
 
     moe = MoE(small_config())
     with torch.no_grad():

@@ -4,15 +4,19 @@ python -m tests.parallel.dispatch_worker, under a launcher's environment.
 """
 
 import gc
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from dsv3_lightning.model.moe import MoE
+from dsv3_lightning.model.recompute import RECOMPUTE
 from dsv3_lightning.model.router import Router
 from dsv3_lightning.parallel.dispatch import AllToAll, Exchange, Sent
+from tests.parallel.counting import Costs
 from tests.parallel.small import EXPERTS, K, config, tokens_and_choices
 
 
@@ -31,7 +35,8 @@ def routed(moe: MoE, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> tupl
     """The routed experts' output, and whether the tokens were still on their way when `dispatch` returned."""
     sent = moe.dispatcher.dispatch(x_ND, experts_NK, gates_NK)
     travelling = still_on_their_way(sent)
-    return moe.dispatcher.combine(moe.experts(*moe.dispatcher.receive(sent)), sent), travelling
+    y_RD = moe.experts(*moe.dispatcher.receive(sent))
+    return moe.dispatcher.combine(moe.dispatcher.send_back(y_RD, sent)), travelling
 
 
 def check(case: str) -> None:
@@ -43,10 +48,10 @@ def check(case: str) -> None:
     part = spread(whole, rank, ranks)
     inputs = [tokens_and_choices(case, r) for r in range(ranks)]
     x_ND, experts_NK, gates_NK = (torch.cat(parts) for parts in zip(*inputs, strict=True))
-    expected_ND, _ = routed(whole, x_ND.requires_grad_(), experts_NK, gates_NK)
+    expected_ND, _ = routed(whole, x_ND.requires_grad_(), experts_NK, gates_NK.requires_grad_())
     expected_ND.square().sum().backward()
-    mine_ND = inputs[rank][0].clone().requires_grad_()
-    actual_ND, travelling = routed(part, mine_ND, *inputs[rank][1:])
+    mine_ND, my_gates_NK = (inputs[rank][i].clone().requires_grad_() for i in (0, 2))
+    actual_ND, travelling = routed(part, mine_ND, inputs[rank][1], my_gates_NK)
     assert travelling
     actual_ND.square().sum().backward()
 
@@ -54,11 +59,13 @@ def check(case: str) -> None:
     own = slice(start, start + len(mine_ND))
     torch.testing.assert_close(actual_ND, expected_ND[own])
     torch.testing.assert_close(mine_ND.grad, x_ND.grad[own])
+    torch.testing.assert_close(my_gates_NK.grad, gates_NK.grad[own])
     share = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
     for name, weight in part.experts.named_parameters():
         expected = whole.experts.get_parameter(name).grad[share]
         torch.testing.assert_close(torch.zeros_like(expected) if weight.grad is None else weight.grad, expected)
     assert experts_NK.shape[1] == K
+    assert _get_work_registry_size() == 0, "a collective that nobody has waited for"
 
 
 def check_node_limit(allowed: int) -> None:
@@ -83,23 +90,51 @@ def check_node_limit(allowed: int) -> None:
     assert max(reached) == allowed, reached
 
 
+COSTS = {  # per layer, of the forward and of the backward pass with what it computes again: all-to-alls, and waits
+    "none": ((3, 1), (2, 0)),  # numbers of tokens, tokens, their way back; the gradients of the last two
+    "selective": ((3, 1), (2, 1)),  # nothing is sent again
+    "full": ((3, 1), (4, 1)),  # numbers and tokens again, but not the experts' outputs
+}
+
+
+def check_costs() -> None:
+    """All-to-alls and waits of the host for the device, in a block's place: with what is computed again."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = MoE(config(n_shared_experts=1))
+    for weight in whole.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    part = spread(whole, rank, ranks)
+    x_BTD, mask_BT = torch.randn(2, 9, 16, requires_grad=True), torch.arange(9) < torch.tensor([[9], [4]])
+    for policy, expected in COSTS.items():
+        with Costs() as forward:
+            out_BTD, stats = RECOMPUTE[policy](part, x_BTD, mask_BT)
+        with Costs() as backward:
+            (out_BTD.square().sum() + stats.balance["sequence"]).backward()
+        found = tuple((costs.collectives["all_to_all"], costs.waits.total()) for costs in (forward, backward))
+        assert found == expected, (policy, found, forward.waits, backward.waits)
+        assert forward.collectives.keys() | backward.collectives.keys() <= {"all_to_all", "_wrap_tensor_autograd"}
+
+
 class Watched(AllToAll):
-    def exchange(self, *tokens) -> Exchange:
+    def exchange(self, *tokens: Any) -> Exchange:
         self.exchanged = super().exchange(*tokens)
         return self.exchanged
 
 
 def still_on_their_way(sent: object) -> bool:
     """Whether nobody has waited for the tokens yet."""
-    x_RD = sent.exchange.x_RD if isinstance(sent, Sent) else None
-    return isinstance(x_RD, AsyncCollectiveTensor) and not x_RD.completed
+    message = sent.exchange.message if isinstance(sent, Sent) and sent.exchange else None
+    return isinstance(message, AsyncCollectiveTensor) and not message.completed
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for case in ("uneven", "one expert", "no tokens on rank 0", "no tokens for rank 0"):
+    for case in ("uneven", "one expert", "no tokens on rank 0", "no tokens for rank 0", "padding"):
         check(case)
+    if dist.get_world_size() == 2:
+        check_costs()
     if dist.get_world_size() == 4:
         for allowed in (1, 2, 4):
             check_node_limit(allowed)

@@ -24,6 +24,14 @@ def tokens_and_choices(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     experts_NK = torch.rand(N, EXPERTS, generator=generator).argsort(1)[:, :K]
     if case == "one expert":  # all of every rank's tokens go to the last two
         experts_NK = torch.tensor([EXPERTS - 1, EXPERTS - 2]).expand(N, K)
+    if case == "padding":  # of rank 0 nothing else, of the others every third token
+        experts_NK[:: 3 if rank else 1] = -1
     if case == "no tokens for rank 0":  # the last half has them all
         experts_NK = experts_NK % (EXPERTS // 2) + EXPERTS // 2
+    if case == "one node":  # every token wants experts of the first half alone
+        experts_NK = experts_NK % (EXPERTS // 2)
+        experts_NK[:, 1] = (experts_NK[:, 0] + 1) % (EXPERTS // 2)
+    if case == "crossed":  # both experts of the other half, on one rank or on two
+        far = EXPERTS // 2 * (rank < 2)
+        experts_NK = far + torch.tensor([[0, 1], [0, 2], [3, 1]]).repeat(N, 1)[:N]
     return torch.randn(N, D, generator=generator), experts_NK, torch.rand(N, K, generator=generator)

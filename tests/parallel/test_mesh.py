@@ -41,7 +41,8 @@ def test_what_does_not_fit_is_refused_with_what_would(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("dp_replicate", 0), ("dp_shard", -1), ("expert_parallel", 0), ("prefetch", -1)]
+    ("key", "value"),
+    [("dp_replicate", 0), ("dp_shard", -1), ("expert_parallel", 0), ("prefetch", -1), ("node_size", 0)],
 )
 def test_impossible_sizes_are_named(key, value):
     with pytest.raises(ConfigError, match=f"strategy.{key}={value}"):
@@ -53,7 +54,9 @@ def test_impossible_sizes_are_named(key, value):
     [
         ({"kind": "fsdp2_ep"}, 2048, MeshShape(1, 2048, 8, 8)),  # within a node of 8
         ({"kind": "fsdp2_ep"}, 4, MeshShape(1, 4, 4)),
-        ({"kind": "fsdp2_ep", "expert_parallel": 64}, 2048, MeshShape(1, 2048, 64, 8)),
+        ({"kind": "fsdp2_ep", "expert_parallel": 64}, 2048, MeshShape(1, 2048, 64, 8, 8)),
+        ({"kind": "fsdp2_ep", "expert_parallel": 64, "deduplicate": False}, 2048, MeshShape(1, 2048, 64, 8)),
+        ({"kind": "fsdp2_ep", "expert_parallel": 64, "node_size": 16}, 2048, MeshShape(1, 2048, 64, 16, 4)),
         ({"kind": "hsdp", "expert_parallel": 4}, 16, MeshShape(2, 8, 4)),
         ({"kind": "fsdp2"}, 16, MeshShape(1, 16, 1, 8)),
     ],
@@ -62,6 +65,19 @@ def test_experts_are_spread_over_a_part_of_the_shards(settings, ranks, shape):
     model = config(n_routed_experts=256, hidden_size=7168, moe_intermediate_size=2048)
     found = mesh_shape(StrategyConfig(**settings), ranks, 8, model)
     assert found == shape and found.ep * found.expert_shard * found.dp_replicate == ranks
+
+
+@pytest.mark.parametrize(
+    ("node_size", "message"),
+    [(7, "does not divide 24 processes; use 6 or 8"), (6, "must divide expert_parallel=8, so that an ep group fills")],
+)
+def test_nodes_that_no_group_fills_are_refused(node_size, message):
+    strategy = StrategyConfig(kind="fsdp2_ep", expert_parallel=8, node_size=node_size)
+    with pytest.raises(ConfigError) as error:
+        mesh_shape(strategy, 24, 8, config())
+    assert f"strategy.node_size={node_size}: {message}" in str(error.value)
+    groups_end_within_nodes = mesh_shape(StrategyConfig(kind="fsdp2_ep", expert_parallel=8), 24, 6, config())
+    assert groups_end_within_nodes.nodes == 1
 
 
 @pytest.mark.parametrize(

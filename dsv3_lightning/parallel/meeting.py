@@ -1,0 +1,141 @@
+"""What the first rank decides for all before there is a process group: told through the store by which ranks meet.
+
+A rank that looked for itself would see its own node's view of the file system, and on NFS or Lustre that may be an old
+listing of a folder.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.launch import find_launch, notice_after
+
+GIVE_UP_AFTER = timedelta(minutes=30)
+STORES: dict[tuple[str, int], dist.Store] = {}  # they live as long as the process: other ranks may ask later
+MET: Counter[tuple[str, int, str]] = Counter()  # a process may do several runs, and one run several times
+
+
+class Meeting(NamedTuple):
+    """Who is asked and who asks. others: ranks that ask before the first rank begins to train; more may follow."""
+
+    rank: int
+    others: int
+
+
+def meeting(trainer: dict[str, Any], rank: int) -> Meeting | None:
+    """None for a run of one process. Of ranks that Lightning will start, only the first of each node asks at once."""
+    launch, nodes = find_launch(os.environ), trainer["num_nodes"]
+    devices = trainer["devices"]
+    devices = len(devices) if isinstance(devices, list) else devices
+    if launch.launcher is not None:
+        assert launch.size is not None
+        return Meeting(rank, launch.size - 1) if launch.size > 1 else None
+    if devices == nodes == 1:
+        return None
+    all_are_here = "LOCAL_RANK" in os.environ and isinstance(devices, int)
+    return Meeting(rank, nodes * devices - 1 if all_are_here else nodes - 1)
+
+
+class FirstRank:
+    """The first rank's word, for all ranks of a run. Every rank makes one.
+
+    about: the run. Raises RunStopped where the first rank can't be reached. Lightning's process group uses the same
+    address, and within a process the same server. torchrun's store survives a restart, so the attempt is part of the
+    names.
+    """
+
+    def __init__(self, who: Meeting | None, about: str) -> None:
+        self.who = who
+        if who is None:
+            return
+        here, agent = cluster(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address = here.main_address, here.main_port
+        os.environ["MASTER_PORT"] = str(address[1])  # else Lightning chooses another one
+        self.to_hear = 0 if agent else who.others  # torchrun's store doesn't end with this process
+        try:
+            if address not in STORES:
+                STORES[address] = dist.TCPStore(
+                    *address, is_master=who.rank == 0 and not agent, timeout=GIVE_UP_AFTER, wait_for_workers=False,
+                    multi_tenant=True,
+                )  # fmt: skip
+        except dist.DistError as error:
+            raise RunStopped(f"rank {who.rank} stops: no answer from {address[0]}:{address[1]} ({error})") from error
+        MET[(*address, about)] += 1
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"{about} {attempt} {MET[(*address, about)]}", STORES[address])
+
+    def decides(self, decide: Callable[[], Any]) -> Any:
+        """What `decide` returns on the first rank, which must be JSON, on every rank; its errors are raised on all."""
+        if self.who is None:
+            return decide()
+        if self.who.rank > 0:
+            return self.ask(self.who.rank)
+        try:
+            decided = decide()
+        except Exception as error:
+            told = {"error": str(error), "for_users": isinstance(error, ConfigError)}
+            self.store.set("told", json.dumps(told))
+            self.wait_for_others(seconds=3)
+            raise
+        self.store.set("told", json.dumps({"decided": decided}))
+        return decided
+
+    def ask(self, rank: int) -> Any:
+        try:
+            line = f"rank {rank} waits for the first rank, which has yet to choose a checkpoint"
+            with notice_after(20.0, line, unless=lambda: False):
+                told = json.loads(self.store.get("told"))
+            self.store.add("heard", 1)
+        except dist.DistError as error:
+            raise RunStopped(f"rank {rank} stops: the first rank didn't say what to start from ({error})") from error
+        if "error" in told:
+            raise (ConfigError if told["for_users"] else RunStopped)(told["error"])
+        return told["decided"]
+
+    def wait_for_others(self, seconds: float) -> None:
+        """On the first rank, which is about to end, until the others have heard what it decided."""
+        end = time.monotonic() + seconds
+        while self.who is not None and self.who.rank == 0 and time.monotonic() < end:
+            if self.store.add("heard", 0) >= self.to_hear:
+                return
+            time.sleep(0.05)
+
+
+def refuse_mixed_steps(steps: list[int]) -> None:
+    """Raises RunStopped where ranks have loaded different steps. steps: by rank.
+
+    >>> refuse_mixed_steps([40, 40, 20, 40])
+    Traceback (most recent call last):
+    dsv3_lightning.errors.RunStopped: the ranks loaded different steps: 20 on rank 2; 40 on ranks 0, 1, 3
+    """
+    if len(set(steps)) <= 1:
+        return
+    found = []
+    for step in sorted(set(steps)):
+        ranks = [str(rank) for rank, other in enumerate(steps) if other == step]
+        shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        found.append(f"{step} on rank{'s' * (len(ranks) > 1)} {shown}")
+    raise RunStopped(f"the ranks loaded different steps: {'; '.join(found)}")
+
+
+def cluster() -> ClusterEnvironment:
+    """Where the ranks meet, as Lightning finds it."""
+    kinds: tuple[type[ClusterEnvironment], ...] = (
+        TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment,
+    )  # fmt: skip
+    return next((kind() for kind in kinds if kind.detect()), LightningEnvironment())
