@@ -16,7 +16,7 @@ from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, ra
 from dsv3_lightning.planning.coefficients import TABLE, unmeasured
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.hardware import GPU, Hardware
-from dsv3_lightning.planning.layout import NOW, Layout, Work
+from dsv3_lightning.planning.layout import Layout, Work, now
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.planning.step import Step, step
 from dsv3_lightning.planning.wires import traffic
@@ -61,7 +61,7 @@ def layout_of(config: Config, shape: MeshShape, strategy: StrategyConfig, work: 
     """The layout of a run of this config, with the code as it is."""
     balanced = "imbalance.bias" if config.callbacks.get("expert_bias") else "imbalance.loss"
     spread = shape.ep > 1 and config.model.num_moe_layers
-    code = NOW[hardware.generation]
+    code = now(hardware.generation, shape)
     code = replace(code, attention=code.masked) if config.data.isolate_documents else code
     return Layout(shape, strategy, work, code, hardware.rate(balanced) if spread else 1.0)
 
