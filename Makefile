@@ -2,8 +2,9 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+GPU_PYTHON := python3
 
-.PHONY: help setup shell train check test lint docs board bench reproduce clean
+.PHONY: help setup shell train check test lint docs board bench gpu-check reproduce clean
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -37,6 +38,9 @@ board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 
 bench: $(INSTALLED) ## measure training speed against transformers' model of the same shape
 	$(PYTHON) benchmarks/throughput.py
+
+gpu-check: ## check kernels, runs and speed on this machine's CUDA GPU with its own Python; WHEELS=FOLDER: what that lacks
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
 reproduce: $(INSTALLED) ## run the papers' experiments: an hour on two cores; QUICK=1: minutes, to see that it works
 	$(PYTHON) -m dsv3_lightning reproduce --jobs 2 $(if $(QUICK),--quick --dir runs/quick,--out docs/reproduction.md)

@@ -63,7 +63,7 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
 def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, gigabytes: int, capsys):
     words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
     long = [f"data.sequence_length={length}", f"model.max_position_embeddings={length}",
-            "trainer.accumulate_grad_batches=1", "data.batch_size=2048"]  # fmt: skip
+            "trainer.accumulate_grad_batches=1", "data.batch_size=2048", "data.batch_ramp=null"]  # fmt: skip
     assert main([*words, *long]) == 2
     error = capsys.readouterr().err
     refused = re.search(rf"data.sequence_length={length}: one sample needs ([0-9.]+ GB) on a rank, of 80 GB", error)

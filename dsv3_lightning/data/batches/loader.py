@@ -2,9 +2,9 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -59,18 +59,19 @@ class Loader:
 def outlive_signals(worker: int) -> None:
     """Lets a worker go on when the run is asked to stop, since the run still finishes its step.
 
-    Ctrl-C in a terminal and SLURM's signals reach workers, too. They end with the loader, or with its process. SIGTERM
-    is also how that process ends a worker that doesn't answer, so that a second one counts.
+    Ctrl-C in a terminal and SLURM's signals reach workers, too. They end with the loader. A process that exits sends
+    SIGTERM to its workers and waits for them, so that this one counts; it is told from others by its sender.
     """
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, wait_for_another)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait_for_own_process, daemon=True).start()
 
 
-def wait_for_another(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, leave)
-
-
-def leave(number: int, frame: FrameType | None) -> None:
+def wait_for_own_process() -> None:
+    """Ends this worker when the process that has started it sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
     os._exit(0)  # another exit status is an error in the loader's process

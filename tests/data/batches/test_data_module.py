@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,15 +60,15 @@ def test_loader_processes_keep_the_order(
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_outlive_the_signals_that_stop_a_run(config: DataConfig, make_module: Make, order: list[int]) -> None:
     """A run that is asked to stop finishes its step: Ctrl-C and SLURM's signals reach its workers as well."""
+    before = torch.multiprocessing.active_children()  # of other tests
     batches = iter(make_module(dataclasses.replace(config, num_workers=2), max_steps=STEPS).train_dataloader())
     first = next(batches)
-    workers = torch.multiprocessing.active_children()
+    workers = [worker for worker in torch.multiprocessing.active_children() if worker not in before]
     assert len(workers) == 2
-    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGTERM"):
-        for worker in workers:
-            os.kill(worker.pid, getattr(signal, name))
+    for name in ("INT", "USR1", "HUP", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     assert merge([[batch["sample_ids"].tolist() for batch in (first, *batches)]]) == order
-    for worker in workers:  # one that doesn't answer is sent two by its process
+    for worker in workers:  # as their own process does when it exits, and then waits for them
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == 0
