@@ -43,11 +43,6 @@ def test_what_takes_more_than_2_percent_of_a_day_is_a_warning():
     assert late == ["WARNING: writing a checkpoint takes 1 min, and one is due every 1"]
 
 
-def test_bytes_of_a_checkpoint():
-    assert day.state_bytes(1000, 64) == 12 * 1000 + 4 * 64
-    assert day.state_bytes(1000, 64, moment=2) == 8 * 1000 + 4 * 64
-
-
 def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     model = check(compose(["v3"]).tree).model
     shape, strategy = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep")
