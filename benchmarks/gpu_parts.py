@@ -28,7 +28,7 @@ from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning.hardware import Hardware, gpu_of_device
-from dsv3_lightning.planning.layout import NOW, Layout, Work
+from dsv3_lightning.planning.layout import Layout, Work, now
 from dsv3_lightning.planning.step import step as planned_step
 from dsv3_lightning.training.optimizer import build_optimizer
 
@@ -148,8 +148,9 @@ def planned(config: Config, samples: int, length: int) -> dict[str, float] | Non
         return None
     hardware = Hardware(gpu)
     work = Work(samples * length, 1, length, "bf16-mixed", config.compute.activation_checkpointing)
-    plan = planned_step(config.model, hardware, Layout(MeshShape(1, 1), StrategyConfig(kind="fsdp2"), work,
-                                                       NOW[hardware.generation]))  # fmt: skip
+    mesh = MeshShape(1, 1)
+    layout = Layout(mesh, StrategyConfig(kind="fsdp2"), work, now(hardware.generation, mesh))
+    plan = planned_step(config.model, hardware, layout)
     each = {exposed.part.name: exposed.seconds * 1e3 for exposed in plan.exposed}
     found = {row: sum(each.get(name, 0.0) for name in names) for row, names in ROW.items()}
     return found | {"whole step": plan.seconds * 1e3}

@@ -47,10 +47,11 @@ class Starts:
         port = str(20_000 + self.chance.randrange(10_000))
         common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1",
                                "MASTER_PORT": port, "WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks),
-                               "GROUP_RANK": "0", "NODE_RANK": "0", "TORCHELASTIC_RUN_ID": "stale"}  # fmt: skip
-        note = f"{{class_path: tests.parallel.step_notes.StepNotes, init_args: {{folder: {self.notes / str(number)}}}}}"
+                               "GROUP_RANK": "0", "NODE_RANK": "0", "TORCHELASTIC_RUN_ID": "stale",
+                               "STEP_NOTES": str(self.notes / str(number))}  # fmt: skip
         words = [*SETTINGS, strategy, f"trainer.max_steps={steps}", f"run.dir={self.folder}", f"run.name={name}",
-                 f"data.cache_dir={self.folder / 'data'}", f"callbacks.notes={note}"]  # fmt: skip
+                 f"data.cache_dir={self.folder / 'data'}",
+                 "callbacks.notes={class_path: tests.parallel.step_notes.StepNotes}"]  # fmt: skip
         command = [sys.executable, "-m", "tests.parallel.stale", str(self.ranks - 1), str(self.listing), "run", "nano"]
         started = []
         for rank in range(self.ranks):
@@ -66,7 +67,7 @@ class Starts:
 
     def kill_one(self, started: list[subprocess.Popen], number: int) -> str:
         """Lets them train for some steps and kills one; the others end by themselves. Returns what happened."""
-        wanted, seen, end = self.chance.randrange(1, 7), {}, time.monotonic() + 60
+        wanted, seen, end = self.chance.randrange(1, 7), {}, time.monotonic() + 300
         while len(seen.get("rank0", [])) < wanted and all(one.poll() is None for one in started):
             seen = self.steps_seen(number)
             if time.monotonic() > end:
@@ -77,7 +78,7 @@ class Starts:
         started[victim].kill()
         for one in started:
             try:
-                one.wait(timeout=30)
+                one.wait(timeout=120)
             except subprocess.TimeoutExpired:
                 one.kill()
                 one.wait()
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--one-file", action="store_true", help="checkpoints in one file, not in shards")
     arguments = parser.parse_args()
     steps, strategy, mixed = 4 * arguments.kills, FILE if arguments.one_file else SHARDS, 0
-    with __import__("contextlib").nullcontext(tempfile.mkdtemp(prefix="stale")) as name:
+    with tempfile.TemporaryDirectory() as name:
         starts = Starts(arguments, Path(name))
         killed = starts.folder / "killed/checkpoints"
         for number in range(arguments.kills + 1):

@@ -94,7 +94,8 @@ def memory_table(config: Config) -> str:
     ranks = len(devices) if isinstance(devices, list) else devices if type(devices) is int and devices > 0 else 1
     samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]))
     precision = "32" if trainer["precision"] == "auto" else trainer["precision"]
-    memory = training_memory(config.model, samples * config.data.sequence_length, precision, policy)
+    memory = training_memory(config.model, samples * config.data.sequence_length, precision, policy,
+                             moment=config.optimizer.moment_bytes)  # fmt: skip
     assumed = f"{precision} assumed for auto" if trainer["precision"] == "auto" else precision
     return table(
         [

@@ -16,8 +16,8 @@ from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, ra
 from dsv3_lightning.planning.coefficients import TABLE, unmeasured
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.hardware import GPU, Hardware
-from dsv3_lightning.planning.layout import NOW, Layout, Work
-from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.planning.layout import Layout, Work, now
+from dsv3_lightning.planning.memory import checkpoint_bytes
 from dsv3_lightning.planning.step import Step, step
 from dsv3_lightning.planning.wires import traffic
 
@@ -61,7 +61,7 @@ def layout_of(config: Config, shape: MeshShape, strategy: StrategyConfig, work: 
     """The layout of a run of this config, with the code as it is."""
     balanced = "imbalance.bias" if config.callbacks.get("expert_bias") else "imbalance.loss"
     spread = shape.ep > 1 and config.model.num_moe_layers
-    code = NOW[hardware.generation]
+    code = now(hardware.generation, shape)
     code = replace(code, attention=code.masked) if config.data.isolate_documents else code
     return Layout(shape, strategy, work, code, hardware.rate(balanced) if spread else 1.0)
 
@@ -98,8 +98,8 @@ def work_of(config: Config, gpus: int) -> Work:
     T = config.data.sequence_length
     check_step(config, samples, ranks, gpus)
     micro_batches = config.data.batch_size // (samples * gpus)
-    moment = 2 if config.optimizer.moments == "bf16" else 4
-    return Work(samples * T, micro_batches, T, precision, config.compute.activation_checkpointing, moment=moment)
+    policy, moment = config.compute.activation_checkpointing, config.optimizer.moment_bytes
+    return Work(samples * T, micro_batches, T, precision, policy, moment=moment)
 
 
 def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
@@ -243,8 +243,8 @@ def time_table(config: Config, planned: Step, gpus: int, peak: float) -> str:
     return table(rows)
 
 
-def schedule_of(config: Config, seconds: float, sharded: bool, moment: int) -> day.Schedule:
-    """What interrupts a run of this config. seconds: of a step. moment: bytes of a number in AdamW's moments.
+def schedule_of(config: Config, seconds: float, sharded: bool, precision: str) -> day.Schedule:
+    """What interrupts a run of this config. seconds: of a step. sharded: whether checkpoints are.
 
     A share in trainer.limit_val_batches is of the held-out documents, which are `data.validation_fraction` of the run's
     tokens if these are seen once.
@@ -255,16 +255,14 @@ def schedule_of(config: Config, seconds: float, sharded: bool, moment: int) -> d
     batches = min(limit, held_out) if isinstance(limit, int) else limit * held_out
     settings: dict[str, Any] = config.callbacks.get("checkpoint") or {}
     minutes, steps = settings.get("every_n_minutes"), settings.get("every_n_steps")
-    clock = (
-        math.ceil(60 * minutes / seconds) if minutes else math.inf
-    )  # steps; saved after the first that is late enough
+    clock = math.ceil(60 * minutes / seconds) if minutes else math.inf  # in steps: the first that is late enough
     every = min(clock, steps or math.inf, trainer["max_steps"])
-    counted = count_parameters(config.model)
+    averaged = config.callbacks.get("weight_average") is not None
     return day.Schedule(
         validate_every=trainer["val_check_interval"] * seconds,
         batches=batches,
         save_every=every * seconds,
-        state=day.state_bytes(counted.total, counted.bias_entries, moment),
+        state=checkpoint_bytes(config.model, precision, True, config.optimizer.moment_bytes, averaged),
         kept=(settings.get("keep") or 0) + (settings.get("keep_best") or 0),
         sharded=sharded,
     )
@@ -272,7 +270,7 @@ def schedule_of(config: Config, seconds: float, sharded: bool, moment: int) -> d
 
 def day_table(config: Config, planned: Step, work: Work, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
     """A table of what of a day isn't training, with a warning for what takes more than 2 % of it."""
-    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints, work.moment)
+    schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints, work.precision)
     found = day.losses(schedule, planned.seconds, gpus, gpu.per_node)
     rows = [("of a day", "share", "each takes", "every")]
     rows += [(loss.name, f"{loss.share:.2%}", duration(loss.seconds), duration(loss.every)) for loss in found]

@@ -79,8 +79,3 @@ def warnings(found: list[Loss], schedule: Schedule, gpus: int, per_node: int) ->
         every = schedule.save_every / 60
         lines.append(f"WARNING: writing a checkpoint takes {writing / 60:.0f} min, and one is due every {every:.0f}")
     return lines
-
-
-def state_bytes(parameters: int, bias_entries: int, moment: int = 4) -> int:
-    """Bytes of a checkpoint: fp32 weights, AdamW's two moments of these bytes, and the routers' biases."""
-    return (4 + 2 * moment) * parameters + 4 * bias_entries

@@ -18,6 +18,8 @@ class Mesh(Protocol):
     @property
     def small_shard(self) -> int | None: ...
     @property
+    def nodes(self) -> int: ...
+    @property
     def ranks(self) -> int: ...
 
 
@@ -127,22 +129,20 @@ TRAVELING = replace(  # gates travel with the tokens; with `full` they are sent 
         "full": Again(1, 2 / 3, 1, 1, 0.3, 1),
     },
 )  # fmt: skip
+BY_NODE = replace(TRAVELING, exchange="by_node", rows="by_node")
 HISTORY = {
     "the same code, planned by part": FIRST,
     "copies of the model add their gradients once per step": ONCE,
     "attention by cuDNN, unpadded; the loss in larger products": KERNELS,
     "gates travel with the tokens; nothing is sent twice, one wait per pass": TRAVELING,
-    "a token travels once to each node": replace(TRAVELING, exchange="by_node", rows="by_node"),
+    "a token travels once to each node": BY_NODE,
 }
 
 
-def now(state: str) -> dict[str, Implementation]:
-    """A state of the code, by GPU generation: cuDNN's attention is the faster one on Hopper alone."""
-    code = HISTORY[state]
-    return {"sm90": code, "sm80": replace(code, attention="flash")}
-
-
-NOW = now("attention by cuDNN, unpadded; the loss in larger products")  # what the code does today
+def now(generation: str, mesh: Mesh) -> Implementation:
+    """What the code does today. cuDNN's attention is the faster one on Hopper alone."""
+    code = BY_NODE if mesh.nodes > 1 else TRAVELING
+    return code if generation == "sm90" else replace(code, attention="flash")
 
 
 @dataclass(frozen=True)

@@ -25,22 +25,30 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def training_memory(model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False) -> Memory:
+def training_memory(
+    model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False, moment: int = 4
+) -> Memory:
     """Memory for a micro-batch of `tokens` tokens on one rank.
 
-    Weights, gradients and AdamW's two moments are fp32. With precision `bf16` unsharded weights are bf16 with an fp32
-    copy in AdamW; sharded ones are fp32 and gathered in bf16. (Norms and routers are always fp32; they are 1e-4 of all
-    and ignored.)
+    Weights and gradients are fp32. With precision `bf16` unsharded weights are bf16 with an fp32 copy in AdamW; sharded
+    ones are fp32 and gathered in bf16. (Norms and routers are always fp32; they are 1e-4 of all and ignored.)
+    moment: bytes of a number in AdamW's two moments.
     """
     parameters = count_parameters(model)
-    stored, moments = (2, 12) if precision == "bf16" and not sharded else (4, 8)
+    stored, copies = (2, 4) if precision == "bf16" and not sharded else (4, 0)
     per_token = activations(model, precision, policy)
     return Memory(
         weights=stored * parameters.total + 4 * parameters.bias_entries,
         gradients=4 * parameters.total,
-        optimizer=moments * parameters.total,
+        optimizer=(2 * moment + copies) * parameters.total,
         activations=tokens * (per_token.kept + per_token.made_again),
     )
+
+
+def checkpoint_bytes(model: ModelConfig, precision: str, sharded: bool, moment: int, averaged: bool) -> int:
+    """Bytes of a checkpoint: weights, AdamW's state, the routers' biases and, with `averaged`, an fp32 average."""
+    memory = training_memory(model, 0, precision, "none", sharded, moment)
+    return memory.weights + memory.optimizer + averaged * memory.gradients
 
 
 def cache_per_token(model: ModelConfig) -> int:

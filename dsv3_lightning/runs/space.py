@@ -7,15 +7,7 @@ from typing import Any
 from dsv3_lightning.config.checks import mesh_strategy
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.planning.memory import training_memory
-
-
-def checkpoint_bytes(config: Config, precision: str) -> int:
-    """The size of one checkpoint: weights, AdamW's state and, if there is one, the average of the weights."""
-    sharded = mesh_strategy(config.strategy) is not None
-    memory = training_memory(config.model, 0, precision, "none", sharded)
-    averaged = config.callbacks.get("weight_average") is not None  # in fp32, as gradients are
-    return memory.weights + memory.optimizer + averaged * memory.gradients
+from dsv3_lightning.planning.memory import checkpoint_bytes
 
 
 def check_space(config: Config, folder: Path, precision: str) -> str | None:
@@ -29,7 +21,9 @@ def check_space(config: Config, folder: Path, precision: str) -> str | None:
     kept = settings["keep"] + settings["keep_best"]
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, files = shutil.disk_usage(there).free, folder / "checkpoints"
-    return judge(files, free, used(files), checkpoint_bytes(config, precision), kept)
+    sharded, averaged = mesh_strategy(config.strategy) is not None, config.callbacks.get("weight_average") is not None
+    one = checkpoint_bytes(config.model, precision, sharded, config.optimizer.moment_bytes, averaged)
+    return judge(files, free, used(files), one, kept)
 
 
 def judge(files: Path, free: int, used: int, one: int, kept: int) -> str | None:

@@ -41,6 +41,11 @@ class OptimizerConfig:
     phases: list[Phase]
     max_skipped_steps: int
 
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of a number in AdamW's moments."""
+        return 2 if self.moments == "bf16" else 4
+
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ConfigError(f"optimizer.lr={self.lr}: must be above 0")

@@ -43,11 +43,6 @@ def test_what_takes_more_than_2_percent_of_a_day_is_a_warning():
     assert late == ["WARNING: writing a checkpoint takes 1 min, and one is due every 1"]
 
 
-def test_bytes_of_a_checkpoint():
-    assert day.state_bytes(1000, 64) == 12 * 1000 + 4 * 64
-    assert day.state_bytes(1000, 64, moment=2) == 8 * 1000 + 4 * 64
-
-
 def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     model = check(compose(["v3"]).tree).model
     shape, strategy = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep")
@@ -59,7 +54,7 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     assert contexts.longest(model, shape, strategy, work, 1e9) == 0
 
 
-@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 82), (131072, 292)])
+@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 89), (131072, 288)])
 def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, gigabytes: int, capsys):
     words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
     long = [f"data.sequence_length={length}", f"model.max_position_embeddings={length}",
@@ -69,7 +64,7 @@ def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: in
     refused = re.search(rf"data.sequence_length={length}: one sample needs ([0-9.]+ GB) on a rank, of 80 GB", error)
     assert refused and float(refused[1].split()[0]) == pytest.approx(gigabytes, abs=1) and error.count("\n") == 1
     fits = re.search(r"the longest that fits is (\d+)", error)
-    assert fits and 30000 < int(fits[1]) < 32768
+    assert fits and 24000 < int(fits[1]) < 32768
     assert main(words) == 0
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if line.startswith(f"{length:,} positions"))

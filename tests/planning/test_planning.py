@@ -9,7 +9,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.activations import activations
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
-from dsv3_lightning.planning.memory import training_memory
+from dsv3_lightning.planning.memory import checkpoint_bytes, training_memory
 from dsv3_lightning.planning.parameters import count_parameters
 
 V2 = ModelConfig(
@@ -101,6 +101,22 @@ def test_bytes_of_weights_gradients_and_optimizer():
             optimizer * n,
         )
         assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+@pytest.mark.parametrize(
+    ("precision", "sharded", "moment", "averaged", "each"),
+    [
+        ("32", False, 4, False, 12),
+        ("bf16", False, 4, False, 14),
+        ("bf16", True, 2, False, 8),
+        ("32", True, 4, True, 16),
+    ],
+)
+def test_bytes_of_a_checkpoint(precision, sharded, moment, averaged, each):
+    """Weights and AdamW's state per parameter; bf16 weights have fp32 copies in the optimizer, sharded ones none."""
+    counts = count_parameters(preset("nano"))
+    found = checkpoint_bytes(preset("nano"), precision, sharded, moment, averaged)
+    assert found == each * counts.total + 4 * counts.bias_entries
 
 
 def test_the_estimate_of_activations_is_near_what_autograd_keeps():

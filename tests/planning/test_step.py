@@ -13,7 +13,7 @@ from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning import coefficients, parts, passes
 from dsv3_lightning.planning.coefficients import TABLE, Coefficient
 from dsv3_lightning.planning.hardware import GPU, GPUS, Hardware
-from dsv3_lightning.planning.layout import FIRST, NOW, Again, Layout, Work
+from dsv3_lightning.planning.layout import FIRST, Again, Layout, Work, now
 from dsv3_lightning.planning.parts import Part
 from dsv3_lightning.planning.step import exposed, step
 from dsv3_lightning.planning.wires import WIRES, copies, parameters, replicas
@@ -208,11 +208,9 @@ def test_every_coefficient_says_where_it_comes_from():
 
 def test_twice_the_rates_and_half_the_latencies_are_half_the_time(monkeypatch: pytest.MonkeyPatch):
     """So no rate hides outside the table."""
-    case = (
-        V3,
-        Hardware(GPUS["h800"]),
-        Layout(MeshShape(2, 128, 64), FSDP, Work(8192, 2, 4096, "bf16", "full"), NOW["sm90"], 1.2),
-    )
+    mesh = MeshShape(2, 128, 64, nodes=8)
+    work = Work(8192, 2, 4096, "bf16", "full")
+    case = V3, Hardware(GPUS["h800"]), Layout(mesh, FSDP, work, now("sm90", mesh), 1.2)
     before = step(*case).seconds
 
     def scaled(name: str, entry: Coefficient) -> Coefficient:
@@ -243,7 +241,8 @@ def test_every_part_names_coefficients_of_the_table():
 def test_the_code_is_described_for_every_checkpointing_policy():
     from dsv3_lightning.model.recompute import RECOMPUTE
 
-    for code in NOW.values():
+    for mesh in (MeshShape(1, 1), MeshShape(1, 64, 64, nodes=8)):
+        code = now("sm90", mesh)
         assert set(code.again) == set(RECOMPUTE)
         assert code.again["none"] == Again(0, 0, 0, 0, 0, 0)
 
