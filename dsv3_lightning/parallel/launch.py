@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.errors import ConfigError
 
 Environment = Mapping[str, str]
 
@@ -194,25 +193,6 @@ def delay_other_ranks(environment: Environment, seconds: float = 3.0) -> None:
         return
     if (launch.rank if launch.rank is not None else launch.local_rank + launch.node) > 0:
         time.sleep(seconds)
-
-
-def wait_for_first_rank(path: Path, rank: int, say_after: float = 20.0, give_up_after: float = 1800.0) -> None:
-    """Waits for the file that the first rank writes once the data is prepared. Raises RunStopped after a limit.
-
-    The first rank may have failed, and not every launcher then stops the others.
-    """
-    begun, said = time.monotonic(), False
-    while not path.exists():
-        time.sleep(0.1)
-        waited = time.monotonic() - begun
-        if waited > give_up_after:
-            raise RunStopped(
-                f"rank {rank} stops: the first rank has not written {path} in {give_up_after / 60:.3g} minutes; "
-                "all ranks need the same run.dir, and data that takes longer is prepared before, by dsv3 prepare"
-            )
-        if waited > say_after and not said:
-            said = True
-            print(f"rank {rank} waits for the first rank, which has yet to write {path}", file=sys.stderr, flush=True)
 
 
 @contextmanager

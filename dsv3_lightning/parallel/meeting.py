@@ -25,7 +25,8 @@ from lightning.fabric.plugins.environments import (
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.launch import find_launch, notice_after
 
-GIVE_UP_AFTER = timedelta(minutes=30)
+GIVE_UP_AFTER = timedelta(minutes=30)  # until the first rank is there; it may then work for as long as it needs
+LONGEST = timedelta(days=30)
 STORES: dict[tuple[str, int], dist.Store] = {}  # they live as long as the process: other ranks may ask later
 MET: Counter[tuple[str, int, str]] = Counter()  # a process may do several runs, and one run several times
 
@@ -79,39 +80,44 @@ class FirstRank:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"{about} {attempt} {MET[(*address, about)]}", STORES[address])
 
-    def decides(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns on the first rank, which must be JSON, on every rank; its errors are raised on all."""
+    def decides(self, what: str, decide: Callable[[], Any], doing: str) -> Any:
+        """What `decide` returns on the first rank, which must be JSON, on every rank; its errors are raised on all.
+
+        The others wait outside of any process group, whose time limit can't strike them, for as long as the first
+        rank's process is there. what: a name for it. doing: what the first rank does, for the line that says who waits.
+        """
         if self.who is None:
             return decide()
         if self.who.rank > 0:
-            return self.ask(self.who.rank)
+            return self.ask(what, self.who.rank)
         try:
-            decided = decide()
+            line = f"{self.who.others} ranks wait for the first one, which {doing}"
+            with notice_after(20.0, line, unless=lambda: False):
+                decided = decide()
         except Exception as error:
             told = {"error": str(error), "for_users": isinstance(error, ConfigError)}
-            self.store.set("told", json.dumps(told))
-            self.wait_for_others(seconds=3)
+            self.store.set(what, json.dumps(told))
+            self.wait_for_others(what, seconds=3)
             raise
-        self.store.set("told", json.dumps({"decided": decided}))
+        self.store.set(what, json.dumps({"decided": decided}))
         return decided
 
-    def ask(self, rank: int) -> Any:
+    def ask(self, what: str, rank: int) -> Any:
         try:
-            line = f"rank {rank} waits for the first rank, which has yet to choose a checkpoint"
-            with notice_after(20.0, line, unless=lambda: False):
-                told = json.loads(self.store.get("told"))
-            self.store.add("heard", 1)
+            self.store.wait([what], LONGEST)
+            told = json.loads(self.store.get(what))
+            self.store.add(f"heard {what}", 1)
         except dist.DistError as error:
-            raise RunStopped(f"rank {rank} stops: the first rank didn't say what to start from ({error})") from error
+            raise RunStopped(f"rank {rank} stops: the first rank is gone ({error})") from error
         if "error" in told:
             raise (ConfigError if told["for_users"] else RunStopped)(told["error"])
         return told["decided"]
 
-    def wait_for_others(self, seconds: float) -> None:
+    def wait_for_others(self, what: str, seconds: float) -> None:
         """On the first rank, which is about to end, until the others have heard what it decided."""
         end = time.monotonic() + seconds
         while self.who is not None and self.who.rank == 0 and time.monotonic() < end:
-            if self.store.add("heard", 0) >= self.to_hear:
+            if self.store.add(f"heard {what}", 0) >= self.to_hear:
                 return
             time.sleep(0.05)
 

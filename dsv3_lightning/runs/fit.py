@@ -28,12 +28,12 @@ from dsv3_lightning.model.devices import device_of
 from dsv3_lightning.parallel.checkpoints.one_file import made_with
 from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_after_restart
-from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of, wait_for_first_rank
+from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of
 from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
-from dsv3_lightning.runs.record import CONFIG, RunFolder
+from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.runs.returns import free_memory, record_return
 from dsv3_lightning.runs.space import check_space
 from dsv3_lightning.runs.start import weight_source
@@ -107,13 +107,14 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
 
 def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources: list[Path]) -> int | None:
     """Trains from the newest checkpoint, if any. Returns the exit status; None where the run goes back to another."""
-    decision = open_run(folder, config, tree)
+    first = FirstRank(meeting(config.trainer, rank_zero_only.rank), str(folder.path))  # type: ignore[attr-defined]
+    decision = open_run(first, folder, tree)
     if decision.finished:
         return 0
     start = find_start(decision, config)
     parts, reason = build(folder, config, tree, start)
-    if is_first_rank():
-        prepare_once(folder, config, sources, start, parts, reason)
+    doing = "prepares the run's data (`dsv3 prepare CONFIG` does that once, before a run)"
+    first.decides("data", lambda: prepare_once(folder, config, sources, start, parts, reason), doing)
     make_folder_of(os.environ.get(RECORDER))
     try:
         return train(parts, start)
@@ -122,19 +123,15 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
         return None
 
 
-def open_run(folder: RunFolder, config: Config, tree: dict[str, Any]) -> Decision:
+def open_run(first: FirstRank, folder: RunFolder, tree: dict[str, Any]) -> Decision:
     """Takes the folder of a run that exists; the first rank looks for all what is there. Raises ConfigError."""
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    first = FirstRank(meeting(config.trainer, rank), str(folder.path))
-    decided = first.decides(lambda: look(folder, tree))
+    decided = first.decides("start", lambda: look(folder, tree), "chooses a checkpoint")
     if decided["finished"]:
         if is_first_rank():
             shown = display_path(folder.path)
             print(f"{shown}: this run is finished, nothing to do; its report is {shown}/report.md")
-        first.wait_for_others(seconds=60)
+        first.wait_for_others("start", seconds=60)
         return Decision(finished=True)
-    if not is_first_rank():
-        wait_for_first_rank(folder.path / CONFIG, rank)
     if decided["checkpoint"] is None:
         return Decision()
     path, step = decided["checkpoint"]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.runs.fit import open_run
 from dsv3_lightning.runs.record import RunFolder
 from tests.parallel.stale import see_old_listings
@@ -26,7 +27,9 @@ if __name__ == "__main__":
         settings = [f"run.dir={folder}", f"run.name={name.name}", "trainer.devices=2", "trainer.max_steps=8"]
         config = check(compose(["nano"], settings).tree)
         try:
-            found = open_run(RunFolder(config), config, to_tree(config))
+            run = RunFolder(config)
+            first = FirstRank(meeting(config.trainer, rank_zero_only.rank), str(run.path))
+            found = open_run(first, run, to_tree(config))
             print(name.name, found.finished, found.checkpoint and found.checkpoint[1], found.precision, flush=True)
         except ConfigError as error:
             print(name.name, "refused", error, flush=True)

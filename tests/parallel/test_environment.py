@@ -119,20 +119,6 @@ def test_a_process_with_variables_left_over_is_a_whole_run(nano, variables, prec
     assert f"report: {os.path.relpath(run.folder, nano.base)}/report.md" in run.output
 
 
-def test_a_first_rank_that_never_comes_is_not_waited_for_without_a_word(nano):
-    """As where it has ended with a mistake of its own, and the launcher left the others alone."""
-    code = (
-        "from dsv3_lightning.parallel.launch import wait_for_first_rank\n"
-        "from pathlib import Path\n"
-        "wait_for_first_rank(Path('none/config.yaml'), rank=1, say_after=0.1, give_up_after=0.5)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=nano.base, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 1
-    assert "rank 1 waits for the first rank, which has yet to write none/config.yaml" in done.stderr
-    assert "RunStopped: rank 1 stops: the first rank has not written none/config.yaml" in done.stderr
-
-
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_torchrun_without_settings_is_one_run(nano, strategy, tmp_path):
     """All other strategies are decided by the same numbers."""

@@ -53,6 +53,13 @@ def names(runs):
     return [path.name for path in runs.iterdir()]
 
 
+@pytest.mark.parametrize(("ending", "line"), [("works", "heard prepared"), ("dies", "stopped rank 1 stops: the first")])
+def test_ranks_wait_for_the_first_one_as_long_as_it_is_there(tmp_path, ending, line):
+    """Preparing data may take hours; no time limit of a collective or of the store ends the others meanwhile."""
+    logs = on_ranks(2, tmp_path, ["tests.parallel.waiting", ending], timeout=60)
+    assert line in logs[1]
+
+
 def test_ranks_that_loaded_different_steps_stop_with_one_line():
     refuse_mixed_steps([40] * 4)
     steps = [40] * 2048
