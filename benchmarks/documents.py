@@ -8,6 +8,7 @@ process's peak minus what it had before the pass. Lengths of documents are log-n
 web text, and end with the sample. Linux only.
 """
 
+import argparse
 import math
 import subprocess
 import sys
@@ -78,11 +79,18 @@ def measure(case: str, T: int) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="tokens of a sample")
+    parser.add_argument("--case", choices=CASES, help="measure only this one, at the first length, in this process")
+    arguments = parser.parse_args()
+    if arguments.case:
+        measure(arguments.case, arguments.lengths[0])
+        return
     print("| T | documents | mask | a call each | without documents |\n| --- | --- | --- | --- | --- |")
-    for T in LENGTHS:
+    for T in arguments.lengths:
         cells = []
         for case in CASES:
-            command = [sys.executable, __file__, case, str(T)]
+            command = [sys.executable, __file__, "--case", case, "--lengths", str(T)]
             done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             cells.append(f"{float(done[0]) * 1000:,.1f} ms, {int(done[1]) / 2**20:,.1f} MiB")
         count = int(documents_of(T).diff().count_nonzero()) + 1
@@ -90,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 1 else main()
+    main()

@@ -6,6 +6,7 @@ A model of 64M parameters in fp32 under `fsdp2`, three steps of 8 samples over a
 value is a process's peak (VmHWM) minus its memory before the weights were made. Linux only.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -68,9 +69,12 @@ def measured(ranks: int, folder: str) -> int:
 def main() -> None:
     from dsv3_lightning.training.dry_run import dry_run
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2, 4), metavar="N", help="numbers of processes")
+    arguments = parser.parse_args()
     print("| ranks | planned | counted | measured | planned / measured |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in (1, 2, 4):
+        for ranks in arguments.ranks:
             config = check(compose(["nano"], [*MODEL, f"trainer.devices={ranks}", "run.name=x"]).tree)
             strategy, work = mesh_strategy(config.strategy), work_of(config, ranks)
             assert strategy is not None

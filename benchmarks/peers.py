@@ -3,6 +3,7 @@
 python benchmarks/peers.py
 """
 
+import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -3,6 +3,7 @@
 python benchmarks/planned_hours.py
 """
 
+import argparse
 from dataclasses import replace
 
 from dsv3_lightning.commands.plan_cluster import layout_of, strategy_of, work_of
@@ -30,5 +31,6 @@ def rows() -> list[tuple[str, float, float, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for state, seconds, mfu, hours in rows():
         print(f"| {state} | {seconds:.2f} s | {100 * mfu:.1f} % | {hours:,.0f} |")

@@ -294,4 +294,4 @@ def source_table(planned: Step, hardware: Hardware) -> str:
         entry = TABLE[name]
         measured = "yes" if entry.measured else "no"
         rows.append((name, f"{hardware.rate(name):.4g}", entry.unit, measured, entry.source))
-    return table(rows)
+    return table(rows, left=(0, 2, 3, 4))

@@ -1,6 +1,6 @@
 """Numbers and tables in plain text, the same on a terminal, in a pipe and in a log."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -13,11 +13,11 @@ def si(value: float, unit: str) -> str:
     return f"{value:.4g} {PREFIXES[power]}{unit}".rstrip()
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table with columns as wide as their widest cell, the first aligned left and the others right."""
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A table with columns as wide as their widest cell. left: columns aligned left; the others are aligned right."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
+        aligned = [f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_lightning.callbacks.settings import CLASSES
 from dsv3_lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,33 @@ def test_the_readmes_trainings_are_valid(capsys: pytest.CaptureFixture[str]):
         refused = after.startswith("dsv3: error: ")
         assert main(["validate", *command.split()[2:]]) == (2 if refused else 0), command
         assert not refused or capsys.readouterr().err.strip() == after
+
+
+def test_every_callback_is_on_both_pages_about_them():
+    needs = (ROOT / "docs/python.md").read_text(encoding="utf-8").split("| callback |")[1]
+    reference = (ROOT / "docs/api/callbacks.md").read_text(encoding="utf-8")
+    assert [name for name in CLASSES.values() if f"`{name}`" not in needs] == []
+    assert [name for name, kind in CLASSES.items() if f"callbacks.{name}.{kind}\n" not in reference] == []
+
+
+def plan_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["plan", str(ROOT / words[0]), *words[1:]]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_plan_that_is_printed_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
+    page = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
+    (command, printed) = re.findall(r"^\$ dsv3 plan (.+)\n\.\.\.\n(.+?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    assert plan_of(command.split(), capsys).endswith(printed)
+
+
+def test_planned_memory_of_the_cluster_files_is_the_plans(capsys: pytest.CaptureFixture[str]):
+    page = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\((?:\.\./)(configs/cluster/\S+\.yaml)\) \| ([\d,]+)[^|]*\| ([\d.]+ GB) and", page)
+    assert len(rows) == len(list((ROOT / "configs/cluster").glob("*.yaml")))
+    for file, gpus, memory in rows:
+        shown = plan_of([file, "--gpus", gpus.replace(",", ""), "--gpu", "h800"], capsys)
+        assert re.findall(r"^sum +([\d.]+ GB)", shown, re.MULTILINE) == [memory], file
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):

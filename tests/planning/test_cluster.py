@@ -54,6 +54,8 @@ def test_the_plan_says_that_nothing_was_measured_and_lists_its_sources(capsys: p
     assert sum(shares[:-1]) == pytest.approx(100, abs=1) and shares[-1] == 100
     listed = [line for line in shown.split("coefficient  ")[1].splitlines() if "estimate: " in line]
     assert len(listed) > 5 and all(" no  " in line for line in listed)
+    header = next(line for line in shown.splitlines() if line.startswith("coefficient  "))
+    assert {line.index("estimate: ") for line in listed} == {header.index("source")}  # text is aligned left
 
 
 def test_a_batch_that_grows_makes_the_run_shorter(capsys: pytest.CaptureFixture[str]):
