@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -87,7 +86,7 @@ def test_the_order_is_that_of_a_run_without_the_samples_that_are_left_out():
 
 
 def sampler(layout, steps, skips):
-    return TrainSampler(np.ones((64, 1), dtype=np.int64), layout, 1, steps, skips=skips)
+    return TrainSampler(64, layout, 1, steps, skips=skips)
 
 
 def test_a_second_return_leaves_out_what_the_first_one_did_too():
