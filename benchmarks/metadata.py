@@ -12,6 +12,7 @@ ranks has 5.7 million entries. Each part is a process of its own; its memory is 
 """
 
 import argparse
+import gc
 import pickle
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def own_tensors(tensors: int, ranks: int) -> dict[str, DTensor]:
 
 def make(folder: Path, tensors: int, ranks: int) -> str:
     """The metadata and the files."""
+    gc.disable()  # here only, where it takes most of the time
     shards = folder / SHARDS
     shards.mkdir()
     entries, storage = {}, {}

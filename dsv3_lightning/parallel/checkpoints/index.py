@@ -1,7 +1,7 @@
 """Where each shard of a sharded checkpoint lies, as arrays.
 
 torch.distributed.checkpoint describes each shard by Python objects of 2 KB in all (`.metadata`, a pickle). Reading
-needs about 30 bytes of that, which one rank can send to all others.
+needs about 16 bytes of that, which one rank can send to all others.
 """
 
 import gc
