@@ -105,8 +105,8 @@ def verified(path: Path, state: dict[str, Any], shards: "ShardReader | None") ->
         if not value.is_meta:
             check_finite(path, name, value)
     if shards:
-        for index in shards.parts():
-            check_finite(path, index.fqn.removeprefix(PREFIX), shards.read_part(index))
+        for shard, key in shards.parts():
+            check_finite(path, key.removeprefix(PREFIX), shards.read_part(shard, key))
     return f"sound, {len(named):,} tensors read, all finite; step {state['global_step']:,}"
 
 

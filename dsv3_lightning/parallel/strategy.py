@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
-from dsv3_lightning.parallel.checkpoints.shards import Saver, read_parts
+from dsv3_lightning.parallel.checkpoints.loading import on_first_rank, read_parts
+from dsv3_lightning.parallel.checkpoints.shards import Saver
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes, set_timeout
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
@@ -138,7 +139,7 @@ class MeshStrategy(ModelParallelStrategy):
         assert module is not None
         own = module.state_dict()
         path = Path(checkpoint_path)
-        if path.is_dir():
+        if on_first_rank(path.is_dir):  # another rank may see an old listing
             checkpoint = read_parts(path, own, [weights_of(optimizer) for optimizer in self.optimizers])
         else:
             files: Any = self.checkpoint_io

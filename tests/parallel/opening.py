@@ -1,4 +1,5 @@
-"""One rank that opens a run's folder, of which it may see an old listing, and prints what it starts from.
+"""One rank that opens a run's folder, of which it may see an old listing, and prints what it starts from
+and of which files it compares every byte with the checksum.
 
 python -m tests.parallel.opening RANK FILE FOLDER: on that rank, checkpoints are those that FILE lists.
 """
@@ -7,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -23,6 +25,8 @@ if __name__ == "__main__":
     rank_zero_only.rank = int(os.environ["RANK"])
     if rank_zero_only.rank == stale:
         see_old_listings(json.loads(listing.read_text()))
+    checksum = ZipFile.testzip
+    ZipFile.testzip = lambda file: print("checksum of", file.filename, flush=True) or checksum(file)
     for name in folder.iterdir():
         settings = [f"run.dir={folder}", f"run.name={name.name}", "trainer.devices=2", "trainer.max_steps=8"]
         config = check(compose(["nano"], settings).tree)

@@ -134,7 +134,7 @@ def test_shards_are_exported_tensor_by_tensor(runs, name, tmp_path, monkeypatch)
     """By a process that belongs to no group, and nobody reads a whole checkpoint for it."""
     shards = runs[name].folder / "checkpoints/step=20.ckpt"
     expected = read_checkpoint(shards)["state_dict"]
-    monkeypatch.setattr("dsv3_lightning.parallel.checkpoints.shards.read_into", None)
+    monkeypatch.setattr("dsv3_lightning.parallel.checkpoints.loading.fill", None)
     assert main(["export", str(shards), str(tmp_path / "out"), "--verify"]) == 0
     got = load_hub_folder(tmp_path / "out").state_dict()
     assert {f"model.{key}" for key in got} == {key for key in expected if key.startswith("model.")}

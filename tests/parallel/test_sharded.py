@@ -11,7 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.parallel.checkpoints.shards import REST, SHARDS, read_metadata, read_rest, split
+from dsv3_lightning.parallel.checkpoints.index import read_index
+from dsv3_lightning.parallel.checkpoints.shards import REST, SHARDS, split
 from tests.conftest import ROOT
 
 WEIGHTS = 3  # with two moments each: 9 tensors
@@ -100,7 +101,8 @@ def test_what_is_wrong_in_shards_is_named(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
 
     path = write(tmp_path / "record", state(8))
-    place = next(place for index, place in read_metadata(path).storage_data.items() if index.fqn.endswith("1.weight"))
+    stored = dcp.FileSystemReader(path / SHARDS).read_metadata().storage_data
+    place = next(place for index, place in stored.items() if index.fqn.endswith("1.weight"))
     with open(path / SHARDS / place.relative_path, "r+b") as shard:
         shard.seek(place.offset)
         shard.write(bytes(place.length))
@@ -114,6 +116,6 @@ def test_each_file_is_looked_at_once_however_many_tensors_it_has(tmp_path, monke
     path = write(tmp_path / "many.ckpt", state(8))
     looks, stat = Counter(), Path.stat
     monkeypatch.setattr(Path, "stat", lambda file, **how: looks.update([file.name]) or stat(file, **how))
-    read_rest(path)
+    read_index(path)
     (shard,) = (path / SHARDS).glob("*.distcp")
     assert 0 < looks[shard.name] <= 2  # whether it is there, and its size

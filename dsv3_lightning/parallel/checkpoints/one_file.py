@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dsv3_lightning.common.files import whole
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints import shards
+from dsv3_lightning.parallel.checkpoints import index, loading, shards
 
 T = TypeVar("T")
 # The entries that resuming requires; the data position is the loader's "next_sample".
@@ -47,7 +47,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     mmap: tensors are read from the file when they are used.
     """
     if path.is_dir():
-        return complete(shards.read_whole(path), path)
+        return complete(loading.read_whole(path), path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint")
     try:
@@ -81,7 +81,9 @@ def step_of(path: Path, thorough: bool = True) -> int:
     thorough: compare every byte of a file with its checksum.
     """
     if path.is_dir():
-        return complete(shards.read_rest(path)[0], path)["global_step"]
+        step: int = complete(loading.read_rest(path), path)["global_step"]
+        index.read_index(path)  # raises if a file is missing or cut
+        return step
     checkpoint = read_checkpoint(path, mmap=True)
     if thorough and (damaged := ZipFile(path).testzip()) is not None:
         raise ConfigError(f"{path}: not a readable checkpoint ({damaged} differs from its checksum)")
@@ -90,7 +92,7 @@ def step_of(path: Path, thorough: bool = True) -> int:
 
 def made_with(path: Path) -> tuple[dict[str, Any], set[str]]:
     """The settings of the run that wrote the checkpoint, and the keys of its callbacks' states. Raises ConfigError."""
-    content = complete(shards.read_rest(path)[0], path) if path.is_dir() else read_checkpoint(path, mmap=True)
+    content = complete(loading.read_rest(path), path) if path.is_dir() else read_checkpoint(path, mmap=True)
     return content["settings"], set(content.get("callbacks", {}))
 
 

@@ -1,16 +1,17 @@
 """Reading a sharded checkpoint in a single process: its contents, and its tensors one by one, by shard or by expert."""
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.shards import SHARDS, join, read_rest
+from dsv3_lightning.parallel.checkpoints.index import read_index
+from dsv3_lightning.parallel.checkpoints.loading import copy_common, read_rest, read_shard
+from dsv3_lightning.parallel.checkpoints.shards import SHARDS, join
 
 PREFIX = "model/"  # see shards.py
 
@@ -24,60 +25,51 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rest, self.metadata = read_rest(path)  # checks all files
-        self.kept: dict[str, dict[MetadataIndex, Tensor]] = {}
+        self.rest, self.index = read_rest(path), read_index(path)
+        self.kept: dict[str, dict[int, Tensor]] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.rest["settings"])
 
     def names(self) -> list[str]:
-        return [key.removeprefix(PREFIX) for key in self.metadata.state_dict_metadata if key.startswith(PREFIX)]
+        return [key.removeprefix(PREFIX) for key in self.index.tensors if key.startswith(PREFIX)]
 
     def outline(self) -> dict[str, Any]:
         """The checkpoint as one file would hold it, with meta tensors for those in the shards."""
-        entries = self.metadata.state_dict_metadata.items()
         tensors = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for key, entry in entries
-            if isinstance(entry, TensorStorageMetadata)
+            key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in self.index.tensors.items()
         }
         return join(tensors, copy.deepcopy(self.rest))  # `join` changes it
 
-    def parts(self) -> list[MetadataIndex]:
-        """Everything that the ranks wrote, tensors or shards of them, in the order of the files."""
-        storage = self.metadata.storage_data
-        return sorted(storage, key=lambda index: (storage[index].relative_path, storage[index].offset))
+    def parts(self) -> list[tuple[int, str]]:
+        """Every shard's number and the key of its tensor, in the order of the files."""
+        shards = self.index.in_order_of_files(np.arange(len(self.index)))
+        return list(zip(shards.tolist(), self.index.names(shards), strict=True))
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         """The full tensor, or its slice at index `expert` of the first dim."""
-        entry = self.metadata.state_dict_metadata.get(PREFIX + name)
-        if not isinstance(entry, TensorStorageMetadata):
+        key = PREFIX + name
+        if key not in self.index.tensors:
             raise ConfigError(f"{self.path}: holds no {name}")
-        whole = torch.empty(entry.size if expert is None else entry.size[1:], dtype=entry.properties.dtype)
-        used: dict[MetadataIndex, Tensor] = {}
-        for chunk in entry.chunks:
-            offsets = chunk.offsets
-            if expert is not None and not offsets[0] <= expert < offsets[0] + chunk.sizes[0]:
-                continue
-            index = MetadataIndex(PREFIX + name, offsets)
-            part = self.kept.get(name, {}).get(index)
-            part = self.read_part(index) if part is None else part
+        size, dtype = self.index.tensors[key]
+        wanted = tuple(slice(0, length) for length in size)
+        if expert is not None:
+            wanted = (slice(expert, expert + 1), *wanted[1:])
+        whole = torch.empty([part.stop - part.start for part in wanted], dtype=dtype)
+        used: dict[int, Tensor] = {}
+        for shard in self.index.overlapping({key: wanted}).tolist():
+            part = self.kept.get(name, {}).get(shard)
+            part = self.read_part(shard, key) if part is None else part
+            copy_common(part, self.index.place(shard, part.dim()), whole, wanted)
             if expert is not None:
-                used[index] = part
-                part, offsets = part[expert - offsets[0]], offsets[1:]
-            whole[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape))] = part
+                used[shard] = part
         if used:
-            others = [(key, parts) for key, parts in self.kept.items() if key != name]
+            others = [(other, parts) for other, parts in self.kept.items() if other != name]
             self.kept = dict([*others[-1:], (name, used)])
-        return whole
+        return whole if expert is None else whole[0]
 
-    def read_part(self, index: MetadataIndex) -> Tensor:
-        """The shard of a tensor that one rank wrote. Raises ConfigError if it is damaged."""
-        stored = self.metadata.storage_data[index]
-        with open(self.path / SHARDS / stored.relative_path, "rb") as file:
-            file.seek(stored.offset)
-            try:
-                return torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises many types
-                raise ConfigError(f"{self.path}: {index.fqn} in {SHARDS}/{stored.relative_path} is damaged") from error
+    def read_part(self, shard: int, key: str) -> Tensor:
+        """Raises ConfigError if the shard is damaged."""
+        with open(self.path / SHARDS / self.index.files[self.index.file[shard]], "rb") as file:
+            return read_shard(self.path, self.index, shard, key, file)

@@ -7,7 +7,6 @@ are done, so it is never incomplete. Names of tensors don't depend on ranks: `mo
 for parameters.
 """
 
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +17,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dsv3_lightning.common.files import BESIDE, os_error, put_in_place, reason_of, remove, sync_all
-from dsv3_lightning.errors import ConfigError, RunStopped, WriteError
-from dsv3_lightning.parallel.tensors import as_dtensor_like, local
+from dsv3_lightning.errors import RunStopped, WriteError
 
 SHARDS, REST = "shards", "rest.pt"
 
@@ -162,66 +159,3 @@ def join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
         if "masters" in state:
             state["masters"] = [master for _, master in sorted(state["masters"].items())]
     return rest
-
-
-def read_rest(path: Path) -> tuple[dict[str, Any], Metadata]:
-    """Everything but the tensors, and the metadata of these. Raises ConfigError if the folder is incomplete."""
-    try:
-        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
-        metadata = read_metadata(path)
-    except Exception as error:  # torch raises many types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{path}: not a readable checkpoint ({reason})") from error
-    ends: dict[str, int] = {}  # V3 on 2,048 ranks: 5.8 million shards in 2,048 files; stat each file once
-    for stored in (metadata.storage_data or {}).values():
-        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
-    for name, end in ends.items():
-        file = path / SHARDS / name
-        if not file.is_file() or file.stat().st_size < end:
-            raise ConfigError(f"{path}: not a readable checkpoint ({SHARDS}/{name} is missing or cut)")
-    return rest, metadata
-
-
-def read_metadata(path: Path) -> Metadata:
-    return dcp.FileSystemReader(path / SHARDS).read_metadata()
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """The full checkpoint, as one file would hold it, on the CPU of a single process. Raises ConfigError."""
-    return read_into(path, lambda key, entry: torch.empty(entry.size, dtype=entry.properties.dtype), alone=True)
-
-
-def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) -> dict[str, Any]:
-    """The checkpoint with DTensors laid out as this rank's. Every rank must call it. Raises ConfigError.
-
-    own: the module's state dict. weights: each optimizer's parameters; empty to read only the module's state.
-    """
-
-    def target(key: str, entry: TensorStorageMetadata) -> Tensor | None:
-        kind, _, name = key.partition("/")
-        if kind == "optimizer" and not weights:
-            return None
-        if kind == "optimizer":
-            number, index, _ = name.split("/")
-            weight: Tensor | None = weights[int(number)][int(index)]
-        else:
-            weight = own.get(name if kind == "model" else f"model.{name.split('/')[-1]}")
-        if weight is None:
-            raise ConfigError(f"{path}: its weights are those of another model ({name})")
-        if weight.shape != entry.size:
-            raise ConfigError(f"{path}: {name} is {tuple(entry.size)} there, {tuple(weight.shape)} here")
-        return as_dtensor_like(weight, torch.empty_like(local(weight.detach()), dtype=entry.properties.dtype))
-
-    return read_into(path, target, alone=False)
-
-
-def read_into(path: Path, target: Callable[[str, TensorStorageMetadata], Tensor | None], alone: bool) -> dict[str, Any]:
-    """The checkpoint, read into the tensors that `target` returns for a name and metadata; None skips a tensor."""
-    rest, metadata = read_rest(path)
-    entries = metadata.state_dict_metadata
-    wanted = {key: target(key, entry) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-    tensors = {key: tensor for key, tensor in wanted.items() if tensor is not None}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*load in a single process.*")  # intended with `alone`
-        dcp.load(tensors, checkpoint_id=path / SHARDS, no_dist=alone)
-    return join(tensors, rest)
