@@ -133,7 +133,7 @@ NAMES = ", ".join(CALLBACKS)
         (["trainer.val_check_interval=0.5"], "trainer.val_check_interval=0.5: must be a whole number"),
         (
             ["callbacks.checkpoint.every_n_steps=0"],
-            "callbacks.checkpoint.every_n_steps=0: must be at least 1",
+            "callbacks.checkpoint.every_n_steps=0: must be at least 1, or null",
         ),
         (["trainer.precision=16"], "trainer.precision=16: must be auto, 32, bf16-mixed or bf16"),
         (

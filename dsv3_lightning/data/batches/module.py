@@ -138,7 +138,7 @@ class TextDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" not in self._datasets:  # only validating: other data than in training is fine
             return
-        if missing := {"next_sample", "index"} - state_dict.keys():
+        if missing := {"next_sample", "skips", "index"} - state_dict.keys():
             raise ConfigError(f"checkpoint: the position in the data lacks {', '.join(sorted(missing))}")
         if state_dict["index"] != self._index_hash:
             raise ConfigError(
@@ -147,7 +147,7 @@ class TextDataModule(LightningDataModule):
                 "and a version that orders samples alike"
             )
         self._first_sample, self._restored = state_dict["next_sample"], True
-        self.skips = self.skips or [(at, length) for at, length in state_dict.get("skips", [])]
+        self.skips = self.skips or [(at, length) for at, length in state_dict["skips"]]
 
     @property
     def prepared(self) -> Path:
