@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.errors import ConfigError
 
@@ -40,14 +40,14 @@ def run(action: str, path: Path, output: Path | None) -> int:
     if output is not None:
         state = read_checkpoint(path, mmap=True)
         consolidate(state, path, output)
-        print(f"{output}: {si(output.stat().st_size, 'B')} in one file, step {state['global_step']:,}")
+        print(f"{display_path(output)}: {si(output.stat().st_size, 'B')} in one file, step {state['global_step']:,}")
         return 0
     opened = open_checkpoint(path)
     state, shards = opened.outline(), opened if isinstance(opened, ShardReader) else None
     if action == "inspect":
         print(inspected(path, state))
     else:
-        print(f"{path}: {verified(path, state, shards)}")
+        print(f"{display_path(path)}: {verified(path, state, shards)}")
     return 0
 
 
@@ -72,7 +72,7 @@ def inspected(path: Path, state: dict[str, Any]) -> str:
     size = sum(file.stat().st_size for file in files)
     return table(
         [
-            (str(path), ""),
+            (display_path(path), ""),
             ("kind", "shards" if path.is_dir() else "one file"),
             ("optimizer step", f"{state['global_step']:,}"),
             ("files", f"{len(files):,}, {si(size, 'B')}"),

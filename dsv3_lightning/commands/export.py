@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.flags import above_zero, run_argument
-from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.planning.parameters import count_parameters
 
@@ -55,7 +55,9 @@ def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: f
         write_tokenizer(tokenizer, folder, config.model.max_position_embeddings)
         write_generation_config(tokenizer, folder, tokenizer.ids_without_text(config.model.vocab_size))
         write_file(folder / "README.md", model_card(config, report, checkpoint.path))
-        print(f"{out}: {size:,} bytes of weights, {dtype}, from {checkpoint.path}", flush=True)
+        print(
+            f"{display_path(out)}: {size:,} bytes of weights, {dtype}, from {display_path(checkpoint.path)}", flush=True
+        )
 
     to_json(config.model, {}, dtype)  # refuses what has no place there before anything is written
     if tokens is not None:

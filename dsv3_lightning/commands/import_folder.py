@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_lightning.common.files import write_file
-from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.data.text.token_names import absent
 from dsv3_lightning.errors import ConfigError
@@ -56,11 +56,11 @@ def run(folder: Path, out: Path | None) -> int:
     text = to_yaml(tree)
     write_file(target, HEAD.format(folder=source.path.resolve(), file=target) + text)
     counts = count_parameters(source.config)
-    print(f"{source.path}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")
+    print(f"{display_path(source.path)}: {len(source.keys)} tensors, all with a place; {counts.total:,} parameters")
     if missing:
         print(missing)
     needed = ", once data.tokenizer is set," if missing else ""
-    print(f"{target}: written; dsv3 run {target}{needed} starts from these weights")
+    print(f"{display_path(target)}: written; dsv3 run {display_path(target)}{needed} starts from these weights")
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dsv3_lightning.common.files import make_folder, write_file
 from dsv3_lightning.common.flags import positive, run_argument
-from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.common.plots import heat_map, save_figure
 from dsv3_lightning.common.strict_json import strict_json
 
@@ -65,5 +65,5 @@ def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path
     axes.set_xticks(range(len(places)), [f"{place:.0%}" for place in places])
     axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])
     save_figure(picture, target / "needle.png")
-    print(f"{target}: needle.json and needle.png")
+    print(f"{display_path(target)}: needle.json and needle.png")
     return 0

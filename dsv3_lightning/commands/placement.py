@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dsv3_lightning.common.files import make_folder, write_file
 from dsv3_lightning.common.flags import positive, run_argument
-from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.common.plots import heat_maps, save_figure
 from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.config.schema import Config
@@ -64,7 +64,8 @@ def run(run: Path, gpus: int, nodes: int, replicas: int | None, loads: Path | No
     content |= {name: table.tolist() for name, table in plan._asdict().items()}
     write_file(target / "placement.json", strict_json(content) + "\n")
     save_figure(picture(before_LG, after_LG), target / "placement.png")
-    print(f"{target}: placement.json and placement.png, {replicas} replicas of {experts} experts on {gpus} GPUs")
+    shown = f"{display_path(target)}: placement.json and placement.png"
+    print(f"{shown}, {replicas} replicas of {experts} experts on {gpus} GPUs")
     return 0
 
 

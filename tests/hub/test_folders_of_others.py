@@ -309,3 +309,10 @@ def test_a_folders_name_is_text_whatever_yaml_reads_in_it(folder, name, capsys):
     assert reported.out.startswith(f"ok: {name}, ") and not reported.err
     tree = compose([f"{name}.yaml"]).tree
     assert (tree["run"]["name"], tree["init_from"]) == (name, str(folder.with_name(name)))
+
+
+def test_what_an_import_prints_is_relative_to_the_working_folder(folder, capsys):
+    assert main(["import", str(folder), "--out", str(folder.parent / "again.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{folder.name}: ") and "tensors, all with a place" in line for line in lines)
+    assert "again.yaml: written; dsv3 run again.yaml starts from these weights" in lines

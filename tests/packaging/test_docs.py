@@ -73,6 +73,14 @@ def test_every_callback_is_on_both_pages_about_them():
     assert [name for name, kind in CLASSES.items() if f"callbacks.{name}.{kind}\n" not in reference] == []
 
 
+def test_the_example_of_a_new_model_runs_as_it_is_printed():
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n([^`]*build_model\(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["losses"].counts_LE.sum(1).tolist() == [2 * 64 * 4] * 3  # MoE layers, each token to 4 experts
+
+
 def plan_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["plan", str(ROOT / words[0]), *words[1:]]) == 0
     return capsys.readouterr().out

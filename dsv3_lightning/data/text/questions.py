@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv3_lightning.common.files import write_file
-from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.common.paths import display_path, user_path
 from dsv3_lightning.data.text.sources import find_sources
 
 LONGEST = 160  # characters of an answer
@@ -65,4 +65,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m dsv3_lightning.data.text.questions FILE.jsonl")
     target = user_path(sys.argv[1])
-    print(f"{target}: {write(target)} conversations")
+    print(f"{display_path(target)}: {write(target)} conversations")
