@@ -89,7 +89,6 @@ LEAVES = {
     "optimizer.eps": (1e-2, NUMBERS),
     "optimizer.moments": ("bf16", NUMBERS),
     "optimizer.weight_decay": (10.0, NUMBERS),
-    "optimizer.moments": ("bf16", NUMBERS),
     "optimizer.warmup_steps": (3, NUMBERS),
     "optimizer.phases": ("[{until: 1.0, shape: linear, to: 0.0}]", NUMBERS),
     "optimizer.max_skipped_steps": (3, "elsewhere: tests/runs/test_non_finite.py"),
