@@ -31,7 +31,7 @@ lint: $(INSTALLED) ## check style, spelling and types
 	$(VENV)/bin/mypy -p dsv3_lightning
 
 docs: $(INSTALLED) ## build the documentation site into site/, with every warning an error
-	$(PYTHON) -m mkdocs build --strict --quiet
+	$(PYTHON) -m mkdocs build --strict
 
 board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 	$(VENV)/bin/tensorboard --logdir runs

@@ -23,7 +23,7 @@ class ExpertBias(Callback):
     rule: `sign`, or `proportional`: b_i += speed · (mean c - c_i) / mean c (arXiv 2408.15664 §4.3).
     centered: subtracts the mean of the update, so that Σ b stays 0; this changes no routing decision.
 
-    Reads outputs["expert_counts"] [L, E] int64: the micro-batch's tokens per expert, one row per module with an
+    Reads outputs["expert_counts"], int64 [L, E]: the micro-batch's tokens per expert, one row per module with an
     `expert_bias`, in the model's order. The counts of a step's micro-batches and of all ranks are summed first.
     Logs balance/bias_speed and balance/bias_absmax. The only state is the buffers, which the model saves.
     """

@@ -18,7 +18,7 @@ from dsv3_lightning.training.router_metrics import load_statistics, relative_loa
 
 
 class RouterMonitor(Callback):
-    """Logs how evenly the experts are loaded, from outputs["expert_counts"] [L, E] int64 of training and validation.
+    """Logs how evenly the experts are loaded, from outputs["expert_counts"], int64 [L, E], of training and validation.
 
     Scalars are means over layers and over the steps since the last log, with one all-reduce for all of them:
     balance/max_vio of the global batch, balance/max_vio_micro of a single micro-batch, and balance/max_vio_worst of

@@ -24,8 +24,8 @@ def load_statistics(counts_LE: Tensor, groups: int) -> dict[str, Tensor]:
     dead_experts: share of experts without a token. group_load_max: the busiest group's relative load.
 
     >>> values = load_statistics(torch.tensor([[4, 2, 2, 0]]), 2)
-    >>> [round(values[name].item(), 3) for name in ("load_max", "load_cv", "load_entropy", "dead_experts")]
-    [2.0, 0.707, 0.75, 0.25]
+    >>> {name: round(values[name].item(), 3) for name in ("load_max", "load_cv", "load_entropy", "dead_experts")}
+    {'load_max': 2.0, 'load_cv': 0.707, 'load_entropy': 0.75, 'dead_experts': 0.25}
     """
     load_LE = relative_load(counts_LE)
     share_LE = load_LE / load_LE.shape[1]

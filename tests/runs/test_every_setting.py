@@ -170,7 +170,10 @@ def picture_steps(run):
 
 
 def test_the_table_names_every_leaf():
-    assert leaves(to_tree(check(compose([str(ROOT / "configs/nano.yaml")]).tree))) == set(LEAVES)
+    """But for callbacks that are off and have a test file of their name."""
+    found = leaves(to_tree(check(compose([str(ROOT / "configs/nano.yaml")]).tree)))
+    tested = {f"callbacks.{path.stem.removeprefix('test_')}" for path in (ROOT / "tests/callbacks").glob("test_*.py")}
+    assert set(LEAVES) <= found and found - set(LEAVES) <= tested
 
 
 @pytest.fixture(scope="module")
