@@ -20,7 +20,7 @@ def short_answers(nano: Nano, tmp_path: Path) -> Run:
             file.write(json.dumps({"messages": [asked, {"role": "assistant", "content": "yes"}]}) + "\n")
     return nano.run(
         "talks", f"data.paths=[{tmp_path}/talks.jsonl]", "data.text_key=messages", "data.sequence_length=32",
-        "data.batch_size=2", "data.validation_fraction=0.1",
+        "data.batch_size=2", "data.validation_fraction=0.25",
         "data.mask_document_ends=true", "data.isolate_documents=true", "loss.balance=none",
         "callbacks.balance_factor=null", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=6",
         "trainer.limit_val_batches=1", "callbacks.weight_average={decay: 0.5}",
