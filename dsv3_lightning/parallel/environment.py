@@ -19,7 +19,8 @@ def run_environment(device: str, several: bool, folder: Path, set_already: Mappi
 
     CUDA's allocator grows segments in place of making new ones: routing changes the sizes of tensors in each step, and
     memory would fragment. With NCCL the last collectives are recorded, and written by each rank when one times out; its
-    warnings are shown. Gloo connects two ranks when they first exchange something, not all with all at the start.
+    warnings are shown. Gloo, which then only writes checkpoints, connects two ranks when they first exchange something,
+    not all with all at the start. On CPUs it does: ranks without a connection learn late that another one has died.
     """
     wanted = {}
     if device == "cuda" and not any(name in set_already for name in ALLOCATOR):
@@ -30,9 +31,8 @@ def run_environment(device: str, several: bool, folder: Path, set_already: Mappi
             "TORCH_FR_BUFFER_SIZE": str(RECORDED),
             RECORDER: str(folder / "rank_"),
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_GLOO_LAZY_INIT": "1",
         }
-    if several:
-        wanted["TORCH_GLOO_LAZY_INIT"] = "1"
     return {name: value for name, value in wanted.items() if name not in set_already}
 
 
