@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv3_lightning.model.moe import MoE
+from dsv3_lightning.model.recompute import RECOMPUTE
+
 WAITS = {  # operations for which the host waits on CUDA, and how often
     "aten._local_scalar_dense": 1,
     "aten.nonzero": 1,
@@ -56,3 +59,19 @@ class Costs(TorchDispatchMode):
         if times:
             self.waits[name] += times
         return func(*args, **(kwargs or {}))
+
+
+def check_costs(part: MoE, costs: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> None:
+    """All-to-alls and waits of the host for the device, in a block's place: with what is computed again.
+
+    costs: by checkpointing policy, those of the forward and of the backward pass.
+    """
+    x_BTD, mask_BT = torch.randn(2, 9, 16, requires_grad=True), torch.arange(9) < torch.tensor([[9], [4]])
+    for policy, expected in costs.items():
+        with Costs() as forward:
+            out_BTD, stats = RECOMPUTE[policy](part, x_BTD, mask_BT)
+        with Costs() as backward:
+            (out_BTD.square().sum() + stats.balance["sequence"]).backward()
+        found = tuple((passed.collectives["all_to_all"], passed.waits.total()) for passed in (forward, backward))
+        assert found == expected, (policy, found, forward.waits, backward.waits)
+        assert forward.collectives.keys() | backward.collectives.keys() <= {"all_to_all", "_wrap_tensor_autograd"}

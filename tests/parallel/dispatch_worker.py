@@ -13,10 +13,9 @@ from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from dsv3_lightning.model.moe import MoE
-from dsv3_lightning.model.recompute import RECOMPUTE
 from dsv3_lightning.model.router import Router
 from dsv3_lightning.parallel.dispatch import AllToAll, Exchange, Sent
-from tests.parallel.counting import Costs
+from tests.parallel.counting import check_costs
 from tests.parallel.small import EXPERTS, K, config, tokens_and_choices
 
 
@@ -97,23 +96,12 @@ COSTS = {  # per layer, of the forward and of the backward pass with what it com
 }
 
 
-def check_costs() -> None:
-    """All-to-alls and waits of the host for the device, in a block's place: with what is computed again."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+def check_costs_of_a_layer() -> None:
     torch.manual_seed(0)
     whole = MoE(config(n_shared_experts=1))
     for weight in whole.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    part = spread(whole, rank, ranks)
-    x_BTD, mask_BT = torch.randn(2, 9, 16, requires_grad=True), torch.arange(9) < torch.tensor([[9], [4]])
-    for policy, expected in COSTS.items():
-        with Costs() as forward:
-            out_BTD, stats = RECOMPUTE[policy](part, x_BTD, mask_BT)
-        with Costs() as backward:
-            (out_BTD.square().sum() + stats.balance["sequence"]).backward()
-        found = tuple((costs.collectives["all_to_all"], costs.waits.total()) for costs in (forward, backward))
-        assert found == expected, (policy, found, forward.waits, backward.waits)
-        assert forward.collectives.keys() | backward.collectives.keys() <= {"all_to_all", "_wrap_tensor_autograd"}
+    check_costs(spread(whole, dist.get_rank(), dist.get_world_size()), COSTS)
 
 
 class Watched(AllToAll):
@@ -134,7 +122,7 @@ if __name__ == "__main__":
     for case in ("uneven", "one expert", "no tokens on rank 0", "no tokens for rank 0", "padding"):
         check(case)
     if dist.get_world_size() == 2:
-        check_costs()
+        check_costs_of_a_layer()
     if dist.get_world_size() == 4:
         for allowed in (1, 2, 4):
             check_node_limit(allowed)

@@ -17,12 +17,11 @@ from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3_lightning.model.moe import MoE
-from dsv3_lightning.model.recompute import RECOMPUTE
 from dsv3_lightning.parallel import dispatch, node_dispatch
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.messages import columns
 from dsv3_lightning.parallel.node_dispatch import NodeAllToAll
-from tests.parallel.counting import Costs
+from tests.parallel.counting import check_costs
 from tests.parallel.small import EXPERTS, D, K, config, tokens_and_choices
 
 NODES, PLACES = 2, 2
@@ -117,24 +116,13 @@ def bytes_between_nodes() -> Iterator[dict[str, int]]:
         yield sent
 
 
-def check_costs(part: MoE) -> None:
-    x_BTD, mask_BT = torch.randn(2, 9, 16, requires_grad=True), torch.arange(9) < torch.tensor([[9], [4]])
-    for policy, expected in COSTS.items():
-        with Costs() as forward:
-            out_BTD, stats = RECOMPUTE[policy](part, x_BTD, mask_BT)
-        with Costs() as backward:
-            (out_BTD.square().sum() + stats.balance["sequence"]).backward()
-        found = tuple((costs.collectives["all_to_all"], costs.waits.total()) for costs in (forward, backward))
-        assert found == expected, (policy, found, forward.waits, backward.waits)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     models = layers()
     for case in CASES:
         check(case, *models)
-    check_costs(models[1])
+    check_costs(models[1], COSTS)
     del models
     gc.collect()  # the group ends when nothing has it any more; its threads must not outlive the interpreter
     dist.destroy_process_group()
