@@ -37,8 +37,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dsv3_lightning.parallel.checkpoints.index import read_index
-from dsv3_lightning.parallel.checkpoints.shards import SHARDS
+from dsv3_lightning.parallel.checkpoints.metadata import read_index
+from dsv3_lightning.parallel.checkpoints.names import SHARDS
 
 ROWS, COLUMNS, BYTES = 8, 16, 2**21  # of a shard; the bytes are those of V3's on 2,048 ranks, roughly
 

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dsv3_lightning.parallel.checkpoints.shards import Saver
+from dsv3_lightning.parallel.checkpoints.saving import Saver
 
 
 def main() -> None:
