@@ -43,6 +43,7 @@ FLOPS, LINE, SLOWEST = "FLOP/s", "share of the line rate", "slowest rank over me
 TUNING = "NCCL, src/graph/tuning.cc"
 HALF = estimate("half of flash's; it also executes the masked half of the square")
 FLEX = "pytorch.org/blog/flexattention: {} of flash"
+DEEPGEMM = "deepseek-ai/DeepGEMM, README of March 2025, H800, {}; weight gradients assumed as fast (DeepGEMM#95)"
 WIDER = "times what wider heads lose in the forward pass"
 TABLE = {
     # Attention: of the FLOP that the kernel executes, with 192 channels for queries and keys.
@@ -66,6 +67,10 @@ TABLE = {
     "products.grouped": Coefficient(both(480, 150, TERA), FLOPS,
         estimate("grouped_mm on H100 reaches 525 at widths from 5,120, pytorch/ao#2490, less for narrower experts "
                  "and weight gradients; sm80 has a loop of products")),
+    "products.wide.fp8": Coefficient({"sm90": 1118 * TERA}, FLOPS, DEEPGEMM.format(
+        "4,096 rows: 1,058, 990, 590 and 1,358 for an attention's projections, over V3's FLOP in them")),
+    "products.grouped.fp8": Coefficient({"sm90": 1216 * TERA}, FLOPS, DEEPGEMM.format(
+        "8 groups of 4,096 rows: 1,288 for gate and up, 1,093 for down")),
     "products.fp32": Coefficient(same(0.7), "share of the fp32 peak", estimate("cuBLAS SGEMM without TF32")),
     # Memory.
     "memory.share": Coefficient(same(0.8), "share of the bandwidth", estimate("kernels that stream large tensors")),
