@@ -84,6 +84,8 @@ TABLE = {
         estimate("48.5 of 50 GB/s at best, NVIDIA/nccl-tests#267, less with many peers")),
     "exchange.fused.inside": Coefficient(same(0.78), LINE, "DeepEP, docs/legacy.md: 153 and 158 GB/s on H800, of 200"),
     "exchange.fused.between": Coefficient(same(1.0), LINE, "DeepEP, docs/legacy.md: 51 and 50 GB/s at EP 64, of 50"),
+    "overlap.kept": Coefficient(same(112 / 132), "share of computing's speed",
+        "arXiv 2412.19437 §3.2.2: 20 of 132 SMs exchange tokens meanwhile"),
     "hop.inside": Coefficient(same(3.4 * MICRO), "s", f"{TUNING}: ring, Simple, NVLink"),
     "hop.between": Coefficient(same(14 * MICRO), "s", f"{TUNING}: ring, Simple, NET"),
     "collective.start": Coefficient(same(8.4 * MICRO), "s", f"{TUNING}: base latency, Simple"),

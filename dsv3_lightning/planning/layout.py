@@ -93,8 +93,8 @@ class Implementation:
     fp32_passes: bytes per weight of the head and chunk of logits, to add up its gradient.
     zero1: parameters are gathered and gradients reduced once per step.
     reduce_once: copies of the model add their gradients once per step.
-    gradient: bytes of a number. fp8: products of wide layers are in FP8, but for heads and routers, and tokens travel
-        in it. again: by checkpointing policy.
+    gradient: bytes of a number. fp8: products are in FP8, but for heads and routers, and tokens travel in it; only for
+        wide models. again: by checkpointing policy.
     """
 
     attention: str

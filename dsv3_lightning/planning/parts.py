@@ -61,7 +61,7 @@ def product_rate(hardware: Hardware, layout: Layout, width: int, kind: str = "")
     if layout.work.precision == "32" or kind == "fp32":
         return hardware.gpu.peak_fp32 * hardware.rate("products.fp32"), "products.fp32"
     name = f"products.{kind or ('wide' if width >= WIDE else 'narrow')}"
-    if layout.code.fp8 and width >= WIDE:
+    if layout.code.fp8:  # of wide models alone
         name += ".fp8"
     return hardware.rate(name), name
 
