@@ -17,7 +17,7 @@ class Device(NamedTuple):
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """A device of this process. AMD's has no capability here: what is known about CUDA's says nothing about it."""
+    """A device of this process. AMD's GPUs have no capability here, since what is known is about CUDA's."""
     if device.type != "cuda" or torch.version.hip is not None:
         return Device(device.type)
     return Device("cuda", torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0)

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 Parts = Callable[[ModelConfig, Hardware, Layout], list[Part]]
 WIDE = 4096  # from this width on a product counts as wide
-# What gathers run beside. Exchanges of tokens are not among it: they use the same wires.
+# The parts that gathers are hidden under. Exchanges of tokens are not among them, since they use the same wires.
 COMPUTING = (
     "attention", "routed experts", "projections, dense layers", "shared experts", "routers, in fp32",
     "norms, rotations, activations", "sorting of tokens", "output head and loss",

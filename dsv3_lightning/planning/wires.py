@@ -37,7 +37,7 @@ class Copies(NamedTuple):
 
 
 def chosen(of: int, choices: int) -> float:
-    """How many different ones of `of` are hit by independent choices, on average."""
+    """How many of `of` targets independent choices hit, on average."""
     return of * (1 - (1 - 1 / of) ** choices)
 
 
