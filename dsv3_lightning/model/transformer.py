@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         """The losses of samples of S = T + 1 + mtp_depth tokens.
 
         mask_BS: bool, False on padding. targets_BPT: int64, [:, p, i] is token i + 1 + p or IGNORE; p = 0 is the main
-        head; None computes the routing alone. draft: whether the most likely token by each head is wanted, too.
+        head; None computes the routing alone. draft: whether to return each head's most likely token, too.
         documents_BS: int64, the number of each token's document, where documents of a sample do not see each other;
         best on the host (see `find_documents`).
         """

@@ -51,8 +51,8 @@ class StrategyConfig:
     dispatcher: the class that sends tokens to the ranks of their experts and back, with the methods of
         `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
     timeout_minutes: how long a collective waits for a rank before all ranks stop.
-    step_timeout_minutes: the same from the second step of a start on, when everything is connected and warm; None: as
-        before. It must be longer than the first rank takes for a checkpoint of one file, or for its part of one.
+    step_timeout_minutes: the same from the second step of a start on, when everything is connected and warm; None:
+        no change. It must be longer than the first rank takes for a checkpoint of one file, or for its part of one.
     """
 
     kind: Kind

@@ -92,8 +92,8 @@ def shard_model(
 
 
 def sync_gradients_of_replicas(model: Transformer, wanted: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks that hold the same shard, too. Without it they are
-    summed up on the rank, in fp32, until a backward pass does."""
+    """Sets whether the next backward pass also reduces gradients over the ranks that hold the same shard. Until one
+    does, each rank adds them up in fp32."""
     as_unit(model).set_requires_all_reduce(wanted)
 
 

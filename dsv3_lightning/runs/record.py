@@ -114,7 +114,7 @@ class RunFolder:
             )
 
     def data_inputs(self) -> dict[str, Any] | None:
-        """What the run's data were made of; None before they were. Its own, or those of the run that it resumes from.
+        """The inputs of the run's own data, or of the run's that it resumes from; None before there are any.
 
         The run must have the same (data/text/prepare.py), wherever texts and tokenizer are now.
         """
@@ -155,7 +155,7 @@ class RunFolder:
         return read_if_there(self.path / BEGUN_FROM)
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
-        """The checkpoint to resume from and its step, or None; for the first rank to find, and to tell the others.
+        """The checkpoint to resume from and its step, or None. The first rank calls it and tells the others.
 
         A path counts only until the run has a newer checkpoint of its own, from which it then continues. Raises
         ConfigError if the path's checkpoint doesn't exist or differs in settings that may not change.

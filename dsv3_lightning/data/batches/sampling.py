@@ -83,7 +83,7 @@ class TrainSampler:
     Its length is that of the whole run even if it begins later, since Lightning counts what was drawn before a resume,
     and as if each step had as many micro-batches as the one with the most (see training/loops.py).
     count: samples of an epoch. sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
-    skips: what the run leaves out, at the beginnings of steps.
+    skips: samples that the run leaves out, each range at the beginning of a step.
     """
 
     def __init__(
