@@ -2,7 +2,7 @@
 
 Writes random tokens with log-normal document lengths, packs them, and for each number of workers drops the files from
 the page cache (posix_fadvise, no root needed) and draws micro-batches in the training order. Between two micro-batches
-the process sleeps for `--compute` seconds, as one that waits for its GPU. Warm is the same without dropping. A cold
+the process sleeps for `--compute` seconds, in place of the GPU's work. Warm is the same without dropping. A cold
 read costs what the file system takes for it, so run this on the one that holds the tokens:
 
     python benchmarks/cold_reads.py --folder /shared/tmp --gigabytes 20 --sequence-length 4096 --batch-size 2
@@ -29,7 +29,7 @@ from dsv3_lightning.data.text.store import FORMAT, TokenFile, TokenWriter, token
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--folder", type=Path, help="where the tokens are written; default: the system's for such files"
+        "--folder", type=Path, help="where the tokens are written; default: the system's temporary folder"
     )
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of tokens")
     parser.add_argument("--sequence-length", type=int, default=4096)
@@ -79,7 +79,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def waiting(folder: Path, workers: int, cold: bool, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """Seconds that each micro-batch but the first is waited for, and those for the first, with the workers' start."""
+    """Seconds of waiting for each micro-batch after the first, and for the first, which starts the workers."""
     if cold:
         drop_from_cache(folder)
     length = arguments.sequence_length

@@ -2,9 +2,9 @@
 
 python benchmarks/dispatch.py [--ranks 8] [--per-node 1] [--tokens 128]
 
-A layer as V3's: 7,168 wide, 256 experts in as many groups as nodes, 8 experts per token in at most half of the nodes.
+A layer like V3's: 7,168 wide, 256 experts in as many groups as nodes, 8 experts per token in at most half of the nodes.
 Routers and tokens are random. Processes exchange tokens over gloo, and what leaves a node is counted as it is sent;
-`expected` follows from the routing alone. Numbers in bf16, without the experts' products.
+`expected` follows from the routing alone. Numbers are bf16; the experts' products are left out.
 """
 
 import argparse
@@ -33,7 +33,7 @@ D, E, K = 7168, 256, 8
 
 
 def rank_counts(per_node: int, tokens: int) -> list[dict[str, Any]]:
-    """Of one forward and backward pass of this rank with each dispatcher."""
+    """The counts of one forward and backward pass on this rank, for each dispatcher."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()

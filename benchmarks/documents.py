@@ -3,7 +3,7 @@
 python benchmarks/documents.py
 
 Forward and backward pass of one layer's attention in fp32, 4 heads of widths 48 and 32 (`laptop`), on one thread.
-Each case runs in a process of its own; times are of the CPU, so that others on the machine matter little. Memory is the
+Each case runs in its own process. Times are CPU times, so that other work on the machine matters little. Memory is the
 process's peak minus what it had before the pass. Lengths of documents are log-normal with a median of 600 tokens, as in
 web text, and end with the sample. Linux only.
 """
@@ -57,7 +57,7 @@ def status(key: str) -> int:
 
 
 def measure(case: str, T: int) -> None:
-    """Prints seconds of a pass and bytes at its peak."""
+    """Prints the seconds of a forward and backward pass, and its peak memory in bytes."""
     torch.set_num_threads(1)
     documents = documents_of(T)
     inputs = [torch.randn(1, HEADS, T, C, requires_grad=True) for C in (QK, QK, V)]

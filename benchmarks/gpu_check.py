@@ -1,4 +1,4 @@
-"""Everything that wants to be seen once on a GPU, in ten minutes and without a network.
+"""Every check that needs a GPU, in ten minutes and without a network.
 
     make gpu-check [WHEELS=FOLDER]        or  python benchmarks/gpu_check.py [--wheels FOLDER] [--out gpu-check]
 
@@ -59,7 +59,7 @@ def requirements() -> list[str]:
 
 
 def missing(names: list[str]) -> list[str]:
-    """Those that this Python doesn't have."""
+    """The packages that this Python doesn't have."""
     return [name for name in names if importlib.util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None]
 
 

@@ -5,7 +5,7 @@
 The slice has V2-Lite's widths and vocabulary, its dense layer, and MoE layers with all of their experts. Parts are
 timed alone, forward and backward, by CUDA events, as the median of the rounds; the row before the last is what a whole
 step takes beyond them. Attention is also timed by each of torch's kernels, with values padded to the width of the keys
-and without. On a CPU, small sizes take the same way.
+and without. On a CPU the same code runs at small sizes.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def milliseconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def forward_and_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
-    """A call of the function, and the gradients of its inputs and parameters."""
+    """A call of the function that also computes the gradients of its inputs and parameters."""
 
     def work() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):

@@ -82,7 +82,7 @@ def measure(part: Callable[[Path, int, int], str], folder: Path, tensors: int, r
 
 
 def peak() -> int:
-    """Bytes; getrusage's would be at least that of the process that started this one."""
+    """Peak memory of this process, in bytes. getrusage would report at least the parent's."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     return int(line.split()[1]) * 1024
 
@@ -92,13 +92,13 @@ def names(tensors: int) -> list[str]:
 
 
 def own_tensors(tensors: int, ranks: int) -> dict[str, DTensor]:
-    """What this rank has of them."""
+    """The tensors, of which this rank holds its shards."""
     mesh = init_device_mesh("cpu", (ranks,))
     return {name: DTensor.from_local(torch.empty(ROWS, COLUMNS), mesh, [Shard(0)]) for name in names(tensors)}
 
 
 def make(folder: Path, tensors: int, ranks: int) -> str:
-    """The metadata and the files."""
+    """Writes the metadata and the files."""
     gc.disable()  # here only, where it takes most of the time
     shards = folder / SHARDS
     shards.mkdir()

@@ -29,7 +29,7 @@ class Peer(NamedTuple):
 
     @property
     def miss(self) -> float:
-        """The planned speed over the middle of the published ones, less 1."""
+        """The error of the planned speed, relative to the middle of the published ones."""
         return self.planned.tokens_per_second / (sum(self.published) / 2) - 1
 
 

@@ -35,7 +35,7 @@ FILE = "strategy={kind: fsdp2_ep, timeout_minutes: 1}"
 
 
 class Starts:
-    """Runs of so many ranks, started again and again. folder: of the runs, the listing and the notes."""
+    """Runs with a fixed number of ranks, started again and again. folder: of the runs, the listing and the notes."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.ranks, self.folder, self.chance = arguments.ranks, folder, random.Random(arguments.seed)

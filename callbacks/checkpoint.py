@@ -24,8 +24,8 @@ from dsv3_lightning.training.logging import is_last_micro_batch, latest_values, 
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
-# A step of so many micro-batches may take longer than the notice before a machine is taken away; it may end after
-# every so many of them.
+# A step of MANY micro-batches may take longer than the notice before a machine is preempted, so signals are also
+# checked within such steps, after every ASK_EVERY micro-batches.
 MANY, ASK_EVERY = 8, 4
 RESUMES = "which is saved; the same command resumes from there"
 
@@ -266,7 +266,7 @@ class StepDone(Callback):
 
 
 def asks_within_step(batch_idx: int, micro_batches: int) -> bool:
-    """Whether the ranks ask each other after this micro-batch if a signal has come: in long steps, now and then.
+    """Whether the ranks check for a signal after this micro-batch, which they do within long steps.
 
     >>> [batch_idx for batch_idx in range(16) if asks_within_step(batch_idx, 8)]
     [3, 7, 11, 15]

@@ -11,8 +11,8 @@ from dsv3_lightning.training.logging import is_last_micro_batch
 class GarbageCollection(Callback):
     """Collects garbage after every `every_n_steps` optimizer steps, on all ranks at the same step, and never between.
 
-    Otherwise each rank collects whenever its own number of objects says so, and at each collective the others wait for
-    the rank that does. Objects from before the first step are left out of the search, which takes most of its time.
+    Without it, each rank collects when its own number of objects reaches a threshold, and all others wait for that rank
+    at the next collective. Objects from before the first step, which would take most of the time, are not searched.
     After training the collector works as before.
     """
 

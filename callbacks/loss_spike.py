@@ -17,13 +17,13 @@ from dsv3_lightning.parallel.checkpoints.names import resumable_files, step_in
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, latest_scalars
 
 RETURNS = "returns.json"  # in the run's folder: a record per return
-LEAST_SPREAD = 0.01  # of the median: a loss that is nearly constant has no spikes of a thousandth
+LEAST_SPREAD = 0.01  # as a share of the median, so that a nearly constant loss has no tiny spikes
 
 
 class LossSpiked(RunStopped):
-    """The loss has spiked: training is to go on after step `back_to`, without the samples of the steps since.
+    """The loss has spiked: training should continue after step `back_to`, without the samples of the steps since.
 
-    step: the one that was logged. Raised on all ranks. `dsv3 run` does what it asks for and goes on.
+    step: the logged step with the spike. Raised on all ranks; `dsv3 run` catches it and continues.
     """
 
     def __init__(self, step: int, loss: float, back_to: int) -> None:
@@ -35,8 +35,9 @@ class LossSpike(Callback):
     """Compares each logged loss/main with the `window` logged before. A spike ends the steps since the last checkpoint
     before it: the run goes back there and continues with the samples that follow (as PaLM did, arXiv 2204.02311 §5.1).
 
-    threshold: a loss is a spike from (loss - median) / (1.4826 · median absolute deviation) on.
-    max_returns: in the whole run; further spikes only print a line, as those without an earlier checkpoint do.
+    threshold: a loss is a spike if (loss - median) / (1.4826 · median absolute deviation) is at least this.
+    max_returns: number of returns in the whole run. Later spikes, and those without an earlier checkpoint, only print a
+        line.
 
     Saves the window in checkpoints. Each return is recorded in returns.json of the run's folder with all skips so far
     (`skips.Skip`), which checkpoints hold, too: a run that is killed and resumed draws the same samples.
@@ -90,7 +91,7 @@ class LossSpike(Callback):
 
 
 def is_spike(loss: float, losses: list[float], threshold: float) -> bool:
-    """Whether the loss is so many robust standard deviations above the median of the losses before.
+    """Whether the loss is at least `threshold` robust standard deviations above the median of the earlier losses.
 
     >>> is_spike(2.3, [2.0, 2.1, 1.9, 2.0], 6), is_spike(4.0, [2.0, 2.1, 1.9, 2.0], 6), is_spike(0.1, [2.0, 2.0], 6)
     (False, True, False)

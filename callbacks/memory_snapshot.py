@@ -37,7 +37,7 @@ class MemorySnapshot(Callback):
 
 
 def ran_out_of_memory(exception: BaseException, device: torch.device) -> bool:
-    """Whether the exception, or one that it came of, is that of CUDA's allocator."""
+    """Whether the exception, or one of its causes, was raised by CUDA's allocator."""
     step: BaseException | None = exception
     while step is not None:
         if isinstance(step, torch.OutOfMemoryError):

@@ -1,8 +1,8 @@
 """The time and the tokens that a rank works on by itself, and what they say about a straggler.
 
 Collectives make every rank's step as long as the slowest one's, so wall time does not tell which rank that is. What a
-rank does without the others does: waiting for its data, callbacks before the forward pass, and the forward passes of
-attention and experts, between which the collectives lie.
+rank does without the others tells it: waiting for its data, callbacks before the forward pass, and the forward passes
+of attention and experts, between which the collectives lie.
 """
 
 import time

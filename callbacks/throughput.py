@@ -16,6 +16,7 @@ from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import lookup, output
 from dsv3_lightning.callbacks.rank_times import OwnWork, RankTimes, max_over_mean, step_seconds, straggler
 from dsv3_lightning.callbacks.settings import ThroughputSettings
+from dsv3_lightning.parallel.data_ranks import data_ranks
 from dsv3_lightning.planning.hardware import gpu_of_device
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
@@ -27,15 +28,15 @@ class Throughput(Callback):
     """Logs tokens/s, model FLOP/s and MFU over the time spent in training, without validation, samples and checkpoints,
     and compares the ranks.
 
-    peak_flops: FLOP/s of one device in this precision. None takes the data sheet's for a GPU that it is known of, and
-    else measures matrix products before the first step.
+    peak_flops: FLOP/s of one device in this precision. None takes the data sheet's for a known GPU, and otherwise
+    measures matrix products before the first step.
     straggler: prints a line at a logged step in which the slowest rank would need this many times the median rank's
     time, and at least 0.1 s more.
 
     Reads outputs["tokens"], the micro-batch's positions on this rank, and `pl_module.flops_per_token`, the training
     FLOP per position; the data wait is `wait_seconds` of the train loader. Without one of these two attributes, the
     scalars that depend on it are not logged, and the peak is not measured without `flops_per_token`. The time of
-    callbacks before a forward pass is known if `pl_module.forward_start` is.
+    callbacks before a forward pass counts if the module has `forward_start`.
 
     Logs throughput/tokens_per_second, throughput/model_flops_per_second (all ranks together), throughput/mfu (share of
     peak · ranks), throughput/mfu_of_measured_peak where the peak is a data sheet's, and throughput/data_wait_share
@@ -95,7 +96,7 @@ class Throughput(Callback):
     ) -> None:
         waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         elapsed = time.perf_counter() - self.batch_start
-        tokens = int(output(outputs, "tokens", self, pl_module)) * trainer.world_size
+        tokens = int(output(outputs, "tokens", self, pl_module)) * data_ranks(trainer.strategy)
         for window in (self.window, self.total):
             window.add(tokens, elapsed, waited - self.waited_before)
         self.waited_before = waited
@@ -194,7 +195,7 @@ def name_from(row: Tensor) -> str:
 
 
 def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s by the data sheet of the device; None where it is a CPU or not a GPU that is known."""
+    """FLOP/s by the device's data sheet; None for a CPU and for an unknown GPU."""
     gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if gpu is None else gpu.peak_in("32" if dtype == torch.float32 else "bf16")
 

@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help = f"measured rate into a GPU {where}, in each direction; default: a share of the data sheet's"
         add(f"--{name}", type=above_zero, metavar="GB/s", help=help)
     add("--dry-run", action="store_true", help="also count the memory of one rank's step, on meta tensors")
-    add("--sources", action="store_true", help="also list the coefficients of the time, with their sources")
+    add("--sources", action="store_true", help="also list the rates behind the times, with their sources")
 
 
 @settings.command

@@ -123,7 +123,7 @@ def check_step(config: Config, samples: int, known: int, gpus: int) -> None:
 
 
 def busier(model: ModelConfig) -> ModelConfig:
-    """A model of which each rank gets as many routed tokens as a rank of this one that has popular experts."""
+    """A model whose ranks each get as many routed tokens as a rank with popular experts gets in this one."""
     return replace(model, num_experts_per_tok=math.ceil(CROWDED * model.num_experts_per_tok))
 
 
@@ -206,7 +206,7 @@ def traffic_table(config: Config, hardware: Hardware, layout: Layout) -> str:
 
 
 def part_table(planned: Step) -> str:
-    """A table of the step by part: all of it, what the step is longer for it, and its share."""
+    """A table of the step by part: its seconds, those that it adds to the step, and their share."""
     rows = [("a step by part, slowest rank", "seconds", "exposed", "share")]
     for part, seconds in planned.exposed:
         shown = f"{seconds / planned.seconds:.1%}" if seconds else "hidden"
@@ -244,7 +244,8 @@ def time_table(config: Config, planned: Step, gpus: int, peak: float) -> str:
 
 
 def schedule_of(config: Config, seconds: float, sharded: bool, precision: str) -> day.Schedule:
-    """What interrupts a run of this config. seconds: of a step. sharded: whether checkpoints are.
+    """What interrupts a run of this config. seconds: the time of a step. sharded: whether checkpoints
+    are sharded.
 
     A share in trainer.limit_val_batches is of the held-out documents, which are `data.validation_fraction` of the run's
     tokens if these are seen once.
@@ -269,7 +270,7 @@ def schedule_of(config: Config, seconds: float, sharded: bool, precision: str) -
 
 
 def day_table(config: Config, planned: Step, work: Work, gpus: int, gpu: GPU, strategy: StrategyConfig) -> str:
-    """A table of what of a day isn't training, with a warning for what takes more than 2 % of it."""
+    """A table of the time in a day that isn't training, with a warning for each cause that takes more than 2 %."""
     schedule = schedule_of(config, planned.seconds, strategy.sharded_checkpoints, work.precision)
     found = day.losses(schedule, planned.seconds, gpus, gpu.per_node)
     rows = [("of a day", "share", "each takes", "every")]

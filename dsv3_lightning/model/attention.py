@@ -7,6 +7,7 @@ from dsv3_lightning.model.attention_kernels import Documents, causal_attention
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import CosSin, apply_rope, softmax_scale
+from dsv3_lightning.model.weight_grad import Linear
 
 # Both latent norms have this eps, whatever `rms_norm_eps` says, in the released code as in transformers (#44261).
 LATENT_EPS = 1e-6
@@ -26,15 +27,15 @@ class MultiHeadLatentAttention(nn.Module):
         hidden = config.hidden_size
         query_size = self.heads * config.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_size, bias=False)
+            self.q_proj = Linear(hidden, query_size)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope_size, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, query_size)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.kv_rank + self.rope_size)
         self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_EPS)
-        self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope_size + self.v_size), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.v_size, hidden, bias=False)
+        self.kv_b_proj = Linear(self.kv_rank, self.heads * (self.nope_size + self.v_size))
+        self.o_proj = Linear(self.heads * self.v_size, hidden)
 
     def forward(self, x_BTD: Tensor, rope: CosSin, documents: Documents | None = None) -> Tensor:
         q_BHTC, k_BHTC, v_BHTC = self.queries(x_BTD, rope), *self.keys_values(x_BTD, rope)

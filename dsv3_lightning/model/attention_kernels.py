@@ -1,4 +1,4 @@
-"""Causal attention by the kernel that suits the device and the widths, and apart for each document of a sample.
+"""Causal attention by the kernel that suits the device and the widths, separately for each document of a sample.
 
 Sources of the conditions: `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `torch/nn/attention/varlen.py` of
 torch 2.11 to 2.14.
@@ -22,8 +22,9 @@ FALLBACKS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # every width and
 class Kernel(NamedTuple):
     """How attention is computed.
 
-    name: for the line at the start of a run. width: to which queries, keys and values are padded with zeros; None if
-    they are not. backends: those of scaled_dot_product_attention, the preferred one first; none leaves it to torch.
+    name: for the line at the start of a run. width: the one to which queries, keys and values are padded with zeros;
+    None if they are not. backends: those of scaled_dot_product_attention, the preferred one first; none leaves it to
+    torch.
     varlen: whether the kernel tells documents apart by itself; else each has a call of its own.
     """
 
@@ -121,7 +122,7 @@ def causal_attention(
     """softmax(q k^T · scale) v over the positions up to one's own (V3 eq. 10), of one's own document where `documents`
     are given: [B, H, T, C of v], which may differ from the C of q and k.
 
-    Positions need not restart with a document, since rotary ones only say distances.
+    Positions need not restart with a document, since rotary embeddings depend on distances only.
     """
     qk, v_width, T = q_BHTC.shape[-1], v_BHTC.shape[-1], q_BHTC.shape[2]
     kernel = choose_kernel(device_of(q_BHTC.device), qk, v_width, q_BHTC.dtype, T, documents is not None)
@@ -152,7 +153,7 @@ def one_document(
 def each_document(
     q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, scale: float, backends: tuple[SDPBackend, ...], documents: Documents
 ) -> Tensor:
-    """A call for each document, so that time is that of each document alone and memory is linear in T."""
+    """Attention by one call per document: time adds up over the documents, and memory is linear in T."""
     outputs = []
     # Gradients of `split` are joined once; those of slices would each have the size of the whole.
     samples = zip(q_BHTC.split(1), k_BHTC.split(1), v_BHTC.split(1), documents.lengths, strict=True)

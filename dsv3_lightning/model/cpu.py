@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_LOGITS = 2**27  # logits that exist in fp32 at a time: 512 MiB
-LOSS_PRODUCT = 4096  # tokens of a product with the head at least: its gradient is read and written once for so many
+LOSS_PRODUCT = 4096  # fewest tokens of a product with the head, whose gradient is read and written once per product
 MAX_LOGITS_CPU = 2**20  # 4 MiB, so that they stay in the cache
 # oneDNN compiles a program for every new shape of a bf16 product, which takes longer than running it. The numbers of
 # tokens per expert are new in every step; their multiples of 16 are few.
@@ -17,7 +17,7 @@ ROW_MULTIPLE_CPU = 16
 
 
 class LossChunks(NamedTuple):
-    """Tokens at a time of the loss: whose logits one product makes, and whose softmax exists in fp32."""
+    """Numbers of tokens that the loss takes at a time: in a product with the head, and in a softmax in fp32."""
 
     product: int
     softmax: int

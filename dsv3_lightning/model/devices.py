@@ -1,7 +1,7 @@
 """What is known about devices: which GPUs lack a fast kernel, or have one that is wrong."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class Device(NamedTuple):
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """A device of this process. AMD's has no capability here: what is known about CUDA's says nothing about it."""
+    """A device of this process. AMD's GPUs have no capability here, since what is known is about CUDA's."""
     if device.type != "cuda" or torch.version.hip is not None:
         return Device(device.type)
     return Device("cuda", torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0)
@@ -37,26 +37,13 @@ def empty_experts_get_gradients(device: Device) -> bool:
     return device.capability[0] == 10
 
 
-def mask_empty_experts(weight: Tensor, offsets_E: Tensor) -> Tensor:
-    """The experts' weight [E, in, out]; where the device gets them wrong, gradients of experts without rows are zeroed.
+def zero_gradients_of_empty(grad: Tensor, offsets_E: Tensor) -> Tensor:
+    """The gradient of the experts' weight [E, in, out]; where the device gets them wrong, those of experts without rows
+    are set to 0.
 
     The rows of expert e end before row offsets_E[e].
     """
-    if empty_experts_get_gradients(device_of(weight.device)):
-        return ZeroGradientOfEmpty.apply(weight, offsets_E)
-    return weight
-
-
-class ZeroGradientOfEmpty(torch.autograd.Function):
-    """A tensor with one row per expert, unchanged; experts without tokens get gradients of 0, whatever comes back."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, offsets_E: Tensor) -> Tensor:
-        ctx.save_for_backward(offsets_E)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (offsets_E,) = ctx.saved_tensors
-        counts_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
-        return torch.where(counts_E[:, None, None] > 0, grad, 0), None  # not by a product: what comes may be NaN
+    if not empty_experts_get_gradients(device_of(grad.device)):
+        return grad
+    counts_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
+    return torch.where(counts_E[:, None, None] > 0, grad, 0)  # not by a product: what comes may be NaN

@@ -20,7 +20,7 @@ class Dispatcher(Protocol):
         expert; offsets_E, int64, the row at which each expert's rows end; and gates_R, fp32, where gates travel with
         the tokens. Called once per dispatch.
     send_back: starts the way back of the experts' outputs y_RD.
-    combine: waits for them: Σ_k gate · y [N, D], 0 for tokens that went nowhere.
+    combine: waits for them, and returns Σ_k gate · y [N, D], 0 for tokens that went nowhere.
     """
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Any: ...

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.cpu import padded_rows, row_multiple
-from dsv3_lightning.model.devices import mask_empty_experts
 from dsv3_lightning.model.recompute import keep_no_more
+from dsv3_lightning.model.weight_grad import grouped_linear
 
 
 class Experts(nn.Module):
@@ -40,22 +40,9 @@ class Experts(nn.Module):
         return self.feed_forward(padded_RD, offsets_E, gates_R).index_select(0, rows_R)
 
     def feed_forward(self, x_RD: Tensor, offsets_E: Tensor, gates_R: Tensor | None) -> Tensor:
-        gate, up = grouped_linear(x_RD, local_weight(self.gate_up_proj), offsets_E).chunk(2, -1)
+        gate, up = grouped_linear(x_RD, self.gate_up_proj, offsets_E).chunk(2, -1)
         hidden_RF = F.silu(gate) * up
         if gates_R is not None:
             hidden_RF = (hidden_RF * gates_R[:, None]).to(x_RD.dtype)  # fp32; narrower than the output
             keep_no_more()  # no gradient needs what follows
-        return grouped_linear(hidden_RF, local_weight(self.down_proj), offsets_E)
-
-
-def local_weight(weight: Tensor) -> Tensor:
-    """What this process computes with: the local part of a DTensor, or the whole weight."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
-
-
-def grouped_linear(x: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:
-    """Row r of x [R, in] times the matrix of its expert in weight [E, in, out]: [R, out], in x's dtype.
-
-    The cast is explicit since autocast does not cover grouped products.
-    """
-    return F.grouped_mm(x, mask_empty_experts(weight.to(x.dtype), offsets_E), offs=offsets_E.int())
+        return grouped_linear(hidden_RF, self.down_proj, offsets_E)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from dsv3_lightning.model.attention_kernels import Documents, causal_attention
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import CosSin, apply_rope, softmax_scale
+from dsv3_lightning.model.weight_grad import Linear
 
 
 class GroupedQueryAttention(nn.Module):
@@ -23,10 +24,10 @@ class GroupedQueryAttention(nn.Module):
         self.scale = softmax_scale(config)
         self.interleave = config.rope_interleave
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * config.qk_head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * config.v_head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * config.v_head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, self.heads * config.qk_head_dim)
+        self.k_proj = Linear(hidden, self.kv_heads * config.qk_head_dim)
+        self.v_proj = Linear(hidden, self.kv_heads * config.v_head_dim)
+        self.o_proj = Linear(self.heads * config.v_head_dim, hidden)
 
     def forward(self, x_BTD: Tensor, rope: CosSin, documents: Documents | None = None) -> Tensor:
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in self.keys_values(x_BTD, rope))

@@ -10,6 +10,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.dispatch import Dispatcher, LocalDispatcher
 from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.router import Router
+from dsv3_lightning.model.weight_grad import Linear
 
 
 class RouterStats(NamedTuple):
@@ -27,9 +28,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -9,6 +9,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.rope import CosSin
+from dsv3_lightning.model.weight_grad import Linear
 
 Inputs = tuple[Tensor, Tensor | None, Tensor]
 
@@ -25,7 +26,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, dense=False, balance=balance)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

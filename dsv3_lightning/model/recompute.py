@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # defines its operation
+import torch.nn.attention.varlen  # registers its operation
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 

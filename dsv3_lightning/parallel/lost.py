@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 CLOSED = ("gloo", "Connection closed by peer", "Connection reset by peer", "caused pair closure")
 # NCCL's watchdog ends the process itself, unless TORCH_NCCL_BLOCKING_WAIT=1 or a communicator is just being made. Of
-# the errors that Python sees then, these are of this rank or of the program, and no other rank's.
+# the errors that Python sees then, these are caused by this rank or by the program, not by another rank.
 OWN_NCCL = ("ncclUnhandledCudaError", "ncclInternalError", "ncclInvalidArgument", "ncclInvalidUsage")
 
 

@@ -1,4 +1,4 @@
-"""What the first rank decides for all before there is a process group: told through the store by which ranks meet.
+"""Decisions of the first rank for all, before there is a process group, through the store by which ranks meet.
 
 A rank that looked for itself would see its own node's view of the file system, and on NFS or Lustre that may be an old
 listing of a folder.
@@ -32,7 +32,7 @@ MET: Counter[tuple[str, int, str]] = Counter()  # a process may do several runs,
 
 
 class Meeting(NamedTuple):
-    """Who is asked and who asks. others: ranks that ask before the first rank begins to train; more may follow."""
+    """A rank, and how many others ask the first one before it begins to train; more may follow."""
 
     rank: int
     others: int
@@ -53,7 +53,7 @@ def meeting(trainer: dict[str, Any], rank: int) -> Meeting | None:
 
 
 class FirstRank:
-    """The first rank's word, for all ranks of a run. Every rank makes one.
+    """Passes decisions of the first rank to all ranks of a run. Every rank creates one.
 
     about: the run. Raises RunStopped where the first rank can't be reached. Lightning's process group uses the same
     address, and within a process the same server. torchrun's store survives a restart, so the attempt is part of the
@@ -81,10 +81,10 @@ class FirstRank:
         self.store = dist.PrefixStore(f"{about} {attempt} {MET[(*address, about)]}", STORES[address])
 
     def decides(self, what: str, decide: Callable[[], Any], doing: str) -> Any:
-        """What `decide` returns on the first rank, which must be JSON, on every rank; its errors are raised on all.
+        """Returns on every rank what `decide` returns on the first, which must be JSON; its errors are raised on all.
 
-        The others wait outside of any process group, whose time limit can't strike them, for as long as the first
-        rank's process is there. what: a name for it. doing: what the first rank does, for the line that says who waits.
+        The others wait outside of any process group, and so without its time limit, for as long as the first rank's
+        process exists. what: a name for it. doing: what the first rank does, for the line that says who waits.
         """
         if self.who is None:
             return decide()
@@ -114,7 +114,7 @@ class FirstRank:
         return told["decided"]
 
     def wait_for_others(self, what: str, seconds: float) -> None:
-        """On the first rank, which is about to end, until the others have heard what it decided."""
+        """Waits on the first rank, which is about to end, until the others have received its decision."""
         end = time.monotonic() + seconds
         while self.who is not None and self.who.rank == 0 and time.monotonic() < end:
             if self.store.add(f"heard {what}", 0) >= self.to_hear:

@@ -1,7 +1,8 @@
 """Rows that travel with numbers of their own: a token and its gates in one message of one dtype.
 
-Each fp32 number becomes three columns in the dtype of the tokens, whose sum it is: 3 times 8 bits of bf16 are the 24 of
-fp32. So gates and their gradients arrive exactly, and nothing in a message is a bit pattern of another dtype.
+Each fp32 number becomes three columns in the dtype of the tokens, which add up to it: significands of 3 times 8 bits in
+bf16 hold the 24 of fp32. So gates and their gradients arrive exactly, and nothing in a message is a bit pattern of
+another dtype.
 """
 
 from typing import Any

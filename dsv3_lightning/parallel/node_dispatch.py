@@ -1,6 +1,6 @@
 """The exchange of tokens over several nodes, where a token travels to each node once (V3 §3.2.2).
 
-In the first stage a token goes to the rank of the same place in every node that has one of its experts; in the second
+In the first stage a token goes to the rank with the same place in every node that has one of its experts; in the second
 that rank sends a copy to each of these experts, as `dispatch.AllToAll` does. On the way back each node adds up its
 experts' weighted outputs, so that one row per token and node returns. With routing limited to M of a layer's nodes a
 token thus crosses at most M times each way, where K experts would make it up to K times.

@@ -1,6 +1,6 @@
-"""Waiting less on CUDA: numbers that travel to the host while it goes on, and a stream beside the current one.
+"""Less waiting on CUDA: numbers are copied to the host in the background, and a second stream runs beside the first.
 
-On a CPU nothing of this exists, and everything runs in the order of the code.
+On a CPU there is neither, and everything runs in the order of the code.
 """
 
 import functools
@@ -51,7 +51,7 @@ def beside(start: torch.cuda.Event | None, *inputs: Tensor) -> Iterator[None]:
 
 
 def arrived(received: Tensor) -> Tensor:
-    """What a collective or the second stream brings, once it is there, for use on the current stream. Without a
+    """The result of a collective or of the second stream, once it is there, for use on the current stream. It has no
     gradient."""
     if isinstance(received, AsyncCollectiveTensor):
         received = received.wait()

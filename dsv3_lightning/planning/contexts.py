@@ -1,4 +1,4 @@
-"""How long a sequence one rank can hold. Sequences aren't split over ranks here, so this is the longest context."""
+"""The longest sequence that one rank can hold, and so the longest context: sequences aren't split over ranks."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What of a day isn't training: validation, saving, and what failures cost. Bytes of checkpoints.
+"""The time in a day that isn't training: validation, saving, and failures.
 
 Failures come at a rate per GPU. Each loses half an interval between checkpoints, the time a checkpoint takes to reach
 the disk, and a restart.
@@ -40,7 +40,7 @@ class Loss(NamedTuple):
 
 
 def losses(schedule: Schedule, step: float, gpus: int, per_node: int) -> list[Loss]:
-    """What validation, saving and failures take of a day. step: seconds of an optimizer step.
+    """The time that validation, saving and failures take. step: seconds of an optimizer step.
 
     A batch of validation counts as a third of a step, which is the forward pass's share of the FLOP.
     """
@@ -63,7 +63,7 @@ def write_seconds(schedule: Schedule, gpus: int, per_node: int) -> float:
 
 
 def share(seconds: float, every: float) -> float:
-    """The share of the time of something that takes seconds after so many seconds of training."""
+    """The share of the time of something that takes `seconds` after every `every` seconds of training."""
     return seconds / (seconds + every) if seconds else 0.0
 
 

@@ -54,7 +54,7 @@ def gpu_named(name: str) -> GPU:
 
 
 # The names by which CUDA knows a GPU, without a leading "NVIDIA ". PCIe and NVL cards of a kind have other peaks, and a
-# MIG slice has a suffix; both are left out, as everything else whose data sheet isn't above.
+# MIG slice has a suffix; both are left out, like everything else whose data sheet isn't above.
 CUDA_NAMES = {
     "A100-SXM4-40GB": "a100",
     "A100-SXM4-80GB": "a100",
@@ -80,7 +80,7 @@ def gpu_of_device(name: str) -> GPU | None:
 
 @dataclass(frozen=True)
 class Hardware:
-    """GPUs and their links. inside, between: bytes/s into a GPU that somebody measured within and between nodes; None
+    """GPUs and their links. inside, between: measured bytes/s into a GPU, within and between nodes; None
     takes the line rate times the share of it that is usually reached."""
 
     gpu: GPU

@@ -1,4 +1,4 @@
-"""The time of a step from its parts: what computes adds up, and of what travels beside it only the excess counts."""
+"""The time of a step from its parts: computing adds up; communication beside it counts as far as it takes longer."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from dsv3_lightning.planning.wires import parts
 
 
 class Exposed(NamedTuple):
-    """A part, and the seconds of it by which the step is longer."""
+    """A part, and the seconds that it adds to the step."""
 
     part: Part
     seconds: float
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens per second of one GPU."""
         return self.tokens / self.seconds
 
     @property
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 def exposed(found: list[Part]) -> list[Exposed]:
-    """Of the parts that run beside the same others, what is longer than these together, in proportion."""
+    """The seconds that each part adds. Parts hidden under the same others share, in proportion, what exceeds these."""
     alone = {part.name: part.seconds for part in found if not part.hidden_under}
     result = []
     for part in found:

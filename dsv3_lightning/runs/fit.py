@@ -105,7 +105,7 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
 
 
 def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources: list[Path]) -> int | None:
-    """Trains from the newest checkpoint, if any. Returns the exit status; None where the run goes back to another."""
+    """Trains from the newest checkpoint, if any. Returns the exit status; None to start again from an earlier one."""
     first = FirstRank(meeting(config.trainer, rank_zero_only.rank), str(folder.path))  # type: ignore[attr-defined]
     decision = open_run(first, folder, tree)
     if decision.finished:
@@ -123,7 +123,7 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
 
 
 def open_run(first: FirstRank, folder: RunFolder, tree: dict[str, Any]) -> Decision:
-    """Takes the folder of a run that exists; the first rank looks for all what is there. Raises ConfigError."""
+    """Takes the folder of an existing run, which the first rank looks through for all. Raises ConfigError."""
     decided = first.decides("start", lambda: look(folder, tree), "chooses a checkpoint")
     if decided["finished"]:
         if is_first_rank():

@@ -67,7 +67,7 @@ def check_device(rank: int, processes: int, folder: str) -> None:
 
 
 def wrong_product(device: torch.device) -> str | None:
-    """Numbers and sums below 256, which bf16 holds exactly, against the CPU's product in int64."""
+    """Compares a bf16 product, exact since numbers and sums are below 256, with the CPU's in int64. None: no fault."""
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randint(-1, 2, (2, 512, 512), generator=generator)
     found = (a.to(device, torch.bfloat16) @ b.to(device, torch.bfloat16)).float().cpu()
@@ -76,7 +76,7 @@ def wrong_product(device: torch.device) -> str | None:
 
 
 def wrong_sum(device: torch.device, rank: int, processes: int) -> str | None:
-    """An all-reduce of 4 MB over the node's devices."""
+    """Tests an all-reduce of 4 MB over the node's devices. None: no fault."""
     values = torch.full((1 << 20,), float(rank + 1), device=device)
     dist.all_reduce(values)
     expected = processes * (processes + 1) / 2

@@ -9,6 +9,7 @@ import filelock
 
 from dsv3_lightning.common.files import remove, remove_leftovers, write_file
 from dsv3_lightning.common.json_files import read_json
+from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.stored import complete, read_stored
@@ -114,7 +115,7 @@ class RunFolder:
             )
 
     def data_inputs(self) -> dict[str, Any] | None:
-        """What the run's data were made of; None before they were. Its own, or those of the run that it resumes from.
+        """The inputs of the run's own data, or of the run's that it resumes from; None before there are any.
 
         The run must have the same (data/text/prepare.py), wherever texts and tokenizer are now.
         """
@@ -155,7 +156,7 @@ class RunFolder:
         return read_if_there(self.path / BEGUN_FROM)
 
     def resume_from(self, tree: dict[str, Any]) -> tuple[Path, int] | None:
-        """The checkpoint to resume from and its step, or None; for the first rank to find, and to tell the others.
+        """The checkpoint to resume from and its step, or None. The first rank calls it and tells the others.
 
         A path counts only until the run has a newer checkpoint of its own, from which it then continues. Raises
         ConfigError if the path's checkpoint doesn't exist or differs in settings that may not change.
@@ -193,7 +194,7 @@ class RunFolder:
         if str(path) != self.config.run.resume:
             return
         if set_aside(self.path, step):
-            print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
+            print(f"what the run had made after step {step} is in {display_path(self.path / SET_ASIDE)}", flush=True)
         write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
 
 

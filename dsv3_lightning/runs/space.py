@@ -11,7 +11,7 @@ from dsv3_lightning.planning.memory import checkpoint_bytes
 
 
 def check_space(config: Config, folder: Path, precision: str) -> str | None:
-    """A warning if the disk gets full before as many checkpoints are there as are kept; None if there is room.
+    """A warning if the disk can't hold as many checkpoints as are kept; None if it can.
 
     Raises ConfigError where not even the next one fits.
     """

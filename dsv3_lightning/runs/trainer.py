@@ -79,7 +79,7 @@ def run_device(config: Config) -> torch.device:
 def resolve_precision(config: Config, folder: RunFolder, begun_with: str | None) -> tuple[str, str]:
     """The precision and why. A run keeps the one it began with: a second measurement might choose another.
 
-    begun_with: that of the checkpoint that it goes on from.
+    begun_with: the precision of the checkpoint that it resumes from.
     """
     if config.trainer["precision"] != "auto":
         return choose_precision(str(config.trainer["precision"]), run_device(config))

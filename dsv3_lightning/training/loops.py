@@ -1,7 +1,7 @@
 """Lightning's loop counters after a step, adapted to a changed number of micro-batches per step.
 
 Lightning finds the ends of steps and the validations by counting micro-batches. Where their number per step changes,
-in a run that goes on or while the batch grows, the counts become those of a run that has had the new number all along.
+in a resumed run or while the batch grows, the counts become those of a run that has had the new number all along.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What to tell of a step that is skipped: the ranks, parameters and samples that aren't finite."""
+"""The report on a skipped step: the ranks, parameters and samples that aren't finite."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def find_on_rank(
 
 
 def gather_findings(own: Finding, ranks: int) -> list[Finding]:
-    """Those of all ranks, on all ranks, which must all call it."""
+    """The findings of all ranks, on every rank; all must call it."""
     if ranks == 1:
         return [own]
     found: list[Finding] = [own] * ranks

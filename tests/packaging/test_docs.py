@@ -12,6 +12,8 @@ import pytest
 from dsv3_lightning.callbacks.settings import CLASSES
 from dsv3_lightning.cli import main
 
+from .test_layout import LAYERS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -35,6 +37,13 @@ def test_each_page_is_listed_once_everywhere():
         text = (ROOT / source).read_text(encoding="utf-8")
         listed = re.findall(r"^(?:\| \[[^\]]+\]\((?:docs/)?|      - [^:]+: )(\w+\.md)", text, re.MULTILINE)
         assert sorted(name for name in listed if name != "CONTRIBUTING.md") == sorted(pages), source
+
+
+def test_the_architecture_page_has_the_layers_that_the_import_test_enforces():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE)
+    shown = {name: int(layer) for layer, cell in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", cell)}
+    assert shown == {name: layer for name, layer in LAYERS.items() if name != "__main__"}
 
 
 def test_each_recipe_touches_at_most_five_files():

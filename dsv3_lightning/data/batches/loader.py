@@ -57,10 +57,10 @@ class Loader:
 
 
 def outlive_signals(worker: int) -> None:
-    """Lets a worker go on when the run is asked to stop, since the run still finishes its step.
+    """Keeps a worker running when the run is asked to stop, since the run still finishes its step.
 
-    Ctrl-C in a terminal and SLURM's signals reach workers, too. They end with the loader. A process that exits sends
-    SIGTERM to its workers and waits for them, so that this one counts; it is told from others by its sender.
+    Ctrl-C in a terminal and SLURM's signals reach workers, too. A worker ends with the loader, whose process sends it
+    SIGTERM on exit and waits for it; only a SIGTERM from that process counts.
     """
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):  # Windows lacks some
@@ -71,7 +71,7 @@ def outlive_signals(worker: int) -> None:
 
 
 def wait_for_own_process() -> None:
-    """Ends this worker when the process that has started it sends SIGTERM."""
+    """Ends this worker when the process that started it sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)  # another exit status is an error in the loader's process

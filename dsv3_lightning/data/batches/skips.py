@@ -1,6 +1,6 @@
 """Samples that a run leaves out after it has returned to an earlier step, as shifts of their numbers. Imports no torch.
 
-A run draws samples 0, 1, 2, … of its order. A `Skip` says that from some position on the numbers are larger: the ones
+A run draws samples 0, 1, 2, … of its order. A `Skip` makes the numbers larger from some position on, so that those in
 between are never drawn. So the position in the data stays the number of samples drawn so far, a function of the step.
 """
 
@@ -19,7 +19,7 @@ def shifted(position: int, skips: Sequence[Skip]) -> int:
 
 
 def skip_between(skips: Sequence[Skip], first: int, last: int) -> list[Skip]:
-    """The skips of a run that returns to position `first` and goes on with the sample that would follow at `last`.
+    """The skips of a run that returns to position `first` and continues with the sample that would follow at `last`.
 
     >>> skip_between([], 4, 6), skip_between([(4, 2)], 4, 6), skip_between([(4, 2)], 2, 6)
     ([(4, 2)], [(4, 2), (4, 2)], [(2, 6)])

@@ -1,0 +1,1 @@
+"""Pipelines: how the layers are split into chunks, and what each schedule makes of their times."""
