@@ -196,6 +196,19 @@ def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], mode
     return mesh_shape(config, devices * trainer["num_nodes"], devices, model)
 
 
+def check_halves(strategy: str | dict[str, Any], data: DataConfig, trainer: dict[str, Any]) -> None:
+    """Raises ConfigError if a rank's micro-batch has no two sequences for `overlap: two_batches`."""
+    config, devices = mesh_strategy(strategy), number_of_devices(trainer)
+    if config is None or config.overlap != "two_batches" or devices is None:
+        return
+    parts = devices * trainer["num_nodes"] * trainer["accumulate_grad_batches"]
+    if data.batch_size < 2 * parts:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size}: strategy.overlap=two_batches needs two sequences in each of "
+            f"accumulate_grad_batches × devices × num_nodes = {parts} parts; use {2 * parts}, or overlap: none"
+        )
+
+
 def number_of_devices(trainer: dict[str, Any]) -> int | None:
     """Devices per node; None if it depends on the machine."""
     devices = trainer["devices"]
