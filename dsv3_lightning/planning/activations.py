@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.share import Share, whole_share
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Activations:
 
 def activations(model: ModelConfig, precision: str, policy: str) -> Activations:
     """Bytes per token of a step. policy: compute.activation_checkpointing; all but `none` recompute block by block."""
-    widths = Widths(model, 4 if precision == "32" else 2, 2 if precision == "bf16" else 4)
-    dense, depth = model.first_k_dense_replace, model.mtp_depth
-    layers = [widths.block(policy, moe=i >= dense) for i in range(model.num_hidden_layers)]
-    mtp = [widths.mtp(policy) for _ in range(depth)]
-    ends = (1 + depth) * (widths.residual * model.hidden_size + widths.head())
-    combining = widths.combining() if model.num_moe_layers or depth else 0
-    return Activations(sum(layers) + sum(mtp) + ends, widths.made_again(policy) + combining)
+    widths = widths_of(model, precision)
+    combining = widths.combining() if model.num_moe_layers or model.mtp_depth else 0
+    return Activations(widths.kept(whole_share(model), policy), widths.made_again(policy) + combining)
+
+
+def widths_of(model: ModelConfig, precision: str) -> "Widths":
+    return Widths(model, 4 if precision == "32" else 2, 2 if precision == "bf16" else 4)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Widths:
     model: ModelConfig
     computed: int
     residual: int
+
+    def kept(self, share: Share, policy: str) -> int:
+        """Bytes that the blocks and heads of a share keep for the backward pass."""
+        blocks = share.dense * self.block(policy, moe=False) if share.dense else 0
+        blocks += share.moe * self.block(policy, moe=True) if share.moe else 0
+        blocks += share.mtp * self.mtp(policy) if share.mtp else 0
+        return blocks + share.heads * (self.residual * self.model.hidden_size + self.head())
 
     def norm(self, size: int) -> int:
         """Bytes of a norm: fp32 input and normalized input, and the result. (Fused, as on GPUs: one fp32 less.)"""

@@ -11,7 +11,8 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.activations import activations
 from dsv3_lightning.planning.layout import Mesh, Policy, Work
 from dsv3_lightning.planning.memory import training_memory
-from dsv3_lightning.planning.parameters import attention_weights, moe_parts, parameter_split, small_parameters, swiglu
+from dsv3_lightning.planning.parameters import attention_weights, moe_parts, parameter_split, swiglu
+from dsv3_lightning.planning.share import small_parameters, whole_share
 
 MAX_LOGITS = 2**27  # logits in fp32 at a time, and tokens of a product with the head, as in model/cpu.py for GPUs
 LOSS_PRODUCT = 4096
@@ -82,7 +83,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     gradient's reduction.
     """
     whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True)
-    small = small_parameters(model)
+    small = small_parameters(model, whole_share(model))
     more = (1 / (shape.small_shard or shape.dp_shard) - 1 / shape.dp_shard) * 4 * small
     computed = work.computed
     per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size

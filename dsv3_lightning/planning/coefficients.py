@@ -43,6 +43,7 @@ FLOPS, LINE, SLOWEST = "FLOP/s", "share of the line rate", "slowest rank over me
 TUNING = "NCCL, src/graph/tuning.cc"
 HALF = estimate("half of flash's; it also executes the masked half of the square")
 FLEX = "pytorch.org/blog/flexattention: {} of flash"
+DEEPGEMM = "deepseek-ai/DeepGEMM, README of March 2025, H800, {}; weight gradients assumed as fast (DeepGEMM#95)"
 WIDER = "times what wider heads lose in the forward pass"
 TABLE = {
     # Attention: of the FLOP that the kernel executes, with 192 channels for queries and keys.
@@ -66,6 +67,10 @@ TABLE = {
     "products.grouped": Coefficient(both(480, 150, TERA), FLOPS,
         estimate("grouped_mm on H100 reaches 525 at widths from 5,120, pytorch/ao#2490, less for narrower experts "
                  "and weight gradients; sm80 has a loop of products")),
+    "products.wide.fp8": Coefficient({"sm90": 1118 * TERA}, FLOPS, DEEPGEMM.format(
+        "4,096 rows: 1,058, 990, 590 and 1,358 for an attention's projections, over V3's FLOP in them")),
+    "products.grouped.fp8": Coefficient({"sm90": 1216 * TERA}, FLOPS, DEEPGEMM.format(
+        "8 groups of 4,096 rows: 1,288 for gate and up, 1,093 for down")),
     "products.fp32": Coefficient(same(0.7), "share of the fp32 peak", estimate("cuBLAS SGEMM without TF32")),
     # Memory.
     "memory.share": Coefficient(same(0.8), "share of the bandwidth", estimate("kernels that stream large tensors")),
@@ -79,6 +84,8 @@ TABLE = {
         estimate("48.5 of 50 GB/s at best, NVIDIA/nccl-tests#267, less with many peers")),
     "exchange.fused.inside": Coefficient(same(0.78), LINE, "DeepEP, docs/legacy.md: 153 and 158 GB/s on H800, of 200"),
     "exchange.fused.between": Coefficient(same(1.0), LINE, "DeepEP, docs/legacy.md: 51 and 50 GB/s at EP 64, of 50"),
+    "overlap.kept": Coefficient(same(112 / 132), "share of computing's speed",
+        "arXiv 2412.19437 §3.2.2: 20 of 132 SMs exchange tokens meanwhile"),
     "hop.inside": Coefficient(same(3.4 * MICRO), "s", f"{TUNING}: ring, Simple, NVLink"),
     "hop.between": Coefficient(same(14 * MICRO), "s", f"{TUNING}: ring, Simple, NET"),
     "collective.start": Coefficient(same(8.4 * MICRO), "s", f"{TUNING}: base latency, Simple"),

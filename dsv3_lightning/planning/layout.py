@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
+from dsv3_lightning.planning.share import Share
+
 
 class Mesh(Protocol):
     """The size of each mesh axis; see `parallel.mesh.MeshShape`."""
@@ -91,7 +93,8 @@ class Implementation:
     fp32_passes: bytes per weight of the head and chunk of logits, to add up its gradient.
     zero1: parameters are gathered and gradients reduced once per step.
     reduce_once: copies of the model add their gradients once per step.
-    gradient: bytes of a number. again: by checkpointing policy.
+    gradient: bytes of a number. fp8: products are in FP8, but for heads and routers, and tokens travel in it; only for
+        wide models. again: by checkpointing policy.
     """
 
     attention: str
@@ -108,6 +111,7 @@ class Implementation:
     zero1: bool = False
     reduce_once: bool = False
     gradient: int = 4
+    fp8: bool = False
     again: dict[str, Again] = field(default_factory=dict)
 
 
@@ -147,13 +151,17 @@ def now(generation: str, mesh: Mesh) -> Implementation:
 
 @dataclass(frozen=True)
 class Layout:
-    """Mesh, policies and work of a rank, and the code. imbalance: the slowest rank's routed tokens over the mean."""
+    """Mesh, policies and work of a rank, and the code. imbalance: the slowest rank's routed tokens over the mean.
+
+    share: the part of the model that the rank computes; None: all of it.
+    """
 
     mesh: Mesh
     strategy: Policy
     work: Work
     code: Implementation
     imbalance: float = 1.0
+    share: Share | None = None
 
     @property
     def again(self) -> Again:

@@ -82,14 +82,6 @@ def parameter_split(model: ModelConfig) -> tuple[int, int]:
     return parameters.total - routed, routed
 
 
-def small_parameters(model: ModelConfig) -> int:
-    """The number of parameters in norms and routers, which a mesh shards within a node and keeps in fp32."""
-    parameters = count_parameters(model)
-    return sum(
-        part[name].total for part in (parameters.main, parameters.mtp) for name in ("norms", "router") if name in part
-    )
-
-
 def same(n: int) -> Count:
     return Count(n, n)
 

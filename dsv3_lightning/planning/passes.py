@@ -75,6 +75,44 @@ def router(model: ModelConfig, c: int, fused: bool) -> Passes:
     return Passes(8 * operations * E + cast(c, 4) * model.hidden_size, 60 * E + cast(4, c) * model.hidden_size)
 
 
+class Quantization(NamedTuple):
+    """Bytes per token of writing numbers as tiles in FP8, of an attention, a dense FFN, and a MoE layer."""
+
+    attention: Passes
+    dense: Passes
+    moe: Passes
+
+
+def quantization(model: ModelConfig, fused: bool, imbalance: float) -> Quantization:
+    """FP8 tiles (V3 §3.3.2) of the inputs and output gradients of all products but the heads' and the routers'.
+
+    Each input is read and written as tiles forward, and backward regrouped for the weight's gradient; each output
+    gradient is written in both groupings. Fused: the kernel that makes a number writes its tiles. Weights, once per
+    step, aren't counted. Routed tokens are quantized before they travel.
+    """
+    D, H, K, F = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok, model.moe_intermediate_size
+    make = 1 if fused else 3
+
+    def tiles(new: float, inputs: float, outputs: float) -> Passes:
+        return Passes(make * new, 2 * inputs + 2 * make * outputs)
+
+    values, shared = H * model.v_head_dim, model.n_shared_experts * F
+    queries, keys = H * model.qk_head_dim, H * (model.qk_nope_head_dim + model.v_head_dim)
+    if model.attention == "gqa":
+        inputs, heads = D + values, model.num_key_value_heads or H
+        outputs = D + queries + heads * (model.qk_head_dim + model.v_head_dim)
+    else:
+        latent = model.q_lora_rank or 0
+        inputs = D + latent + model.kv_lora_rank + values
+        outputs = D + latent + queries + model.kv_lora_rank + model.qk_rope_head_dim + keys
+    narrow, wide = imbalance * K * F, imbalance * K * D
+    return Quantization(
+        tiles(inputs, inputs, outputs),
+        tiles(D + model.intermediate_size, D + model.intermediate_size, D + 2 * model.intermediate_size),
+        tiles(D + narrow + shared, wide + narrow + D + shared, wide + 2 * narrow + D + 2 * shared),
+    )
+
+
 # Reads and writes of rows of D numbers for each routed token, forward and backward (model/permute.py,
 # parallel/dispatch.py). `local`: to the order of experts, and back with the gates. `sorted`: that, and again at the
 # receiver, in both directions. `gated`: as sorted, with sums over a token's rows in fp32, a row at a time, which are

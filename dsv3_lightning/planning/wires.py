@@ -7,8 +7,12 @@ from typing import NamedTuple
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.hardware import Hardware
 from dsv3_lightning.planning.layout import Layout
-from dsv3_lightning.planning.parameters import parameter_split
-from dsv3_lightning.planning.parts import COMPUTE, COMPUTING, Part, all_layers, moe_layers
+from dsv3_lightning.planning.parts import COMPUTE, COMPUTING, Part, Ways, part, share_of
+from dsv3_lightning.planning.share import share_parameters
+
+EXCHANGE = "tokens to experts and back"
+EXCHANGE_FIRST = "tokens to experts, beside the shared ones"
+TILE = 128  # numbers with one scale in FP8, which has 4 bytes
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ def copies(model: ModelConfig, ep: int, per_node: int, exchange: str) -> Copies:
 
 def traffic(model: ModelConfig, hardware: Hardware, layout: Layout) -> Traffic:
     """Bytes of ring collectives, (n - 1)/n of the whole per rank, and of all-to-alls of routed tokens."""
-    shape, work, code = layout.mesh, layout.work, layout.code
-    dense, routed = parameter_split(model)
+    shape, work, code, share = layout.mesh, layout.work, layout.code, share_of(model, layout)
+    dense, routed = share_parameters(model, share)
     n, m, r = shape.dp_shard, shape.expert_shard, shape.dp_replicate
     times = gathers(layout)
     per_pass = work.computed * times.gathered + code.gradient * times.reduced
@@ -71,7 +75,7 @@ def traffic(model: ModelConfig, hardware: Hardware, layout: Layout) -> Traffic:
     reductions = 1 if code.reduce_once or code.zero1 else work.micro_batches
     replicas = reductions * 2 * (r - 1) / r * code.gradient * (dense + routed) / n
     found = copies(model, shape.ep, hardware.gpu.per_node, code.exchange)
-    rows = exchanges(layout) * work.tokens * work.micro_batches * moe_layers(model) * model.hidden_size * work.computed
+    rows = sum(exchange_bytes(layout)) * work.tokens * work.micro_batches * share.moe_layers * model.hidden_size
     host = 0.0
     if layout.strategy.cpu_offload:
         host = 4 * (times.gathered + times.reduced) * (dense + routed) / n
@@ -92,9 +96,31 @@ def gathers(layout: Layout) -> Gathers:
     return Gathers(each * (2 if layout.strategy.reshard_after_forward else 1), each)
 
 
-def exchanges(layout: Layout) -> int:
-    """All-to-alls of tokens per MoE layer and micro-batch: there and back, their gradients, and what is sent again."""
-    return 4 + layout.again.exchange
+class Exchanges(NamedTuple):
+    """Of the all-to-alls of tokens of a MoE layer and a micro-batch. A sum over them, by pass.
+
+    first: beside the shared experts: to the experts, forward and where it is repeated. Others are exposed.
+    """
+
+    forward_first: float
+    forward_others: float
+    backward_first: float
+    backward_others: float
+
+
+def exchanges(layout: Layout) -> Exchanges:
+    """How many there are: there and back, their gradients, and what is sent again."""
+    again = layout.again.exchange
+    return Exchanges(1, 1, bool(again), 2 + max(0, again - 1))
+
+
+def exchange_bytes(layout: Layout) -> Exchanges:
+    """Bytes per number that each sends. With FP8 tokens, and the gradients of what comes back, travel in it: one byte,
+    and four for each tile of 128 (V3 §3.3.2)."""
+    wide, counts = layout.work.computed, exchanges(layout)
+    tile = 1 + 4 / TILE if layout.code.fp8 else wide
+    backward = tile + (counts.backward_others - 1) * wide
+    return Exchanges(counts.forward_first * tile, wide, counts.backward_first * tile, backward)
 
 
 def neighbors(layout: Layout, hardware: Hardware) -> tuple[int, int]:
@@ -106,7 +132,7 @@ def neighbors(layout: Layout, hardware: Hardware) -> tuple[int, int]:
 
 def exchange(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
     """Tokens to their experts and back. The first exchange of a pass runs while the shared experts compute."""
-    moe, shape, code, work = moe_layers(model), layout.mesh, layout.code, layout.work
+    moe, shape, code, work = share_of(model, layout).moe_layers, layout.mesh, layout.code, layout.work
     if not moe or shape.ep == 1:
         return []
     kind = "exchange.fused" if code.exchange == "fused" else "exchange"
@@ -116,30 +142,34 @@ def exchange(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Par
     spread = shape.ep > hardware.gpu.per_node
     # `direct` sends over both links at once, the kernels of `fused` forward as rows arrive, `by_node` goes step by step
     seconds = inside + between if code.exchange == "by_node" else max(inside, between)
+    moving = [seconds * each / sum(exchange_bytes(layout)) for each in exchange_bytes(layout)]
     start = hardware.rate("collective.start") + (shape.ep - 1) * hardware.rate("exchange.peer")
-    calls = exchanges(layout) * (2 if code.exchange == "by_node" and spread else 1)
-    counted = code.counted * (1 + bool(layout.again.exchange))
-    waits = (calls + counted) * start * moe * work.micro_batches
+    start *= moe * work.micro_batches
+    stages = 2 if code.exchange == "by_node" and spread else 1
+    count, again = exchanges(layout), bool(layout.again.exchange)
+    forward = (stages * (count.forward_first + count.forward_others) + code.counted) * start
+    backward = (stages * (count.backward_first + count.backward_others) + again * code.counted) * start
+    others = Ways(moving[1] + forward, moving[3] + backward, 0.0)
+    first = Ways(moving[0], moving[2], 0.0)
     names = tuple(f"{kind}.{where}" for where in (("inside", "between") if spread else ("inside",)))
     names += ("collective.start", "exchange.peer")
     if code.exchange_hidden:
-        return [Part("tokens to experts and back", seconds + waits, COMPUTING, names)]
-    first = (1 + bool(layout.again.exchange)) / exchanges(layout)
-    found = [Part("tokens to experts and back", (1 - first) * seconds + waits, (), names)]
-    return [*found, Part("tokens to experts, beside the shared ones", first * seconds, ("shared experts",), names)]
+        both = Ways(*(a + b for a, b in zip(first, others, strict=True)))
+        return [part(EXCHANGE, both, names, COMPUTING)]
+    return [part(EXCHANGE, others, names), part(EXCHANGE_FIRST, first, names, ("shared experts",))]
 
 
 def parameters(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
     """Gathers of parameters and reductions of gradients, beside the computing, and the copies around them."""
-    shape, work = layout.mesh, layout.work
-    dense, routed = parameter_split(model)
+    shape, work, share = layout.mesh, layout.work, share_of(model, layout)
+    dense, routed = share_parameters(model, share)
     times, near = gathers(layout), neighbors(layout, hardware)
     per_pass = work.computed * times.gathered + layout.code.gradient * times.reduced
     found: list[Part] = []
     seconds, names = 0.0, ("ring.inside", "ring.between", "hop.inside", "hop.between", "collective.start")
     for numbers, ranks, beside, units in (
-        (dense, shape.dp_shard, near[0], all_layers(model) + 3),
-        (routed / shape.ep, shape.expert_shard, near[1], moe_layers(model)),
+        (dense, shape.dp_shard, near[0], share.layers + 3),
+        (routed / shape.ep, shape.expert_shard, near[1], share.moe_layers),
     ):
         if ranks > 1 and numbers:
             seconds += per_pass * numbers * (ranks - 1) / ranks / hardware.ring_rate(ranks, beside)
@@ -152,7 +182,7 @@ def parameters(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[P
         found.append(Part("copies around gathers", copying, (), ("memory.share",)))
         # of each micro-batch the first gather and the last reduction have nothing to hide under
         ends = 1 if layout.code.zero1 else work.micro_batches
-        edge = ends * seconds / (times.gathered + times.reduced) * 2 / (all_layers(model) + 3)
+        edge = ends * seconds / (times.gathered + times.reduced) * 2 / (share.layers + 3)
         found.append(Part("first gather and last reduction", edge, (), names))
     return found
 
@@ -164,7 +194,7 @@ def replicas(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Par
         return []
     beside = max(1, min(hardware.gpu.per_node // min(shape.dp_shard, hardware.gpu.per_node), shape.dp_replicate))
     reductions = 1 if layout.code.reduce_once or layout.code.zero1 else layout.work.micro_batches
-    latency = 2 * reductions * (all_layers(model) + 3) * hardware.ring_latency(shape.dp_replicate, beside)
+    latency = 2 * reductions * (share_of(model, layout).layers + 3) * hardware.ring_latency(shape.dp_replicate, beside)
     seconds = moved / hardware.ring_rate(shape.dp_replicate, beside) + latency
     names = ("ring.inside", "ring.between", "hop.inside", "hop.between", "collective.start")
     return [Part("gradients between copies of the model", seconds, COMPUTING, names)]

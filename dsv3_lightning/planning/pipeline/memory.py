@@ -1,0 +1,70 @@
+"""Memory of the ranks of a pipeline.
+
+A stage's parameters are gathered once per step, and its gradients stay whole, in fp32, until its last backward pass
+(ZeRO-1 and -2 only between steps). Activations are those of the chunks that are live at the same time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.activations import widths_of
+from dsv3_lightning.planning.cluster import LOSS_PRODUCT, MAX_LOGITS, RankMemory, last_block
+from dsv3_lightning.planning.layout import Mesh, Work
+from dsv3_lightning.planning.pipeline.timeline import Timeline, peak_live
+from dsv3_lightning.planning.share import Share, share_parameters, small_parameters, together
+
+
+class ChunkBytes(NamedTuple):
+    """Bytes that a chunk holds of one micro-batch from its forward to its backward pass."""
+
+    activations: float
+    between: float  # what came from other chunks and goes to them
+    loss: float  # gradients of the output matrix, which the loss computes in the forward pass
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def chunk_bytes(model: ModelConfig, work: Work, share: Share) -> ChunkBytes:
+    """The bytes of a chunk with this share. The input of a chunk counts among its first block's activations."""
+    widths = widths_of(model, work.precision)
+    sends = model.mtp_depth > 0 and model.mtp_kind == "sequential"
+    hidden = widths.residual * model.hidden_size * work.tokens
+    between = (not share.heads) * hidden + sends * hidden
+    loss = 4 * model.vocab_size * model.hidden_size if share.heads else 0
+    return ChunkBytes(work.tokens * widths.kept(share, work.policy), between, loss)
+
+
+def pipeline_memory(
+    model: ModelConfig, mesh: Mesh, work: Work, shares: Sequence[Share], placement: Sequence[Sequence[int]],
+    timeline: Timeline,
+) -> list[RankMemory]:  # fmt: skip
+    """The memory of each rank at the peak of a step. shares: of each chunk. placement: the chunks of each rank."""
+    live = [chunk_bytes(model, work, share).total for share in shares]
+    widths = widths_of(model, work.precision)
+    found = []
+    for chunks, events in zip(placement, timeline.ranks, strict=True):
+        own = together(shares[i] for i in chunks)
+        again = widths.made_again(work.policy) + (widths.combining() if own.moe_layers else 0)
+        held = peak_live(events, live) + work.tokens * again
+        found.append(stage_memory(model, mesh, work, own, held))
+    return found
+
+
+def stage_memory(model: ModelConfig, mesh: Mesh, work: Work, own: Share, activations: float) -> RankMemory:
+    """The memory of a rank that has this share of the model and holds these bytes of activations."""
+    dense, routed = share_parameters(model, own)
+    small = small_parameters(model, own)
+    more = (1 / (mesh.small_shard or mesh.dp_shard) - 1 / mesh.dp_shard) * 4 * small
+    kept = 4 * (dense + routed) / mesh.dp_shard + more
+    whole = dense + routed / mesh.ep
+    block = last_block(model, mesh.ep)
+    softmax = MAX_LOGITS // model.vocab_size
+    product = min(work.tokens, max(softmax, LOSS_PRODUCT))
+    logits = (work.computed * product + 4 * min(work.tokens, softmax)) * model.vocab_size if own.heads else 0
+    gathered = work.computed * (whole - small) + 4 * small  # parameters
+    gathered += 4 * whole  # gradients
+    gathered += max(work.computed * block, logits)  # gradients of the micro-batch's last block, before they are added
+    return RankMemory(kept, kept, 2 * kept * work.moment / 4, gathered, activations, offloaded=False)
