@@ -27,7 +27,7 @@ test: $(INSTALLED) ## run the whole test suite
 lint: $(INSTALLED) ## check style, spelling and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/codespell
+	git ls-files | xargs $(VENV)/bin/codespell
 	$(VENV)/bin/mypy -p dsv3_lightning
 
 docs: $(INSTALLED) ## build the documentation site into site/, with every warning an error

@@ -1,12 +1,12 @@
 """The charts of TensorBoard's custom scalars, in display order. Each class that logs declares the tags of its charts.
 
-It does so in `charts(tree, origins)`, which returns {chart key from this file: tags} for a run's settings `tree` (from
-to_tree) and the number of `origins` of its validation text. A tag is a regular expression matched from the start of
-the tag. Several classes may add to one chart. Training and validation curves are in separate charts because
-TensorBoard draws all curves of one run in the same color.
+It does so in `charts(tree, origins)`, which returns {chart: tags} for a run's settings `tree` (from to_tree) and the
+number of `origins` of its validation text. A chart is a key from this file, to which several classes may add, or
+(question, title), a chart of the class's own. A tag is a regular expression matched from the start of the tag. Training
+and validation curves are in separate charts because TensorBoard draws all curves of one run in the same color.
 """
 
-Charts = dict[str, list[str]]
+Charts = dict[str | tuple[str, str], list[str]]
 
 QUESTIONS: dict[str, dict[str, str]] = {  # question: {key: title}
     "is it learning": {

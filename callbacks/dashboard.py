@@ -1,6 +1,7 @@
 """The TensorBoard layout: curves grouped by question, and the run's settings in the HParams tab."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,13 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from dsv3_lightning.callbacks.balance_factor import BalanceFactor
+from dsv3_lightning import callbacks
 from dsv3_lightning.callbacks.charts import QUESTIONS, Charts
-from dsv3_lightning.callbacks.expert_bias import ExpertBias
-from dsv3_lightning.callbacks.mtp_weight import MTPWeight
-from dsv3_lightning.callbacks.router_monitor import RouterMonitor
-from dsv3_lightning.callbacks.router_probe import RouterProbe
-from dsv3_lightning.callbacks.throughput import Throughput
-from dsv3_lightning.callbacks.weight_average import WeightAverage
+from dsv3_lightning.callbacks.settings import CLASSES
 from dsv3_lightning.training.module import PretrainModule
 
 EVENTS = "events.out.tfevents.*"
 Layout = dict[str, dict[str, list[Any]]]
-LOGGING: dict[str, Any] = {  # the callbacks that log, by their names in base.yaml
-    "router_monitor": RouterMonitor,
-    "expert_bias": ExpertBias,
-    "balance_factor": BalanceFactor,
-    "router_probe": RouterProbe,
-    "mtp_weight": MTPWeight,
-    "weight_average": WeightAverage,
-    "throughput": Throughput,
-}
 VARIED = (  # settings that the shipped experiments vary or that distinguish models
     "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.lr", "model.attention",
     "model.expert_bias_kind", "model.kv_lora_rank", "model.norm_topk_prob", "model.q_lora_rank", "model.qk_",
@@ -53,21 +40,32 @@ def layout(tree: dict[str, Any], origins: int) -> Layout:
     origins: number of origins of the validation text. Charts whose curves nothing in the run logs are left out.
     """
     declared = logged_tags(tree, origins)
-    drawn = {
-        question: {title: ["Multiline", declared[key]] for key, title in charts.items() if declared.get(key)}
-        for question, charts in QUESTIONS.items()
+    places: dict[Any, tuple[str, str]] = {
+        key: (question, title) for question, charts in QUESTIONS.items() for key, title in charts.items()
     }
+    places |= {key: key for key in declared if isinstance(key, tuple)}
+    assert declared.keys() <= places.keys(), f"charts without a title: {declared.keys() - places.keys()}"
+    drawn: Layout = {question: {} for question in QUESTIONS}
+    for key, (question, title) in places.items():
+        if tags := declared.get(key):
+            drawn[question][title] = ["Multiline", tags]
     return {question: charts for question, charts in drawn.items() if charts}
 
 
 def logged_tags(tree: dict[str, Any], origins: int) -> Charts:
-    """{chart key: tags} of everything that the run's module and callbacks log."""
+    """{chart: tags} of everything that the run's module and callbacks log."""
     declared: Charts = {}
-    sources = [PretrainModule, *(cls for name, cls in LOGGING.items() if tree["callbacks"].get(name) is not None)]
-    for source in sources:
+    on = {name for name, settings in tree["callbacks"].items() if settings is not None}
+    for source in (PretrainModule, *logging_callbacks(on)):
         for key, tags in source.charts(tree, origins).items():
             declared.setdefault(key, []).extend(tags)
     return declared
+
+
+def logging_callbacks(names: Iterable[str]) -> list[Any]:
+    """Those of our callback classes that declare charts, of the callbacks with these names."""
+    named = [getattr(callbacks, CLASSES[name]) for name in CLASSES if name in names]
+    return [kind for kind in named if hasattr(kind, "charts")]
 
 
 class RunLogger(TensorBoardLogger):

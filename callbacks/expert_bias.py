@@ -7,9 +7,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.callbacks.protocol import expert_counts, name_of, require_routers, require_unit, routers_of
+from dsv3_lightning.callbacks.protocol import (
+    all_biases,
+    expert_counts,
+    name_of,
+    own_rows,
+    require_routers,
+    require_unit,
+    routers_of,
+)
 from dsv3_lightning.callbacks.settings import ExpertBiasSettings
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.data_ranks import sum_over_data
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.schedule import Schedule, progress, value_at
 
@@ -24,7 +33,8 @@ class ExpertBias(Callback):
     centered: subtracts the mean of the update, so that Σ b stays 0; this changes no routing decision.
 
     Reads outputs["expert_counts"], int64 [L, E]: the micro-batch's tokens per expert, one row per module with an
-    `expert_bias`, in the model's order. The counts of a step's micro-batches and of all ranks are summed first.
+    `expert_bias`, in the model's order, also for those of a pipeline's other ranks. The counts of a step's
+    micro-batches and of all ranks are summed first.
     Logs balance/bias_speed and balance/bias_absmax. The only state is the buffers, which the model saves.
     """
 
@@ -45,7 +55,7 @@ class ExpertBias(Callback):
         return {"bias": ["balance/bias_absmax"], "bias_speed": ["balance/bias_speed"]}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        require_routers(pl_module, self)
+        require_routers(trainer, pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_unit(trainer, self, self.by)
@@ -56,20 +66,21 @@ class ExpertBias(Callback):
         self.counts_LE = self.counts_LE + expert_counts(outputs, self, pl_module)
         if not is_last_micro_batch(trainer, batch_idx):
             return
-        counts_LE, self.counts_LE = trainer.strategy.reduce(self.counts_LE, reduce_op="sum"), 0
+        counts_LE, self.counts_LE = sum_over_data(trainer.strategy, self.counts_LE), 0
         speed = self.speed * value_at(self.schedule, progress(trainer, trainer.global_step - 1, self.by))
-        routers = list(routers_of(pl_module))
+        routers, rows = list(routers_of(pl_module)), own_rows(trainer)
+        counts_LE = counts_LE if rows is None else counts_LE[rows]
         if any(len(router.expert_bias) != counts_LE.shape[1] for router in routers) or len(routers) != len(counts_LE):
             raise ConfigError(
                 f"ExpertBias needs a row of `expert_counts` for each `expert_bias` of {name_of(pl_module)}: "
                 f"found {list(counts_LE.shape)} for biases of {[len(router.expert_bias) for router in routers]}"
             )
         biases = [router.expert_bias for router in routers]
-        if not getattr(pl_module, "step_skipped", False):
+        if routers and not getattr(pl_module, "step_skipped", False):
             steps_LE = bias_step(counts_LE, speed, self.rule, self.centered)  # a few launches for all layers
             torch._foreach_add_(biases, list(steps_LE))
         if is_log_step(trainer, trainer.global_step):
-            absmax = float(torch.stack(biases).abs().max())
+            absmax = float(all_biases(trainer, pl_module).abs().max())
             log_scalars(trainer, {"balance/bias_speed": speed, "balance/bias_absmax": absmax})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.training.logging import planned_steps
 
 MISSING = object()
@@ -87,10 +88,22 @@ def routers_of(module: nn.Module) -> Iterator[Balanced]:
             yield cast(Balanced, child)
 
 
-def require_routers(pl_module: LightningModule, callback: Callback) -> None:
+def own_rows(trainer: Trainer) -> list[int] | None:
+    """The rows of `expert_counts` that are about this rank's routers; None: all, there is no pipeline."""
+    pipeline = pipeline_of(trainer.strategy)
+    return None if pipeline is None else pipeline.rows
+
+
+def all_biases(trainer: Trainer, pl_module: nn.Module) -> Tensor:
+    """The bias of every router, fp32 [L, E], those of a pipeline's other ranks included; every rank must call it."""
+    own, pipeline = [router.expert_bias for router in routers_of(pl_module)], pipeline_of(trainer.strategy)
+    return torch.stack(own) if pipeline is None else pipeline.gather_rows(own)
+
+
+def require_routers(trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
     """Raises ConfigError unless there is a router, and every router's bias is fp32."""
     routers = list(routers_of(pl_module))
-    if not routers:
+    if not routers and not lookup(pl_module, "model.config.num_moe_layers"):  # other ranks of a pipeline may have them
         raise ConfigError(
             f"{name_of(callback)} needs modules with a buffer `expert_bias`, and {name_of(pl_module)} has none"
         )

@@ -8,9 +8,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.callbacks.protocol import expert_counts, lookup, require_routers, routers_of
+from dsv3_lightning.callbacks.protocol import all_biases, expert_counts, lookup, require_routers, routers_of
 from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
+from dsv3_lightning.parallel.data_ranks import data_rank, pipeline_of, sum_over_data
 from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
@@ -21,9 +22,10 @@ class RouterMonitor(Callback):
     """Logs how evenly the experts are loaded, from outputs["expert_counts"], int64 [L, E], of training and validation.
 
     Scalars are means over layers and over the steps since the last log, with one all-reduce for all of them:
-    balance/max_vio of the global batch, balance/max_vio_micro of a single micro-batch, and balance/max_vio_worst of
-    the worst layer, which a mean over sixty layers would hide; for the summed load of those steps balance/load_max,
-    load_p95, load_p50, load_p5, load_min, load_cv, load_entropy, dead_experts and group_load_max (`load_statistics`);
+    balance/max_vio of the global batch, balance/max_vio_micro of a single micro-batch (in a pipeline: of a rank's
+    batch), and balance/max_vio_worst of the worst layer, which a mean over sixty layers would hide; for the summed load
+    of those steps balance/load_max, load_p95, load_p50, load_p5, load_min, load_cv, load_entropy, dead_experts and
+    group_load_max (`load_statistics`);
     balance/bias_spread (largest minus smallest bias) and balance/bias_mean, which drifts if steps aren't centered;
     balance/router_grad_norm, before clipping.
     After a validation, balance/max_vio_global, from counts over the whole set.
@@ -68,7 +70,7 @@ class RouterMonitor(Callback):
         self.strategy = trainer.strategy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        require_routers(pl_module, self)
+        require_routers(trainer, pl_module, self)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, summed over ranks; every rank must call this."""
@@ -80,7 +82,7 @@ class RouterMonitor(Callback):
         if state_dict["window"] is None:
             return
         counts_by_step, micro_vio, micro_batches = state_dict["window"]
-        if self.strategy.is_global_zero:
+        if data_rank(self.strategy) == 0:
             self.window, self.micro_vio, self.micro_batches = list(counts_by_step), micro_vio, micro_batches
         else:
             self.window = list(torch.zeros_like(counts_by_step))
@@ -99,7 +101,9 @@ class RouterMonitor(Callback):
         if self.due(trainer, trainer.global_step + 1):
             gradients = [lookup(router, "weight.grad") for router in routers_of(pl_module)]
             present = [gradient for gradient in gradients if gradient is not None]
-            self.grad_norm = global_norm(present) if present else None
+            pipelined = pipeline_of(trainer.strategy) is not None
+            if present or pipelined:
+                self.grad_norm = global_norm(present, trainer.strategy.root_device if pipelined else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,7 +122,7 @@ class RouterMonitor(Callback):
         counts_by_step, micro_vio, micro_batches = self.summed_window()
         self.window.clear()
         vio_by_step, counts_LE = max_vio(counts_by_step), counts_by_step.sum(0)
-        bias_LE = torch.stack([router.expert_bias for router in routers_of(pl_module)])
+        bias_LE = all_biases(trainer, pl_module)
         groups = lookup(pl_module, "model.config.n_group", 1)
         values = {
             "max_vio": vio_by_step.mean(),
@@ -148,7 +152,7 @@ class RouterMonitor(Callback):
         micro = torch.tensor([0.0, self.micro_batches], dtype=torch.float64, device=device)
         micro[0] += self.micro_vio
         packed = torch.cat([counts_by_step.flatten().double(), micro])  # counts are exact up to 2^53
-        packed = self.strategy.reduce(packed, reduce_op="sum")
+        packed = sum_over_data(self.strategy, packed)
         return packed[:-2].long().view_as(counts_by_step), float(packed[-2]), int(packed[-1])
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

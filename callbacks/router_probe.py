@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dsv3_lightning.callbacks.charts import Charts
-from dsv3_lightning.callbacks.protocol import from_batch, require_model, routers_of
+from dsv3_lightning.callbacks.protocol import from_batch, own_rows, require_model, routers_of
 from dsv3_lightning.callbacks.router_monitor import draw
+from dsv3_lightning.model.transformer import MTP_KINDS
 from dsv3_lightning.training.logging import log_scalars
 from dsv3_lightning.training.metrics import mean_present
 from dsv3_lightning.training.router_metrics import (
@@ -55,13 +56,18 @@ class RouterProbe(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         require_model(pl_module, self)
         self.statistics = ChoiceStatistics(pl_module.model.config, len(origins_of(trainer))).to(pl_module.device)
-        for layer, router in enumerate(routers_of(pl_module)):
+        routers, rows = list(routers_of(pl_module)), own_rows(trainer)
+        for layer, router in zip(range(len(routers)) if rows is None else rows, routers, strict=True):
             self.handles.append(router.register_forward_hook(self.hook(layer)))  # type: ignore[attr-defined]
 
     def hook(self, layer: int) -> Any:
         def look(router: Any, _inputs: Any, routing: Any) -> None:
             assert self.statistics is not None
-            mask_N, origins_N = self.masks_LN[layer], self.origins_LN[layer]
+            tokens = len(routing.experts_NK)  # a pipeline calls the router for each micro-batch
+            mask_N, origins_N = self.masks_LN[layer][:tokens], self.origins_LN[layer]
+            self.masks_LN[layer] = self.masks_LN[layer][tokens:]
+            if origins_N is not None:
+                self.origins_LN[layer], origins_N = origins_N[tokens:], origins_N[:tokens]
             self.statistics.update(layer, routing, router.expert_bias, mask_N, origins_N)
 
         return look
@@ -72,7 +78,8 @@ class RouterProbe(Callback):
         model, mask_BS = pl_module.model, from_batch(batch, "mask", self)
         T = mask_BS.shape[1] - 1 - model.config.mtp_depth
         starts = [0] * (model.config.num_moe_layers - model.config.mtp_depth)  # module k sees tokens k … k + T - 1
-        starts += [k if module.sees_tokens_between else 0 for k, module in enumerate(model.mtp, start=1)]
+        between = MTP_KINDS[model.config.mtp_kind].sees_tokens_between
+        starts += [k if between else 0 for k in range(1, model.config.mtp_depth + 1)]
         self.masks_LN = [mask_BS[:, start : start + T].flatten() for start in starts]
         origins_BS = from_batch(batch, "origins", self) if len(origins_of(trainer)) > 1 else None
         self.origins_LN = [origins_BS if origins_BS is None else origins_BS[:, s : s + T].flatten() for s in starts]

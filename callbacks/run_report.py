@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dsv3_lightning import __version__
 from dsv3_lightning.callbacks.checkpoint import checkpoint_folder
-from dsv3_lightning.callbacks.protocol import require, require_data, require_model, routers_of
+from dsv3_lightning.callbacks.protocol import all_biases, require, require_data, require_model
 from dsv3_lightning.callbacks.router_monitor import RouterMonitor
 from dsv3_lightning.callbacks.router_probe import RouterProbe
 from dsv3_lightning.callbacks.sample_text import SampleText
@@ -66,7 +66,8 @@ class RunReport(Callback):
         if trainer.state.fn == "validate":
             self.write(trainer, pl_module)
 
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write(self, trainer: Trainer, pl_module: Any) -> None:
+        bias_LE = all_biases(trainer, pl_module) if pl_module.model.config.num_moe_layers else None
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -74,14 +75,13 @@ class RunReport(Callback):
         history = scalar_history(folder)
         loss = curves({tag: history[tag] for tag in CURVES if tag in history}, "loss, nats per token")
         save_figure(loss, folder / "loss.png")
-        biases = [router.expert_bias for router in routers_of(pl_module)]
-        if biases:
-            save_figure(heat_map(torch.stack(biases).cpu(), "expert bias at the end", 0.0), folder / "bias.png")
+        if bias_LE is not None:
+            save_figure(heat_map(bias_LE.cpu(), "expert bias at the end", 0.0), folder / "bias.png")
         samples = find(trainer, SampleText)
         write_file(folder / "report.json", strict_json(report, indent=2) + "\n")
         learned = trainer.datamodule.manifest["splits"]["train"]  # type: ignore[attr-defined]
         command = next_command(folder, samples.prompts if samples else [], "answer_bytes" in learned)
-        text = markdown(report, folder, samples.latest if samples else [], bool(biases), command)
+        text = markdown(report, folder, samples.latest if samples else [], bias_LE is not None, command)
         write_file(folder / "report.md", text)
         print(f"report: {display_path(folder / 'report.md')}", flush=True)
 

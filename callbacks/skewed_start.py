@@ -19,7 +19,7 @@ class SkewedStart(Callback):
         self.strength = strength
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        require_routers(pl_module, self)
+        require_routers(trainer, pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:

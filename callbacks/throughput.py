@@ -16,6 +16,7 @@ from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import lookup, output
 from dsv3_lightning.callbacks.rank_times import OwnWork, RankTimes, max_over_mean, step_seconds, straggler
 from dsv3_lightning.callbacks.settings import ThroughputSettings
+from dsv3_lightning.parallel.data_ranks import data_ranks
 from dsv3_lightning.planning.hardware import gpu_of_device
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars
 from dsv3_lightning.training.precision import measure_gemm
@@ -95,7 +96,7 @@ class Throughput(Callback):
     ) -> None:
         waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         elapsed = time.perf_counter() - self.batch_start
-        tokens = int(output(outputs, "tokens", self, pl_module)) * trainer.world_size
+        tokens = int(output(outputs, "tokens", self, pl_module)) * data_ranks(trainer.strategy)
         for window in (self.window, self.total):
             window.add(tokens, elapsed, waited - self.waited_before)
         self.waited_before = waited

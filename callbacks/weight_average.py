@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import from_batch, require_model
 from dsv3_lightning.callbacks.settings import WeightAverageSettings
+from dsv3_lightning.model.transformer import Losses
+from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
 from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
@@ -33,7 +35,7 @@ class WeightAverage(Callback):
         self.weights: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}  # this rank's shard of each weight
         self.loaded: dict[str, Tensor] | None = None
-        self.to_save: Callable[[Tensor], Tensor] = gather_full
+        self.to_save: Callable[[dict[str, Tensor]], dict[str, Tensor]] = gather_all
 
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> Charts:
@@ -41,7 +43,7 @@ class WeightAverage(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.weights, self.average = {}, {}
-        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else gather_full
+        self.to_save = trainer.strategy.to_save if isinstance(trainer.strategy, MeshStrategy) else gather_all
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_model(pl_module, self)
@@ -84,24 +86,34 @@ class WeightAverage(Callback):
         try:
             for batch in batches(trainer):
                 inputs = [from_batch(batch, key, self) for key in ("tokens", "mask", "targets")]
-                with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                    losses = pl_module.model.losses(*inputs, documents_BS=batch.get("documents"))
+                losses = self.losses_of(trainer, pl_module, batch, inputs)
                 loss.update(losses.nll_P, batch["targets"])
         finally:
             put(pl_module.model, trained)
         log_scalars(trainer, {"val/loss_average": loss.compute()[0]})
 
+    def losses_of(self, trainer: Trainer, pl_module: Any, batch: Any, inputs: list[Tensor]) -> Losses:
+        strategy, pipeline = trainer.strategy, pipeline_of(trainer.strategy)
+        if pipeline is not None:
+            return pipeline.evaluate(batch, strategy.pipeline_micro_batches)  # type: ignore[attr-defined]
+        with torch.no_grad(), trainer.precision_plugin.val_step_context():
+            return pl_module.model.losses(*inputs, documents_BS=batch.get("documents"))
+
     def state_dict(self) -> dict[str, Any]:
         """The state, with shards gathered; every rank must call this."""
         average = {
-            name: self.to_save(as_dtensor_like(weight, self.average[name].to(local(weight).device)))
+            name: as_dtensor_like(weight, self.average[name].to(local(weight).device))
             for name, weight in self.weights.items()
         }
-        return {"updates": self.updates, "average": average}
+        return {"updates": self.updates, "average": self.to_save(average)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.loaded = state_dict["updates"], state_dict["average"]
         self.average = {}
+
+
+def gather_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gather_full(tensor) for name, tensor in tensors.items()}
 
 
 def own_copy(weight: Tensor) -> Tensor:

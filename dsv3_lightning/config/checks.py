@@ -21,6 +21,7 @@ from dsv3_lightning.config.lightning_names import (
     STRATEGIES,
     TRAINER_MORE,
 )
+from dsv3_lightning.config.pipeline import check_pipeline
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES
@@ -196,6 +197,15 @@ def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], mode
     return mesh_shape(config, devices * trainer["num_nodes"], devices, model)
 
 
+def check_stages(strategy: str | dict[str, Any], trainer: dict[str, Any], model: ModelConfig, data: DataConfig) -> bool:
+    """Whether the strategy has a pipeline. Raises ConfigError for one that doesn't fit."""
+    config, devices = mesh_strategy(strategy), number_of_devices(trainer)
+    if config is None or config.pipeline_parallel == 1:
+        return False
+    check_pipeline(config, model, data, trainer, None if devices is None else devices * trainer["num_nodes"])
+    return True
+
+
 def number_of_devices(trainer: dict[str, Any]) -> int | None:
     """Devices per node; None if it depends on the machine."""
     devices = trainer["devices"]
@@ -209,9 +219,10 @@ def check_count(key: str, value: int) -> None:
 
 
 def check_together(
-    model: ModelConfig, data: DataConfig, loss: LossConfig, trainer: dict[str, Any], callbacks: dict[str, Any]
-) -> None:
-    """Raises ConfigError if two sections contradict each other."""
+    model: ModelConfig, data: DataConfig, loss: LossConfig, trainer: dict[str, Any], callbacks: dict[str, Any],
+    pipelined: bool = False,
+) -> None:  # fmt: skip
+    """Raises ConfigError if two sections contradict each other. pipelined: `check_stages` has seen the batch."""
     if data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length}: "
@@ -224,8 +235,9 @@ def check_together(
         )
     if data.vocab_size > model.vocab_size:
         raise ConfigError(f"data.vocab_size={data.vocab_size}: model.vocab_size={model.vocab_size} has fewer")
-    check_batch("data.batch_size", data.batch_size, trainer, "accumulate_grad_batches", "devices", "num_nodes")
-    if data.batch_ramp is not None:  # the number of micro-batches grows with it
+    if not pipelined:
+        check_batch("data.batch_size", data.batch_size, trainer, "accumulate_grad_batches", "devices", "num_nodes")
+    if data.batch_ramp is not None and not pipelined:  # the number of micro-batches grows with it
         check_batch("data.batch_ramp.start", data.batch_ramp.start, trainer, "devices", "num_nodes")
         check_batch("data.batch_ramp.increment", data.batch_ramp.increment, trainer, "devices", "num_nodes")
     check_mtp_weight(model.mtp_depth, loss.mtp_weight, callbacks.get("mtp_weight"))

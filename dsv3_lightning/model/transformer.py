@@ -19,7 +19,7 @@ from dsv3_lightning.model.parallel_heads import ParallelHead
 from dsv3_lightning.model.recompute import RECOMPUTE
 from dsv3_lightning.model.rope import cos_sin
 
-MTP_KINDS = {"sequential": MTPModule, "parallel": ParallelHead}
+MTP_KINDS: dict[str, type[MTPModule | ParallelHead]] = {"sequential": MTPModule, "parallel": ParallelHead}
 
 
 class Losses(NamedTuple):
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         balance: tuple[str, ...] = ("sequence",),
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.balance = config, balance
         self.recompute = RECOMPUTE[activation_checkpointing]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -101,13 +101,37 @@ class Transformer(nn.Module):
         self, h_BTD: Tensor, mask_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """The main model from the embeddings to its final norm: [B, T, D], and the stats of its MoE layers."""
+        h_BTD, stats = self.through_layers(h_BTD, mask_BT, documents)
+        return self.norm(h_BTD), stats
+
+    def through_layers(
+        self, h_BTD: Tensor, mask_BT: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """h [B, T, D] after the layers, and the stats of those that are MoE layers."""
         rope = cos_sin(self.config, torch.arange(h_BTD.shape[1], device=h_BTD.device))
         stats = []
         for block in self.layers:
             h_BTD, layer_stats = self.recompute(block, h_BTD, rope, mask_BT, documents)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        return self.norm(h_BTD), stats
+        return h_BTD, stats
+
+    def head_inputs(
+        self, trunk_BTD: Tensor, embedding_BSD: Tensor, mask_BS: Tensor, documents: Documents | None
+    ) -> tuple[list[Tensor], list[RouterStats]]:
+        """What the output head takes for each of the P losses, [B, T, D], and the stats of the MTP modules.
+
+        Module k starts from h_{k-1}, where h_0 is the main model's output after its final norm (eq. 21-25); a parallel
+        head from h_0.
+        """
+        rope = cos_sin(self.config, torch.arange(trunk_BTD.shape[1], device=trunk_BTD.device))
+        h_BTD, inputs, stats = trunk_BTD, [trunk_BTD], []
+        for k, module in enumerate(cast(list[MTPModule], self.mtp), start=1):
+            h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, embedding_BSD, mask_BS)
+            h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, documents)
+            stats.append(layer_stats)
+            inputs.append(module.norm(h_BTD))
+        return inputs, stats
 
     def losses(
         self,
@@ -123,8 +147,6 @@ class Transformer(nn.Module):
         head; None computes the routing alone. draft: whether to return each head's most likely token, too.
         documents_BS: int64, the number of each token's document, where documents of a sample do not see each other;
         best on the host (see `find_documents`).
-        MTP module k starts from h_{k-1}, where h_0 is the main model's output after its final norm (eq. 21-25); a
-        parallel head from h_0.
         """
         T = tokens_BS.shape[1] - 1 - self.config.mtp_depth if targets_BPT is None else targets_BPT.shape[-1]
         # At a document's end, module k sees a token of the next document. Only that position's own prediction is
@@ -132,18 +154,12 @@ class Transformer(nn.Module):
         documents = None if documents_BS is None else find_documents(documents_BS[:, :T], tokens_BS.device)
         embedding_BSD = self.embed_tokens(tokens_BS)  # once, also for the MTP modules: where sharded, it is gathered
         trunk_BTD, stats = self.trunk(embedding_BSD[:, :T], mask_BS[:, :T], documents)
-        rope = cos_sin(self.config, torch.arange(T, device=tokens_BS.device))
-        h_BTD, head_inputs = trunk_BTD, [trunk_BTD]
-        for k, module in enumerate(cast(list[MTPModule], self.mtp), start=1):
-            h_BTD, embedding_BTD, mask_BT = module.inputs(k, trunk_BTD, h_BTD, embedding_BSD, mask_BS)
-            h_BTD, layer_stats = self.recompute(module, h_BTD, embedding_BTD, rope, mask_BT, documents)
-            stats.append(layer_stats)
-            head_inputs.append(module.norm(h_BTD))
-        nll_P = torch.zeros(0, device=h_BTD.device)
+        inputs, more = self.head_inputs(trunk_BTD, embedding_BSD, mask_BS, documents)
+        nll_P = torch.zeros(0, device=trunk_BTD.device)
         if targets_BPT is not None:
-            nll_P = self.lm_head.loss(head_inputs, targets_BPT)
-        drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in head_inputs], 1) if draft else None
-        return Losses(nll_P, *stack_stats(stats, self.config.n_routed_experts, h_BTD.device), drafts_BPT)
+            nll_P = self.lm_head.loss(inputs, targets_BPT)
+        drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in inputs], 1) if draft else None
+        return Losses(nll_P, *stack_stats([*stats, *more], self.config.n_routed_experts, nll_P.device), drafts_BPT)
 
     def init_weights(self, seed: int, fill_parameter: Fill = fill) -> None:
         """Matrices normal with `initializer_range` (V3 §4.2), norms 1, expert biases 0; see `init.init_weights`."""

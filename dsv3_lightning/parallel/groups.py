@@ -12,7 +12,7 @@ from dsv3_lightning.parallel.mesh import MeshShape
 
 
 class Meshes(NamedTuple):
-    """Device meshes over the same ranks.
+    """Device meshes over the same ranks: all of them, or with a pipeline those of this rank's stage.
 
     dense: for everything but experts, [dp_replicate, dp_shard], or [dp_shard] without replicas.
     experts: for the shards of one expert, [dp_replicate, expert_shard] or [expert_shard].
@@ -20,6 +20,8 @@ class Meshes(NamedTuple):
     small: for norms and routers, [small_replicate, small_shard], or the same as dense.
     across, within: for the ranks of an ep group that have the same place in each node, and for those of one node; None
         where a token does not travel to each node once.
+    pp: for the ranks that hold the other stages, for the same samples. data: for the ranks of a stage, in one axis.
+        Both are None without a pipeline.
     """
 
     dense: DeviceMesh
@@ -28,6 +30,8 @@ class Meshes(NamedTuple):
     small: DeviceMesh
     across: DeviceMesh | None = None
     within: DeviceMesh | None = None
+    pp: DeviceMesh | None = None
+    data: DeviceMesh | None = None
 
 
 def init_after_restart(backend: str, timeout: timedelta, device: torch.device) -> None:
@@ -69,21 +73,27 @@ def set_timeout(meshes: Meshes, timeout: timedelta) -> None:
 
 def lay_out(shape: MeshShape, device_type: str) -> Meshes:
     assert dist.get_world_size() == shape.ranks
+
+    def mesh_of(**sizes: int) -> DeviceMesh:
+        """Axes within a stage, beside the one over the stages if there are several."""
+        axes = {"pp": shape.pp, **sizes} if shape.pp > 1 else sizes
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
     replicas = ("dp_replicate",) if shape.dp_replicate > 1 else ()
-    mesh = init_device_mesh(
-        device_type, (shape.dp_replicate, shape.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    mesh = mesh_of(dp_replicate=shape.dp_replicate, dp_shard=shape.dp_shard)
     dense = small = mesh[(*replicas, "dp_shard")]
     if shape.small_shard is not None:
-        sizes = (shape.ranks // shape.small_shard, shape.small_shard)
-        small = init_device_mesh(device_type, sizes, mesh_dim_names=("small_replicate", "small_shard"))
+        replicate = shape.data_ranks // shape.small_shard
+        small = mesh_of(small_replicate=replicate, small_shard=shape.small_shard)["small_replicate", "small_shard"]
+    meshes = Meshes(dense, dense, None, small)
+    if shape.pp > 1:
+        mesh = mesh_of(data=shape.data_ranks)
+        meshes = meshes._replace(pp=mesh["pp"], data=mesh["data"])
     if shape.ep == 1:
-        return Meshes(dense, dense, None, small)
-    axes = ("dp_replicate", "expert_shard", "ep")
-    mesh = init_device_mesh(device_type, (shape.dp_replicate, shape.expert_shard, shape.ep), mesh_dim_names=axes)
-    meshes = Meshes(dense, mesh[(*replicas, "expert_shard")], mesh["ep"], small)
+        return meshes
+    mesh = mesh_of(dp_replicate=shape.dp_replicate, expert_shard=shape.expert_shard, ep=shape.ep)
+    meshes = meshes._replace(experts=mesh[(*replicas, "expert_shard")], ep=mesh["ep"])
     if shape.nodes == 1:
         return meshes
-    of_groups = (shape.ranks // shape.ep, shape.nodes, shape.ep // shape.nodes)
-    mesh = init_device_mesh(device_type, of_groups, mesh_dim_names=("ep_groups", "ep_across", "ep_within"))
+    mesh = mesh_of(ep_groups=shape.data_ranks // shape.ep, ep_across=shape.nodes, ep_within=shape.ep // shape.nodes)
     return meshes._replace(across=mesh["ep_across"], within=mesh["ep_within"])

@@ -1,20 +1,27 @@
 """Arithmetic of the device mesh: which axis sizes fit a number of processes. Imports no torch.
 
-Every rank is a data-parallel rank with different samples. Each of `dp_replicate` groups holds a copy of the model,
+`pipeline_parallel` (axis `pp`, outermost) divides the ranks into stages, which hold different layers. Within a stage
+every rank is a data-parallel rank with different samples. Each of `dp_replicate` groups holds a copy of the stage,
 sharded over the `dp_shard` ranks of the group. `expert_parallel` (axis `ep`) divides `dp_shard`: that many neighboring
 ranks hold different experts and exchange tokens, and the other factor of `dp_shard` shards each expert.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
+from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.parallel.pipeline.checks import check_settings
 
 Kind = Literal["fsdp2", "hsdp", "fsdp2_ep"]
 KINDS: tuple[str, ...] = get_args(Kind)
 Size = int | Literal["auto"]
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[(*SCHEDULES,)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,12 @@ class StrategyConfig:
     kind: `fsdp2` shards parameters, gradients and optimizer state over all ranks (arXiv 1910.02054, stage 3); `hsdp`
         shards within a node and keeps a copy per node; `fsdp2_ep` is fsdp2 with experts that stay where they are
         while tokens travel (V3 §3.2).
-    dp_replicate, dp_shard: sizes of the mesh, outermost first; their product is the number of processes.
+    pipeline_parallel: the number of ranks over which the layers are spread (docs/pipelines.md); 1: no pipeline.
+    schedule: the order of a pipeline's passes. micro_batches: the parts of a step that go through it one after the
+        other; `auto` is twice pipeline_parallel.
+    stages: the number of layers in each of the pipeline's chunks; None splits them by planned cost.
+    dp_replicate, dp_shard: sizes of the mesh, outermost first; their product, times pipeline_parallel, is the number of
+        processes.
     expert_parallel: ranks over which a layer's experts are spread, with any `kind`. `auto` is 1 for fsdp2 and hsdp,
         and for fsdp2_ep as many ranks of a node as divide the experts.
     node_size: ranks per node; `auto`: as many as were started on one machine.
@@ -44,6 +56,10 @@ class StrategyConfig:
     """
 
     kind: Kind
+    pipeline_parallel: int = 1
+    schedule: ScheduleName = "zbv"
+    micro_batches: Size = "auto"
+    stages: list[int] | None = None
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
     expert_parallel: Size = "auto"
@@ -62,6 +78,7 @@ class StrategyConfig:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ConfigError(f"strategy.{name}={value}: must be at least 1, or auto")
+        check_settings(self)
         if self.prefetch < 0:
             raise ConfigError(f"strategy.prefetch={self.prefetch}: must be at least 0")
         if not self.timeout_minutes > 0:
@@ -77,6 +94,7 @@ class StrategyConfig:
 class MeshShape:
     """The size of each mesh axis; ep divides dp_shard.
 
+    pp: the number of stages, outermost; the others are within a stage.
     small_shard: the number of neighboring ranks over which norms and routers are sharded; it divides dp_shard. None is
     dp_shard. nodes: those of an ep group to each of which a token travels once; 1: tokens travel to experts directly.
     """
@@ -86,9 +104,15 @@ class MeshShape:
     ep: int = 1
     small_shard: int | None = None
     nodes: int = 1
+    pp: int = 1
 
     @property
     def ranks(self) -> int:
+        return self.pp * self.data_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of ranks with different samples: those of a stage."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -99,7 +123,8 @@ class MeshShape:
     def __str__(self) -> str:
         nodes = f" over {self.nodes} nodes" if self.nodes > 1 else ""
         experts = f" (experts: {self.expert_shard} x ep {self.ep}{nodes})" if self.ep > 1 else ""
-        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}{experts}"
+        stages = f"pp {self.pp} x " if self.pp > 1 else ""
+        return f"{stages}dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard}{experts}"
 
 
 def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: ModelConfig | None = None) -> MeshShape:
@@ -115,6 +140,13 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
                 f"strategy.node_size={ranks_per_node}: does not divide {ranks} processes; "
                 f"use {near(ranks_per_node, ranks)}"
             )
+    stages = config.pipeline_parallel
+    if ranks % stages:
+        raise ConfigError(
+            f"strategy.pipeline_parallel={stages}: does not divide {ranks} processes; use {near(stages, ranks)}"
+        )
+    ranks //= stages
+    processes = f"{ranks} processes" if stages == 1 else f"the {ranks} processes of a stage"
     if wanted != "auto":
         replicate = wanted
     elif shard != "auto":
@@ -123,7 +155,7 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
         replicate = ranks // math.gcd(ranks, ranks_per_node) if config.kind == "hsdp" else 1
     if wanted != "auto" and ranks % replicate:
         raise ConfigError(
-            f"strategy.dp_replicate={replicate}: does not divide {ranks} processes; use {near(replicate, ranks)}"
+            f"strategy.dp_replicate={replicate}: does not divide {processes}; use {near(replicate, ranks)}"
         )
     if shard == "auto":
         shard = ranks // replicate
@@ -131,14 +163,14 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
         fitting = f"use {near(shard, ranks)}" if wanted == "auto" else f"use {ranks // replicate} or auto"
         raise ConfigError(
             f"strategy.dp_shard={shard}: with dp_replicate={replicate} it makes {replicate * shard} processes, "
-            f"there are {ranks}; {fitting}"
+            f"there are {ranks}{' in a stage' if stages > 1 else ''}; {fitting}"
         )
     # FSDP2 pads the first dim of each parameter to the number of ranks: on 2,048 ranks V3's routers, of 256 rows, would
     # be gathered eight times as wide. Within a node nothing is padded, and nothing crosses the network.
     node = math.gcd(shard, ranks_per_node)
     ep = expert_size(config, shard, ranks_per_node, model)
     nodes = nodes_of_group(config, ep, ranks_per_node)
-    shape = MeshShape(replicate, shard, ep, node if node < shard else None, nodes)
+    shape = MeshShape(replicate, shard, ep, node if node < shard else None, nodes, stages)
     if model is not None and shape.ep > 1:
         check_expert_widths(shape, model)
     return shape

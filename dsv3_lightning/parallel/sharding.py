@@ -43,10 +43,12 @@ def shard_model(
 
     Shards, their gradients and gradient reductions are fp32. precision: Lightning's name; with `bf16-mixed` and
     `bf16-true` matrices are gathered in bf16, and a micro-batch's gradients are computed in bf16.
+    In a pipeline the model is one of this rank's stages, whose schedule gathers all parameters once and frees them.
     """
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     matrices = exact if precision == "32-true" else replace(exact, param_dtype=torch.bfloat16)
     embedding = matrices if precision == "bf16-true" else exact  # mixed: the residual stream starts in fp32
+    reshard = config.reshard_after_forward and config.pipeline_parallel == 1
     offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool, **arguments: Any) -> None:
@@ -65,25 +67,28 @@ def shard_model(
     for block in blocks(model):
         if isinstance(block.mlp, MoE):
             experts = block.mlp.experts
-            unit(experts, matrices, config.reshard_after_forward, mesh=meshes.experts,
+            unit(experts, matrices, reshard, mesh=meshes.experts,
                  shard_placement_fn=expert_placement(meshes))  # fmt: skip
             if meshes.ep is not None:  # gradients are sums over the ep ranks' tokens, but the mean is over all ranks
                 as_unit(experts).set_gradient_divide_factor(float(meshes.dense.size()))
                 # gloo has no pre-multiplied sum; with this set, torch 2.13 would divide twice in a group of one
                 as_unit(experts).set_force_sum_reduction_for_comms(meshes.experts.size(-1) > 1)
-        unit(block, matrices, config.reshard_after_forward)
+        unit(block, matrices, reshard)
     for module in model.mtp:
         if isinstance(module, MTPModule):
-            unit(module.eh_proj, matrices, config.reshard_after_forward)
-    if not tied:
-        unit(model.embed_tokens, embedding, config.reshard_after_forward)
+            unit(module.eh_proj, matrices, reshard)
+    first, last = hasattr(model, "embed_tokens"), hasattr(model, "lm_head")  # one of several stages may have neither
+    if first and not tied:
+        unit(model.embed_tokens, embedding, reshard)
         as_unit(model.embed_tokens).set_unshard_in_backward(False)  # its gradient doesn't need the weight
+    if last and not tied:
         unit(model.lm_head, matrices, False)  # the backward pass starts with it
         register_fsdp_forward_method(model.lm_head, "loss")
-    elif embedding is not exact:  # a tied embedding is gathered in fp32, with the norms
+    if tied and embedding is not exact:  # a tied embedding is gathered in fp32, with the norms
         model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.bfloat16())
-    register_fsdp_forward_method(model, "losses")
-    prefetch(gathers(model), config.prefetch)
+    if config.pipeline_parallel == 1:
+        register_fsdp_forward_method(model, "losses")
+        prefetch(gathers(model), config.prefetch)
 
 
 def sync_gradients_of_replicas(model: Transformer, wanted: bool) -> None:

@@ -1,6 +1,6 @@
 """The Lightning strategy for FSDP2, HSDP and expert parallelism over one mesh; the kinds are in mesh.KINDS."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +17,19 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.loading import on_first_rank, read_parts
 from dsv3_lightning.parallel.checkpoints.shards import Saver
+from dsv3_lightning.parallel.checkpoints.stages import (
+    Numbers,
+    from_all_stages,
+    gather_stages,
+    own_numbers,
+    whole_numbers,
+)
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes, set_timeout
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
+from dsv3_lightning.parallel.pipeline.checks import micro_batches_of, placement_of
+from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
+from dsv3_lightning.parallel.pipeline.stage import own_chunks
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
 from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
 
@@ -28,8 +38,9 @@ class MeshStrategy(ModelParallelStrategy):
     """Spreads `pl_module.model`, a Transformer, over all processes. Takes the arguments of StrategyConfig, with the
     dispatcher as a class.
 
-    Every rank is a data-parallel rank. The LightningModule's `configure_model` calls `shard` while its model is on the
-    meta device, and fills each shard with the function that it returns: no process ever holds the full model.
+    Every rank is a data-parallel rank, or with a pipeline every rank of a stage. The LightningModule's
+    `configure_model` calls `shard` while its model is on the meta device, and fills each shard with the function that
+    it returns: no process ever holds the full model.
     """
 
     def __init__(self, dispatcher: MakeDispatcher = AllToAll, **settings: Any) -> None:
@@ -41,6 +52,7 @@ class MeshStrategy(ModelParallelStrategy):
         self.saver: Saver | None = None
         self.started_at: int | None = None  # the step that this start began with
         self.timeout_lowered = False
+        self.pipeline: Pipeline | None = None  # with pipeline_parallel, once the model is sharded
 
     def setup_environment(self) -> None:
         if self.config.cpu_offload and self.root_device.type == "cpu":
@@ -67,15 +79,74 @@ class MeshStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        return {"num_replicas": self.data_ranks, "rank": self.data_rank}
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of ranks with different samples."""
+        return self.world_size // self.config.pipeline_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's number among those of its stage."""
+        return self.global_rank % self.data_ranks
+
+    @property
+    def pipeline_micro_batches(self) -> int | None:
+        """Micro-batches of a full step that go through the pipeline; None without one."""
+        return micro_batches_of(self.config) if self.config.pipeline_parallel > 1 else None
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum over ranks with different samples, in place; a pipeline's other stages have the same values."""
+        dist.all_reduce(values, group=None if self.meshes.data is None else self.meshes.data.get_group())
+        return values
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """With a pipeline also the backward passes: gradients are zeroed before it, and autocast is the stages' own."""
+        if self.pipeline is None:
+            return super().training_step(*args, **kwargs)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[union-attr]
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.pipeline is None:
+            return super().backward(closure_loss, *args, **kwargs)
+        module: Any = self.lightning_module  # the hooks around the backward pass are called after it
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        return self.precision_plugin.post_backward(closure_loss, module)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.pipeline is None:
+            return super().validation_step(*args, **kwargs)
+        return self.lightning_module.validation_step(*args, **kwargs)  # type: ignore[union-attr]
 
     @property
     def parameter_device(self) -> torch.device:
         return torch.device("cpu") if self.config.cpu_offload else self.root_device
 
-    def shard(self, model: Transformer) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
-        """Shards a model on the meta device; returns the function that writes initial weights into its shards."""
-        shard_model(model, self.meshes, self.config, str(self.precision_plugin.precision), self.dispatcher)
+    def shard(
+        self, model: Transformer, stages: Sequence[int] | None = None
+    ) -> Callable[[Tensor, int | None, Callable[[], Tensor]], None]:
+        """Shards a model on the meta device; returns the function that writes initial weights into its shards.
+
+        stages: the number of layers in each of a pipeline's chunks, of which the model keeps this rank's; None: those
+        of the settings.
+        """
+        parts: list[Transformer] = [model]
+        precision = str(self.precision_plugin.precision)
+        if self.meshes.pp is not None:
+            layers = stages or self.config.stages
+            assert layers is not None, "a pipeline needs the number of layers in each chunk"
+            chunks = own_chunks(layers, placement_of(self.config)[self.meshes.pp.get_local_rank()])
+            dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+            self.pipeline = Pipeline(
+                model, chunks, self.config.schedule, self.meshes.pp, self.root_device, dtype,
+                self.precision_plugin.forward_context,
+            )  # fmt: skip
+            parts = [*self.pipeline.stages]
+        for part in parts:
+            shard_model(part, self.meshes, self.config, precision, self.dispatcher)
         return fill_shard
 
     def model_to_device(self) -> None:
@@ -106,23 +177,54 @@ class MeshStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Full tensors on the CPU, gathered one at a time, on the first rank only; or each rank's shards."""
-        state = self.lightning_module.state_dict()  # type: ignore[union-attr]
-        return self.on_first_rank({name: self.to_save(value) for name, value in state.items()})
+        return self.on_first_rank(self.to_save(self.lightning_module.state_dict()))  # type: ignore[union-attr]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state as AdamW has it on one process, so the file is the same for any number of processes."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        weights, state = weights_of(optimizer), optimizer.state_dict()
-        for weight, (index, values) in zip(weights, sorted(state["state"].items()), strict=True):
-            state["state"][index] = {k: self.to_save(as_dtensor_like(weight, v)) for k, v in values.items()}
+        weights, state, numbers = weights_of(optimizer), optimizer.state_dict(), self.numbers(optimizer)
+        named = {
+            (number, what): as_dtensor_like(weight, value)
+            for weight, number, (_, values) in zip(weights, numbers.own, sorted(state["state"].items()), strict=True)
+            for what, value in values.items()
+        }
+        scalars = {key: value for key, value in named.items() if not value.dim()}
+        if self.stages is not None:
+            scalars = from_all_stages(scalars, self.stages)
+        state["state"] = {}
+        saved = scalars | self.to_save({key: value for key, value in named.items() if value.dim()})
+        for (number, what), value in sorted(saved.items()):
+            state["state"].setdefault(number, {})[what] = value
+        state["param_groups"] = [
+            group | {"params": params} for group, params in zip(state["param_groups"], numbers.groups, strict=True)
+        ]
         return self.on_first_rank(state)
 
-    def to_save(self, tensor: Tensor) -> Tensor:
-        """This rank's shard; or, for a single file, the full tensor on the first rank and an empty one elsewhere."""
+    def numbers(self, optimizer: Any) -> Numbers:
+        """The numbers of the optimizer's parameters in the whole model; every rank must call it."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if self.pipeline is None or self.stages is None:
+            return own_numbers(sizes)
+        name_of = {id(parameter): name for name, parameter in self.pipeline.model.named_parameters()}
+        names = iter([name_of[id(weight)] for weight in weights_of(optimizer)])
+        return whole_numbers([[next(names) for _ in range(size)] for size in sizes], self.pipeline.order, self.stages)
+
+    @property
+    def stages(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the other stages for the same samples; None without a pipeline."""
+        return None if self.meshes.pp is None else self.meshes.pp.get_group()
+
+    def to_save(self, tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """This rank's shards; or, for a single file, all full tensors on the first rank and empty ones elsewhere."""
         if self.saver is not None:
-            return tensor.detach()
-        gathered = gather_full(tensor)
-        return gathered if self.is_global_zero else gathered.new_empty(0)
+            return {name: tensor.detach() for name, tensor in tensors.items()}
+        if self.stages is not None:
+            return gather_stages(tensors, self.stages, sends=self.data_rank == 0)
+        gathered = {}
+        for name, tensor in tensors.items():
+            full = gather_full(tensor)
+            gathered[name] = full if self.is_global_zero else full.new_empty(0)
+        return gathered
 
     def on_first_rank(self, state: dict[str, Any]) -> dict[str, Any]:
         return state if self.is_global_zero or self.saver is not None else {}
@@ -137,26 +239,38 @@ class MeshStrategy(ModelParallelStrategy):
         """Reads this rank's shards from a file or from a sharded checkpoint, which may be of another mesh."""
         module = self.lightning_module
         assert module is not None
-        own = module.state_dict()
-        path = Path(checkpoint_path)
+        own, path = module.state_dict(), Path(checkpoint_path)
+        numbers = [self.numbers(optimizer) for optimizer in self.optimizers]
+        weights = [weights_of(optimizer) for optimizer in self.optimizers]
+        elsewhere = set() if self.pipeline is None else {f"model.{name}" for name in self.pipeline.order} - own.keys()
         if on_first_rank(path.is_dir):  # another rank may see an old listing
-            checkpoint = read_parts(path, own, [weights_of(optimizer) for optimizer in self.optimizers])
+            by_number = [
+                dict(zip(of_all.own, mine, strict=True)) for of_all, mine in zip(numbers, weights, strict=True)
+            ]
+            checkpoint = read_parts(path, own, by_number, elsewhere)
         else:
             files: Any = self.checkpoint_io
             checkpoint = files.load_checkpoint(path, mmap=True)
-        if own.keys() != checkpoint["state_dict"].keys():
-            different = ", ".join(sorted(own.keys() ^ checkpoint["state_dict"].keys())[:4])
-            raise ConfigError(f"{checkpoint_path}: its weights are those of another model ({different})")
+        if unequal := (own.keys() ^ checkpoint["state_dict"].keys()) - elsewhere:
+            raise ConfigError(
+                f"{checkpoint_path}: its weights are those of another model ({', '.join(sorted(unequal)[:4])})"
+            )
         with torch.no_grad():
-            for name, value in checkpoint["state_dict"].items():
-                local(own[name]).copy_(local_shard(value, own[name]))
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
-            weights = weights_of(optimizer)
-            for index, weight in enumerate(weights):
-                state["state"][index] = {k: local_shard(v, weight) for k, v in state["state"][index].items()}
+            for name, value in own.items():
+                local(value).copy_(local_shard(checkpoint["state_dict"][name], value))
+        for optimizer, state, of_all, mine in zip(self.optimizers, checkpoint["optimizer_states"], numbers, weights):
+            masters, moments = state.pop("masters", []), state["state"]
+            state["state"] = {
+                index: {what: local_shard(value, weight) for what, value in moments[number].items()}
+                for index, (number, weight) in enumerate(zip(of_all.own, mine, strict=True))
+            }
             with torch.no_grad():
-                for weight, master in zip(weights, state.pop("masters", [])):  # of one process with bf16 weights
-                    local(weight).copy_(local_shard(master, weight))
+                for number, weight in zip(of_all.own, mine) if masters else ():  # of one process with bf16 weights
+                    local(weight).copy_(local_shard(masters[number], weight))
+            sizes = own_numbers([len(group["params"]) for group in optimizer.param_groups])
+            state["param_groups"] = [
+                group | {"params": params} for group, params in zip(state["param_groups"], sizes.groups, strict=True)
+            ]
             optimizer.load_state_dict(state)
         return checkpoint
 

@@ -64,19 +64,25 @@ def fill_shard(parameter: Tensor, expert: int | None, draw: Callable[[], Tensor]
 
 
 @torch.no_grad()
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+def global_norm(gradients: Iterable[Tensor], spread_on: torch.device | None = None) -> Tensor:
     """The 2-norm of all gradients together, whatever meshes they are sharded over: fp32 scalar.
 
     Each rank sums the squares of its shards, divided by the number of ranks that hold the same shard; one all-reduce
     adds these sums up.
+    spread_on: this rank's device, where other ranks hold other parameters. A rank without gradients then takes part.
     """
     gradients = list(gradients)
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    if not sharded:
+    device = spread_on if spread_on is not None or not sharded else torch.device(sharded[0].device_mesh.device_type)
+    if device is None:
         return torch.nn.utils.get_total_norm(gradients)
+    if not gradients:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.sqrt().float()
     norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients], dtype=torch.float32)).double()
     copies = torch.tensor([copies_of(gradient) for gradient in gradients], dtype=norms.dtype, device=norms.device)
-    total = (norms.square() / copies).sum().to(sharded[0].device_mesh.device_type)
+    total = (norms.square() / copies).sum().to(device)
     dist.all_reduce(total)
     return total.sqrt().float()
 

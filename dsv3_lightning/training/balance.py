@@ -15,7 +15,8 @@ class BalanceTerm:
 
     Losses over the global batch need the token counts of the whole step before the first backward pass. With one
     micro-batch per step its forward pass gives them (one all-reduce for all layers). With several, `count_step` first
-    runs the forward passes of the step without gradients: the exact global loss, for a third more compute.
+    runs the forward passes of the step without gradients: the exact global loss, for a third more compute. A pipeline
+    does the same with its micro-batches.
     """
 
     def __init__(self, factors: dict[str, float], experts_per_token: int) -> None:
@@ -38,17 +39,28 @@ class BalanceTerm:
         self.sums: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)
         self.steps = 0.0
 
-    def weigh(self, losses: Losses, counts_LE: Tensor | None, parts: int) -> Tensor | float:
-        """Σ α · Σ_layers loss. counts_LE: the step's token counts. parts: micro-batches · ranks, for the later mean."""
-        total: Tensor | float = 0.0
-        for name, factor in self.factors.items():
-            term = losses.balance.get(name)
-            if term is None:
-                continue  # a model without experts
+    def total(self, terms: dict[str, Tensor], counts_LE: Tensor | None, parts: int) -> Tensor | float:
+        """Σ α · Σ_layers loss, 0.0 without experts. terms: `Losses.balance`. counts_LE: the step's, of the same layers.
+
+        parts: micro-batches · ranks, for the later mean.
+        """
+        weighed = self.completed(terms, counts_LE, parts)
+        return sum((self.scale * self.factors[name] * term.sum() for name, term in weighed.items()), 0.0)
+
+    def completed(self, terms: dict[str, Tensor], counts_LE: Tensor | None, parts: int) -> dict[str, Tensor]:
+        """The loss of each layer by name, those of the whole batch with their frequencies."""
+        found = {}
+        for name in (name for name in self.factors if name in terms):  # a model without experts has none
+            found[name] = terms[name]
             if BALANCE_LOSSES[name].whole_batch:
                 assert counts_LE is not None, "the caller counts where `needs_counts` says so"
-                term = batch_loss(term, counts_LE, self.experts_per_token) * parts
-            total = total + self.scale * factor * term.sum()
+                found[name] = batch_loss(terms[name], counts_LE, self.experts_per_token) * parts
+        return found
+
+    def weigh(self, losses: Losses, counts_LE: Tensor | None, parts: int) -> Tensor | float:
+        """As `total`, of all layers, noted for the log."""
+        total = self.total(losses.balance, counts_LE, parts)
+        for name, term in self.completed(losses.balance, counts_LE, parts).items():
             self.sums[f"loss/balance_{name}"] += term.detach().mean() / parts
         if self.factors:
             self.sums["loss/balance"] += torch.as_tensor(total).detach() / parts

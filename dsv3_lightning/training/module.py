@@ -17,7 +17,9 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
+from dsv3_lightning.parallel.data_ranks import data_rank, data_ranks, pipeline_of, sum_over_data
 from dsv3_lightning.parallel.meeting import refuse_mixed_steps
+from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
 from dsv3_lightning.parallel.strategy import MeshStrategy
 from dsv3_lightning.parallel.tensors import global_norm, local
 from dsv3_lightning.planning.flops import training_flop_per_token
@@ -28,7 +30,9 @@ from dsv3_lightning.training.loops import loops_at, set_micro_batches
 from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
 from dsv3_lightning.training.non_finite import describe, find_on_rank, gather_findings
 from dsv3_lightning.training.optimizer import build_optimizer
+from dsv3_lightning.training.pipeline_step import pipeline_step
 from dsv3_lightning.training.schedule import lr_factor
+from dsv3_lightning.training.stages import chunk_layers
 from dsv3_lightning.training.stored import stored_arguments
 
 
@@ -40,6 +44,7 @@ class PretrainModule(pl.LightningModule):
     this rank. Their sum over the ranks divides every mean, however the step is split.
     If `balance.needs_counts`, the first of several micro-batches also holds `step_tokens` and `step_mask` of all.
     With `data.isolate_documents` it also holds `documents` (and `step_documents`).
+    In a pipeline a batch is that of the whole step, whose micro-batches are the pipeline's.
     init_from: a folder with initial weights, in place of random ones.
     `mtp_weight` (λ) and `balance.scale` (on α) may be set by callbacks before each step. The outputs hold
     `expert_counts`, int64 [L, E], and `tokens`, the micro-batch's positions.
@@ -58,7 +63,7 @@ class PretrainModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer_config, self.loss_config, self.max_steps = optimizer, loss, max_steps
-        self.flops_per_token = training_flop_per_token(model, sequence_length)
+        self.sequence_length, self.flops_per_token = sequence_length, training_flop_per_token(model, sequence_length)
         self.seed, self.init_from = seed, init_from
         self.balance = BalanceTerm(loss.balance_factors, model.num_experts_per_tok)
         with torch.device("meta"):  # until `configure_model`, when the sharding is known
@@ -128,11 +133,12 @@ class PretrainModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Makes the initial weights, or this rank's shards of them; they don't depend on the number of ranks."""
-        if not self.model.embed_tokens.weight.is_meta:
+        if not next(self.model.parameters()).is_meta:
             return
         strategy = self.trainer.strategy
         if isinstance(strategy, MeshStrategy):
-            fill_parameter, device = strategy.shard(self.model), strategy.parameter_device
+            stages = chunk_layers(strategy.config, self.model.config, self.sequence_length)
+            fill_parameter, device = strategy.shard(self.model, stages), strategy.parameter_device
         else:
             fill_parameter, device = fill, strategy.root_device
         self.model.to_empty(device=device)
@@ -145,41 +151,72 @@ class PretrainModule(pl.LightningModule):
         """Optimizer steps of the run so far, also if a finished run is loaded only for validation."""
         return max(self.trainer.global_step, self.loaded_step)
 
+    @property
+    def pipeline(self) -> Pipeline | None:
+        return pipeline_of(self.trainer.strategy)
+
     def step_targets(self, batch: dict[str, Tensor]) -> Tensor:
         """Valid targets of each head in the whole step over all micro-batches and ranks, int64 [P]."""
         if "target_counts" in batch:
-            self.target_counts_P = self.trainer.strategy.reduce(batch["target_counts"].clone(), reduce_op="sum")
+            self.target_counts_P = sum_over_data(self.trainer.strategy, batch["target_counts"].clone())
         assert self.target_counts_P is not None, "a step's first micro-batch has target_counts"
         return self.target_counts_P
 
-    def step_counts(self, batch: dict[str, Tensor], losses: Losses) -> Tensor | None:
-        """Tokens per expert of the whole step over all micro-batches and ranks, or None if no loss needs them."""
+    def step_counts(self, batch: dict[str, Tensor], losses: Losses | None) -> Tensor | None:
+        """Tokens per expert of the whole step over all micro-batches and ranks, or None if no loss needs them.
+
+        losses: of the micro-batch; None before a pipeline's.
+        """
         if not self.balance.needs_counts:
             return None
-        counts_LE = losses.counts_LE
-        if self.trainer.accumulate_grad_batches > 1:
+        if losses is None:
+            assert self.pipeline is not None
+            counts_LE = self.pipeline.count(batch, self.pipelined_after(self.trainer.global_step))
+        elif self.trainer.accumulate_grad_batches > 1:
             if "step_tokens" not in batch:
                 return self.balance.step_counts_LE
             step = batch["step_tokens"], batch["step_mask"], batch.get("step_documents")
             counts_LE = count_step(self.model, *step, len(batch["tokens"]))
-        self.balance.step_counts_LE = self.trainer.strategy.reduce(counts_LE.clone(), reduce_op="sum")
+        else:
+            counts_LE = losses.counts_LE.clone()
+        self.balance.step_counts_LE = sum_over_data(self.trainer.strategy, counts_LE)
         return self.balance.step_counts_LE
 
+    def head_loss(self, nll_P: Tensor, parts: int) -> Tensor:
+        """L_main + λ/mtp_depth · Σ_k L_mtp,k of a part of the step. nll_P: summed token losses. parts: of the step."""
+        assert self.target_counts_P is not None
+        mean_P = nll_P / self.target_counts_P.clamp(min=1) * parts
+        return mean_P[0] + self.mtp_weight * mean_P[1:].mean() if len(mean_P) > 1 else mean_P[0]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | int]:
-        targets_P = self.step_targets(batch).clamp(min=1)
-        losses = self.model.losses(
-            batch["tokens"], batch["mask"], batch["targets"], documents_BS=batch.get("documents")
-        )
+        self.step_targets(batch)
+        ranks = data_ranks(self.trainer.strategy)
+        if self.pipeline is None:
+            losses = self.losses_of(batch)
+            counts_LE = self.step_counts(batch, losses)
+        else:
+            counts_LE, micro_batches = self.step_counts(batch, None), self.pipelined_after(self.trainer.global_step)
+            losses = pipeline_step(
+                self.pipeline, batch, micro_batches, self.head_loss, self.balance, ranks, counts_LE
+            )  # fmt: skip
         # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
-        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        mean_P = losses.nll_P / targets_P * parts
-        loss = mean_P[0] + self.balance.weigh(losses, self.step_counts(batch, losses), parts)
-        if len(mean_P) > 1:
-            loss = loss + self.mtp_weight * mean_P[1:].mean()
+        parts = ranks * self.trainer.accumulate_grad_batches
+        loss = self.head_loss(losses.nll_P, parts) + self.balance.weigh(losses, counts_LE, parts)
         self.train_loss.update(losses.nll_P, batch["targets"])
         self.step_loss = self.step_loss + loss.detach()
         self.micro_batches.append((loss.detach(), batch.get("sample_ids")))
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
+
+    def losses_of(self, batch: dict[str, Tensor], draft: bool = False) -> Losses:
+        """The losses of a batch, without a pipeline with gradients. draft: as in `Transformer.losses`."""
+        if self.pipeline is not None:
+            return self.pipeline.evaluate(batch, self.pipelined_after(None), draft)
+        return self.model.losses(batch["tokens"], batch["mask"], batch["targets"], draft, batch.get("documents"))
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Lightning calls it between training_step and the backward pass, which a pipeline has done by then."""
+        if self.pipeline is None:
+            super().optimizer_zero_grad(*args)
 
     def configure_gradient_clipping(
         self,
@@ -255,9 +292,15 @@ class PretrainModule(pl.LightningModule):
 
     def micro_batches_after(self, step: int) -> int:
         """Micro-batches of each rank in the step that follows on so many."""
-        if self.ramp is None:
+        if self.ramp is None or self.pipeline is not None:
             return self.trainer.accumulate_grad_batches
         return self.ramp(step)
+
+    def pipelined_after(self, step: int | None) -> int:
+        """Micro-batches of the pipeline in the step that follows on so many; None: in a full one."""
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, MeshStrategy) and strategy.pipeline_micro_batches is not None
+        return strategy.pipeline_micro_batches if self.ramp is None or step is None else self.ramp(step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.forward_start = time.perf_counter()
@@ -270,8 +313,7 @@ class PretrainModule(pl.LightningModule):
             self.trainer.should_stop = True  # Lightning still validates once more before it stops
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        draft, documents_BS = len(self.model.mtp) > 0, batch.get("documents")
-        losses = self.model.losses(batch["tokens"], batch["mask"], batch["targets"], draft, documents_BS)
+        losses = self.losses_of(batch, draft=self.model.config.mtp_depth > 0)
         if losses.drafts_BPT is not None:
             self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
         self.val_loss.update(losses.nll_P, batch["targets"])
@@ -309,12 +351,12 @@ class PretrainModule(pl.LightningModule):
         """The value of each rank, all of which must call it."""
         mine = torch.zeros(self.trainer.world_size, dtype=torch.int64)
         mine[self.trainer.global_rank] = value
-        return [int(one) for one in self.summed(mine)]
+        reduced: Tensor = self.trainer.strategy.reduce(mine.to(self.device), reduce_op="sum")
+        return [int(one) for one in reduced]
 
     def summed(self, values: Tensor) -> list[Any]:
-        """The values summed over all ranks, all of which must call it."""
-        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
-        return reduced.tolist()
+        """The values summed over all ranks with different samples; every rank must call it."""
+        return sum_over_data(self.trainer.strategy, values.to(self.device, copy=True)).tolist()
 
     def keep(self) -> None:
         """Stores the sums for the log, which a step changes before it is complete."""
@@ -349,7 +391,7 @@ class PretrainModule(pl.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):  # else a run whose time was up would never make another step
                 checkpoint["callbacks"].pop(callback.state_key, None)
-        if self.trainer.is_global_zero:  # the sums were of all ranks, whatever their number
+        if data_rank(self.trainer.strategy) == 0:  # the sums were of all ranks, whatever their number
             nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
             self.train_loss.nll_P += nll_P
             self.train_loss.count_P += count_P.long()

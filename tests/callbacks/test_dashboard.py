@@ -9,8 +9,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.backend_context import _sort_and_reduce_to_hparams_limit
 
+from dsv3_lightning import callbacks
 from dsv3_lightning.callbacks.charts import QUESTIONS
-from dsv3_lightning.callbacks.dashboard import LOGGING, VARIED, flatten, hparams_row, is_compared, layout
+from dsv3_lightning.callbacks.dashboard import VARIED, flatten, hparams_row, is_compared, layout, logging_callbacks
+from dsv3_lightning.callbacks.settings import CLASSES
 from dsv3_lightning.config.compose import PRESETS, compose
 from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.training.module import PretrainModule
@@ -80,7 +82,27 @@ def test_every_chart_is_declared_under_a_question_and_no_key_twice():
     keys = [key for charts in QUESTIONS.values() for key in charts]
     assert len(set(keys)) == len(keys)
     tree = settings("callbacks.router_monitor.per_layer=true", "callbacks.weight_average={decay: 0.9}")
-    assert {key for source in (*LOGGING.values(), PretrainModule) for key in source.charts(tree, 2)} == set(keys)
+    assert {key for source in (*logging_callbacks(CLASSES), PretrainModule) for key in source.charts(tree, 2)} == set(
+        keys
+    )
+
+
+@pytest.mark.parametrize("chart", ["grad_norm", ("is it healthy", "norm of the weights"), "nowhere"])
+def test_a_new_callbacks_charts_are_drawn_without_a_line_elsewhere(monkeypatch, chart):
+    class WeightNorm:
+        charts = staticmethod(lambda tree, origins: {chart: ["optimizer/weight_norm"]})
+
+    monkeypatch.setitem(CLASSES, "weight_norm", "WeightNorm")
+    monkeypatch.setattr(callbacks, "WeightNorm", WeightNorm, raising=False)
+    tree = settings()
+    off, tree["callbacks"]["weight_norm"] = layout(tree, 2), {}
+    if chart == "nowhere":
+        with pytest.raises(AssertionError, match="charts without a title: {'nowhere'}"):
+            layout(tree, 2)
+        return
+    drawn = layout(tree, 2)["is it healthy"]
+    title = chart[1] if isinstance(chart, tuple) else QUESTIONS["is it healthy"][chart]
+    assert drawn[title][1][-1] == "optimizer/weight_norm" and drawn != off["is it healthy"]
 
 
 def test_no_chart_has_curves_of_training_and_of_validation():

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import Callback
 
 from dsv3_lightning.model.losses import IGNORE
+from dsv3_lightning.parallel.checkpoints.stages import gather_stages
+from dsv3_lightning.parallel.data_ranks import data_rank, pipeline_of
 
 
 class Recorder(Callback):
@@ -18,7 +20,10 @@ class Recorder(Callback):
         self.folder, self.gradients = Path(folder), gradients
 
     def write(self, trainer, name, tensors):
-        full = {key: whole(value) for key, value in tensors.items()}
+        if pipeline_of(trainer.strategy) is None:
+            full = {key: whole(value) for key, value in tensors.items()}
+        else:
+            full = gather_stages(tensors, trainer.strategy.stages, sends=data_rank(trainer.strategy) == 0)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save(full, self.folder / f"{name}.pt")
@@ -38,7 +43,7 @@ class Recorder(Callback):
         biases = [value for name, value in pl_module.model.named_buffers() if name.endswith("expert_bias")]
         if biases:
             mine = torch.stack(biases)
-            for theirs in trainer.strategy.all_gather(mine).reshape(-1, *mine.shape):
+            for theirs in of_ranks_with_them(trainer.strategy, mine):
                 assert torch.equal(theirs, mine), "the ranks' expert biases differ"
 
 
@@ -50,7 +55,7 @@ class Valid(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         rows, heads, T = batch["targets"].shape
-        first = trainer.global_rank * rows
+        first = data_rank(trainer.strategy) * rows
         for row, count in enumerate(self.counts[first : first + rows]):
             for head in range(heads):
                 batch["targets"][row, head] = batch["tokens"][row, 1 + head : 1 + head + T]
@@ -67,6 +72,15 @@ class Even(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if "target_counts" in batch:
             batch["target_counts"].fill_(self.count // trainer.world_size)
+
+
+def of_ranks_with_them(strategy, mine):
+    """Those of the ranks that have the same layers: all, or in a pipeline those of a stage."""
+    if pipeline_of(strategy) is None:
+        return strategy.all_gather(mine).reshape(-1, *mine.shape)
+    theirs = [torch.empty_like(mine) for _ in range(strategy.data_ranks)]
+    torch.distributed.all_gather(theirs, mine, group=strategy.meshes.data.get_group())
+    return theirs
 
 
 def whole(tensor):

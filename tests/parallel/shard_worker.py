@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         if rank == 0:
             step_of(path)  # as a start does before
         empty, order = state(mesh, layout, lambda shape: torch.full(shape, torch.nan))
-        got = loading.read_parts(path, empty, [order])
+        got = loading.read_parts(path, empty, [dict(enumerate(order))])
         print(f"opened {number}:", sorted({Path(name).name for name in opened if str(folder) in name}), flush=True)
         print(f"metadata {number}:", sum(name.endswith(".metadata") for name in opened), flush=True)
         wanted = checkpoint(*state(mesh, layout, lambda shape: torch.full(shape, torch.nan)))
@@ -98,7 +98,9 @@ def main(folder: Path) -> None:
 
 def refused(what, path, own, weights):
     try:
-        loading.read_parts(path, own, weights if isinstance(weights[0], list) else [weights])
+        loading.read_parts(
+            path, own, [dict(enumerate(of_one)) for of_one in (weights if isinstance(weights[0], list) else [weights])]
+        )
     except ConfigError as error:
         print(f"{what}:", error, flush=True)
 

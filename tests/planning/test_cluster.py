@@ -10,7 +10,7 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.model import cpu
-from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
+from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig
 from dsv3_lightning.planning.cluster import MAX_LOGITS, rank_memory
 from dsv3_lightning.planning.hardware import GPU, GPUS, Hardware
 from dsv3_lightning.planning.layout import FIRST, Layout, Work
@@ -184,7 +184,7 @@ def test_unknown_devices_are_the_planned_gpus(devices: str, capsys: pytest.Captu
         (["--gpus", "12", "strategy={kind: fsdp2_ep, dp_shard: 8}", "trainer.devices=8",
           "trainer.accumulate_grad_batches=384"],
          "strategy.dp_shard=8: with dp_replicate=1 it makes 8 processes, there are 12; use 6 or 12"),
-        (["--gpus", "8", "strategy=deepspeed"], "only fsdp2, hsdp, fsdp2_ep can be planned for --gpus"),
+        (["--gpus", "8", "strategy=deepspeed"], f"only {', '.join(KINDS)} can be planned for --gpus"),
         (["--gpus", "0"], "argument --gpus: '0' must be a whole number of at least 1"),
         (["--sources"], "--sources: needs the number of ranks; add --gpus N"),
     ],

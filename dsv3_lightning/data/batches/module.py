@@ -32,7 +32,8 @@ MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.1626
 class TextDataModule(LightningDataModule):
     """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
 
-    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches. While `batch_ramp`
+    To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches; in a pipeline, whose
+    micro-batches a strategy names as `pipeline_micro_batches`, of max_steps batches. While `batch_ramp`
     lets the batch grow, a step has fewer of them (see `micro_batches`), which PretrainModule takes care of.
     Saved state: `next_sample`, the run's number of the first sample of the next step, and `index`, a hash of everything
     that these numbers depend on. Save between optimizer steps: a step that is cut short is drawn again from its
@@ -229,8 +230,11 @@ class TextDataModule(LightningDataModule):
         """The division of steps of `batch_size` samples. Raises ConfigError."""
         if self.trainer is None:
             return Layout(self.config.batch_size)
-        accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        return Layout(self.config.batch_size, accumulate, ranks, self.trainer.global_rank)
+        strategy = self.trainer.strategy
+        among = getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+        pipelined = getattr(strategy, "pipeline_micro_batches", None)
+        accumulate = self.trainer.accumulate_grad_batches if pipelined is None else pipelined
+        return Layout(self.config.batch_size, accumulate, among["num_replicas"], among["rank"], pipelined is not None)
 
 
 def length_note(passes: float, tokens: int) -> str:

@@ -32,6 +32,7 @@ class MicroBatch(NamedTuple):
 class Layout:
     """The division of a step's samples into `accumulate` micro-batches on each of `ranks`, of which this is `rank`.
 
+    pipelined: the micro-batches are a pipeline's, which takes all of a step's at once.
     Raises ConfigError if they don't divide evenly.
     """
 
@@ -39,19 +40,26 @@ class Layout:
     accumulate: int = 1
     ranks: int = 1
     rank: int = 0
+    pipelined: bool = False
 
     def __post_init__(self) -> None:
         parts = self.accumulate * self.ranks
+        setting = "strategy.micro_batches" if self.pipelined else "trainer.accumulate_grad_batches"
         if rest := self.batch_size % parts:
             nearest = [size for size in (self.batch_size - rest, self.batch_size - rest + parts) if size]
             raise ConfigError(
-                f"data.batch_size={self.batch_size}: {self.ranks} ranks x trainer.accumulate_grad_batches="
-                f"{self.accumulate} need a multiple of {parts}, such as {' or '.join(map(str, nearest))}"
+                f"data.batch_size={self.batch_size}: {self.ranks} ranks x {setting}={self.accumulate} "
+                f"need a multiple of {parts}, such as {' or '.join(map(str, nearest))}"
             )
 
     @property
     def micro_batch_size(self) -> int:
         return self.batch_size // self.accumulate // self.ranks
+
+    @property
+    def drawn_at_once(self) -> int:
+        """Samples of a batch that a rank draws."""
+        return self.batch_size // self.ranks if self.pipelined else self.micro_batch_size
 
     def of_step(self, samples: int) -> "Layout":
         """The division of a step of fewer samples, whose micro-batches are at most as large. Raises ConfigError."""
@@ -61,7 +69,7 @@ class Layout:
                 f"its start and increment need multiples of {self.ranks}"
             )
         number = micro_batches(samples // self.ranks, self.micro_batch_size)
-        return Layout(samples, number, self.ranks, self.rank)
+        return Layout(samples, number, self.ranks, self.rank, self.pipelined)
 
     def numbers(self) -> np.ndarray:
         """This rank's samples of a step, numbered from the step's first: int64 [accumulate, micro_batch_size]."""
@@ -96,6 +104,8 @@ class TrainSampler:
         self.skips = skips
 
     def __len__(self) -> int:
+        if self.layout.pipelined:
+            return self.max_steps
         most = max((self.layout.of_step(int(size)).accumulate for size in np.unique(self.sizes)), default=0)
         return self.max_steps * most
 
@@ -105,6 +115,8 @@ class TrainSampler:
             numbers = shifted(first, self.skips) + self.layout.of_step(size).numbers()
             samples = order(numbers, self.count, self.seed)
             first += size
+            if self.layout.pipelined:
+                samples = samples.reshape(1, -1)
             for number, part in enumerate(samples):
                 yield MicroBatch(part, samples.reshape(-1) if number == 0 else None)
 
@@ -125,10 +137,10 @@ class ValidationSampler:
         self.samples = min(count, batches * size)
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.layout.ranks * self.layout.micro_batch_size))
+        return -(-self.samples // (self.layout.ranks * self.layout.drawn_at_once))
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        size, ranks = self.layout.micro_batch_size, self.layout.ranks
+        size, ranks = self.layout.drawn_at_once, self.layout.ranks
         for first in range(0, len(self) * size * ranks, size * ranks):
             own = np.arange(first, min(first + size * ranks, self.samples))[self.layout.rank :: ranks]
             samples = np.full(size, -1, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Loading a sharded checkpoint: the first rank finds where everything lies, and each rank reads what it needs."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -37,10 +37,13 @@ def read_whole(path: Path) -> dict[str, Any]:
     return join(tensors, rest)
 
 
-def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) -> dict[str, Any]:
+def read_parts(
+    path: Path, own: dict[str, Tensor], weights: list[dict[int, Tensor]], elsewhere: Collection[str] = ()
+) -> dict[str, Any]:
     """The checkpoint with DTensors laid out as this rank's. Every rank must call it. Raises ConfigError, on all ranks.
 
-    own: the module's state dict. weights: each optimizer's parameters; empty to read only the module's state.
+    own: the module's state dict. weights: each optimizer's parameters by their numbers; empty to read only the module's
+    state. elsewhere: names that other ranks of a pipeline have, whose optimizer's numbers this one lacks, too.
     """
     rest, index = on_first_rank(lambda: (read_rest(path), read_index(path)))
     unpickled.cache_clear()
@@ -50,6 +53,8 @@ def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) 
         if weight is None and key.startswith("optimizer/") and not weights:
             continue
         name = key.removeprefix("model/")
+        if weight is None and elsewhere and (name == key or name in elsewhere):
+            continue
         if weight is None:
             raise ConfigError(f"{path}: its weights are those of another model ({name})")
         if weight.shape != size:
@@ -59,14 +64,13 @@ def read_parts(path: Path, own: dict[str, Tensor], weights: list[list[Tensor]]) 
     return join(tensors, rest)
 
 
-def weight_of(key: str, own: dict[str, Tensor], weights: list[list[Tensor]]) -> Tensor | None:
+def weight_of(key: str, own: dict[str, Tensor], weights: list[dict[int, Tensor]]) -> Tensor | None:
     """The tensor of this rank that has the layout of the checkpoint's tensor, if there is one."""
     kind, _, name = key.partition("/")
     if kind != "optimizer":
         return own.get(name if kind == "model" else f"model.{name.split('/')[-1]}")
     number, index, _ = name.split("/")
-    of_optimizer = weights[int(number)] if int(number) < len(weights) else []
-    return of_optimizer[int(index)] if int(index) < len(of_optimizer) else None
+    return weights[int(number)].get(int(index)) if int(number) < len(weights) else None
 
 
 def on_first_rank(read: Callable[[], T]) -> T:

@@ -1,0 +1,105 @@
+"""Runs through pipelines, each beside the run of one process whose numbers it must have: for tests and benchmarks."""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.conftest import Nano, Run
+from tests.parallel.conftest import runs_on_ranks
+from tests.runs.compare import assert_same_curves
+
+COMMON = (
+    "trainer.gradient_clip_val=0.3",  # below every norm of these runs
+    "trainer.limit_val_batches=1",
+    "data.sequence_length=24",
+    "data.mask_document_ends=true",  # each micro-batch has another number of valid targets
+    "model.num_hidden_layers=8",
+    "model.vocab_size=512",
+    "optimizer.eps=1e-3",  # Adam then moves smoothly with the gradient, and rounding stays rounding
+    "callbacks.sample_text=null",
+)
+MODELS = {
+    "depth1": ("loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}",),
+    "depth2": ("model.num_nextn_predict_layers=2", "loss={balance: sequence, balance_factor: 0.01}"),
+    "dense": (
+        "model.attention=gqa", "model.kv_lora_rank=0", "model.q_lora_rank=null", "model.num_key_value_heads=2",
+        "model.first_k_dense_replace=8", "model.num_nextn_predict_layers=0", "loss.balance=none",
+        "callbacks.expert_bias=null", "callbacks.router_monitor=null", "callbacks.router_probe=null",
+    ),
+}  # fmt: skip
+SCHEDULES = ("zbv", "dualpipev", "interleaved_zero_bubble", "interleaved_1f1b", "1f1b")
+MESHES = {"fsdp2": "kind: fsdp2", "ep2": "kind: fsdp2_ep, expert_parallel: 2", "hsdp": "kind: hsdp, dp_shard: 1"}
+
+
+class Case(NamedTuple):
+    """A run on `ranks` processes. model: of MODELS. words: its other settings."""
+
+    ranks: int
+    model: str
+    words: tuple[str, ...]
+
+
+def case(
+    ranks: int, schedule: str, model: str = "depth1", checkpointing: str = "none", mesh: str = "fsdp2", stages: int = 0
+) -> Case:
+    """stages: the pipeline's ranks; 0: all. A micro-batch has one sample."""
+    stages = stages or ranks
+    block = f"pipeline_parallel: {stages}, schedule: {schedule}, micro_batches: {8 * stages // ranks}"
+    words = f"strategy={{{MESHES[mesh]}, {block}}}", f"compute.activation_checkpointing={checkpointing}"
+    return Case(ranks, model, words)
+
+
+def every_case() -> Iterator[tuple[str, Case]]:
+    """2 and 4 stages × every schedule × every model and kind of checkpointing; two stages of two ranks."""
+    for ranks, schedule, model, kept in product((2, 4), SCHEDULES, MODELS, ("none", "selective", "full")):
+        yield f"{schedule} on {ranks} {model} {kept}", case(ranks, schedule, model, kept)
+    for schedule, mesh, model in product(SCHEDULES, MESHES, ("depth1", "depth2")):
+        yield f"{schedule} on 2 x {mesh} {model}", case(4, schedule, model, mesh=mesh, stages=2)
+
+
+def folder_of(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+def recorded(nano: Nano, name: str) -> str:
+    where = nano.base / "recorded" / folder_of(name)
+    return f"callbacks.recorder={{class_path: tests.parallel.recorder.Recorder, init_args: {{folder: {where}}}}}"
+
+
+def make_runs(nano: Nano, cases: dict[str, Case], steps: int, timeout: float = 600) -> dict[str, Run]:
+    """The runs of the cases, those of equally many ranks in the same processes, and for each model one of one process,
+    by the model's name."""
+    common = (*COMMON, f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps // 2}",
+              f"callbacks.checkpoint={{every_n_steps: {steps // 2}, keep: 9, keep_best: 0}}")  # fmt: skip
+    found = {}
+    for model in {one.model for one in cases.values()}:
+        found[model] = nano.run(model, *common, *MODELS[model], recorded(nano, model))
+        assert found[model].code == 0
+    for ranks in {one.ranks for one in cases.values()}:
+        words = {
+            folder_of(name): (*common, *MODELS[one.model], *one.words, f"trainer.devices={ranks}", recorded(nano, name))
+            for name, one in cases.items()
+            if one.ranks == ranks
+        }
+        runs_on_ranks(ranks, nano, words, timeout)
+    return found | {name: Run(nano.base / "runs" / folder_of(name), 0) for name in cases}
+
+
+def compare(nano: Nano, runs: dict[str, Run], name: str, model: str, steps: int) -> float:
+    """The largest error of a gradient or weight, as a share of its norm. Raises AssertionError where curves differ, or
+    initial weights or expert biases in a bit."""
+    assert_same_curves(runs[model], runs[name], 2e-5)
+    worst = 0.0
+    for file in ("start", *(f"step={step}" for step in range(1, steps + 1)), "end"):
+        one, many = (torch.load(Path(nano.base, "recorded", folder_of(run), f"{file}.pt")) for run in (model, name))
+        assert one.keys() == many.keys()
+        for key, value in one.items():
+            if file == "start" or key.endswith("expert_bias"):
+                assert torch.equal(value, many[key]), (file, key)
+            else:
+                worst = max(worst, float((value - many[key]).norm() / value.norm()))
+    return worst
