@@ -87,7 +87,8 @@ def compare(folder: Path, model: "Transformer", tokens: "Tensor", expected: tupl
     )
     if difference <= TOLERANCE:
         return 0
-    print(f"dsv3: {folder}: the export differs by {difference:.1e}, more than {TOLERANCE}", file=sys.stderr)
+    shown = display_path(folder)
+    print(f"dsv3: {shown}: the export differs by {difference:.1e}, more than {TOLERANCE}", file=sys.stderr)
     return 1
 
 

@@ -9,6 +9,7 @@ import filelock
 
 from dsv3_lightning.common.files import remove, remove_leftovers, write_file
 from dsv3_lightning.common.json_files import read_json
+from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.compose import to_yaml
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.config.stored import complete, read_stored
@@ -193,7 +194,7 @@ class RunFolder:
         if str(path) != self.config.run.resume:
             return
         if set_aside(self.path, step):
-            print(f"what the run had made after step {step} is in {self.path / SET_ASIDE}", flush=True)
+            print(f"what the run had made after step {step} is in {display_path(self.path / SET_ASIDE)}", flush=True)
         write_file(self.path / BEGUN_FROM, json.dumps({"path": str(path), "step": step}) + "\n")
 
 

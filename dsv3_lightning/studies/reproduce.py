@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.flags import jobs_argument
-from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.config.overrides import text_override
 from dsv3_lightning.errors import ConfigError
@@ -88,7 +88,7 @@ def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: 
     for name, groups in experiments.items():  # speeds of concurrent runs mean nothing
         save_figure(curves_by_group(groups, leave_out=(SPEED,)), pictures / f"{name}.png", dpi=70)
     write_file(path, report(experiments, words, pictures.name))
-    print(f"report: {path}")
+    print(f"report: {display_path(path)}")
     return code
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_lightning.common.flags import jobs_argument
+from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.config.schema import to_tree
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.runs.changes import shown_differences
@@ -45,7 +46,8 @@ def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
         tasks = [tasks[task]]
     for one in tasks:
         one.write_variant()
-    print(f"{experiment.path.stem}: {len(tasks)} runs below {experiment.folder}, {jobs} at a time", flush=True)
+    shown = display_path(experiment.folder)
+    print(f"{experiment.path.stem}: {len(tasks)} runs below {shown}, {jobs} at a time", flush=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -57,7 +59,7 @@ def run(words: list[str], jobs: int, task: int | None, slurm: bool) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
         return 1
-    print(f"next: dsv3 compare {experiment.folder}", flush=True)
+    print(f"next: dsv3 compare {shown}", flush=True)
     return 0
 
 
@@ -84,7 +86,7 @@ def run_task(task: Task, folder: Path, threads: int) -> int:
         return 0
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     how = f"failed with exit status {code}" if code else "did not come to its last step"
-    print(f"{task.name}: {how} after {seconds:.0f} s, see {log}: {' '.join(last)}", flush=True)
+    print(f"{task.name}: {how} after {seconds:.0f} s, see {display_path(log)}: {' '.join(last)}", flush=True)
     return code or 1
 
 
