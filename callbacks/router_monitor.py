@@ -11,7 +11,7 @@ from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import all_biases, expert_counts, lookup, require_routers, routers_of
 from dsv3_lightning.callbacks.settings import RouterMonitorSettings
 from dsv3_lightning.common.plots import heat_map
-from dsv3_lightning.parallel.data_ranks import data_rank, pipeline_of, sum_over_data
+from dsv3_lightning.parallel.data_ranks import has_first_samples, pipeline_of, sum_over_data
 from dsv3_lightning.parallel.tensors import global_norm
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, steps_done
 from dsv3_lightning.training.metrics import MaxVio, max_vio
@@ -82,7 +82,7 @@ class RouterMonitor(Callback):
         if state_dict["window"] is None:
             return
         counts_by_step, micro_vio, micro_batches = state_dict["window"]
-        if data_rank(self.strategy) == 0:
+        if has_first_samples(self.strategy):
             self.window, self.micro_vio, self.micro_batches = list(counts_by_step), micro_vio, micro_batches
         else:
             self.window = list(torch.zeros_like(counts_by_step))

@@ -15,9 +15,9 @@ def data_ranks(strategy: Strategy) -> int:
     return strategy.data_ranks if isinstance(strategy, MeshStrategy) else getattr(strategy, "world_size", 1)
 
 
-def data_rank(strategy: Strategy) -> int:
-    """This one's number among them."""
-    return strategy.data_rank if isinstance(strategy, MeshStrategy) else getattr(strategy, "global_rank", 0)
+def has_first_samples(strategy: Strategy) -> bool:
+    """Whether this is the first of them, or in a pipeline one with the same samples."""
+    return strategy.data_rank == 0 if isinstance(strategy, MeshStrategy) else bool(strategy.is_global_zero)
 
 
 def sum_over_data(strategy: Strategy, values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
-from dsv3_lightning.parallel.data_ranks import data_rank, data_ranks, pipeline_of, sum_over_data
+from dsv3_lightning.parallel.data_ranks import data_ranks, has_first_samples, pipeline_of, sum_over_data
 from dsv3_lightning.parallel.meeting import refuse_mixed_steps
 from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
 from dsv3_lightning.parallel.strategy import MeshStrategy
@@ -391,7 +391,7 @@ class PretrainModule(pl.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):  # else a run whose time was up would never make another step
                 checkpoint["callbacks"].pop(callback.state_key, None)
-        if data_rank(self.trainer.strategy) == 0:  # the sums were of all ranks, whatever their number
+        if has_first_samples(self.trainer.strategy):  # the sums were of all ranks, whatever their number
             nll_P, count_P = torch.tensor(checkpoint["since_log"]["loss"], dtype=torch.float64, device=self.device)
             self.train_loss.nll_P += nll_P
             self.train_loss.count_P += count_P.long()

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 from dsv3_lightning.model.losses import IGNORE
 from dsv3_lightning.parallel.checkpoints.stages import gather_stages
-from dsv3_lightning.parallel.data_ranks import data_rank, pipeline_of
+from dsv3_lightning.parallel.data_ranks import has_first_samples, pipeline_of
 
 
 class Recorder(Callback):
@@ -23,7 +23,7 @@ class Recorder(Callback):
         if pipeline_of(trainer.strategy) is None:
             full = {key: whole(value) for key, value in tensors.items()}
         else:
-            full = gather_stages(tensors, trainer.strategy.stages, sends=data_rank(trainer.strategy) == 0)
+            full = gather_stages(tensors, trainer.strategy.stages, sends=has_first_samples(trainer.strategy))
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save(full, self.folder / f"{name}.pt")
@@ -55,7 +55,7 @@ class Valid(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         rows, heads, T = batch["targets"].shape
-        first = data_rank(trainer.strategy) * rows
+        first = getattr(trainer.strategy, "data_rank", trainer.global_rank) * rows
         for row, count in enumerate(self.counts[first : first + rows]):
             for head in range(heads):
                 batch["targets"][row, head] = batch["tokens"][row, 1 + head : 1 + head + T]

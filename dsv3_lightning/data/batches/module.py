@@ -231,10 +231,11 @@ class TextDataModule(LightningDataModule):
         if self.trainer is None:
             return Layout(self.config.batch_size)
         strategy = self.trainer.strategy
-        among = getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+        ranks = getattr(strategy, "data_ranks", self.trainer.world_size)  # ours, where a pipeline has fewer
+        rank = getattr(strategy, "data_rank", self.trainer.global_rank)
         pipelined = getattr(strategy, "pipeline_micro_batches", None)
         accumulate = self.trainer.accumulate_grad_batches if pipelined is None else pipelined
-        return Layout(self.config.batch_size, accumulate, among["num_replicas"], among["rank"], pipelined is not None)
+        return Layout(self.config.batch_size, accumulate, ranks, rank, pipelined is not None)
 
 
 def length_note(passes: float, tokens: int) -> str:

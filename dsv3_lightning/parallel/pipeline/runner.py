@@ -17,6 +17,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from dsv3_lightning.common.schedules import SCHEDULES
+from dsv3_lightning.model.weight_grad import WeightQueue
 from dsv3_lightning.parallel.pipeline.stage import Stage, sends_embedding
 
 # Called with an action (F, I, W, B, SEND_F, RECV_F, SEND_B, RECV_B or REDUCE_GRAD), the stage's number and the
@@ -48,8 +49,9 @@ class WatchedStage(PipelineStage):
         chunk = stage.chunk
         super().__init__(
             stage, chunk.number, chunk.chunks, device, input_args=first, output_args=last, group=group,
-            dw_builder=lambda: lambda: None,
+            dw_builder=lambda: self.weight_gradients.run,
         )  # fmt: skip
+        self.weight_gradients = WeightQueue()  # those of the last backward pass
         self.watch: Watch = nobody
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +61,11 @@ class WatchedStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        with self.watch("B" if full_backward else "I", self.stage_index, bwd_chunk_id):
+        self.weight_gradients = WeightQueue()  # torch calls `dw_builder` for what runs it later
+        with (
+            self.watch("B" if full_backward else "I", self.stage_index, bwd_chunk_id),
+            nullcontext() if full_backward else self.weight_gradients.collect(),
+        ):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
