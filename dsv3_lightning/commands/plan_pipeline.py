@@ -10,10 +10,11 @@ from dsv3_lightning.common.paths import display_path
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.checks import mesh_strategy
+from dsv3_lightning.config.pipeline import check_batches
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.mesh import StrategyConfig
-from dsv3_lightning.parallel.pipeline.checks import check_micro_batches, micro_batches_of
+from dsv3_lightning.parallel.pipeline.checks import micro_batches_of
 from dsv3_lightning.planning.cluster import RankMemory
 from dsv3_lightning.planning.hardware import Hardware
 from dsv3_lightning.planning.layout import Layout, Work
@@ -83,17 +84,10 @@ def pipeline_work(config: Config, strategy: StrategyConfig, data_ranks: int) -> 
     Raises ConfigError, naming the nearest batch that divides.
     """
     trainer, data, micro_batches = config.trainer, config.data, micro_batches_of(strategy)
-    check_micro_batches("strategy.micro_batches", micro_batches, strategy.schedule, strategy.pipeline_parallel)
-    parts = data_ranks * micro_batches
-    if data.batch_size % parts:
-        near = max(1, round(data.batch_size / parts)) * parts
-        raise ConfigError(
-            f"data.batch_size={data.batch_size}: does not divide into {micro_batches} micro-batches of a pipeline on "
-            f"{data_ranks} data-parallel ranks; use data.batch_size={near}"
-        )
+    check_batches(strategy, data, data_ranks)
     precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
     T, policy = data.sequence_length, config.compute.activation_checkpointing
-    tokens = data.batch_size // parts * T
+    tokens = data.batch_size // (data_ranks * micro_batches) * T
     return Work(tokens, micro_batches, T, precision, policy, moment=config.optimizer.moment_bytes)
 
 

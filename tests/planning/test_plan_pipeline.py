@@ -103,8 +103,7 @@ def test_measured_times_are_those_of_a_runs_trace(tmp_path: Path, capsys: pytest
         (["--pipeline-parallel", "2", "--schedule", "dualpipev", "--micro-batches", "3"],
          "strategy.micro_batches=3: dualpipev on 2 ranks needs at least twice pipeline_parallel; use 4"),
         (["--pipeline-parallel", "2", "--micro-batches", "5"],
-         "data.batch_size=16: does not divide into 5 micro-batches of a pipeline on 1 data-parallel ranks; "
-         "use data.batch_size=15"),
+         "data.batch_size=16: does not divide into micro_batches=5 × 1 data-parallel ranks = 5 equal parts; use 15 or"),
         (["--pipeline-parallel", "8"], "model.num_hidden_layers=8: 16 chunks of a pipeline need at least 15"),
         (["--pipeline-parallel", "2", "--fp8"], "--fp8: model.hidden_size=64 in precision"),
         (["--pipeline-parallel", "2", "--fp8", "--gpu", "a100"], "--fp8: is planned for Hopper alone"),
