@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.settings import PipelineTraceSettings
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.data_ranks import data_rank, pipeline_of
+from dsv3_lightning.parallel.data_ranks import has_first_samples, pipeline_of
 from dsv3_lightning.planning.pipeline.actions import Action
 from dsv3_lightning.planning.pipeline.measured import FOLDER, write_trace
 from dsv3_lightning.planning.pipeline.timeline import Event
@@ -72,7 +72,7 @@ class PipelineTrace(Callback):
         share = bubble_share(events, pipeline.group, pl_module.device)
         log_scalars(trainer, {"pipeline/bubble_share": share}, trainer.global_step)
         self.steps.append((trainer.global_step, events))
-        if data_rank(trainer.strategy) == 0:
+        if has_first_samples(trainer.strategy):
             write_trace(Path(trainer.default_root_dir), dist.get_rank(pipeline.group), dict(self.steps))
 
 
