@@ -85,7 +85,9 @@ def measure(schedule: str, sleep: float, folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sleep", type=float, default=250, metavar="MS", help="of a pass; 0: none; default %(default)s")
+    parser.add_argument(
+        "--sleep", type=float, default=250, metavar="MS", help="of a pass; 0: none; default %(default)s"
+    )
     sleep = parser.parse_args().sleep / 1e3
     rows = [("schedule", "measured", "simulated", "difference", "")]
     with TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """What each rank of a pipeline does in some of a run's steps, for `dsv3 trace`, and the bubble in them."""
 
 import shutil
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -31,8 +32,9 @@ class PipelineTrace(Callback):
     first data-parallel rank of each stage. Logs pipeline/bubble_share at these steps: the share of the time of all
     ranks of a pipeline, from the first pass to the end of the last one, in which they make no pass.
 
-    A recorded step starts with a collective, so that all clocks agree to within its latency. On CUDA times are those of
-    the current stream, and the host waits for it after the step.
+    A recorded step starts with a collective, from which each rank counts, so that clocks agree to within its latency;
+    CPU ranks of a node share a clock. On CUDA times are those of the current stream, and the host waits for it after
+    the step.
     """
 
     def __init__(self, every_n_steps: int = 50, keep: int = 5) -> None:
@@ -57,8 +59,7 @@ class PipelineTrace(Callback):
         pipeline = pipeline_of(trainer.strategy)
         if pipeline is None or (trainer.global_step + 1) % self.every_n_steps:
             return
-        dist.all_reduce(torch.zeros(1, device=pl_module.device), group=pipeline.group)
-        self.recorder = Recorder(pl_module.device)
+        self.recorder = Recorder(pl_module.device, pipeline.group)
         pipeline.watch = self.recorder.watch
 
     def on_train_batch_end(
@@ -77,12 +78,17 @@ class PipelineTrace(Callback):
 
 
 class Recorder:
-    """Start and end of passes on a device, from the moment that it is made. watch: see `runner.Watch`."""
+    """Start and end of passes on a device, from the moment that the ranks of a group make it. watch: see
+    `runner.Watch`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         self.cuda = device.type == "cuda"
         self.passes: list[tuple[Action, Any, Any]] = []
-        self.zero = self.now()
+        if self.cuda:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+            self.zero = self.now()
+        else:
+            self.zero = zero_of_node(group)
 
     def now(self) -> Any:
         if not self.cuda:
@@ -107,6 +113,14 @@ class Recorder:
     def since(self, moment: Any) -> float:
         seconds: float = self.zero.elapsed_time(moment) / 1e3 if self.cuda else moment - self.zero
         return seconds
+
+
+def zero_of_node(group: dist.ProcessGroup) -> float:
+    """The moment on this node's clock at which the first of its ranks in the group calls this, as all must."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (socket.gethostname(), time.perf_counter()), group=group)
+    zero: float = next(moment for host, moment in found if host == socket.gethostname())
+    return zero
 
 
 def joined(events: list[Event]) -> list[Event]:
