@@ -263,6 +263,10 @@ def check_together(
         ):
             if on:
                 raise ConfigError(f"{key}: the model has no mixture-of-experts layer; set {key}={off}")
+    if callbacks.get("pipeline_trace") is not None and not pipelined:
+        raise ConfigError(
+            "callbacks.pipeline_trace: there is no pipeline; set it to null, or strategy.pipeline_parallel"
+        )
     grouped = [name for name in loss.balance_factors if BALANCE_LOSSES[name].needs_groups]
     if model.n_group == 1 and grouped:
         raise ConfigError(f"loss.balance={min(grouped)}: its devices are the model's groups; set model.n_group above 1")
