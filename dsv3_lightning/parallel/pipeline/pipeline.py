@@ -13,8 +13,9 @@ from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 from dsv3_lightning.model.transformer import Losses, Transformer
-from dsv3_lightning.parallel.pipeline.runner import Runner, Shape, Watch
+from dsv3_lightning.parallel.pipeline.runner import Runner
 from dsv3_lightning.parallel.pipeline.stage import Record, Stage, Weights, keep_chunks, own_chunks
+from dsv3_lightning.parallel.pipeline.torch_stage import Shape, Watch
 
 INPUTS = ("mask", "targets", "documents")
 
@@ -23,7 +24,8 @@ class Pipeline:
     """The stages of this rank and the schedules for them, one for each number of micro-batches.
 
     layers: the number of layers in each chunk. placement: the chunks of each rank. dtype: of what stages pass on.
-    watch: see `runner.Watch`. overlap: see `runner.Runner`. Both may be set between steps, overlap before the first.
+    watch: see `torch_stage.Watch`. overlap: see `runner.Runner`. Both may be set between steps, overlap before the
+    first.
     """
 
     def __init__(

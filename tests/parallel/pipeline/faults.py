@@ -39,7 +39,7 @@ def under_torchrun(nano: Nano, name: str, ranks: int, schedule: str, steps: int,
 
 
 def kill_once(nano: Nano, name: str, ranks: int, schedule: str, action: str, victim: int) -> tuple[str, float]:
-    """Lets Lightning start the ranks; the victim dies in step 2. Returns the output and the seconds until all were gone.
+    """Lets Lightning start the ranks; the victim dies in step 2. Returns the output and the seconds to the end of all.
 
     Raises AssertionError where a process was left after a minute, or the exit status was not 1.
     """

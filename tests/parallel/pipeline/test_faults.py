@@ -1,4 +1,4 @@
-"""A rank of a pipeline that dies in the middle of a schedule. `benchmarks/pipelines.py` kills in every kind of action."""
+"""A rank of a pipeline that dies in the middle of a schedule; `benchmarks/pipelines.py` has every kind of action."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Pipelines that can't be: one line with the nearest that works, before torch is imported (tests/config/test_early.py)."""
+"""Pipelines that can't be: one line with the nearest that works, without torch (tests/config/test_early.py)."""
 
 import pytest
 
@@ -27,15 +27,15 @@ def checked(strategy: str, *words: str):
         ("pipeline_parallel: 2, schedule: zero", (), "strategy.schedule="),
         ("pipeline_parallel: 4", ("model.num_hidden_layers=6",),
          "model.num_hidden_layers=6: 8 chunks of a pipeline need at least 7"),
-        ("pipeline_parallel: 2, stages: [2, 4, 2]", (), "strategy.stages=[2, 4, 2]: has 3 chunks; zbv on 2 ranks has 4"),
+        ("pipeline_parallel: 2, stages: [2, 4, 2]", (), "stages=[2, 4, 2]: has 3 chunks; zbv on 2 ranks has 4"),
         ("pipeline_parallel: 2, stages: [4, 0, 2, 2]", (), "strategy.stages=[4, 0, 2, 2]: chunk 1 has no layer"),
         ("pipeline_parallel: 2, stages: [4, 1, 1, 1]", (), "strategy.stages=[4, 1, 1, 1]: has 7 layers; must have"),
         ("pipeline_parallel: 2, schedule: 1f1b, stages: [2, 2, 2, 2]", (), "has 4 chunks; 1f1b on 2 ranks has 2"),
         ("pipeline_parallel: 2", ("trainer.accumulate_grad_batches=2",),
          "trainer.accumulate_grad_batches=2: a pipeline's micro-batches are strategy.micro_batches"),
-        ("pipeline_parallel: 2", ("model.tie_word_embeddings=true",), "model.tie_word_embeddings=true needs one weight"),
+        ("pipeline_parallel: 2", ("model.tie_word_embeddings=true",), "tie_word_embeddings=true needs one weight"),
         ("pipeline_parallel: 2, micro_batches: 5", (),
-         "data.batch_size=16: does not divide into micro_batches=5 × 2 data-parallel ranks = 10 equal parts; use 10 or 20"),
+         "batch_size=16: does not divide into micro_batches=5 × 2 data-parallel ranks = 10 equal parts; use 10 or 20"),
         ("pipeline_parallel: 2, schedule: dualpipev, micro_batches: 8",
          ("data.batch_ramp={start: 4, increment: 4, tokens: 999}",),
          "data.batch_ramp: micro-batches of a step of 4 samples=2: dualpipev on 2 ranks needs"),
