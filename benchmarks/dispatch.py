@@ -70,16 +70,18 @@ def counted(dispatcher: Any, per_node: int, x_ND: Tensor, experts_NK: Tensor, ga
     counts: Counter[str] = Counter()
     node = dist.get_rank() // per_node
 
-    def watched(call: Any, kind: str) -> Any:
-        def exchange(rows: Tensor, received: Any, to: Any, group: Any) -> Tensor:
-            counts[kind] += 1
-            if to is not None:
-                members = zip(dist.get_process_group_ranks(group), to, strict=True)
-                away = sum(n for member, n in members if member // per_node != node)
-                counts["back" if rows.shape[1] == D else "there"] += away * rows.shape[1] * rows.itemsize
-            return call(rows, received, to, group)
+    leave, exchange_numbers = dispatch.depart, dispatch.all_to_all_single
 
-        return exchange
+    def of_tokens(rows: Tensor, to: list[int], received: list[int], group: Any) -> Any:
+        counts["of tokens"] += 1
+        members = zip(dist.get_process_group_ranks(group), to, strict=True)
+        away = sum(n for member, n in members if member // per_node != node)
+        counts["back" if rows.shape[1] == D else "there"] += away * rows.shape[1] * rows.itemsize
+        return leave(rows, to, received, group)
+
+    def of_counts(*arguments: Any) -> Tensor:
+        counts["of counts"] += 1
+        return exchange_numbers(*arguments)
 
     tolist = Tensor.tolist
 
@@ -87,12 +89,11 @@ def counted(dispatcher: Any, per_node: int, x_ND: Tensor, experts_NK: Tensor, ga
         counts["waits"] += 1
         return tolist(tensor)
 
-    tokens, numbers = dispatch.all_to_all_single_autograd, dispatch.all_to_all_single
     with (
-        patch.object(dispatch, "all_to_all_single_autograd", watched(tokens, "of tokens")),
-        patch.object(node_dispatch, "all_to_all_single_autograd", watched(tokens, "of tokens")),
-        patch.object(dispatch, "all_to_all_single", watched(numbers, "of counts")),
-        patch.object(node_dispatch, "all_to_all_single", watched(numbers, "of counts")),
+        patch.object(dispatch, "depart", of_tokens),
+        patch.object(node_dispatch, "depart", of_tokens),
+        patch.object(dispatch, "all_to_all_single", of_counts),
+        patch.object(node_dispatch, "all_to_all_single", of_counts),
         patch.object(Tensor, "tolist", waiting),
     ):
         x_ND = x_ND.clone().requires_grad_()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dsv3_lightning.callbacks.loss_spike import LossSpike as LossSpike
     from dsv3_lightning.callbacks.memory_snapshot import MemorySnapshot as MemorySnapshot
     from dsv3_lightning.callbacks.mtp_weight import MTPWeight as MTPWeight
+    from dsv3_lightning.callbacks.pipeline_trace import PipelineTrace as PipelineTrace
     from dsv3_lightning.callbacks.progress import Progress as Progress
     from dsv3_lightning.callbacks.router_monitor import RouterMonitor as RouterMonitor
     from dsv3_lightning.callbacks.router_probe import RouterProbe as RouterProbe

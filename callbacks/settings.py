@@ -149,6 +149,16 @@ class MemorySnapshotSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineTraceSettings:
+    every_n_steps: int = 50
+    keep: int = 5
+
+    def __post_init__(self) -> None:
+        at_least(1, "pipeline_trace.every_n_steps", self.every_n_steps)
+        at_least(1, "pipeline_trace.keep", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossSpikeSettings:
     threshold: float = 6.0
     window: int = 50
@@ -173,6 +183,7 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "loss_spike": LossSpikeSettings,
     "garbage_collection": GarbageCollectionSettings,
     "memory_snapshot": MemorySnapshotSettings,
+    "pipeline_trace": PipelineTraceSettings,
     "sample_text": SampleTextSettings,
     "checkpoint": CheckpointSettings,
     "progress": no_settings("Progress"),

@@ -106,6 +106,7 @@ VERBS = {
     "export": Verb("dsv3_lightning.commands.export", "Write a run's model as a Hugging Face folder."),
     "import": Verb("dsv3_lightning.commands.import_folder", "Check a Hugging Face folder to start runs from."),
     "checkpoint": Verb("dsv3_lightning.commands.checkpoint", "Inspect, verify or consolidate a checkpoint."),
+    "trace": Verb("dsv3_lightning.commands.trace", "Draw what each rank of a pipeline did in a run."),
     "placement": Verb("dsv3_lightning.commands.placement", "Place a model's experts on GPUs by their load."),
     "needle": Verb("dsv3_lightning.commands.needle", "Test whether a model finds a line in a long text."),
     "sweep": Verb("dsv3_lightning.studies.sweep", "Run an experiment: variants of a configuration, several seeds."),

@@ -2,11 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from dsv3_lightning.commands import settings
-from dsv3_lightning.commands.plan_cluster import cluster_tables
+from dsv3_lightning.commands.plan_cluster import ClusterFlags, cluster_tables
+from dsv3_lightning.commands.plan_pipeline import PipelineFlags, with_pipeline
 from dsv3_lightning.common.flags import above_zero, positive
+from dsv3_lightning.common.paths import path_argument
+from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.common.table import si, table
+from dsv3_lightning.config.checks import mesh_strategy, number_of_devices
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.data.batches.ramp import tokens_of
 from dsv3_lightning.data.config import DataConfig
@@ -19,25 +24,41 @@ from dsv3_lightning.planning.parameters import Count, add, count_parameters
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     settings.arguments(
-        parser, "[--gpus N [--gpu KIND] [--inside X] [--between X] [--dry-run] [--sources]] "
-    )  # fmt: skip
+        parser,
+        "[--gpus N [--gpu KIND] [--inside X] [--between X] [--fp8] [--dry-run] [--sources]] "
+        "[--pipeline-parallel P [--schedule NAME] [--micro-batches M] [--overlap] [--times X] [--png FILE]] ",
+    )
     add = parser.add_argument
     add("--gpus", type=positive, metavar="N", help="plan one of N ranks, and the run's duration")
     add("--gpu", default="h100", metavar="KIND", help=f"{', '.join(PLANNED)}; default %(default)s")
     for name, where in (("inside", "within a node"), ("between", "between nodes")):
         help = f"measured rate into a GPU {where}, in each direction; default: a share of the data sheet's"
         add(f"--{name}", type=above_zero, metavar="GB/s", help=help)
+    add("--fp8", action="store_true", help="plan products and the way to the experts in FP8, of wide models on Hopper")
     add("--dry-run", action="store_true", help="also count the memory of one rank's step, on meta tensors")
-    add("--sources", action="store_true", help="also list the rates behind the times, with their sources")
+    add("--sources", action="store_true", help="also list the coefficients of the time, with their sources")
+    strategy = "in place of strategy.{}"
+    add("--pipeline-parallel", type=positive, metavar="P", help=strategy.format("pipeline_parallel"))
+    names = ", ".join(SCHEDULES)
+    add("--schedule", choices=list(SCHEDULES), metavar="NAME", help=f"{strategy.format('schedule')}: {names}")
+    add("--micro-batches", type=positive, metavar="M", help=strategy.format("micro_batches"))
+    add("--overlap", action="store_true", help="plan the exchange of dualpipev's pairs under the other's computing")
+    help = "times of the chunks: F,I,W or F,I,W,F&B in seconds, or a run's folder with a trace; default: planned"
+    add("--times", metavar="X", help=help)
+    add("--png", type=path_argument, metavar="FILE", help="also draw the timeline as a figure")
 
 
 @settings.command
 def run(
-    given: settings.Settings, gpus: int | None, gpu: str, inside: float | None, between: float | None,
-    dry_run: bool, sources: bool,
+    given: settings.Settings, gpus: int | None, gpu: str, inside: float | None, between: float | None, fp8: bool,
+    dry_run: bool, sources: bool, **pipeline: Any,
 ) -> int:  # fmt: skip
-    config = given.config
-    for flag, wanted in (("--dry-run", dry_run), ("--sources", sources)):
+    flags = PipelineFlags(**pipeline)
+    config = with_pipeline(given.config, flags)
+    strategy = mesh_strategy(config.strategy)
+    if gpus is None and strategy is not None and strategy.pipeline_parallel > 1:
+        gpus = pipeline_gpus(config, strategy.pipeline_parallel)
+    for flag, wanted in (("--dry-run", dry_run), ("--sources", sources), ("--fp8", fp8)):
         if wanted and gpus is None:
             raise ConfigError(f"{flag}: needs the number of ranks; add --gpus N")
     tables = [parameter_table(config), flop_table(config)]
@@ -45,9 +66,17 @@ def run(
         tables.append(memory_table(config))
     else:
         measured = [rate * 1e9 if rate else None for rate in (inside, between)]
-        tables += cluster_tables(config, gpus, Hardware(gpu_named(gpu), *measured), gpu, dry_run, sources)
+        hardware = Hardware(gpu_named(gpu), *measured)
+        tables += cluster_tables(config, gpus, hardware, ClusterFlags(gpu, dry_run, sources, fp8), flags)
     print("\n\n".join(tables))
     return 0
+
+
+def pipeline_gpus(config: Config, ranks: int) -> int:
+    """The GPUs that a pipeline is planned for without --gpus: the config's, or one for each of its ranks."""
+    devices = number_of_devices(config.trainer)
+    known = devices * config.trainer["num_nodes"] if devices else ranks
+    return known if known % ranks == 0 else ranks
 
 
 def parameter_table(config: Config) -> str:

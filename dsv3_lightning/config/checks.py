@@ -197,6 +197,19 @@ def check_strategy(strategy: str | dict[str, Any], trainer: dict[str, Any], mode
     return mesh_shape(config, devices * trainer["num_nodes"], devices, model)
 
 
+def check_halves(strategy: str | dict[str, Any], data: DataConfig, trainer: dict[str, Any]) -> None:
+    """Raises ConfigError if a rank's micro-batch has no two sequences for `overlap: two_batches`."""
+    config, devices = mesh_strategy(strategy), number_of_devices(trainer)
+    if config is None or config.overlap != "two_batches" or devices is None:
+        return
+    parts = devices * trainer["num_nodes"] * trainer["accumulate_grad_batches"]
+    if data.batch_size < 2 * parts:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size}: strategy.overlap=two_batches needs two sequences in each of "
+            f"accumulate_grad_batches × devices × num_nodes = {parts} parts; use {2 * parts}, or overlap: none"
+        )
+
+
 def check_stages(strategy: str | dict[str, Any], trainer: dict[str, Any], model: ModelConfig, data: DataConfig) -> bool:
     """Whether the strategy has a pipeline. Raises ConfigError for one that doesn't fit."""
     config, devices = mesh_strategy(strategy), number_of_devices(trainer)
@@ -250,6 +263,10 @@ def check_together(
         ):
             if on:
                 raise ConfigError(f"{key}: the model has no mixture-of-experts layer; set {key}={off}")
+    if callbacks.get("pipeline_trace") is not None and not pipelined:
+        raise ConfigError(
+            "callbacks.pipeline_trace: there is no pipeline; set it to null, or strategy.pipeline_parallel"
+        )
     grouped = [name for name in loss.balance_factors if BALANCE_LOSSES[name].needs_groups]
     if model.n_group == 1 and grouped:
         raise ConfigError(f"loss.balance={min(grouped)}: its devices are the model's groups; set model.n_group above 1")

@@ -6,7 +6,14 @@ from typing import Any, Literal
 from dsv3_lightning.common.paths import NAME_BYTES, PathText, expand_home
 from dsv3_lightning.common.typed import build
 from dsv3_lightning.common.wording import show
-from dsv3_lightning.config.checks import check_callbacks, check_stages, check_strategy, check_together, check_trainer
+from dsv3_lightning.config.checks import (
+    check_callbacks,
+    check_halves,
+    check_stages,
+    check_strategy,
+    check_together,
+    check_trainer,
+)
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
@@ -71,6 +78,7 @@ def check(tree: dict[str, Any], mesh: bool = True) -> Config:
     config = replace(config, callbacks=as_lists(check_callbacks(config.callbacks)))
     if mesh:
         check_strategy(config.strategy, config.trainer, config.model)
+        check_halves(config.strategy, config.data, config.trainer)
     pipelined = check_stages(config.strategy, config.trainer, config.model, config.data)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks, pipelined)
     return config

@@ -38,6 +38,7 @@ OFF: dict[str, Any] = {
     "callbacks.throughput.straggler": 1.5,
     "callbacks.loss_spike": None,
     "callbacks.garbage_collection": None,
+    "callbacks.pipeline_trace": None,
     "callbacks.memory_snapshot": {"history": 0},  # it changes nothing in a run that has enough memory
 }
 

@@ -26,6 +26,9 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: CosSin, mask_BT: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, documents)
+        x_BTD = self.attend(x_BTD, rope, documents)
         out_BTD, stats = self.mlp(self.post_attention_layernorm(x_BTD), mask_BT)
         return x_BTD + out_BTD, stats
+
+    def attend(self, x_BTD: Tensor, rope: CosSin, documents: Documents | None) -> Tensor:
+        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, documents)

@@ -9,7 +9,7 @@ from dsv3_lightning.model.balance import Choices, balance_terms
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.dispatch import Dispatcher, LocalDispatcher
 from dsv3_lightning.model.experts import Experts
-from dsv3_lightning.model.router import Router
+from dsv3_lightning.model.router import Router, Routing
 from dsv3_lightning.model.weight_grad import Linear
 
 
@@ -64,16 +64,23 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> tuple[Tensor, RouterStats]:
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
-        experts_NK = routing.experts_NK.masked_fill(~mask_BT.flatten()[:, None], -1)  # padding goes nowhere
-        sent = self.dispatcher.dispatch(x_ND, experts_NK, routing.gates_NK)
+        sent = self.dispatcher.dispatch(x_ND, without_padding(routing.experts_NK, mask_BT), routing.gates_NK)
         # While the tokens travel. What selective checkpointing keeps for the backward pass comes before `send_back`.
         shared_ND = None if self.shared_experts is None else self.shared_experts(x_ND)
-        logits_BTE, scores_BTE = (x_NE.unflatten(0, mask_BT.shape) for x_NE in (routing.logits_NE, routing.scores_NE))
-        experts_BTK = routing.experts_NK.unflatten(0, mask_BT.shape)
-        choices = Choices(logits_BTE, scores_BTE, experts_BTK, mask_BT, self.config.n_group, self.config.topk_group)
-        stats = RouterStats(sent.counts_E, balance_terms(self.balance, choices))
+        stats = RouterStats(sent.counts_E, self.balance_terms(routing, mask_BT))
 
         y_RD = self.experts(*self.dispatcher.receive(sent))
         routed_ND = self.dispatcher.combine(self.dispatcher.send_back(y_RD, sent))
         out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND
         return out_ND.view_as(x_BTD), stats
+
+    def balance_terms(self, routing: Routing, mask_BT: Tensor) -> dict[str, Tensor]:
+        logits_BTE, scores_BTE = (x_NE.unflatten(0, mask_BT.shape) for x_NE in (routing.logits_NE, routing.scores_NE))
+        experts_BTK = routing.experts_NK.unflatten(0, mask_BT.shape)
+        choices = Choices(logits_BTE, scores_BTE, experts_BTK, mask_BT, self.config.n_group, self.config.topk_group)
+        return balance_terms(self.balance, choices)
+
+
+def without_padding(experts_NK: Tensor, mask_BT: Tensor) -> Tensor:
+    """The experts, with -1 for padding, which goes nowhere."""
+    return experts_NK.masked_fill(~mask_BT.flatten()[:, None], -1)

@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single
 
 from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.permute import Order, Permute, Reorder, Unpermute, inverse, sort_by_expert
+from dsv3_lightning.parallel.exchange import Flight, depart
 from dsv3_lightning.parallel.messages import Pack, Unpack
 from dsv3_lightning.parallel.streams import HostCopy, arrived, beside, now
 
@@ -30,24 +31,24 @@ class Splits(Protocol):
 
 @dataclass
 class Exchange:
-    """An all-to-all of routed tokens that may still be running. message: see `messages.Pack`; what is received, by rank
-    and then by expert. sent, received: their numbers by rank; received_WE: by rank and local expert. order: that at
-    the sender. arranged_R: the order that sorts what arrives by expert.
+    """An all-to-all of routed tokens that may still be running. message: see `messages.Pack`; what is received comes by
+    rank and then by expert. received_WE: its numbers by rank and local expert. order: that at the sender. arranged_R:
+    the order that sorts what arrives by expert.
 
     message is None once taken: it is among the largest tensors of a step.
     """
 
-    message: Tensor | None
+    message: Flight | None
     sent: list[int]
     received: list[int]
     received_WE: Tensor
     order: Order
     arranged_R: Tensor | None = None
 
-    def take(self) -> Tensor:
+    def land(self) -> Tensor:
         assert self.message is not None
         message, self.message = self.message, None
-        return message
+        return message.land()
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Sent:
 class Returning:
     """The experts' outputs on their way back, in the order of the tokens' sender."""
 
-    y_RD: Tensor
+    rows: Flight
     order: Order
 
 
@@ -118,8 +119,7 @@ class AllToAll:
         return self.exchange_back(y_RD, sent.exchange)
 
     def combine(self, returning: Returning) -> Tensor:
-        arrived(returning.y_RD)  # also on a rank without tokens, which reads nothing of it
-        return Unpermute.apply(returning.y_RD, returning.order.order_R, returning.order.rows_NK)
+        return Unpermute.apply(returning.rows.land(), returning.order.order_R, returning.order.rows_NK)
 
     def exchange(
         self, x_ND: Tensor, gates_NK: Tensor, order: Order, sent: list[int], received: list[int], received_WE: Tensor
@@ -128,13 +128,12 @@ class AllToAll:
         order = order._replace(order_R=order.order_R[: sum(sent)])
         gates_R1 = Permute.apply(gates_NK.reshape(-1, 1), order.order_R, order.rows_NK.view(-1, 1))
         message = Pack.apply(x_ND, gates_R1, order.order_R, order.rows_NK)
-        message = all_to_all_single_autograd(message, received, sent, self.group)
-        return Exchange(message, sent, received, received_WE, order)
+        flight = depart(message, sent, received, self.group)
+        return Exchange(flight, sent, received, received_WE, order)
 
     def arrange(self, exchange: Exchange) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of `Experts`, when the tokens have arrived."""
-        message = exchange.take()
-        arrived(message)
+        message = exchange.land()
         received_WE = arrived(exchange.received_WE)  # the message left after these numbers had come
         order_R = exchange.arranged_R = order_of_arrival(received_WE, sum(exchange.received))
         x_RD, gates_R1 = Unpack.apply(message, 1, order_R, inverse(order_R))
@@ -144,8 +143,7 @@ class AllToAll:
         """Starts the all-to-all of the experts' outputs."""
         assert exchange.arranged_R is not None
         y_RD = Reorder.apply(y_RD, inverse(exchange.arranged_R), exchange.arranged_R)
-        y_RD = all_to_all_single_autograd(y_RD, exchange.sent, exchange.received, self.group)
-        return Returning(y_RD, exchange.order)
+        return Returning(depart(y_RD, exchange.received, exchange.sent, self.group), exchange.order)
 
 
 def tokens_by_rank(counts_E: Tensor, ranks: int) -> Tensor:

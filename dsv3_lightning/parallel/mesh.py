@@ -17,6 +17,7 @@ from dsv3_lightning.parallel.pipeline.checks import check_settings
 
 Kind = Literal["fsdp2", "hsdp", "fsdp2_ep"]
 KINDS: tuple[str, ...] = get_args(Kind)
+Overlap = Literal["none", "two_batches"]
 Size = int | Literal["auto"]
 if TYPE_CHECKING:
     ScheduleName = str
@@ -48,6 +49,8 @@ class StrategyConfig:
     prefetch: the number of blocks whose parameters are gathered ahead of the one that computes.
     sharded_checkpoints: each rank writes its shards in the background, so no rank ever gathers the model and training
         waits only for a copy in memory; otherwise the first rank writes one file. Both can be resumed on any mesh.
+    overlap: what is computed while tokens travel to their experts and back. `two_batches`: each MoE layer takes a
+        micro-batch in two halves of its sequences, one of which computes while the other's tokens travel.
     dispatcher: the class that sends tokens to the ranks of their experts and back, with the methods of
         `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
     timeout_minutes: how long a collective waits for a rank before all ranks stop.
@@ -69,6 +72,7 @@ class StrategyConfig:
     cpu_offload: bool = False
     prefetch: int = 1
     sharded_checkpoints: bool = False
+    overlap: Overlap = "none"
     dispatcher: str = "dsv3_lightning.parallel.dispatch.AllToAll"
     timeout_minutes: float = 30.0
     step_timeout_minutes: float | None = None
@@ -173,6 +177,11 @@ def mesh_shape(config: StrategyConfig, ranks: int, ranks_per_node: int, model: M
     shape = MeshShape(replicate, shard, ep, node if node < shard else None, nodes, stages)
     if model is not None and shape.ep > 1:
         check_expert_widths(shape, model)
+    if model is not None and shape.ep == 1 and config.overlap != "none":
+        raise ConfigError(
+            f"strategy.overlap={config.overlap}: tokens travel only where experts are spread over ranks, and "
+            "expert_parallel is 1; use a larger one, or overlap: none"
+        )
     return shape
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_lightning.model.permute import sum_of_rows
-from dsv3_lightning.parallel.streams import arrived
 
 PARTS = 3
 ALIGNED = 16  # bytes; torch's fastest kernels want rows to begin at multiples
@@ -61,14 +60,13 @@ class Pack(torch.autograd.Function):
 
 class Unpack(torch.autograd.Function):
     """Tokens [R, D] and fp32 numbers [R, C] of messages, in the order order_R, whose inverse is known; None: as they
-    came. Waits for the messages."""
+    came."""
 
     @staticmethod
     def forward(
         ctx: Any, message: Tensor, C: int, order_R: Tensor | None = None, inverse_R: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(inverse_R)
-        message = arrived(message)
         D = message.shape[1] - columns(C, message.itemsize)
         x_RD, numbers_RC = message[:, :D], from_columns(message[:, D:], C)
         if order_R is None:

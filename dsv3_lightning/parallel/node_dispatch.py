@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single
 
 from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.permute import Order, Permute, Unpermute, count, sort_by_expert
 from dsv3_lightning.parallel.dispatch import AllToAll, Exchange, Returning, tokens_by_rank
+from dsv3_lightning.parallel.exchange import Flight, depart
 from dsv3_lightning.parallel.messages import Pack, Unpack
-from dsv3_lightning.parallel.streams import HostCopy, arrived, beside, now
+from dsv3_lightning.parallel.streams import HostCopy, beside, now
 
 
 class Plan(NamedTuple):
@@ -48,7 +49,7 @@ class Crossing:
     from_nodes: list[int]
     to_ranks: list[int]
     from_ranks: list[int]
-    message: Tensor | None = None
+    message: Flight | None = None
     exchange: Exchange | None = None
 
 
@@ -102,7 +103,7 @@ class NodeAllToAll:
             numbers_RC = torch.cat([gates_RK, self.local_experts(sent.experts_NK, order.order_R)], 1)
             x_ND = sent.x_ND.to(compute_dtype(sent.x_ND))
             message = Pack.apply(x_ND, numbers_RC, order.order_R, order.rows_NK)
-            sent.message = all_to_all_single_autograd(message, sent.from_nodes, sent.to_nodes, self.across)
+            sent.message = depart(message, sent.to_nodes, sent.from_nodes, self.across)
             if leave is not None:
                 self.forward(sent)
 
@@ -117,7 +118,7 @@ class NodeAllToAll:
         assert sent.message is not None
         K = sent.gates_NK.shape[1]
         message, sent.message = sent.message, None
-        x_ND, numbers_NC = Unpack.apply(message, 2 * K)
+        x_ND, numbers_NC = Unpack.apply(message.land(), 2 * K)
         gates_NK, experts_NK = numbers_NC.split(K, 1)
         order = sort_by_expert(experts_NK.detach().long(), self.experts_per_node)
         sent.exchange = self.within.exchange(
@@ -137,12 +138,11 @@ class NodeAllToAll:
         assert sent.exchange is not None and sent.exchange.arranged_R is not None
         with beside(now(y_RD), y_RD, sent.exchange.arranged_R):
             sums_ND = self.within.combine(self.within.exchange_back(y_RD, sent.exchange))
-            back_RD = all_to_all_single_autograd(sums_ND, sent.to_nodes, sent.from_nodes, self.across)
+            back_RD = depart(sums_ND, sent.from_nodes, sent.to_nodes, self.across)
         return Returning(back_RD, sent.order)
 
     def combine(self, returning: Returning) -> Tensor:
-        arrived(returning.y_RD)
-        return Unpermute.apply(returning.y_RD, returning.order.order_R, returning.order.rows_NK)
+        return Unpermute.apply(returning.rows.land(), returning.order.order_R, returning.order.rows_NK)
 
 
 def nodes_of(experts_NK: Tensor, experts_per_node: int, nodes: int) -> Tensor:

@@ -25,6 +25,7 @@ from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.dispatch import Dispatcher
 from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.model.mtp import MTPModule
+from dsv3_lightning.model.phases import overlap_halves
 from dsv3_lightning.model.router import Router
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll
@@ -59,6 +60,8 @@ def shard_model(
     for moe in (module for module in model.modules() if isinstance(module, MoE)):
         spread_experts(moe, meshes, dispatcher)
 
+    if config.overlap == "two_batches":
+        overlap_halves(model)
     # The root comes first, with only the small parameters, so that later units skip these.
     tied = model.config.tie_word_embeddings
     small = small_parameters(model) | ({model.embed_tokens.weight} if tied else set())

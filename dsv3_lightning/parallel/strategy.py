@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.loading import on_first_rank, read_parts
-from dsv3_lightning.parallel.checkpoints.shards import Saver
+from dsv3_lightning.parallel.checkpoints.saving import Saver
 from dsv3_lightning.parallel.checkpoints.stages import (
     Numbers,
     from_all_stages,
@@ -61,7 +61,8 @@ class MeshStrategy(ModelParallelStrategy):
         shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
         self.meshes = build_meshes(shape, self.root_device.type, self._timeout)
         self._device_mesh = self.meshes.dense
-        self.saver = Saver() if self.config.sharded_checkpoints else None
+        holders = self.meshes.dense.mesh.flatten().tolist()  # of plain tensors
+        self.saver = Saver(holders) if self.config.sharded_checkpoints else None
         rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -170,8 +171,13 @@ class MeshStrategy(ModelParallelStrategy):
             self.saver.finish()
 
     def teardown(self) -> None:
-        self.finish_saving()
-        super().teardown()
+        try:
+            self.finish_saving()
+        finally:
+            if self.saver is not None:
+                self.saver.close()
+            self.saver = None
+            super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Full tensors on the CPU, gathered one at a time, on the first rank only; or each rank's shards."""

@@ -21,6 +21,7 @@ from dsv3_lightning.callbacks import (
     LossSpike,
     MemorySnapshot,
     MTPWeight,
+    PipelineTrace,
     Progress,
     RouterMonitor,
     RouterProbe,
@@ -253,6 +254,11 @@ def test_schedules_by_tokens_need_a_data_module_that_counts_them(tmp_path, kind)
     module.mtp_weight, module.balance = 0.0, type("Balance", (), {"scale": 1.0, "factors": {}})()
     with pytest.raises(ConfigError, match=f"^{kind.__name__} needs .*`tokens_before`.* no data module$"):
         fit(module, tmp_path, kind(by="tokens"))
+
+
+def test_a_trace_needs_a_pipeline(tmp_path):
+    with pytest.raises(ConfigError, match="^PipelineTrace needs a pipeline; set strategy.pipeline_parallel"):
+        fit(Dense(), tmp_path, PipelineTrace())
 
 
 def test_a_return_after_a_spike_needs_a_data_module_that_can_leave_samples_out(tmp_path):

@@ -86,9 +86,11 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         " --body-megabytes --api-key --cors-origin --threads",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
         "import": "-h --help folder --out",
+        "trace": "-h --help run --step --png",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
         "needle": "-h --help run --lengths --depths --texts --out",
-        "plan": f"{config} --gpus --gpu --inside --between --dry-run --sources",
+        "plan": f"{config} --gpus --gpu --inside --between --fp8 --dry-run --sources "
+        "--pipeline-parallel --schedule --micro-batches --overlap --times --png",
         "sweep": "-h --help words --jobs --task --slurm",
         "reproduce": "-h --help overrides --dir --out --jobs --quick --report",
         "compare": "-h --help runs --markdown --plot --equal",

@@ -112,8 +112,8 @@ class Watched(AllToAll):
 
 def still_on_their_way(sent: object) -> bool:
     """Whether nobody has waited for the tokens yet."""
-    message = sent.exchange.message if isinstance(sent, Sent) and sent.exchange else None
-    return isinstance(message, AsyncCollectiveTensor) and not message.completed
+    flight = sent.exchange.message if isinstance(sent, Sent) and sent.exchange else None
+    return flight is not None and isinstance(flight.rows, AsyncCollectiveTensor) and not flight.rows.completed
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from dsv3_lightning.model.moe import MoE
 from dsv3_lightning.parallel import dispatch, node_dispatch
 from dsv3_lightning.parallel.dispatch import AllToAll
+from dsv3_lightning.parallel.exchange import Flight
 from dsv3_lightning.parallel.messages import columns
 from dsv3_lightning.parallel.node_dispatch import NodeAllToAll
 from tests.parallel.counting import check_costs
@@ -99,19 +100,19 @@ def check(case: str, whole: MoE, nodes: MoE, direct: MoE) -> None:
 def bytes_between_nodes() -> Iterator[dict[str, int]]:
     """What this rank sends to another node in the forward pass, with tokens or with experts' outputs."""
     sent = {"there": 0, "back": 0}
-    exchange = dispatch.all_to_all_single_autograd
+    leave = dispatch.depart
     node, ranks = dist.get_rank() // PLACES, dist.get_world_size()
 
-    def counted(rows: Tensor, received: list[int], to: list[int], group: Any) -> Tensor:
+    def counted(rows: Tensor, to: list[int], received: list[int], group: Any) -> Flight:
         members = dist.get_process_group_ranks(group)
         away = sum(n for member, n in zip(members, to, strict=True) if member // PLACES != node)
         sent["back" if rows.shape[1] == D else "there"] += away * rows.shape[1] * rows.itemsize
-        return exchange(rows, received, to, group)
+        return leave(rows, to, received, group)
 
     assert ranks == NODES * PLACES
     with (
-        patch.object(dispatch, "all_to_all_single_autograd", counted),
-        patch.object(node_dispatch, "all_to_all_single_autograd", counted),
+        patch.object(dispatch, "depart", counted),
+        patch.object(node_dispatch, "depart", counted),
     ):
         yield sent
 

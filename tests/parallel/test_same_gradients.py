@@ -33,7 +33,7 @@ COMMON = (
 WAYS = {
     2: {
         "fsdp2_of_2": ("strategy=fsdp2",),
-        "ep2": ("strategy={kind: fsdp2_ep, sharded_checkpoints: true}",),
+        "ep2": ("strategy={kind: fsdp2_ep, sharded_checkpoints: true, overlap: two_batches}",),
         "ep2_otherwise": ("strategy={kind: fsdp2_ep, dispatcher: benchmarks.scaling.AllGather}",),
     },
     4: {

@@ -10,6 +10,7 @@ from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning import contexts, day
+from dsv3_lightning.planning.cluster import rank_memory
 from dsv3_lightning.planning.layout import Work
 from tests.conftest import ROOT
 
@@ -47,11 +48,13 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     model = check(compose(["v3"]).tree).model
     shape, strategy = MeshShape(1, 2048, 64), StrategyConfig(kind="fsdp2_ep")
     work = Work(4096, 1, 4096, "bf16", "full")
-    fits = contexts.longest(model, shape, strategy, work, 80e9)
-    assert fits % 1024 == 0
-    sizes = [contexts.memory_of(model, shape, strategy, work, length) for length in (fits, fits + 1024)]
-    assert sizes[0] <= 80e9 < sizes[1]
-    assert contexts.longest(model, shape, strategy, work, 1e9) == 0
+
+    def needed(length: int) -> float:
+        return rank_memory(model, shape, strategy, replace(work, tokens=length, sequence_length=length)).total
+
+    fits = contexts.longest(needed, 80e9)
+    assert fits % 1024 == 0 and needed(fits) <= 80e9 < needed(fits + 1024)
+    assert contexts.longest(needed, 1e9) == 0
 
 
 @pytest.mark.parametrize(("length", "gigabytes"), [(32768, 89), (131072, 288)])

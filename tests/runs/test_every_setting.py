@@ -126,6 +126,7 @@ LEAVES = {
     "callbacks.loss_spike": ("{threshold: 3}", "elsewhere: tests/runs/test_loss_spike.py"),
     "callbacks.garbage_collection": ("{every_n_steps: 2}", "elsewhere: tests/callbacks/test_operation.py"),
     "callbacks.memory_snapshot.history": (1000, "elsewhere: tests/callbacks/test_operation.py"),
+    "callbacks.pipeline_trace": ("{every_n_steps: 2}", REFUSED),  # tests/callbacks/test_pipeline_trace.py
     "callbacks.sample_text.every_n_steps": (1, TEXT),
     "callbacks.sample_text.prompts": ("[b]", TEXT),
     "callbacks.sample_text.max_new_tokens": (3, TEXT),

@@ -24,6 +24,8 @@ def check_settings(strategy: "StrategyConfig") -> None:
             at = f"strategy.stages={strategy.stages}"
             raise ConfigError(f"{at}: is of a pipeline, and strategy.pipeline_parallel is 1; set it to null")
         return
+    if strategy.overlap == "two_batches":
+        raise ConfigError("strategy.overlap=two_batches: is for training without a pipeline; set it to none")
     if micro_batches != "auto":
         check_micro_batches("strategy.micro_batches", micro_batches, name, ranks)
     chunks, rest = divmod(len(strategy.stages or []), ranks)

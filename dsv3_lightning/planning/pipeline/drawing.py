@@ -77,6 +77,7 @@ def figure(panels: Mapping[str, Timeline]) -> "Figure":
     for each, (title, timeline) in zip(axes, panels.items(), strict=True):
         draw(each, title, timeline)
     axes[-1].set_xlabel("seconds")
+    axes[-1].set_xlim(0, max(timeline.span for timeline in panels.values()))
     kinds = {kind_of(event.slot) for timeline in panels.values() for events in timeline.ranks for event in events}
     patches = [Patch(facecolor=COLORS[kind], label=NAMES[kind]) for kind in COLORS if kind in kinds]
     made.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize="small", frameon=False)
@@ -89,7 +90,7 @@ def draw(axes: "Axes", title: str, timeline: Timeline) -> None:
         for slot, start, end in events:
             color = lighter(COLORS[kind_of(slot)], 0.0 if slot[0].chunk == first else 0.5)
             axes.barh(rank, end - start, left=start - timeline.start, height=0.9, color=color,
-                      edgecolor="white", linewidth=0.3)  # fmt: skip
+                      edgecolor="white", linewidth=0.3 if count <= MOST_LABELS else 0)  # fmt: skip
             if count <= MOST_LABELS and (end - start) / timeline.span > 0.006:
                 words = "/".join(str(action.micro_batch) for action in slot)
                 axes.text((start + end) / 2 - timeline.start, rank, words, ha="center", va="center", fontsize=5)
@@ -97,7 +98,6 @@ def draw(axes: "Axes", title: str, timeline: Timeline) -> None:
     axes.set_ylabel("rank")
     axes.set_yticks(range(len(timeline.ranks)))
     axes.set_ylim(len(timeline.ranks) - 0.4, -0.6)
-    axes.set_xlim(left=0)
 
 
 def lighter(color: str, share: float) -> tuple[float, ...]:

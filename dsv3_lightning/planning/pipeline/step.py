@@ -67,10 +67,10 @@ def pipeline_step(model: ModelConfig, hardware: Hardware, layout: Layout, pipeli
         total, source = sum(part.seconds for part in on_wires), on_wires[0].source
         hidden = (*source, "overlap.kept") if pipeline.overlap else source
         exposed.append(Exposed(Part(EXCHANGE, total, COMPUTING, hidden), rest))
-    edges = sum(len(mine) for mine in slots) // pipeline.ranks
+    moved = work.micro_batches * messages(pipeline.placement, busiest) * message
     exposed += [
         Exposed(Part(BUBBLE, alone.idle[busiest], (), ()), alone.idle[busiest]),
-        Exposed(Part(TRANSFERS, edges * message, COMPUTING, names), timeline.span - alone.span),
+        Exposed(Part(TRANSFERS, moved, COMPUTING, names), timeline.span - alone.span),
     ]
     exposed += once_per_step(
         model, hardware, layout, [together(shares[i] for i in mine) for mine in pipeline.placement]
@@ -78,6 +78,16 @@ def pipeline_step(model: ModelConfig, hardware: Hardware, layout: Layout, pipeli
     tokens = work.tokens * work.micro_batches // pipeline.ranks
     flop = training_flop_per_token(model, work.sequence_length) * work.tokens * work.micro_batches / pipeline.ranks
     return PipelineStep(timeline, Step(exposed, tokens, flop), times, shares, busiest, message)
+
+
+def messages(of_ranks: Sequence[Sequence[int]], rank: int) -> int:
+    """How many messages a rank receives per micro-batch. Neighboring chunks of a rank send each other none.
+
+    >>> messages([[0, 3], [1, 2]], 0), messages([[0, 3], [1, 2]], 1), messages([[0, 2], [1, 3]], 1)
+    (2, 2, 3)
+    """
+    others = {chunk for i, mine in enumerate(of_ranks) if i != rank for chunk in mine}
+    return sum((chunk - 1 in others) + (chunk + 1 in others) for chunk in of_ranks[rank])
 
 
 BUBBLE, TRANSFERS = "bubble: waiting for other ranks", "activations between stages"

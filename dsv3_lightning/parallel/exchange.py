@@ -1,0 +1,73 @@
+"""Rows that travel between ranks by one all-to-all, apart in two steps: they depart, and they land.
+
+Between both, forward and backward, something else can be computed. In the backward pass the gradients leave where the
+rows have landed and are waited for where these departed; autograd runs what was computed last first, so whatever was
+computed between `depart` and `land` has its own backward pass during the way back.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single
+
+from dsv3_lightning.parallel.streams import arrived
+
+
+@dataclass
+class Way:
+    """sent, received: the numbers of rows to and from each rank of the group. gradient: of the rows that were sent, on
+    its way back."""
+
+    sent: list[int]
+    received: list[int]
+    group: dist.ProcessGroup
+    gradient: Tensor | None = None
+
+
+class Flight(NamedTuple):
+    """Rows on their way."""
+
+    rows: Tensor
+    way: Way
+
+    def land(self) -> Tensor:
+        """The received rows, once they are there. Also a rank without any must call it."""
+        return Land.apply(self.rows, self.way)
+
+
+def depart(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Flight:
+    """Sends rows [Σ sent, ...], sorted by rank. Every rank of the group must call it, in the same order."""
+    way = Way(sent, received, group)
+    return Flight(Depart.apply(rows, way), way)
+
+
+class Depart(torch.autograd.Function):
+    """Starts the exchange; waits for that of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return all_to_all_single(rows.contiguous(), way.received, way.sent, way.group)
+
+    @staticmethod
+    def backward(ctx: Any, _landed: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.way.gradient = ctx.way.gradient, None
+        return arrived(gradient), None
+
+
+class Land(torch.autograd.Function):
+    """Waits for the exchange; starts that of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return arrived(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        way = ctx.way
+        way.gradient = all_to_all_single(grad.contiguous(), way.sent, way.received, way.group)
+        return grad, None  # autograd wants the shape of what landed; `Depart` takes the other
