@@ -33,7 +33,7 @@ CHANGES = (
     Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
     Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments are kept"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
-    Change(("compute",), NEW_NAME, "the same losses within rounding"),
+    Change(("compute",), NEW_NAME, "the same losses within rounding, of FP8 too"),
     Change(
         ("trainer.max_steps",),
         NEW_NAME,
