@@ -23,6 +23,6 @@ def test_the_pages_have_the_hours_that_the_command_prints(hours: dict, monkeypat
     of_the_review = (ROOT / "docs/cluster.md").read_text()
     for row in before:
         assert f"| {row.planned.seconds:.2f} s | {100 * row.mfu:.1f} % | {row.hours:,.0f} |" in of_the_review
-    # each step on the way to all that the published run has takes time off, but for the pairs of dualpipev by themselves
+    # each step on the way to all that the published run has takes time off, but for dualpipev without overlap
     after = [row.hours for row in found]
     assert after[1] > after[0] and after[1:] == sorted(after[1:], reverse=True)
