@@ -19,16 +19,16 @@ from dsv3_lightning.training.dry_pipeline import dry_pipeline
 pytestmark = pytest.mark.slow
 
 T, RANKS = 256, 2
-# Wider than nano, so that the small things that no plan counts are small; without MTP chunks are equal but for the ends.
+# Wider than nano, so that the small things that no plan counts are small; without MTP, so that chunks are equal.
 WORDS = ("model.hidden_size=256", "model.vocab_size=2048", "data.vocab_size=2048", f"data.sequence_length={T}",
-         "model.num_hidden_layers=8", "model.first_k_dense_replace=1", "model.num_nextn_predict_layers=0",
+         "model.num_hidden_layers=4", "model.first_k_dense_replace=0", "model.num_nextn_predict_layers=0",
          "compute.activation_checkpointing=none")  # fmt: skip
 CONFIG = check(compose(["nano"], WORDS).tree)
 WORK = Work(4 * T, 2 * RANKS, T, "32", "none")
 
 
 def layers(schedule: str) -> list[int]:
-    return [4, 4] if SCHEDULES[schedule].chunks == 1 else [2, 2, 2, 2]
+    return [2, 2] if SCHEDULES[schedule].chunks == 1 else [1, 1, 1, 1]
 
 
 def counted(schedule: str, rank: int, samples: int) -> int:
@@ -46,13 +46,11 @@ def planned(schedule: str, rank: int, samples: int) -> float:
     return pipeline_memory(CONFIG.model, MeshShape(1, 1, pp=RANKS), work, shares, of_ranks, timeline)[rank].total
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_last_rank_holds_what_is_planned_and_as_many_chunks_as_the_formula_says(schedule: str):
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
+def test_the_rank_with_heads_holds_what_is_planned_and_as_many_chunks_as_the_formula_says(schedule: str):
     """Twice the samples are twice the activations of live chunks; everything else stays."""
     rank = 0 if SCHEDULES[schedule].v_shaped else 1  # with the heads
-    few, many = (counted(schedule, rank, samples) for samples in (4, 8))
-    assert planned(schedule, rank, 4) == pytest.approx(few, rel=0.1)
-    assert planned(schedule, rank, 8) == pytest.approx(many, rel=0.1)
+    assert planned(schedule, rank, 4) == pytest.approx(counted(schedule, rank, 4), rel=0.1)
     middle = RANKS - 1 - rank  # chunks of equal layers in a V; 1F1B's first has P
     grown = counted(schedule, middle, 8) - counted(schedule, middle, 4)
     chunk = max(chunk_bytes(CONFIG.model, WORK, share).total for share in chunk_shares(CONFIG.model, layers(schedule)))
