@@ -49,8 +49,8 @@ def test_every_cluster_config_takes_a_step_in_the_memory_that_is_planned(name, c
     """With fewer layers, and a shorter pipeline; `dsv3 plan configs/cluster/... --gpus N --dry-run` has them all."""
     layers = ["model.num_hidden_layers=2", "model.first_k_dense_replace=1"]
     if name == "v3-2048":
-        layers = ["model.num_hidden_layers=4", "model.first_k_dense_replace=1", "--pipeline-parallel", "2",
-                  "--micro-batches", "15", "data.batch_ramp=null"]  # fmt: skip
+        layers = ["model.num_hidden_layers=4", "model.first_k_dense_replace=1",
+                  "strategy.pipeline_parallel=2", "strategy.micro_batches=15", "data.batch_ramp=null"]  # fmt: skip
     words = [str(ROOT / f"configs/cluster/{name}.yaml"), *layers, "--gpus", str(CLUSTER[name]), "--dry-run"]
     assert main(["plan", *words]) == 0
     table = capsys.readouterr().out.split("dry run of rank ")[1].split("\n\n")[0]

@@ -1,8 +1,6 @@
 """Runs through pipelines, each beside the run of one process whose numbers it must have: for tests and benchmarks."""
 
 import re
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,14 +54,6 @@ def case(
         f"compute.activation_checkpointing={checkpointing}",
     )
     return Case(ranks, model, words)
-
-
-def every_case() -> Iterator[tuple[str, Case]]:
-    """2 and 4 stages × every schedule × every model and kind of checkpointing; two stages of two ranks."""
-    for ranks, schedule, model, kept in product((2, 4), SCHEDULES, MODELS, ("none", "selective", "full")):
-        yield f"{schedule} on {ranks} {model} {kept}", case(ranks, schedule, model, kept)
-    for schedule, mesh, model in product(SCHEDULES, MESHES, ("depth1", "depth2")):
-        yield f"{schedule} on 2 x {mesh} {model}", case(4, schedule, model, mesh=mesh, stages=2)
 
 
 def folder_of(name: str) -> str:
