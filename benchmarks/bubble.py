@@ -29,7 +29,7 @@ from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.planning.pipeline.measured import measured_times, read_trace, simulated
 
 ALLOWED = 0.15
-STEPS, EVERY, MICRO_BATCHES = 8, 1, 4
+STEPS, EVERY, MICRO_BATCHES = 4, 1, 4
 PARTS = {"F": 1, "I": 1, "W": 1, "B": 2}  # of --sleep
 SMALL = ("model.num_hidden_layers=8", "data.sequence_length=16", "data.batch_size=4", "trainer.precision=32")
 WIDE = (
@@ -85,7 +85,7 @@ def measure(schedule: str, sleep: float, folder: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--sleep", type=float, default=150, metavar="MS", help="of a pass; 0: none; default %(default)s"
+        "--sleep", type=float, default=600, metavar="MS", help="of a pass; 0: none; default %(default)s"
     )
     parser.add_argument("schedules", nargs="*", metavar="NAME", help=f"{', '.join(SCHEDULES)}; default: all")
     arguments = parser.parse_args()
