@@ -12,8 +12,9 @@ ACTIONS = ("F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_G
 
 
 class ActionKiller(Callback):
-    """kills: [step, action, rank]; the rank dies when it begins its second action of that kind in the step, or the first
-    reduction."""
+    """kills: [step, action, rank]; the rank dies when it begins its second action of that kind in the step, or its
+    first reduction.
+    """
 
     def __init__(self, folder: str, kills: list[list[Any]]) -> None:
         self.folder, self.kills, self.seen = Path(folder), kills, 0
