@@ -28,6 +28,7 @@ from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes, set_timeout
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.pipeline.checks import micro_batches_of, placement_of
+from dsv3_lightning.parallel.pipeline.pairs import run_pair
 from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
 from dsv3_lightning.parallel.pipeline.stage import own_chunks
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
@@ -144,6 +145,7 @@ class MeshStrategy(ModelParallelStrategy):
                 model, chunks, self.config.schedule, self.meshes.pp, self.root_device, dtype,
                 self.precision_plugin.forward_context,
             )  # fmt: skip
+            self.pipeline.overlap = run_pair if self.config.overlap == "pairs" else None
             parts = [*self.pipeline.stages]
         for part in parts:
             shard_model(part, self.meshes, self.config, precision, self.dispatcher)

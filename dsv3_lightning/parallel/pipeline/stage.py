@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsv3_lightning.model.attention_kernels import find_documents
+from dsv3_lightning.model.attention_kernels import Documents, find_documents
 from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.transformer import MTP_KINDS, Transformer, stack_stats
 
@@ -69,6 +69,16 @@ class Record:
         }
 
 
+class Start(NamedTuple):
+    """What a stage's layers take: h [B, T, D], the mask, the documents; and the embedding of all positions [B, S, D],
+    where the stage has or passes it on, in a tuple."""
+
+    h_BTD: Tensor
+    embedding: tuple[Tensor, ...]
+    mask_BT: Tensor
+    documents: Documents | None
+
+
 class Stage(Transformer):
     """One chunk of a model, whose modules it shares. A rank has several, each a root of its own to FSDP.
 
@@ -105,21 +115,36 @@ class Stage(Transformer):
         positions: [B]; the last stage then returns the logits [B, V] at these, of tokens [B, T] without targets.
         """
         with self.autocast():
-            T = mask.shape[1] if targets is None else targets.shape[-1]
-            documents_BT = None if documents is None else find_documents(documents[:, :T], mask.device)
-            if self.chunk.is_first:
-                tokens_BS = inputs[0] if targets is None else inputs[0][:, : T + self.config.mtp_depth]
-                inputs = self.embed_tokens(tokens_BS), *inputs[1:]
-                inputs = (inputs[0][:, :T], inputs[0])
-            h_BTD, stats = self.through_layers(inputs[0], mask[:, :T], documents_BT)
-            if not self.chunk.is_last:
-                return self.pass_on(h_BTD, inputs[1:], stats, targets is not None)
-            trunk_BTD = self.norm(h_BTD)
-            if positions is not None:
-                return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions])
-            assert targets is not None
-            heads, more = self.head_inputs(trunk_BTD, inputs[-1], mask, documents_BT)
-            return self.finish(heads, targets, [*stats, *more])
+            start = self.begin(inputs, mask, targets, documents)
+            h_BTD, stats = self.through_layers(start.h_BTD, start.mask_BT, start.documents)
+            return self.end(h_BTD, stats, start, mask, targets, positions)
+
+    def begin(
+        self, inputs: tuple[Tensor, ...], mask: Tensor, targets: Tensor | None, documents: Tensor | None
+    ) -> "Start":
+        """What the layers take. The arguments of this and of `end` are those of `forward`."""
+        T = mask.shape[1] if targets is None else targets.shape[-1]
+        documents_BT = None if documents is None else find_documents(documents[:, :T], mask.device)
+        if self.chunk.is_first:
+            tokens_BS = inputs[0] if targets is None else inputs[0][:, : T + self.config.mtp_depth]
+            inputs = self.embed_tokens(tokens_BS), *inputs[1:]
+            inputs = (inputs[0][:, :T], inputs[0])
+        return Start(inputs[0], inputs[1:], mask[:, :T], documents_BT)
+
+    def end(
+        self, h_BTD: Tensor, stats: list[RouterStats], start: "Start", mask: Tensor, targets: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+        """What `forward` returns, from the output and the stats of the layers."""
+        if not self.chunk.is_last:
+            return self.pass_on(h_BTD, start.embedding, stats, targets is not None)
+        trunk_BTD = self.norm(h_BTD)
+        if positions is not None:
+            return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions])
+        assert targets is not None
+        embedding_BSD = start.embedding[-1] if start.embedding else start.h_BTD
+        heads, more = self.head_inputs(trunk_BTD, embedding_BSD, mask, start.documents)
+        return self.finish(heads, targets, [*stats, *more])
 
     def pass_on(
         self, h_BTD: Tensor, embedding: tuple[Tensor, ...], stats: list[RouterStats], in_step: bool
