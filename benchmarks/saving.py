@@ -7,6 +7,7 @@ alternate; printed are medians over the pairs, on the slowest rank.
 """
 
 import argparse
+import socket
 import statistics
 import tempfile
 import time
@@ -20,7 +21,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dsv3_lightning.parallel.checkpoints.shards import Saver
+from dsv3_lightning.parallel.checkpoints.saving import Saver
 
 
 def main() -> None:
@@ -30,14 +31,17 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, (arguments, Path(folder)), arguments.ranks)
+        mp.spawn(measure, (arguments, Path(folder), port), arguments.ranks)
 
 
-def measure(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
+def measure(rank: int, arguments: argparse.Namespace, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
-    ranks, store = arguments.ranks, f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    ranks, address = arguments.ranks, f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     rows = arguments.megabytes * 1_000_000 // 4 // 1024 // arguments.tensors
     parts = [torch.randn(rows, 1024) for _ in range(arguments.tensors)]
@@ -54,7 +58,16 @@ def measure(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
         size = ranks * arguments.tensors * rows * 4096
         print(f"{size / 1e9:.2f} GB on {ranks} ranks, {arguments.pairs} pairs")
         print(f"a copy in memory {copy:.3f} s, training stands still {stall:.3f} s, written {write:.3f} s later")
+        own, shared = (memory(saver.process.pid, kind) / 1e6 for kind in ("RssAnon", "RssShmem"))
+        print(f"memory of a writer {own:,.0f} MB, and {shared:,.0f} MB that it shares with its rank")
+    saver.close()
     dist.destroy_process_group()
+
+
+def memory(process: int, kind: str) -> int:
+    """Bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def timed(work: Callable[[], None]) -> float:

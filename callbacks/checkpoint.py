@@ -247,7 +247,7 @@ class Checkpoint(CheckpointBase):
     def name_again(self, trainer: Trainer, path: Path, name: Path) -> None:
         """Gives the checkpoint of this step a second name, once it is written; the first rank does it for all."""
         if isinstance(trainer.strategy, MeshStrategy) and trainer.strategy.saver is not None:
-            trainer.strategy.saver.then(lambda: give_name(path, name))
+            trainer.strategy.saver.name_again(path, name)
         elif trainer.is_global_zero:
             give_name(path, name)
 

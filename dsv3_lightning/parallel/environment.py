@@ -19,9 +19,9 @@ def run_environment(device: str, several: bool, folder: Path, set_already: Mappi
 
     CUDA's allocator grows segments in place of making new ones: routing changes the sizes of tensors in each step, and
     memory would fragment. With NCCL the last collectives are recorded, and written by each rank when one times out; its
-    warnings are shown. Gloo, which then only writes checkpoints, connects two ranks when they first exchange something,
-    not all with all at the start. On CPUs it connects all at the start, since ranks without a connection learn late
-    that another one has died.
+    warnings are shown. Gloo, which then only gathers offloaded tensors, connects two ranks when they first exchange
+    something, not all with all at the start. On CPUs it connects all at the start, since ranks without a connection
+    learn late that another one has died.
     """
     wanted = {}
     if device == "cuda" and not any(name in set_already for name in ALLOCATOR):

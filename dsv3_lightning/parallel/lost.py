@@ -5,10 +5,7 @@ import subprocess
 from collections.abc import Sequence
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-# The errors that may reach a run's main thread: of a collective, or of a checkpoint written in the background.
-ERRORS = (RuntimeError, CheckpointException)
 CLOSED = ("gloo", "Connection closed by peer", "Connection reset by peer", "caused pair closure")
 # NCCL's watchdog ends the process itself, unless TORCH_NCCL_BLOCKING_WAIT=1 or a communicator is just being made. Of
 # the errors that Python sees then, these are caused by this rank or by the program, not by another rank.

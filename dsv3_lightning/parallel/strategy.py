@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.loading import on_first_rank, read_parts
-from dsv3_lightning.parallel.checkpoints.shards import Saver
+from dsv3_lightning.parallel.checkpoints.saving import Saver
 from dsv3_lightning.parallel.checkpoints.stages import (
     Numbers,
     from_all_stages,
@@ -30,7 +30,6 @@ from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.pipeline.checks import micro_batches_of, placement_of
 from dsv3_lightning.parallel.pipeline.pairs import run_pair
 from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
-from dsv3_lightning.parallel.pipeline.stage import own_chunks
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
 from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
 
@@ -63,7 +62,8 @@ class MeshStrategy(ModelParallelStrategy):
         shape = mesh_shape(self.config, self.world_size, self.num_processes, model)
         self.meshes = build_meshes(shape, self.root_device.type, self._timeout)
         self._device_mesh = self.meshes.dense
-        self.saver = Saver() if self.config.sharded_checkpoints else None
+        holders = self.meshes.dense.mesh.flatten().tolist()  # of plain tensors
+        self.saver = Saver(holders) if self.config.sharded_checkpoints else None
         rank_zero_only(print)(f"strategy {self.config.kind}: {shape}, {shape.ranks} processes", flush=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -139,10 +139,9 @@ class MeshStrategy(ModelParallelStrategy):
         if self.meshes.pp is not None:
             layers = stages or self.config.stages
             assert layers is not None, "a pipeline needs the number of layers in each chunk"
-            chunks = own_chunks(layers, placement_of(self.config)[self.meshes.pp.get_local_rank()])
             dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
             self.pipeline = Pipeline(
-                model, chunks, self.config.schedule, self.meshes.pp, self.root_device, dtype,
+                model, layers, placement_of(self.config), self.config.schedule, self.meshes.pp, self.root_device, dtype,
                 self.precision_plugin.forward_context,
             )  # fmt: skip
             self.pipeline.overlap = run_pair if self.config.overlap == "pairs" else None
@@ -174,8 +173,13 @@ class MeshStrategy(ModelParallelStrategy):
             self.saver.finish()
 
     def teardown(self) -> None:
-        self.finish_saving()
-        super().teardown()
+        try:
+            self.finish_saving()
+        finally:
+            if self.saver is not None:
+                self.saver.close()
+            self.saver = None
+            super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Full tensors on the CPU, gathered one at a time, on the first rank only; or each rank's shards."""

@@ -21,6 +21,11 @@ def shard_slices(tensor: DTensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
+def slices_of(tensor: Tensor) -> tuple[slice, ...]:
+    """The slice of each dim of the full tensor that this rank has: of a plain tensor all of it."""
+    return shard_slices(tensor) if isinstance(tensor, DTensor) else tuple(slice(0, size) for size in tensor.shape)
+
+
 def gather_full(tensor: Tensor) -> Tensor:
     """The full tensor, on the CPU. A collective for a DTensor: every rank must call it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()

@@ -29,7 +29,6 @@ from dsv3_lightning.parallel.checkpoints.one_file import made_with
 from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_after_restart
 from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of
-from dsv3_lightning.parallel.lost import ERRORS
 from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
@@ -225,7 +224,7 @@ def train(parts: Parts, start: Start) -> int:
                 trainer.fit(parts.module, parts.data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
     except LossSpiked:
         raise
-    except ERRORS as error:
+    except RuntimeError as error:  # of a collective, too
         if isinstance(error, RunStopped) and not trainer.is_global_zero:
             return error.code  # all ranks stop together, and the first one says why
         stop_if_another_died(trainer, error)

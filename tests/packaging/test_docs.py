@@ -30,6 +30,16 @@ def test_links_and_named_files_exist(page: Path):
     assert [str(path.relative_to(ROOT)) for path in (*links, *named, *run) if not path.exists()] == []
 
 
+@pytest.mark.slow
+def test_the_pages_tests_are_found_by_pytest_as_they_call_it():
+    """By the script in the environment, which unlike `python -m pytest` doesn't put the working folder on the path."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = sorted({name for words in re.findall(r"pytest((?: tests/[\w./]+)+)", pages) for name in words.split()})
+    command = [Path(sys.executable).with_name("pytest"), "--collect-only", "-qq", *named]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert len(named) > 30 and done.returncode == 0, done.stdout[-2000:]
+
+
 def test_each_page_is_listed_once_everywhere():
     """In the site's navigation, on its first page and in the README."""
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}

@@ -1,17 +1,19 @@
 """Ends a rank by SIGKILL at set moments, each once, whatever was restarted since."""
 
 import os
-import re
 import signal
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from torch.distributed.checkpoint import FileSystemWriter
+
+from dsv3_lightning.parallel.checkpoints.names import STEP_FILE
+from dsv3_lightning.parallel.checkpoints.saving import Saver
 
 
 class Killer(Callback):
-    """kills: [step, moment, rank]; moment is `step` (before it), `validation` (after it) or `save` (its checkpoint)."""
+    """kills: [step, moment, rank]; moment is `step` (before it), `validation` (after it) or `save` (its checkpoint,
+    which other ranks write already)."""
 
     def __init__(self, folder: str, kills: list[list[Any]]) -> None:
         self.folder, self.kills = Path(folder), kills
@@ -26,14 +28,14 @@ class Killer(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_start(self, trainer, pl_module):
-        write = FileSystemWriter.write_data
+        send = Saver.send
 
-        def write_or_die(writer, plan, planner):
-            if found := re.search(r"/step=(\d+)\.ckpt\.new/", f"{writer.path}/"):
+        def send_or_die(saver, job, path):
+            if found := STEP_FILE.fullmatch(path.name):
                 self.kill(int(found[1]), "save", trainer.global_rank)
-            return write(writer, plan, planner)
+            send(saver, job, path)
 
-        FileSystemWriter.write_data = write_or_die
+        Saver.send = send_or_die
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.kill(trainer.global_step + 1, "step", trainer.global_rank)

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints import loading
-from dsv3_lightning.parallel.checkpoints.index import read_index
+from dsv3_lightning.parallel.checkpoints.metadata import read_index
+from dsv3_lightning.parallel.checkpoints.names import SHARDS
 from dsv3_lightning.parallel.checkpoints.one_file import PARTS, AtomicCheckpointIO, step_of
-from dsv3_lightning.parallel.checkpoints.shards import SHARDS, Saver, split
+from dsv3_lightning.parallel.checkpoints.saving import Saver
+from dsv3_lightning.parallel.checkpoints.shards import split
 from dsv3_lightning.parallel.tensors import local_shard
 
 SHAPES = {"model.one": (7,), "model.two": (5, 6), "model.few": (1, 3), "model.three": (4, 3, 2)}
@@ -52,6 +54,7 @@ def main(folder: Path) -> None:
     own, weights = state(mesh, LAYOUTS[0], torch.randn)
     saver.save(checkpoint(own, weights), path)
     saver.finish()
+    saver.close()
     dist.barrier()
 
     for number, layout in enumerate(LAYOUTS):
@@ -72,6 +75,9 @@ def main(folder: Path) -> None:
             one, other = (t.to_local() if isinstance(t, DTensor) else t for t in (tensor, ours[key]))
             assert torch.equal(one, other) and not one.isnan().any(), (layout, key)
         assert got["optimizer_states"][0]["state"][1]["step"] == 3 and got["global_step"] == 3
+    whole = {key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+             for key, tensor in split(checkpoint(own, weights))[0].items()}  # fmt: skip
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in split(loading.read_whole(path))[0].items())
     only = loading.read_parts(path, own, [])
     assert only["state_dict"].keys() == own.keys()
 

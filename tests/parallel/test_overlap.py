@@ -23,7 +23,10 @@ def test_halves_in_turns_give_losses_and_gradients_of_the_whole_batch(ranks, tmp
             ["strategy={kind: fsdp2_ep, overlap: two_batches, pipeline_parallel: 2}"],
             "strategy.overlap=two_batches: is for training without a pipeline",
         ),
-        (["strategy={kind: fsdp2_ep, overlap: halves}"], 'strategy.overlap="halves": must be none, two_batches or pairs'),
+        (
+            ["strategy={kind: fsdp2_ep, overlap: halves}"],
+            'strategy.overlap="halves": must be none, two_batches or pairs',
+        ),
         (
             ["strategy={kind: fsdp2_ep, overlap: two_batches}", "trainer.accumulate_grad_batches=4"],
             "data.batch_size=8: strategy.overlap=two_batches needs two sequences in each of "

@@ -1,6 +1,8 @@
 """Where the shards of a checkpoint lie: found by one rank, and the same as what torch finds."""
 
+import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3_lightning.parallel.checkpoints.index import index_of
+from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.parallel.checkpoints.index import joined
+from dsv3_lightning.parallel.checkpoints.metadata import index_of, metadata_of
 from tests.parallel.conftest import on_ranks
 
 
@@ -114,6 +118,50 @@ def test_the_shards_that_overlap_are_those_that_share_a_number(seed):
                 place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
                 ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     assert index.ends() == ends
+
+
+def same_places(index):
+    found = {}
+    for shard, name in enumerate(index.names(np.arange(len(index)))):
+        where = str(index.place(shard, len(index.tensors[name][0])))
+        found[name, where] = index.files[index.file[shard]], int(index.start[shard]), int(index.length[shard])
+    return found
+
+
+def test_metadata_written_from_an_index_are_those_that_torch_writes():
+    metadata = made_up(random.Random(3))
+    del metadata.state_dict_metadata["a/b"]
+    for entry in metadata.state_dict_metadata.values():
+        entry.chunks = [chunk for chunk in entry.chunks if 0 not in chunk.sizes]
+        for chunk in entry.chunks:
+            chunk.offsets, chunk.sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+    written = pickle.loads(metadata_of(index_of(metadata)))
+    assert type(written.state_dict_metadata) is type(written.storage_data) is dict
+    assert written.state_dict_metadata == metadata.state_dict_metadata
+    places = {MetadataIndex(k, c.offsets) for k, e in metadata.state_dict_metadata.items() for c in e.chunks}
+    assert written.storage_data == {key: metadata.storage_data[key] for key in places}
+
+
+def test_indices_of_ranks_join_to_one_in_which_a_shard_is_once():
+    """Every rank has its own files and, as with pipelines, some tensors that others don't have."""
+    whole = made_up(random.Random(4))
+    parts = []
+    for number in range(3):
+        places = whole.storage_data.items()
+        kept = {place for place, info in places if int(info.relative_path.split("_")[2]) % 3 == number}
+        entries = {
+            key: TensorStorageMetadata(entry.properties, entry.size, chunks)
+            for key, entry in whole.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            and (chunks := [chunk for chunk in entry.chunks if MetadataIndex(key, chunk.offsets) in kept])
+        }
+        parts.append(index_of(Metadata(entries, storage_data={place: whole.storage_data[place] for place in kept})))
+    again = replace(parts[1], files=[f"again{file}" for file in parts[1].files])
+    got = joined([*parts, again])
+    assert same_places(got) == same_places(index_of(whole))
+    another = replace(parts[0], tensors={name: (size, torch.int8) for name, (size, _) in parts[0].tensors.items()})
+    with pytest.raises(ConfigError, match="ranks have different tensors named model/"):
+        joined([*parts, another])
 
 
 def test_shards_are_read_in_the_order_of_the_disk():

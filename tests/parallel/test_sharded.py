@@ -11,8 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dsv3_lightning.cli import main
-from dsv3_lightning.parallel.checkpoints.index import read_index
-from dsv3_lightning.parallel.checkpoints.shards import REST, SHARDS, split
+from dsv3_lightning.parallel.checkpoints.metadata import read_index
+from dsv3_lightning.parallel.checkpoints.names import REST, SHARDS
+from dsv3_lightning.parallel.checkpoints.shards import split
 from tests.conftest import ROOT
 
 WEIGHTS = 3  # with two moments each: 9 tensors

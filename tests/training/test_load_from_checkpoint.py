@@ -7,6 +7,7 @@ import torch.distributed.checkpoint as dcp
 from dsv3_lightning import PretrainModule, load
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints import shards
+from dsv3_lightning.parallel.checkpoints.names import REST, SHARDS
 
 
 def test_a_module_loads_from_a_file_and_from_shards_without_arguments(nano, tmp_path):
@@ -14,8 +15,8 @@ def test_a_module_loads_from_a_file_and_from_shards_without_arguments(nano, tmp_
     path, folder = run.folder / "checkpoints/step=1.ckpt", tmp_path / "step=1.ckpt"
     tensors, rest = shards.split(torch.load(path, weights_only=True))
     folder.mkdir()
-    dcp.save(tensors, checkpoint_id=folder / shards.SHARDS, no_dist=True)
-    shards.write(rest, folder / shards.REST)
+    dcp.save(tensors, checkpoint_id=folder / SHARDS, no_dist=True)
+    shards.write(rest, folder / REST)
 
     model, _ = load(path)
     tokens = torch.arange(24).view(2, 12)

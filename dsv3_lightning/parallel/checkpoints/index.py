@@ -1,23 +1,11 @@
-"""Where each shard of a sharded checkpoint lies, as arrays.
+"""Where each shard of a sharded checkpoint lies: arrays of 20 bytes per shard, which ranks can send each other."""
 
-torch.distributed.checkpoint describes each shard by Python objects of 2 KB in all (`.metadata`, a pickle). Reading
-needs about 16 bytes of that, which one rank can send to all others.
-"""
-
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.shards import SHARDS
 
 Slices = tuple[slice, ...]
 
@@ -79,74 +67,41 @@ class Index:
         return np.concatenate(found)
 
 
-def index_of(metadata: Metadata) -> Index:
-    """Raises KeyError where a shard's place isn't stored. Shards without numbers are left out."""
-    entries = {key: e for key, e in metadata.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
-    dims = max((len(entry.size) for entry in entries.values()), default=0)
-    numbers: dict[str, int] = {}  # of files
-    first, places = [0], [np.zeros((0, 3), np.int64)]
-    offsets, sizes = [np.zeros((0, dims), np.int64)], [np.zeros((0, dims), np.int64)]
-    for name, entry in entries.items():
-        chunks = [chunk for chunk in entry.chunks if 0 not in chunk.sizes]
-        stored = [metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in chunks]
-        at = [(numbers.setdefault(info.relative_path, len(numbers)), info.offset, info.length) for info in stored]
-        places.append(np.array(at, np.int64).reshape(-1, 3))
-        pad = ((0, 0), (0, dims - len(entry.size)))
-        for arrays, rows, padding in (
-            (offsets, [chunk.offsets for chunk in chunks], 0),
-            (sizes, [chunk.sizes for chunk in chunks], 1),
-        ):
-            array = np.array(rows, np.int64).reshape(len(chunks), len(entry.size))
-            arrays.append(np.pad(array, pad, constant_values=padding))
-        first.append(first[-1] + len(chunks))
-    file, start, length = np.concatenate(places).T
-    return Index(
-        {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}, list(numbers),
-        narrow(np.array(first)), narrow(file), narrow(start), narrow(length),
-        narrow(np.concatenate(offsets)), narrow(np.concatenate(sizes)),
-    )  # fmt: skip
-
-
 def narrow(array: np.ndarray) -> np.ndarray:
     """The same numbers, none of them negative, in the smallest unsigned type."""
     return np.ascontiguousarray(array, np.min_scalar_type(array.max(initial=0)))
 
 
-def read_index(path: Path) -> Index:
-    """The index of a folder, all of whose files are there, in full length. Raises ConfigError."""
-    try:
-        found = (path / SHARDS / ".metadata").stat()
-        index = unpickled(path, found.st_mtime_ns, found.st_size)
-    except Exception as error:  # unpickling raises many types
-        raise not_readable(path, error) from error
-    for name, end in index.ends().items():
-        file = path / SHARDS / name
-        if not file.is_file() or file.stat().st_size < end:
-            raise ConfigError(f"{path}: not a readable checkpoint ({SHARDS}/{name} is missing or cut)")
-    return index
+def joined(indices: list[Index]) -> Index:
+    """One index of the files of several; of shards at the same place of a tensor the first one counts.
 
-
-@lru_cache(maxsize=1)  # a start judges a checkpoint and then loads it; V3 on 2,048 ranks has 5.7 million shards
-def unpickled(path: Path, changed: int, size: int) -> Index:
-    """changed, size: of the file, so that another one of the same name is read."""
-    with without_collection():
-        return index_of(dcp.FileSystemReader(path / SHARDS).read_metadata())
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Garbage isn't looked for, which would go through millions of objects that are all in use, again and again."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def not_readable(path: Path, error: Exception) -> ConfigError:
-    """What to raise for any error of reading a checkpoint: its first line, or its type."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ConfigError(f"{path}: not a readable checkpoint ({reason})")
+    Raises ConfigError where two have a tensor of the same name that isn't the same.
+    """
+    tensors: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for index in indices:
+        for name, found in index.tensors.items():
+            if tensors.setdefault(name, found) != found:
+                raise ConfigError(f"ranks have different tensors named {name}: {tensors[name]} and {found}")
+    numbers = {name: number for number, name in enumerate(tensors)}
+    dims = max((index.offsets.shape[1] for index in indices), default=0)
+    files: list[str] = []
+    columns: list[list[np.ndarray]] = [[], [], [], [], [], []]
+    for index in indices:
+        of_tensors = np.array([numbers[name] for name in index.tensors], np.int64)
+        pad = ((0, 0), (0, dims - index.offsets.shape[1]))
+        found_here = (
+            np.repeat(of_tensors, index.first[1:] - index.first[:-1]), index.file.astype(np.int64) + len(files),
+            index.start, index.length, np.pad(index.offsets, pad), np.pad(index.sizes, pad, constant_values=1),
+        )  # fmt: skip
+        for column, array in zip(columns, found_here, strict=True):
+            column.append(array.astype(np.int64))
+        files += index.files
+    tensor, file, start, length, offsets, sizes = map(np.concatenate, columns)
+    order = np.lexsort((*offsets.T[::-1], tensor))
+    keys = np.column_stack((tensor, offsets))[order]
+    order = order[np.concatenate(([True], (keys[1:] != keys[:-1]).any(1)))] if len(order) else order
+    first = np.searchsorted(tensor[order], np.arange(len(tensors) + 1))
+    return Index(
+        tensors, files, narrow(first), narrow(file[order]), narrow(start[order]), narrow(length[order]),
+        narrow(offsets[order]), narrow(sizes[order]),
+    )  # fmt: skip

@@ -9,13 +9,14 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dsv3_lightning.common.files import reason_of
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.index import Index, Slices, not_readable, read_index, unpickled
-from dsv3_lightning.parallel.checkpoints.shards import REST, SHARDS, join
-from dsv3_lightning.parallel.tensors import as_dtensor_like, local, shard_slices
+from dsv3_lightning.parallel.checkpoints.index import Index, Slices
+from dsv3_lightning.parallel.checkpoints.metadata import not_readable, read_index, unpickled
+from dsv3_lightning.parallel.checkpoints.names import REST, SHARDS
+from dsv3_lightning.parallel.checkpoints.shards import join
+from dsv3_lightning.parallel.tensors import as_dtensor_like, local, slices_of
 
 T = TypeVar("T")
 
@@ -115,11 +116,6 @@ def fill(path: Path, index: Index, tensors: dict[str, Tensor]) -> None:
                     copy_common(read_shard(path, index, shard, name, file), place, local(tensors[name]), wanted[name])
         except OSError as error:
             raise ConfigError(f"{path}: {SHARDS}/{relative} can't be read ({reason_of(error)})") from error
-
-
-def slices_of(tensor: Tensor) -> Slices:
-    """The slice of each dim of the full tensor that this rank has."""
-    return shard_slices(tensor) if isinstance(tensor, DTensor) else tuple(slice(0, size) for size in tensor.shape)
 
 
 def read_shard(path: Path, index: Index, shard: int, name: str, file: BinaryIO) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dsv3_lightning.common.files import BESIDE, OLD, remove
 
+SHARDS, REST = "shards", "rest.pt"  # in the folder of a sharded checkpoint
 STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 BEST_FILE = re.compile(r"best-step=(\d+)-loss=(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\.ckpt")  # any finite number
 

@@ -11,7 +11,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dsv3_lightning.common.files import whole
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints import index, loading, shards
+from dsv3_lightning.parallel.checkpoints import loading, metadata, shards
+from dsv3_lightning.parallel.checkpoints.names import REST
 
 T = TypeVar("T")
 # The entries that resuming requires; the data position is the loader's "next_sample".
@@ -60,7 +61,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 def is_checkpoint(path: Path) -> bool:
     """True for a checkpoint file or a folder of shards."""
-    return path.is_file() or (path / shards.REST).is_file()
+    return path.is_file() or (path / REST).is_file()
 
 
 def complete(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def step_of(path: Path, thorough: bool = True) -> int:
     """
     if path.is_dir():
         step: int = complete(loading.read_rest(path), path)["global_step"]
-        index.read_index(path)  # raises if a file is missing or cut
+        metadata.read_index(path)  # raises if a file is missing or cut
         return step
     checkpoint = read_checkpoint(path, mmap=True)
     if thorough and (damaged := ZipFile(path).testzip()) is not None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.parallel.checkpoints.index import read_index
 from dsv3_lightning.parallel.checkpoints.loading import copy_common, read_rest, read_shard
-from dsv3_lightning.parallel.checkpoints.shards import SHARDS, join
+from dsv3_lightning.parallel.checkpoints.metadata import read_index
+from dsv3_lightning.parallel.checkpoints.names import SHARDS
+from dsv3_lightning.parallel.checkpoints.shards import join
 
 PREFIX = "model/"  # see shards.py
 

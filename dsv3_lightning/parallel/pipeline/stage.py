@@ -71,10 +71,10 @@ class Record:
 
 class Start(NamedTuple):
     """What a stage's layers take: h [B, T, D], the mask, the documents; and the embedding of all positions [B, S, D],
-    where the stage has or passes it on, in a tuple."""
+    or h where MTP modules don't need it."""
 
     h_BTD: Tensor
-    embedding: tuple[Tensor, ...]
+    embedding: Tensor
     mask_BT: Tensor
     documents: Documents | None
 
@@ -112,7 +112,7 @@ class Stage(Transformer):
 
         inputs: tokens [B, S] for the first stage, else what the stage before returns. mask: [B, S]. targets: as in
         `Transformer.losses`. documents: [B, S] or None.
-        positions: [B]; the last stage then returns the logits [B, V] at these, of tokens [B, T] without targets.
+        positions: [B]; the last stage then returns the logits at these, fp32 [B, V], of tokens [B, T] without targets.
         """
         with self.autocast():
             start = self.begin(inputs, mask, targets, documents)
@@ -121,39 +121,34 @@ class Stage(Transformer):
 
     def begin(
         self, inputs: tuple[Tensor, ...], mask: Tensor, targets: Tensor | None, documents: Tensor | None
-    ) -> "Start":
+    ) -> Start:
         """What the layers take. The arguments of this and of `end` are those of `forward`."""
         T = mask.shape[1] if targets is None else targets.shape[-1]
         documents_BT = None if documents is None else find_documents(documents[:, :T], mask.device)
         if self.chunk.is_first:
             tokens_BS = inputs[0] if targets is None else inputs[0][:, : T + self.config.mtp_depth]
-            inputs = self.embed_tokens(tokens_BS), *inputs[1:]
-            inputs = (inputs[0][:, :T], inputs[0])
-        return Start(inputs[0], inputs[1:], mask[:, :T], documents_BT)
+            embedding_BSD = self.embed_tokens(tokens_BS)
+            inputs = embedding_BSD[:, :T], embedding_BSD
+        return Start(inputs[0], inputs[-1], mask[:, :T], documents_BT)
 
     def end(
-        self, h_BTD: Tensor, stats: list[RouterStats], start: "Start", mask: Tensor, targets: Tensor | None,
+        self, h_BTD: Tensor, stats: list[RouterStats], start: Start, mask: Tensor, targets: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
         """What `forward` returns, from the output and the stats of the layers."""
         if not self.chunk.is_last:
-            return self.pass_on(h_BTD, start.embedding, stats, targets is not None)
+            return h_BTD if targets is None else self.pass_on(h_BTD, start.embedding, stats)
         trunk_BTD = self.norm(h_BTD)
         if positions is not None:
-            return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions])
+            return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions]).float()
         assert targets is not None
-        embedding_BSD = start.embedding[-1] if start.embedding else start.h_BTD
-        heads, more = self.head_inputs(trunk_BTD, embedding_BSD, mask, start.documents)
+        heads, more = self.head_inputs(trunk_BTD, start.embedding, mask, start.documents)
         return self.finish(heads, targets, [*stats, *more])
 
-    def pass_on(
-        self, h_BTD: Tensor, embedding: tuple[Tensor, ...], stats: list[RouterStats], in_step: bool
-    ) -> tuple[Tensor, ...]:
-        if in_step:
-            h_BTD = with_gradient_of(h_BTD, self.count(stats))
-        if not in_step or not sends_embedding(self):
-            return (h_BTD,)
-        return h_BTD, embedding[0].clone()  # FSDP hangs hooks on what is returned: neither a leaf nor a view
+    def pass_on(self, h_BTD: Tensor, embedding_BSD: Tensor, stats: list[RouterStats]) -> tuple[Tensor, ...]:
+        h_BTD = with_gradient_of(h_BTD, self.count(stats))
+        # FSDP hangs hooks on what is returned, which then may be neither a leaf nor a view.
+        return (h_BTD, embedding_BSD.clone()) if sends_embedding(self) else (h_BTD,)
 
     def finish(self, heads: list[Tensor], targets_BPT: Tensor, stats: list[RouterStats]) -> Tensor:
         """The micro-batch's part of the loss."""
