@@ -146,6 +146,8 @@ class MeshStrategy(ModelParallelStrategy):
             )  # fmt: skip
             self.pipeline.overlap = run_pair if self.config.overlap == "pairs" else None
             parts = [*self.pipeline.stages]
+            chunks = f"chunks of {', '.join(map(str, layers))} layers, {self.pipeline_micro_batches} micro-batches"
+            rank_zero_only(print)(f"pipeline {self.config.schedule}: {chunks}", flush=True)
         for part in parts:
             shard_model(part, self.meshes, self.config, precision, self.dispatcher)
         return fill_shard

@@ -43,6 +43,8 @@ def check_settings(strategy: "StrategyConfig") -> None:
             f"strategy.stages={strategy.stages}: has {len(strategy.stages)} chunks; {name} on {ranks} ranks has "
             f"{least}{more}"
         )
+    if strategy.overlap == "two_batches":
+        raise ConfigError("strategy.overlap=two_batches: is for runs without a pipeline; set it to none")
     if strategy.cpu_offload:
         raise ConfigError("strategy.cpu_offload=true: is not for pipelines; set it to false, or pipeline_parallel to 1")
 

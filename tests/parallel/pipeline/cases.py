@@ -1,8 +1,6 @@
 """Runs through pipelines, each beside the run of one process whose numbers it must have: for tests and benchmarks."""
 
 import re
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +32,6 @@ MODELS = {
 }  # fmt: skip
 SCHEDULES = ("zbv", "dualpipev", "interleaved_zero_bubble", "interleaved_1f1b", "1f1b")
 MESHES = {"fsdp2": "kind: fsdp2", "ep2": "kind: fsdp2_ep, expert_parallel: 2", "hsdp": "kind: hsdp, dp_shard: 1"}
-
-
 PAIRS = {"ep2 in pairs": "kind: fsdp2_ep, expert_parallel: 2, overlap: pairs"}  # of dualpipev
 
 
@@ -63,16 +59,6 @@ def case(
 
 def traced(one: Case) -> Case:
     return one._replace(words=(*one.words, "callbacks.pipeline_trace={every_n_steps: 3}"))
-
-
-def every_case() -> Iterator[tuple[str, Case]]:
-    """2 and 4 stages × every schedule × every model and kind of checkpointing; two stages of two ranks."""
-    for ranks, schedule, model, kept in product((2, 4), SCHEDULES, MODELS, ("none", "selective", "full")):
-        yield f"{schedule} on {ranks} {model} {kept}", case(ranks, schedule, model, kept)
-    for schedule, mesh, model in product(SCHEDULES, MESHES, ("depth1", "depth2")):
-        yield f"{schedule} on 2 x {mesh} {model}", case(4, schedule, model, mesh=mesh, stages=2)
-    for mesh, model, kept in product(PAIRS, ("depth1", "depth2"), ("none", "selective", "full")):
-        yield f"dualpipev on 2 x {mesh} {model} {kept}", case(4, "dualpipev", model, kept, mesh, 2)
 
 
 def folder_of(name: str) -> str:
