@@ -198,7 +198,7 @@ class MeshStrategy(ModelParallelStrategy):
         }
         scalars = {key: value for key, value in named.items() if not value.dim()}
         if self.stages is not None:
-            scalars = from_all_stages(scalars, self.stages)
+            scalars = from_all_stages({key: value.cpu() for key, value in scalars.items()}, self.stages)
         state["state"] = {}
         saved = scalars | self.to_save({key: value for key, value in named.items() if value.dim()})
         for (number, what), value in sorted(saved.items()):

@@ -29,10 +29,6 @@ def check_settings(strategy: "StrategyConfig") -> None:
             at = f"strategy.stages={strategy.stages}"
             raise ConfigError(f"{at}: is of a pipeline, and strategy.pipeline_parallel is 1; set it to null")
         return
-    if strategy.overlap == "two_batches":
-        raise ConfigError(
-            "strategy.overlap=two_batches: is for training without a pipeline; set it to none, or pairs with dualpipev"
-        )
     if micro_batches != "auto":
         check_micro_batches("strategy.micro_batches", micro_batches, name, ranks)
     chunks, rest = divmod(len(strategy.stages or []), ranks)
@@ -44,7 +40,9 @@ def check_settings(strategy: "StrategyConfig") -> None:
             f"{least}{more}"
         )
     if strategy.overlap == "two_batches":
-        raise ConfigError("strategy.overlap=two_batches: is for runs without a pipeline; set it to none")
+        raise ConfigError(
+            "strategy.overlap=two_batches: is for runs without a pipeline; set it to none, or pairs with dualpipev"
+        )
     if strategy.cpu_offload:
         raise ConfigError("strategy.cpu_offload=true: is not for pipelines; set it to false, or pipeline_parallel to 1")
 
