@@ -10,6 +10,7 @@ from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.flags import above_zero, run_argument
 from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.config.schema import Config
+from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.parameters import count_parameters
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
     parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to make")
-    types = ("float32", "bfloat16", "float16")
+    types = ("float32", "bfloat16", "float16", "fp8")
     parser.add_argument(
-        "--dtype", choices=types, default="float32", help="data type of the weights; default %(default)s"
+        "--dtype",
+        choices=types,
+        default="float32",
+        help="data type of the weights; fp8: blocks with scales, as V3; default %(default)s",
     )
     parser.add_argument(
         "--verify", type=path_argument, nargs="?", const=True, default=False, metavar="TOKENS.npy",
@@ -44,6 +48,8 @@ def run(run: Path, out: Path, dtype: str, verify: Path | bool, file_gigabytes: f
     from dsv3_lightning.runs.models import find_checkpoint, load_model, part_reader
 
     check_free(out)
+    if dtype == "fp8" and verify is not False:
+        raise ConfigError("--verify: compares weights of --dtype float32, bfloat16 or float16, not fp8")
     checkpoint, _, config, tokenizer, report = find_checkpoint(run)
     tokens = (
         None if verify is False else verification_tokens(verify if isinstance(verify, Path) else None, config.model)

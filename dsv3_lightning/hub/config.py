@@ -21,6 +21,7 @@ EXPERTS = (
     "topk_method norm_topk_prob routed_scaling_factor num_nextn_predict_layers"
 ).split()
 FAMILIES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM", "llama": "LlamaForCausalLM"}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 FIXED = {  # the only supported values of fields that our model has no setting for
     "hidden_act": "silu",
     "attention_bias": False,
@@ -82,9 +83,14 @@ def interleaved_on_disk(config: ModelConfig) -> bool:
 
 
 def to_json(config: ModelConfig, tokens: dict[str, int | None], dtype: str) -> dict[str, Any]:
-    """The content of config.json. tokens: bos_token_id, eos_token_id and so on. Raises ConfigError as `family` does."""
+    """The content of config.json. tokens: bos_token_id, eos_token_id and so on. Raises ConfigError as `family` does.
+
+    dtype: of the weights; with `fp8` what isn't FP8 is bfloat16, as in the released V3.
+    """
     kind = family(config)
     content: dict[str, Any] = {"architectures": [FAMILIES[kind]], "model_type": kind, "torch_dtype": dtype, **tokens}
+    if dtype == "fp8":
+        content |= {"torch_dtype": "bfloat16", "quantization_config": FP8}
     content |= {name: getattr(config, name) for name in SHAPE}
     content |= {"num_key_value_heads": config.num_key_value_heads or config.num_attention_heads}
     content |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_cache": True}

@@ -13,17 +13,19 @@ from torch import Tensor
 from dsv3_lightning.common.files import whole, write_file
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.hub.config import interleaved_on_disk
+from dsv3_lightning.hub.fp8 import SCALE
 from dsv3_lightning.hub.layout import BIAS, Stored, layout, permutation, stored_shape, to_disk
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.fp8 import BLOCK, E4M3, round_to
 from dsv3_lightning.model.transformer import Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": E4M3}
 INDEX = "model.safetensors.index.json"
 Read = Callable[[str, int | None], Tensor]
 
 
 class Planned(NamedTuple):
-    """A tensor that an export will contain."""
+    """A tensor that an export will contain, with its scales if it is FP8."""
 
     stored: Stored
     shape: tuple[int, ...]
@@ -31,17 +33,28 @@ class Planned(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        blocks = [-(-size // side) for size, side in zip(self.shape, BLOCK)] if self.dtype == E4M3 else [0]
+        return self.dtype.itemsize * torch.Size(self.shape).numel() + 4 * torch.Size(blocks).numel()
 
 
 def plan(config: ModelConfig, dtype: torch.dtype) -> Iterator[Planned]:
-    """All tensors of an export, planned from shapes only."""
+    """All tensors of an export, planned from shapes only. In FP8 are the matrices of blocks; the others are bf16 then.
+
+    As in the released weights, routers are not among them.
+    """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
     for stored in layout(config):
         if stored.written:
-            kept = torch.float32 if stored.key.endswith(BIAS) else dtype  # a step of 0.001 is lost in bf16 from 0.5 on
+            kept = torch.bfloat16 if dtype == E4M3 and not in_fp8(stored.key) else dtype
+            if stored.key.endswith(BIAS):
+                kept = torch.float32  # a step of 0.001 is lost in bf16 from 0.5 on
             yield Planned(stored, stored_shape(stored, shapes[stored.name]), kept)
+
+
+def in_fp8(key: str) -> bool:
+    """Whether the released weights have this tensor in FP8: projections, but for the one that joins MTP's inputs."""
+    return key.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not key.endswith("eh_proj.weight")
 
 
 def into_files(planned: Iterator[Planned], file_bytes: int) -> list[list[Planned]]:
@@ -73,7 +86,11 @@ def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dt
             tensor = to_disk(stored, read(stored.name, stored.expert), config.qk_rope_head_dim, permute)
             if tuple(tensor.shape) != shape:
                 raise ConfigError(f"{stored.key}: would be {list(tensor.shape)}, the settings make it {list(shape)}")
-            tensors[stored.key] = cast(tensor, kept, stored.key)
+            if kept == E4M3:
+                numbers, scales, *_ = round_to(BLOCK, cast(tensor, torch.float32, stored.key))
+                tensors |= {stored.key: numbers, stored.key + SCALE: scales}
+            else:
+                tensors[stored.key] = cast(tensor, kept, stored.key)
         try:
             save_file(tensors, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:

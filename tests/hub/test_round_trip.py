@@ -237,6 +237,45 @@ def test_fp8_blocks_are_numbers_times_their_scale(tmp_path):
     assert not any(parameter.isnan().any() for parameter in again.parameters())
 
 
+def test_an_export_in_fp8_has_the_released_layout_and_comes_back(tmp_path):
+    """Read by an independent loop over blocks, too. Sizes that 128 does not divide."""
+    config = small_config(hidden_size=160, intermediate_size=200, moe_intermediate_size=136, num_nextn_predict_layers=1)
+    model = biased(config)
+    plain = exported(model, tmp_path / "plain", file_bytes=10**9)
+    folder = exported(model, tmp_path / "out", "fp8", file_bytes=300_000)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["torch_dtype"] == "bfloat16" and content["quantization_config"] == {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]
+    }  # fmt: skip
+    (original,) = (load_file(file) for file in plain.glob("*.safetensors"))
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    found = {key: tensor for tensors in files for key, tensor in tensors.items()}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == found.keys() and len(files) > 3
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    for tensors in files:
+        assert all(key.removesuffix("_scale_inv") in tensors for key in tensors)
+    scaled = {key.removesuffix("_scale_inv") for key in found if key.endswith("_scale_inv")}
+    assert scaled == {key for key in original if re.search(r"(self_attn|mlp)\..*proj(_with_mqa)?\.weight", key)}
+    source = HubFolder(folder)
+    source.audit()
+    for key, weight in original.items():
+        if key not in scaled:
+            wanted = weight if key.endswith("correction_bias") else weight.bfloat16()
+            assert torch.equal(found[key], wanted) and found[key].dtype == wanted.dtype, key
+            continue
+        numbers, scales = found[key], found[f"{key}_scale_inv"]
+        assert numbers.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
+        wide = torch.zeros(weight.shape, dtype=torch.float64)
+        for i in range(weight.shape[0]):
+            for j in range(0, weight.shape[1], 8):
+                wide[i, j : j + 8] = numbers[i, j : j + 8].double() * scales[i // 128, j // 128].double()
+        steps = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+        assert ((wide - weight).abs() <= 1.001 * torch.maximum(weight.abs() / 16, steps / 1024)).all(), key
+        torch.testing.assert_close(source.read(key).double(), wide, rtol=1e-7, atol=0)
+    assert not any(parameter.isnan().any() for parameter in imported(folder).parameters())
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_pickled_weights_of_older_releases_are_read_without_running_code(indexed, tmp_path):
     """As DeepSeek LLM's: pytorch_model.bin, alone or in parts with an index."""
