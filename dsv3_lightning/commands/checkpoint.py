@@ -91,7 +91,7 @@ def described(tensors: Any) -> str:
 
 
 def verified(path: Path, state: dict[str, Any], shards: "ShardReader | None") -> str:
-    """Reads all values and checks that they are finite, parameters have moments or momentum, and biases are fp32; returns a summary.
+    """Reads all values and checks that they are finite, the optimizer's are all there and biases are fp32; a summary.
 
     state: for shards, the outline; their values are read one shard at a time. Raises ConfigError for the first fault.
     """

@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from dsv3_lightning.parallel.tensors import local
-
 Work = Callable[[list[int], list[Tensor]], list[Tensor]]  # takes numbers of matrices, and these; returns the results
 
 

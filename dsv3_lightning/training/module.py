@@ -247,7 +247,7 @@ class PretrainModule(pl.LightningModule):
         self.updating = True  # the weights change next
 
     def skip_step(self, cause: str) -> None:
-        """Drops the gradients, so the optimizer changes neither weights nor its state. Raises RunStopped after too many."""
+        """Drops the gradients, so the optimizer changes no weight and no state. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
         self.skipped_steps += 1

@@ -15,9 +15,7 @@ from dsv3_lightning.training.muon import Muon, newton_schulz_dtype
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_optimizer(
-    module: nn.Module, config: OptimizerConfig, precision: str = "32-true"
-) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str = "32-true") -> torch.optim.Optimizer:
     """The optimizer of a model, which may be sharded. Its groups: matrices, with weight decay, and norms, without.
 
     With Muon its matrices are a group of their own, before those of AdamW. Shared parameters appear once.

@@ -65,9 +65,9 @@ def test_newton_schulz_keeps_directions_and_makes_singular_values_about_one(rows
         p = 3.4445 * p - 4.7750 * p**3 + 2.0315 * p**5
     found = orthogonalized(x_NRC)
     torch.testing.assert_close(found.double(), (u * p[:, None]) @ vt, rtol=0, atol=1e-4)
-    well = s / s.norm(dim=1, keepdim=True) > 0.02  # a square matrix has singular values near 0
+    well = s / s.norm(dim=1, keepdim=True) > 1 / 400  # a square matrix has singular values near 0
     values = p[well]
-    assert well.float().mean() > 0.9 and 0.65 < float(values.min()) and float(values.max()) < 1.25
+    assert well.float().mean() > 0.9 and 0.68 < float(values.min()) and float(values.max()) < 1.21
     root_mean_square = (update_scale(rows, columns) * found).square().mean((1, 2)).sqrt()
     assert bool(((root_mean_square > 0.15) & (root_mean_square < 0.24)).all())
 
@@ -93,7 +93,7 @@ def test_steps_are_those_of_torch_optim_muon():
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1 + 10 * number + place))
         theirs.step()
     for weight, other, start in zip(weights, others, starts, strict=True):
-        assert float((weight - other).norm() / (other - start).norm()) < 0.01
+        assert float(((weight - other).norm() / (other - start).norm()).detach()) < 0.01
 
 
 def test_each_experts_gate_up_and_down_are_matrices_of_their_own():
@@ -118,7 +118,7 @@ def test_a_batch_of_matrices_that_is_too_large_is_worked_on_in_parts(monkeypatch
     steps(muon_of(whole), [whole])
     monkeypatch.setattr("dsv3_lightning.training.muon.MOST", 100)
     optimizer = muon_of(parted)
-    assert [item.count for _, items in optimizer.items for item in items] == [2, 2, 1]
+    assert [item.stop - item.start for _, items in optimizer.items for item in items] == [2, 2, 1]
     steps(optimizer, [parted])
     torch.testing.assert_close(parted, whole, rtol=0, atol=1e-6)
 

@@ -24,7 +24,9 @@ COMMON = (
 )
 MODELS = {
     "depth1": ("loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}",),
-    "depth2": ("model.num_nextn_predict_layers=2", "loss={balance: sequence, balance_factor: 0.01}"),
+    "depth2": (
+        "model.num_nextn_predict_layers=2", "loss={balance: sequence, balance_factor: 0.01}", "optimizer.kind=muon"
+    ),
     "dense": (
         "model.attention=gqa", "model.kv_lora_rank=0", "model.q_lora_rank=null", "model.num_key_value_heads=2",
         "model.first_k_dense_replace=8", "model.num_nextn_predict_layers=0", "loss.balance=none",
