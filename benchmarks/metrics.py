@@ -61,9 +61,13 @@ CLOCKS: list[Clock] = []
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=24, help="at least 4; default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    if arguments.windows < 4:
+        parser.error(
+            f"--windows {arguments.windows}: must be at least 4, for a window with metrics between two without"
+        )
     torch.set_num_threads(arguments.threads)
     callbacks.RouterMonitor = Switched
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as output:

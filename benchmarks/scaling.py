@@ -122,7 +122,7 @@ def build(way: str, ranks: int, pretended: bool) -> tuple[nn.Module, Any]:
     strategy = StrategyConfig(kind="fsdp2" if way == "fsdp2" else "fsdp2_ep")
     dispatcher = EvenLoads if pretended else AllGather if way == "all-gather" else AllToAll
     meshes = build_meshes(mesh_shape(strategy, ranks, ranks, config.model), "cpu")
-    shard_model(transformer, meshes, strategy, False, dispatcher)
+    shard_model(transformer, meshes, strategy, "32-true", dispatcher)
     transformer.to_empty(device="cpu").init_weights(1, fill_shard)
     return Model(transformer), config
 
@@ -156,10 +156,10 @@ def measure(way: str, ranks: int, pretended: bool, arguments: argparse.Namespace
         port = str(probe.getsockname()[1])
     words = [way, str(ranks), str(int(pretended)), str(arguments.steps), str(arguments.samples)]
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks),
-                           "OMP_NUM_THREADS": "1"}  # fmt: skip
+                           "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}  # fmt: skip
     processes = [
-        subprocess.Popen([sys.executable, __file__, "--rank", *words], env=common | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, __file__, "--rank", *words], stdout=subprocess.PIPE, text=True,
+                         env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]  # fmt: skip
     outputs = [process.communicate()[0] for process in processes]

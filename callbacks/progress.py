@@ -25,7 +25,10 @@ VALIDATION = {
 
 
 class Progress(ProgressBar):
-    """Prints step, losses, balance, speed and remaining time whenever scalars are logged; only on the first rank."""
+    """Prints step, losses, balance, speed and remaining time whenever scalars are logged; only on the first rank.
+
+    The last step is always printed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class Progress(ProgressBar):
             is_last_micro_batch(trainer, batch_idx) and trainer.is_global_zero and (last or is_log_step(trainer, step))
         ):
             return
-        scalars = latest_values(trainer)
+        scalars = latest_values(trainer) if is_log_step(trainer, step) else {}  # else they are an earlier step's
         parts = [f"{label} {form.format(scalars[name])}" for name, (label, form) in COLUMNS.items() if name in scalars]
         if math.isinf(steps) or step <= self.start_step:
             print(f"step {step}", *parts, sep="  ", flush=True)

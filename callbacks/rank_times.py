@@ -6,6 +6,7 @@ of attention and experts, between which the collectives lie.
 """
 
 import time
+from collections.abc import Iterable
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -60,6 +61,27 @@ def straggler(seconds: list[float], ratio: float) -> int | None:
     slowest, typical = max(seconds), median_low(seconds)
     late = slowest >= ratio * typical and slowest - typical >= LEAST_SECONDS
     return seconds.index(slowest) if late else None
+
+
+def by_stage(ranks: list[RankTimes], size: int) -> list[list[RankTimes]]:
+    """Those of ranks with the same layers: in a pipeline of each stage, which has `size` ranks, else of all."""
+    return [ranks[first : first + size] for first in range(0, len(ranks), size)]
+
+
+def first_straggler(seconds: list[list[float]], ratio: float) -> int | None:
+    """The first rank that is a straggler among those of its stage, if any. seconds: of each rank, by stage.
+
+    >>> first_straggler([[1.0, 1.1], [4.0, 4.1]], 1.5), first_straggler([[1.0, 1.1], [4.0, 6.1]], 1.5)
+    (None, 3)
+    """
+    late = [(stage, rank) for stage, of_stage in enumerate(seconds)
+            if (rank := straggler(of_stage, ratio)) is not None]  # fmt: skip
+    return sum(map(len, seconds[: late[0][0]])) + late[0][1] if late else None
+
+
+def highest(values: Iterable[float | None]) -> float | None:
+    """The highest of the values that are not None."""
+    return max((value for value in values if value is not None), default=None)
 
 
 def max_over_mean(values: list[float]) -> float | None:

@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dsv3_lightning.callbacks.protocol import require_data, require_model
 from dsv3_lightning.callbacks.settings import PROMPTS, SampleTextSettings
 from dsv3_lightning.inference.generate import generate
+from dsv3_lightning.parallel.data_ranks import pipeline_of
+from dsv3_lightning.parallel.pipeline.relay import Relay
 from dsv3_lightning.training.logging import is_last_micro_batch, planned_steps
 
 
@@ -46,7 +48,8 @@ class SampleText(Callback):
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         limit = pl_module.model.config.max_position_embeddings
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:limit] for prompt in self.prompts]
-        model, unused = pl_module.model, tokenizer.ids_without_text(pl_module.model.config.vocab_size)
+        pipeline, unused = pipeline_of(trainer.strategy), tokenizer.ids_without_text(pl_module.model.config.vocab_size)
+        model = pl_module.model if pipeline is None else Relay(pipeline)
         with trainer.precision_plugin.forward_context():
             new = generate(model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, 0, unused)
         self.latest = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, new, strict=True)]

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import lookup, output
-from dsv3_lightning.callbacks.rank_times import OwnWork, RankTimes, max_over_mean, step_seconds, straggler
+from dsv3_lightning.callbacks.rank_times import (
+    OwnWork,
+    RankTimes,
+    by_stage,
+    first_straggler,
+    highest,
+    max_over_mean,
+    step_seconds,
+)
 from dsv3_lightning.callbacks.settings import ThroughputSettings
 from dsv3_lightning.parallel.data_ranks import data_ranks
 from dsv3_lightning.planning.hardware import gpu_of_device
@@ -125,8 +133,9 @@ class Throughput(Callback):
     def compare_ranks(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float | None]:
         """The scalars of all ranks, keyed as in `rates`; all ranks must call it. Prints a line about a straggler."""
         ranks = [RankTimes(*row.tolist()) for row in gathered(trainer, self.own_times(pl_module))]
-        seconds = step_seconds(ranks, trainer.accumulate_grad_batches)
-        late = straggler(seconds, self.straggler)
+        stages = by_stage(ranks, data_ranks(trainer.strategy))
+        found = [step_seconds(stage, trainer.accumulate_grad_batches) for stage in stages]
+        late, seconds = first_straggler(found, self.straggler), [value for stage in found for value in stage]
         if late is not None and trainer.is_global_zero:
             print(
                 f"step {trainer.global_step}: rank {late} ({self.hosts[late]}) is slow: by itself it needs "
@@ -142,7 +151,7 @@ class Throughput(Callback):
             "memory_bytes": max(rank.allocated for rank in ranks),
             "memory_reserved_bytes": max(rank.reserved for rank in ranks),
             "allocation_retries": sum(rank.retries for rank in ranks),
-            "slots_max_over_mean": max_over_mean([rank.slots for rank in ranks]),
+            "slots_max_over_mean": highest(max_over_mean([rank.slots for rank in stage]) for stage in stages),
         }
 
     def own_times(self, pl_module: LightningModule) -> Tensor:

@@ -1,17 +1,29 @@
 """Generation without a cache, which runs the full context for each new token; works with sharded models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 
 from dsv3_lightning.inference.decoder import check_lengths, without
 from dsv3_lightning.inference.sampling import Sampling, random_stream
-from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.model.config import ModelConfig
+
+
+class Model(Protocol):
+    """A Transformer, or another that is called as one: with tokens [B, T] and positions [B], for logits [B, V]."""
+
+    config: ModelConfig
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def __call__(self, tokens_BT: Tensor, positions_B: Tensor, /) -> Tensor: ...
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Model,
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float,
@@ -29,7 +41,7 @@ def generate(
     limit = model.config.max_position_embeddings
     check_lengths([len(p) for p in prompts], max_new_tokens, limit)
     sampling, generators = Sampling(temperature), [random_stream(seed, number) for number in range(len(prompts))]
-    device = model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     start = lengths.tolist()
     tokens_BT = torch.full((len(prompts), min(max(start) + max_new_tokens, limit)), eos_id, device=device)

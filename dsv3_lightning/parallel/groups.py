@@ -1,11 +1,12 @@
 """Device meshes and process groups for the axes of a mesh."""
 
-import os
+import atexit
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dsv3_lightning.parallel.mesh import MeshShape
@@ -34,22 +35,24 @@ class Meshes(NamedTuple):
     data: DeviceMesh | None = None
 
 
-def init_after_restart(backend: str, timeout: timedelta, device: torch.device) -> None:
-    """Initializes the process group after a restart by torchrun; at the first start Lightning does it.
+def init_in_launchers_store(attempt: str | None, backend: str, timeout: timedelta, device: torch.device) -> None:
+    """Initializes the process group where ranks meet in a store of torchrun; elsewhere Lightning does it.
 
-    device: of this rank. As Lightning does, a GPU is bound to the group: NCCL then connects at once, and splits
-    communicators for the groups of a mesh instead of creating each one again.
+    attempt: the name of this start, None elsewhere. device: of this rank. As Lightning does, a GPU is bound to the
+    group: NCCL then connects at once, and splits communicators for the groups of a mesh instead of creating each one
+    again.
 
-    torchrun's store survives a restart (seen in torch 2.13). Under the old names it still holds the addresses of the
+    The store survives a restart (seen in torch 2.13). Under the old names it still holds the addresses of the
     processes that died, and the new ones would wait for them.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if attempt is None or dist.is_initialized():
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"attempt {attempt}", store)
     bound = None if device.type == "cpu" else device
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
+    if "nccl" in backend:  # as Lightning does
+        atexit.register(_destroy_dist_connection)
 
 
 def build_meshes(shape: MeshShape, device_type: str, timeout: timedelta | None = None) -> Meshes:

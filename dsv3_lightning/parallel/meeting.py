@@ -7,6 +7,7 @@ listing of a folder.
 import json
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,11 +24,12 @@ from lightning.fabric.plugins.environments import (
 )
 
 from dsv3_lightning.errors import ConfigError, RunStopped
+from dsv3_lightning.parallel.attempt import LONGEST, name_of_attempt
 from dsv3_lightning.parallel.launch import find_launch, notice_after
 
 GIVE_UP_AFTER = timedelta(minutes=30)  # until the first rank is there; it may then work for as long as it needs
-LONGEST = timedelta(days=30)
-STORES: dict[tuple[str, int], dist.Store] = {}  # they live as long as the process: other ranks may ask later
+STORES: dict[tuple[str, int], dist.TCPStore] = {}  # they live as long as the process: other ranks may ask later
+ATTEMPTS: dict[tuple[str, int], str] = {}  # the name of this process's start in a store of torchrun
 MET: Counter[tuple[str, int, str]] = Counter()  # a process may do several runs, and one run several times
 
 
@@ -56,15 +58,16 @@ class FirstRank:
     """Passes decisions of the first rank to all ranks of a run. Every rank creates one.
 
     about: the run. Raises RunStopped where the first rank can't be reached. Lightning's process group uses the same
-    address, and within a process the same server. torchrun's store survives a restart, so the attempt is part of the
-    names.
+    address, and within a process the same server. torchrun's store survives a restart, so names in it contain that of
+    the attempt, which is None elsewhere.
     """
 
     def __init__(self, who: Meeting | None, about: str) -> None:
-        self.who = who
+        self.who, agent = who, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.attempt = uuid.uuid4().hex if agent else None
         if who is None:
             return
-        here, agent = cluster(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        here = cluster()
         address = here.main_address, here.main_port
         os.environ["MASTER_PORT"] = str(address[1])  # else Lightning chooses another one
         self.to_hear = 0 if agent else who.others  # torchrun's store doesn't end with this process
@@ -74,11 +77,14 @@ class FirstRank:
                     *address, is_master=who.rank == 0 and not agent, timeout=GIVE_UP_AFTER, wait_for_workers=False,
                     multi_tenant=True,
                 )  # fmt: skip
+            if agent:
+                if address not in ATTEMPTS:
+                    ATTEMPTS[address] = name_of_attempt(STORES[address], who.rank, GIVE_UP_AFTER)
+                self.attempt = ATTEMPTS[address]
         except dist.DistError as error:
             raise RunStopped(f"rank {who.rank} stops: no answer from {address[0]}:{address[1]} ({error})") from error
         MET[(*address, about)] += 1
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"{about} {attempt} {MET[(*address, about)]}", STORES[address])
+        self.store = dist.PrefixStore(f"{about} {self.attempt} {MET[(*address, about)]}", STORES[address])
 
     def decides(self, what: str, decide: Callable[[], Any], doing: str) -> Any:
         """Returns on every rank what `decide` returns on the first, which must be JSON; its errors are raised on all.

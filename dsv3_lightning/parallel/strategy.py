@@ -29,7 +29,6 @@ from dsv3_lightning.parallel.groups import build_meshes, set_timeout
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.pipeline.checks import micro_batches_of, placement_of
 from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
-from dsv3_lightning.parallel.pipeline.stage import own_chunks
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
 from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
 
@@ -139,13 +138,14 @@ class MeshStrategy(ModelParallelStrategy):
         if self.meshes.pp is not None:
             layers = stages or self.config.stages
             assert layers is not None, "a pipeline needs the number of layers in each chunk"
-            chunks = own_chunks(layers, placement_of(self.config)[self.meshes.pp.get_local_rank()])
             dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
             self.pipeline = Pipeline(
-                model, chunks, self.config.schedule, self.meshes.pp, self.root_device, dtype,
+                model, layers, placement_of(self.config), self.config.schedule, self.meshes.pp, self.root_device, dtype,
                 self.precision_plugin.forward_context,
             )  # fmt: skip
             parts = [*self.pipeline.stages]
+            chunks = f"chunks of {', '.join(map(str, layers))} layers, {self.pipeline_micro_batches} micro-batches"
+            rank_zero_only(print)(f"pipeline {self.config.schedule}: {chunks}", flush=True)
         for part in parts:
             shard_model(part, self.meshes, self.config, precision, self.dispatcher)
         return fill_shard

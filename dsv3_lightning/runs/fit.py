@@ -27,7 +27,7 @@ from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.model.devices import device_of
 from dsv3_lightning.parallel.checkpoints.one_file import made_with
 from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
-from dsv3_lightning.parallel.groups import init_after_restart
+from dsv3_lightning.parallel.groups import init_in_launchers_store
 from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of
 from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
@@ -111,7 +111,7 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
     if decision.finished:
         return 0
     start = find_start(decision, config)
-    parts, reason = build(folder, config, tree, start)
+    parts, reason = build(folder, config, tree, start, first.attempt)
     doing = "prepares the run's data (`dsv3 prepare CONFIG` does that once, before a run)"
     first.decides("data", lambda: prepare_once(folder, config, sources, start, parts, reason), doing)
     make_folder_of(os.environ.get(RECORDER))
@@ -157,8 +157,10 @@ def find_start(decision: Decision, config: Config) -> Start:
     return Start(None, None, *open_source(config))
 
 
-def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start) -> tuple[Parts, str]:
-    """The run's objects, and why this precision. Raises ConfigError."""
+def build(
+    folder: RunFolder, config: Config, tree: dict[str, Any], start: Start, attempt: str | None
+) -> tuple[Parts, str]:
+    """The run's objects, and why this precision. attempt: as FirstRank's. Raises ConfigError."""
     callbacks = in_order(build_callbacks(config), config)
     if start.checkpoint is None:
         check_fresh(callbacks)
@@ -167,8 +169,8 @@ def build(folder: RunFolder, config: Config, tree: dict[str, Any], start: Start)
     logger = RunLogger(str(folder.path), start.checkpoint[1] if start.checkpoint else None)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
-        init_after_restart(
-            trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout,
+        init_in_launchers_store(
+            attempt, trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout,
             trainer.strategy.root_device,
         )  # fmt: skip
     max_steps, accumulate = config.trainer["max_steps"], config.trainer["accumulate_grad_batches"]

@@ -20,7 +20,7 @@ def check_node(processes: int, seconds: float = 180.0) -> list[str]:
     """What is wrong with this node, a line each; empty if nothing is. A process per device, in limited time."""
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None and torch.accelerator.device_count() < processes:
-        return [f"has {torch.accelerator.device_count()} devices, {processes} are needed"]
+        return [f"has {devices(torch.accelerator.device_count())}, needs {processes}"]
     context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         started = [context.Process(target=check_device, args=(rank, processes, folder)) for rank in range(processes)]
@@ -102,6 +102,14 @@ def too_slow(measured: float, peak: float) -> str | None:
 def report(processes: int) -> int:
     """Prints one line per fault, or that there is none; returns the exit status."""
     wrong = check_node(processes)
-    for line in wrong or [f"{processes} devices multiply and add up"]:
+    for line in wrong or [f"{devices(processes)} passed, in matrix products and an all-reduce"]:
         print(f"{socket.gethostname()}: {line}", flush=True)
     return 1 if wrong else 0
+
+
+def devices(number: int) -> str:
+    """
+    >>> devices(1), devices(8)
+    ('1 device', '8 devices')
+    """
+    return f"{number} device{'s' * (number != 1)}"

@@ -57,6 +57,9 @@ CASES = {  # what is given after `nano` -> the line
     "strategy={kind: fsdp}": f'strategy.kind="fsdp": must be {either(KINDS)}',
     "strategy={kind: fsdp2, prefetch: -1}": "strategy.prefetch=-1: must be at least 0",
     "strategy={kind: fsdp2, prefech: 1}": "strategy.prefech: no such key; did you mean strategy.prefetch?",
+    "strategy={kind: fsdp2, pipeline_parallel: 2, stages: [1, 2]}": "strategy.stages=[1, 2]: has 2 chunks; "
+    "zbv on 2 ranks has 4",
+    "strategy={kind: fsdp2, pipeline_parallel: 2}": "strategy.pipeline_parallel=2: does not divide 1 processes; use 1",
     "run.resume=gone/step=3.ckpt": "run.resume={here}/gone/step=3.ckpt: no such checkpoint",
 }
 SCRIPT = """

@@ -59,11 +59,15 @@ def test_it_goes_back_leaves_the_samples_out_and_does_the_same_when_it_is_killed
         assert torch.equal(weight, killed.weights(16)[name]), name
 
 
-def test_two_ranks_agree(nano):
-    run = nano.command("two", *SPIKE, "trainer.devices=2")
+def test_two_ranks_with_sharded_weights_agree(nano):
+    """Both read their shards of the earlier checkpoint again, in the same processes."""
+    run = nano.command("two", *SPIKE, "trainer.devices=2", "strategy={kind: fsdp2, sharded_checkpoints: true}")
     assert run.code == 0, run.output
     assert run.output.count("at step 11 is a spike: going back to step 8") == 1
+    assert "continuing after step 8" in run.output and "strategy fsdp2" in run.output
     assert returned(run.folder)[0]["skips"] == [[32, 12]] and run.report()["steps"] == 16
+    losses = dict(zip(*run.scalars()["loss/main"], strict=True))
+    assert sorted(losses) == list(range(1, 17)) and max(losses.values()) < 10
     again = [[entry["samples"] for entry in diary(run, rank) if "samples" in entry][10:] for rank in range(2)]
     assert len(again[0]) == len(again[1]) == 8
     assert not {number for step in again[0] for number in step} & {number for step in again[1] for number in step}

@@ -9,7 +9,7 @@ from dsv3_lightning.runs import node_check
 
 def test_a_good_node_has_no_faults(capsys):
     assert main(["doctor", "--node", "2"]) == 0
-    assert "2 devices multiply and add up" in capsys.readouterr().out
+    assert "2 devices passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["wrong_product", "wrong_sum"])

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsv3_lightning.parallel.checkpoints.jobs import Failure, Meeting
+from dsv3_lightning.parallel.checkpoints.jobs import Failure, WriterGroup
 
 FIRST_LOOK, LAST_LOOK = 0.01, 1.0  # seconds between two looks for what was said
 ANSWERS_WITHIN = timedelta(minutes=1)  # a request that waits for no other rank
@@ -36,10 +36,10 @@ class Late(Exception):
 class Agreement:
     """The words of all ranks about one checkpoint, or, without a number, about the run."""
 
-    def __init__(self, meeting: Meeting) -> None:
-        self.meeting = meeting
-        self.run: dist.Store = dist.PrefixStore(meeting.name, dist.TCPStore(
-            meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=ANSWERS_WITHIN
+    def __init__(self, group: WriterGroup) -> None:
+        self.group = group
+        self.run: dist.Store = dist.PrefixStore(group.name, dist.TCPStore(
+            group.host, group.port, is_master=False, wait_for_workers=False, timeout=ANSWERS_WITHIN
         ))  # fmt: skip
 
     def say(self, name: str, word: bytes = b"") -> None:
@@ -59,7 +59,7 @@ class Agreement:
 
     def fail(self, reason: str | None) -> None:
         """Says to all ranks that this one will not write what they wait for. reason: as in Failure."""
-        self.say(FAILED, json.dumps([self.meeting.rank, reason]).encode())
+        self.say(FAILED, json.dumps([self.group.rank, reason]).encode())
 
     def forget(self, names: Iterable[str]) -> None:
         for name in names:

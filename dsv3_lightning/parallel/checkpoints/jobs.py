@@ -65,8 +65,8 @@ class Failure(NamedTuple):
     reason: str | None
 
 
-class Meeting(NamedTuple):
-    """Where the processes of all ranks meet. name: of the run's saves, so that others in the store are not mixed up."""
+class WriterGroup(NamedTuple):
+    """A rank among the writers, and the store where they meet. name: the prefix of the names that they use there."""
 
     rank: int
     ranks: int

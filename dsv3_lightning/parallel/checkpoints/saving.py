@@ -19,7 +19,7 @@ from dsv3_lightning.errors import RunStopped, WriteError
 from dsv3_lightning.parallel.checkpoints import writer
 from dsv3_lightning.parallel.checkpoints.agreement import Agreement
 from dsv3_lightning.parallel.checkpoints.buffer import Buffer, memory_file
-from dsv3_lightning.parallel.checkpoints.jobs import Failure, Meeting, NameAgain, Plan, Save
+from dsv3_lightning.parallel.checkpoints.jobs import Failure, NameAgain, Plan, Save, WriterGroup
 from dsv3_lightning.parallel.checkpoints.plan import layout_of, plan_of
 from dsv3_lightning.parallel.checkpoints.shards import split
 from dsv3_lightning.parallel.tensors import local
@@ -40,11 +40,11 @@ class Saver:
         names = [uuid.uuid4().hex]
         dist.broadcast_object_list(names, src=0)
         store = store_of_group()
-        self.meeting = Meeting(self.rank, ranks, store.host, store.port, names[0])
+        self.group = WriterGroup(self.rank, ranks, store.host, store.port, names[0])
         self.cuda = torch.cuda.is_available()
         self.buffer = Buffer(memory_file(), pin=self.cuda)
         self.connection, self.process = start_writer(self.buffer.file)
-        self.connection.send(self.meeting)
+        self.connection.send(self.group)
         self.plan, self.layout = Plan([], 0), [("none yet",)]
         self.saves = 0
         self.pending: list[Path] = []  # what the writer has not answered for yet
@@ -100,7 +100,7 @@ class Saver:
         code = self.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         failure = Failure(self.rank, f"the process that writes it {how}")
-        Agreement(self.meeting).fail(failure.reason)
+        Agreement(self.group).fail(failure.reason)
         return failure
 
     def could_not_write(self, path: Path, failure: Failure) -> Exception:

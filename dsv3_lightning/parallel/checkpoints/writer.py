@@ -34,7 +34,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.agreement import Agreement, Late, RankFailed
 from dsv3_lightning.parallel.checkpoints.buffer import Buffer
 from dsv3_lightning.parallel.checkpoints.index import Index, joined, narrow
-from dsv3_lightning.parallel.checkpoints.jobs import Failure, Meeting, NameAgain, Plan, Save
+from dsv3_lightning.parallel.checkpoints.jobs import Failure, NameAgain, Plan, Save, WriterGroup
 from dsv3_lightning.parallel.checkpoints.names import REST, SHARDS
 
 SLOWEST = timedelta(minutes=30)  # from the first rank's last byte to the slowest rank's
@@ -45,12 +45,12 @@ LOOK_EVERY = 1.0  # seconds, for the end of the training process
 class Writer:
     """Writes this rank's shards, and on the first rank everything else of a checkpoint. buffer_file: see buffer.py."""
 
-    def __init__(self, meeting: Meeting, buffer_file: int) -> None:
-        self.rank, self.ranks = meeting.rank, meeting.ranks
-        self.agreement = Agreement(meeting)
+    def __init__(self, group: WriterGroup, buffer_file: int) -> None:
+        self.rank, self.ranks = group.rank, group.ranks
+        self.agreement = Agreement(group)
         self.plan, self.buffer = Plan([], 0), Buffer(buffer_file)
         self.told = b""  # the last index that the first rank was told
-        self.indices: list[bytes] = [b""] * meeting.ranks
+        self.indices: list[bytes] = [b""] * group.ranks
         self.metadata = b""  # of these indices
         self.failed = False
 
@@ -58,6 +58,8 @@ class Writer:
         if isinstance(job, Save):
             failure = self.save(job)
             self.failed = failure is not None
+            if self.failed:
+                self.told = b""  # the first rank may not have heard it
             return failure
         return None if self.failed else self.attempt(lambda: give_name(job.path, job.name))
 
@@ -127,11 +129,12 @@ class Writer:
             words = self.agreement.hear(names, SLOWEST)
         except Late as late:
             rank = int(late.names[0].split()[-1])
-            return Failure(rank, f"its shards are not there {SLOWEST} after those of the first rank")
+            minutes = SLOWEST.total_seconds() / 60
+            return Failure(rank, f"its shards were not written within {minutes:g} minutes after the first rank's")
         self.agreement.forget(names)
         for rank, word in enumerate(words):
             if word.startswith(NOT_DONE):
-                remove(beside)
+                self.attempt(lambda: remove(beside))
                 return Failure(rank, word.removeprefix(NOT_DONE).decode())
 
         def work() -> None:
@@ -194,7 +197,7 @@ def index_of_file(plan: Plan, file: str, ends: list[int]) -> Index:
     )  # fmt: skip
 
 
-def listen(connection: Connection, jobs: queue.Queue, meeting: Meeting, parent: int) -> None:
+def listen(connection: Connection, jobs: queue.Queue, group: WriterGroup, parent: int) -> None:
     """Passes jobs on. Ends this process when the training process is gone: others may still have its end open."""
     while os.getppid() == parent:
         try:
@@ -203,7 +206,7 @@ def listen(connection: Connection, jobs: queue.Queue, meeting: Meeting, parent: 
         except (EOFError, OSError):
             break
     try:
-        Agreement(meeting).fail(None)
+        Agreement(group).fail(None)
     finally:
         os._exit(1)
 
@@ -212,9 +215,9 @@ def main() -> None:
     """Arguments: the descriptors of the connection and of the buffer's file, and the training process's id."""
     connected, buffer_file, parent = map(int, sys.argv[1:])
     connection, jobs = Connection(connected), queue.Queue[Save | NameAgain | None]()
-    meeting = connection.recv()
-    threading.Thread(target=listen, args=(connection, jobs, meeting, parent), daemon=True).start()
-    writer = Writer(meeting, buffer_file)
+    group = connection.recv()
+    threading.Thread(target=listen, args=(connection, jobs, group, parent), daemon=True).start()
+    writer = Writer(group, buffer_file)
     while (job := jobs.get()) is not None:
         connection.send(writer.work(job))
 

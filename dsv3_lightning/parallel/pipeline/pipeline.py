@@ -13,8 +13,9 @@ from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 from dsv3_lightning.model.transformer import Losses, Transformer
-from dsv3_lightning.parallel.pipeline.runner import Runner, Shape, Watch
-from dsv3_lightning.parallel.pipeline.stage import Chunk, Record, Stage, Weights, keep_chunks
+from dsv3_lightning.parallel.pipeline.runner import Runner
+from dsv3_lightning.parallel.pipeline.stage import Record, Stage, Weights, keep_chunks, own_chunks
+from dsv3_lightning.parallel.pipeline.torch_stage import Shape, Watch
 
 INPUTS = ("mask", "targets", "documents")
 
@@ -22,13 +23,19 @@ INPUTS = ("mask", "targets", "documents")
 class Pipeline:
     """The stages of this rank and the schedules for them, one for each number of micro-batches.
 
-    watch: see `runner.Watch`. overlap: see `runner.Runner`. Both may be set between steps, overlap before the first.
+    layers: the number of layers in each chunk. placement: the chunks of each rank. dtype: of what stages pass on.
+    watch: see `torch_stage.Watch`. overlap: see `runner.Runner`. Both may be set between steps, overlap before the
+    first.
     """
 
     def __init__(
-        self, model: Transformer, chunks: Sequence[Chunk], schedule: str, mesh: DeviceMesh, device: torch.device,
-        dtype: torch.dtype, autocast: Callable[[], AbstractContextManager],
+        self, model: Transformer, layers: Sequence[int], placement: Sequence[Sequence[int]], schedule: str,
+        mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager],
     ) -> None:  # fmt: skip
+        self.group, self.device, self.dtype = mesh.get_group(), device, dtype
+        chunks = own_chunks(layers, placement[self.group.rank()])
+        owner = {chunk: rank for rank, own in enumerate(placement) for chunk in own}
+        self.owners = [owner[chunk] for chunk in range(len(layers))]  # the rank of each chunk
         names = [*model.state_dict()]
         self.order = {name: place for place, name in enumerate(names)}  # of all ranks' parameters and buffers
         if SCHEDULES[schedule].splits:
@@ -36,7 +43,6 @@ class Pipeline:
         keep_chunks(model, chunks)
         self.model, self.schedule = model, schedule
         self.stages = [Stage(model, chunk, autocast) for chunk in chunks]
-        self.group, self.device, self.dtype = mesh.get_group(), device, dtype
         self.runners: dict[tuple[Shape, bool], Runner] = {}
         self.watch: Watch | None = None
         self.overlap: Any = None

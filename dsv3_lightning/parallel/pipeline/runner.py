@@ -1,96 +1,26 @@
 """Runs the micro-batches of a step through the stages of this rank, in the order of a schedule of torch's.
 
 torch has the orders of actions, the messages between the stages and the runtime. Here are: 1F1B's order for that
-runtime, the split of the backward pass into its two parts, receive buffers that exist only while they are used,
-evaluation, and the place where actions can be watched.
+runtime, evaluation, and a schedule for each number of micro-batches.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from dsv3_lightning.common.schedules import SCHEDULES
-from dsv3_lightning.model.weight_grad import WeightQueue
-from dsv3_lightning.parallel.pipeline.stage import Stage, sends_embedding
+from dsv3_lightning.parallel.pipeline.stage import Stage
+from dsv3_lightning.parallel.pipeline.torch_stage import Shape, TorchStage, Watch, nobody
 
-# Called with an action (F, I, W, B, SEND_F, RECV_F, SEND_B, RECV_B or REDUCE_GRAD), the stage's number and the
-# micro-batch's (None for REDUCE_GRAD). The context that it makes surrounds the action: of passes and the reduction all
-# work, without waiting for messages; of messages only their start.
-Watch = Callable[[str, int, int | None], AbstractContextManager[Any]]
 KEPT_IN_EVALUATION = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 
 logging.getLogger(schedules.__name__).setLevel(logging.CRITICAL)  # it prints whole schedules where an action fails
-
-
-class Shape(NamedTuple):
-    """What decides the tensors between stages: micro-batches of a step, samples of each, and their positions T."""
-
-    micro_batches: int
-    samples: int
-    positions: int
-
-
-def nobody(action: str, stage: int, micro_batch: int | None) -> AbstractContextManager[Any]:
-    return nullcontext()
-
-
-class WatchedStage(PipelineStage):
-    """A stage as torch's runtime takes it. watch: see `Watch`."""
-
-    def __init__(self, stage: Stage, shape: Shape, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype):
-        first, last = tensors_between(stage, shape, dtype)
-        chunk = stage.chunk
-        super().__init__(
-            stage, chunk.number, chunk.chunks, device, input_args=first, output_args=last, group=group,
-            dw_builder=lambda: self.weight_gradients.run,
-        )  # fmt: skip
-        self.weight_gradients = WeightQueue()  # those of the last backward pass
-        self.watch: Watch = nobody
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self.watch("F", self.stage_index, fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
-    ) -> None:
-        self.weight_gradients = WeightQueue()  # torch calls `dw_builder` for what runs it later
-        with (
-            self.watch("B" if full_backward else "I", self.stage_index, bwd_chunk_id),
-            nullcontext() if full_backward else self.weight_gradients.collect(),
-        ):
-            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        with self.watch("W", self.stage_index, bwd_chunk_id):
-            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-
-    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        with self.watch("REDUCE_GRAD", self.stage_index, None):
-            super().perform_reduce_grad(grad_scale_factor)
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        with self.watch("SEND_F", self.stage_index, fwd_chunk_id):
-            return super().get_fwd_send_ops(fwd_chunk_id)
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        with self.watch("RECV_F", self.stage_index, fwd_chunk_id):
-            return super().get_fwd_recv_ops(fwd_chunk_id)
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        with self.watch("SEND_B", self.stage_index, bwd_chunk_id):
-            return super().get_bwd_send_ops(bwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        with self.watch("RECV_B", self.stage_index, bwd_chunk_id):
-            return super().get_bwd_recv_ops(bwd_chunk_id)
 
 
 class OneForwardOneBackward(_PipelineScheduleRuntime):
@@ -129,7 +59,7 @@ class Runner:
         self, stages: Sequence[Stage], shape: Shape, schedule: str, trains: bool, group: dist.ProcessGroup,
         device: torch.device, dtype: torch.dtype, overlap: Any = None,
     ) -> None:  # fmt: skip
-        self.stages = [WatchedStage(stage, shape, group, device, dtype) for stage in stages]
+        self.stages = [TorchStage(stage, shape, group, device, dtype) for stage in stages]
         name = SCHEDULES[schedule].torch_name
         made = OneForwardOneBackward if schedule == "1f1b" else getattr(schedules, name)
         loss: dict[str, Any] = {"loss_fn": lambda output, target: output} if trains else {}
@@ -163,19 +93,3 @@ def first_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def tensors_between(stage: Stage, shape: Shape, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What a stage takes and what it returns, for a micro-batch, on the meta device."""
-    B, T, config = shape.samples, shape.positions, stage.config
-
-    def meta(*size: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta", requires_grad=grad)
-
-    passed = [meta(B, T, config.hidden_size, dtype=dtype)]
-    if sends_embedding(stage):
-        passed.append(meta(B, T + config.mtp_depth, config.hidden_size, dtype=dtype))
-    tokens = meta(B, T + 1 + config.mtp_depth, dtype=torch.int64, grad=False)
-    first = (tokens,) if stage.chunk.is_first else tuple(passed)
-    last = (meta(dtype=torch.float32),) if stage.chunk.is_last else tuple(passed)
-    return first, last

@@ -102,33 +102,29 @@ class Stage(Transformer):
 
         inputs: tokens [B, S] for the first stage, else what the stage before returns. mask: [B, S]. targets: as in
         `Transformer.losses`. documents: [B, S] or None.
-        positions: [B]; the last stage then returns the logits [B, V] at these, of tokens [B, T] without targets.
+        positions: [B]; the last stage then returns the logits at these, fp32 [B, V], of tokens [B, T] without targets.
         """
         with self.autocast():
             T = mask.shape[1] if targets is None else targets.shape[-1]
             documents_BT = None if documents is None else find_documents(documents[:, :T], mask.device)
             if self.chunk.is_first:
                 tokens_BS = inputs[0] if targets is None else inputs[0][:, : T + self.config.mtp_depth]
-                inputs = self.embed_tokens(tokens_BS), *inputs[1:]
-                inputs = (inputs[0][:, :T], inputs[0])
+                embedding_BSD = self.embed_tokens(tokens_BS)
+                inputs = embedding_BSD[:, :T], embedding_BSD
             h_BTD, stats = self.through_layers(inputs[0], mask[:, :T], documents_BT)
             if not self.chunk.is_last:
-                return self.pass_on(h_BTD, inputs[1:], stats, targets is not None)
+                return h_BTD if targets is None else self.pass_on(h_BTD, inputs[-1], stats)
             trunk_BTD = self.norm(h_BTD)
             if positions is not None:
-                return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions])
+                return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions]).float()
             assert targets is not None
             heads, more = self.head_inputs(trunk_BTD, inputs[-1], mask, documents_BT)
             return self.finish(heads, targets, [*stats, *more])
 
-    def pass_on(
-        self, h_BTD: Tensor, embedding: tuple[Tensor, ...], stats: list[RouterStats], in_step: bool
-    ) -> tuple[Tensor, ...]:
-        if in_step:
-            h_BTD = with_gradient_of(h_BTD, self.count(stats))
-        if not in_step or not sends_embedding(self):
-            return (h_BTD,)
-        return h_BTD, embedding[0].clone()  # FSDP hangs hooks on what is returned: neither a leaf nor a view
+    def pass_on(self, h_BTD: Tensor, embedding_BSD: Tensor, stats: list[RouterStats]) -> tuple[Tensor, ...]:
+        h_BTD = with_gradient_of(h_BTD, self.count(stats))
+        # FSDP hangs hooks on what is returned, which then may be neither a leaf nor a view.
+        return (h_BTD, embedding_BSD.clone()) if sends_embedding(self) else (h_BTD,)
 
     def finish(self, heads: list[Tensor], targets_BPT: Tensor, stats: list[RouterStats]) -> Tensor:
         """The micro-batch's part of the loss."""

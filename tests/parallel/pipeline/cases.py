@@ -1,8 +1,6 @@
 """Runs through pipelines, each beside the run of one process whose numbers it must have: for tests and benchmarks."""
 
 import re
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +18,8 @@ COMMON = (
     "model.num_hidden_layers=8",
     "model.vocab_size=512",
     "optimizer.eps=1e-3",  # Adam then moves smoothly with the gradient, and rounding stays rounding
-    "callbacks.sample_text=null",
+    "callbacks.sample_text.max_new_tokens=3",
+    "callbacks.weight_average={decay: 0.5}",
 )
 MODELS = {
     "depth1": ("loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}",),
@@ -46,21 +45,17 @@ class Case(NamedTuple):
 
 
 def case(
-    ranks: int, schedule: str, model: str = "depth1", checkpointing: str = "none", mesh: str = "fsdp2", stages: int = 0
-) -> Case:
-    """stages: the pipeline's ranks; 0: all. A micro-batch has one sample."""
+    ranks: int, schedule: str, model: str = "depth1", checkpointing: str = "none", mesh: str = "fsdp2", stages: int = 0,
+    sharded: bool = False,
+) -> Case:  # fmt: skip
+    """stages: the pipeline's ranks; 0: all. A micro-batch has one sample. sharded: as strategy.sharded_checkpoints."""
     stages = stages or ranks
     block = f"pipeline_parallel: {stages}, schedule: {schedule}, micro_batches: {8 * stages // ranks}"
-    words = f"strategy={{{MESHES[mesh]}, {block}}}", f"compute.activation_checkpointing={checkpointing}"
+    words = (
+        f"strategy={{{MESHES[mesh]}, {block}, sharded_checkpoints: {str(sharded).lower()}}}",
+        f"compute.activation_checkpointing={checkpointing}",
+    )
     return Case(ranks, model, words)
-
-
-def every_case() -> Iterator[tuple[str, Case]]:
-    """2 and 4 stages × every schedule × every model and kind of checkpointing; two stages of two ranks."""
-    for ranks, schedule, model, kept in product((2, 4), SCHEDULES, MODELS, ("none", "selective", "full")):
-        yield f"{schedule} on {ranks} {model} {kept}", case(ranks, schedule, model, kept)
-    for schedule, mesh, model in product(SCHEDULES, MESHES, ("depth1", "depth2")):
-        yield f"{schedule} on 2 x {mesh} {model}", case(4, schedule, model, mesh=mesh, stages=2)
 
 
 def folder_of(name: str) -> str:
@@ -72,29 +67,52 @@ def recorded(nano: Nano, name: str) -> str:
     return f"callbacks.recorder={{class_path: tests.parallel.recorder.Recorder, init_args: {{folder: {where}}}}}"
 
 
-def make_runs(nano: Nano, cases: dict[str, Case], steps: int, timeout: float = 600) -> dict[str, Run]:
-    """The runs of the cases, those of equally many ranks in the same processes, and for each model one of one process,
-    by the model's name."""
+def resumed(start: str, at: int, then: Case) -> tuple[str, int, Case]:
+    """A run that goes on from another's checkpoint of this step."""
+    return start, at, then
+
+
+def make_runs(
+    nano: Nano, cases: dict[str, Case], steps: int, on: dict[str, tuple[str, int, Case]], timeout: float = 600
+) -> dict[str, Run]:  # fmt: skip
+    """The runs of the cases, one of one process for each model, by the model's name, and those that go `on`.
+
+    Runs of equally many ranks are made in the same processes, one after the other.
+    """
     common = (*COMMON, f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps // 2}",
-              f"callbacks.checkpoint={{every_n_steps: {steps // 2}, keep: 9, keep_best: 0}}")  # fmt: skip
+              "callbacks.checkpoint={every_n_steps: 2, keep: 9, keep_best: 0}")  # fmt: skip
     found = {}
     for model in {one.model for one in cases.values()}:
         found[model] = nano.run(model, *common, *MODELS[model], recorded(nano, model))
         assert found[model].code == 0
-    for ranks in {one.ranks for one in cases.values()}:
+    waiting: dict[str, tuple[Case, tuple[str, ...], str]] = {
+        name: (one, (recorded(nano, name),), one.model) for name, one in cases.items()
+    }
+    for name, (start, at, then) in on.items():
+        checkpoint = nano.base / "runs" / folder_of(start) / f"checkpoints/step={at}.ckpt"
+        waiting[name] = then, (f"run.resume={checkpoint}",), start
+    while waiting:
+        ready = {name: (one, more) for name, (one, more, start) in waiting.items() if start in found}
+        ranks = min(one.ranks for one, _ in ready.values())
         words = {
-            folder_of(name): (*common, *MODELS[one.model], *one.words, f"trainer.devices={ranks}", recorded(nano, name))
-            for name, one in cases.items()
+            name: (*common, *MODELS[one.model], *one.words, *more, f"trainer.devices={ranks}")
+            for name, (one, more) in ready.items()
             if one.ranks == ranks
         }
-        runs_on_ranks(ranks, nano, words, timeout)
-    return found | {name: Run(nano.base / "runs" / folder_of(name), 0) for name in cases}
+        if ranks == 1:
+            assert all(nano.run(folder_of(name), *overrides).code == 0 for name, overrides in words.items())
+        else:
+            runs_on_ranks(ranks, nano, {folder_of(name): overrides for name, overrides in words.items()}, timeout)
+        found |= {name: Run(nano.base / "runs" / folder_of(name), 0) for name in words}
+        waiting = {name: rest for name, rest in waiting.items() if name not in found}
+    return found
 
 
 def compare(nano: Nano, runs: dict[str, Run], name: str, model: str, steps: int) -> float:
-    """The largest error of a gradient or weight, as a share of its norm. Raises AssertionError where curves differ, or
-    initial weights or expert biases in a bit."""
+    """The largest error of a gradient or weight, as a share of its norm. Raises AssertionError where curves or samples
+    of text differ, or initial weights or expert biases in a bit."""
     assert_same_curves(runs[model], runs[name], 2e-5)
+    assert samples(runs[model]) == samples(runs[name])
     worst = 0.0
     for file in ("start", *(f"step={step}" for step in range(1, steps + 1)), "end"):
         one, many = (torch.load(Path(nano.base, "recorded", folder_of(run), f"{file}.pt")) for run in (model, name))
@@ -105,3 +123,7 @@ def compare(nano: Nano, runs: dict[str, Run], name: str, model: str, steps: int)
             else:
                 worst = max(worst, float((value - many[key]).norm() / value.norm()))
     return worst
+
+
+def samples(run: Run) -> list[str]:
+    return re.findall(r"```\n(.*?)\n```", (run.folder / "report.md").read_text(), re.S)
