@@ -172,6 +172,7 @@ def test_a_saved_state_continues_to_the_bit_and_is_one_momentum_per_matrix(momen
 
 def test_vectors_and_tables_move_as_under_adamw():
     model = Transformer(small_config())
+    model.init_weights(0)
     other = copy.deepcopy(model)
     muon, adamw = build_optimizer(model, MUON), build_optimizer(other, replace(MUON, kind="adamw", moments="fp32"))
     assert isinstance(muon, Muon) and not isinstance(adamw, MasterAdamW)
