@@ -74,7 +74,8 @@ def cluster_tables(
     found.append(tables.policy_table(model, plan.layout, plan.memory, plan.step, gpu))
     found.append(tables.length_table(needed, gpu.memory))
     if flags.dry:
-        found.append(tables.dry_table(config, strategy, shape, work, memory))
+        pipelined = plan.pipeline and (plan.pipeline.pipeline.layers, plan.pipeline.memory.index(memory))
+        found.append(tables.dry_table(config, strategy, shape, work, memory, pipelined))
     found += [tables.traffic_table(model, hardware, plan.layout), tables.part_table(planned)]
     if plan.pipeline is not None:
         found += pipeline_tables(plan.pipeline, pipeline)

@@ -1,7 +1,7 @@
 """The tables of `dsv3 plan --gpus N`: each takes what was planned and says it in text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,20 +70,26 @@ def length_table(needed: Callable[[int], float], memory: float) -> str:
     return table([*rows, ("longest that fits", f"{longest:,}", "a sequence isn't split over ranks")])
 
 
-def dry_table(config: Config, strategy: StrategyConfig, shape: MeshShape, work: Work, memory: RankMemory) -> str:
-    from dsv3_lightning.training.dry_run import dry_run  # the only import of torch in this file
+def dry_table(
+    config: Config, strategy: StrategyConfig, shape: MeshShape, work: Work, memory: RankMemory,
+    pipeline: tuple[Sequence[int], int] | None = None,
+) -> str:  # fmt: skip
+    """A table of a step's memory, counted and planned. pipeline: the layers of its chunks, and which of its ranks."""
+    from dsv3_lightning.training import dry_pipeline, dry_run  # the only imports of torch in this file
 
-    samples = work.tokens // work.sequence_length
-    counted = dry_run(
-        config.model, config.optimizer, strategy, shape, samples, work.sequence_length, work.precision, work.policy
-    )
+    how = work.tokens // work.sequence_length, work.sequence_length, work.precision, work.policy
+    if pipeline is None:
+        rank, counted = 0, dry_run.dry_run(config.model, config.optimizer, strategy, shape, *how)
+    else:
+        layers, rank = pipeline
+        counted = dry_pipeline.dry_pipeline(config.model, config.optimizer, strategy, shape, layers, rank, *how)
     rows = [
         ("weights", counted.weights, memory.weights),
         ("gradients", counted.gradients, memory.gradients),
         ("optimizer", counted.optimizer, memory.optimizer),
         ("at the peak of a step", counted.peak, memory.total),
     ]
-    head = ("dry run of rank 0, even loads", "counted", "planned")
+    head = (f"dry run of rank {rank * shape.data_ranks}, even loads", "counted", "planned")
     return table([head, *((name, si(was, "B"), f"{plan / was - 1:+.1%}") for name, was, plan in rows)])
 
 

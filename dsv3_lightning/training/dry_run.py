@@ -38,7 +38,7 @@ from dsv3_lightning.training.precision import precision_plugin
 
 @dataclass(frozen=True)
 class MemoryCount:
-    """Bytes on the first rank: its persistent state, and the peak of a step. parameters: of the whole model."""
+    """Bytes on a rank: its persistent state, and the peak of a step. parameters: of the whole model."""
 
     weights: int
     gradients: int
@@ -82,9 +82,9 @@ def step(module: Transformer, optimizer: torch.optim.Optimizer, plugin: Precisio
 
 
 @contextmanager
-def fake_process_group(ranks: int) -> Iterator[None]:
-    """Makes this process the first of `ranks`; collectives send nothing."""
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+def fake_process_group(ranks: int, rank: int = 0) -> Iterator[None]:
+    """Makes this process one of `ranks`; collectives send nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         yield
     finally:
@@ -93,7 +93,8 @@ def fake_process_group(ranks: int) -> Iterator[None]:
 
 def compute_as_on_a_gpu(model: Transformer) -> None:
     """Turns off the model's CPU-specific code paths."""
-    model.lm_head.chunks = cpu.loss_chunks("cuda", model.config.vocab_size)
+    if hasattr(model, "lm_head"):  # not in every stage of a pipeline
+        model.lm_head.chunks = cpu.loss_chunks("cuda", model.config.vocab_size)
     for module in model.modules():
         if isinstance(module, Experts):
             module.row_multiple = 1

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 from dsv3_lightning.model.losses import IGNORE
 from dsv3_lightning.parallel.checkpoints.stages import gather_stages
-from dsv3_lightning.parallel.data_ranks import has_first_samples, pipeline_of
+from dsv3_lightning.parallel.data_ranks import data_ranks, has_first_samples, pipeline_of
 
 
 class Recorder(Callback):
@@ -71,7 +71,7 @@ class Even(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if "target_counts" in batch:
-            batch["target_counts"].fill_(self.count // trainer.world_size)
+            batch["target_counts"].fill_(self.count // data_ranks(trainer.strategy))
 
 
 def of_ranks_with_them(strategy, mine):

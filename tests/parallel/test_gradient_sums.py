@@ -22,6 +22,7 @@ WAYS = {
     "ddp": (2, ("strategy=ddp",)),
     "fsdp2_ep": (2, ("strategy=fsdp2_ep",)),
     "tied": (2, ("strategy=fsdp2", "model.tie_word_embeddings=true")),
+    "zbv": (2, ("model.num_hidden_layers=3",)),  # whose micro-batches are a pipeline's
 }
 
 
@@ -32,10 +33,13 @@ def gradients(shared_nano):
 
     def overrides(way: str, micro_batches: int) -> tuple[str, ...]:
         (ranks, words), recorded = WAYS[way], folder / f"{way}-{micro_batches}"
-        samples = micro_batches * ranks
+        samples, parts = micro_batches * ranks, f"trainer.accumulate_grad_batches={micro_batches}"
+        if way == "zbv":
+            samples = micro_batches
+            parts = f"strategy={{kind: fsdp2, pipeline_parallel: 2, micro_batches: {micro_batches}}}"
         return (
             *COMMON, *words, f"trainer.devices={ranks}", f"trainer.max_steps={PARTS // micro_batches}",
-            f"trainer.accumulate_grad_batches={micro_batches}", f"data.batch_size={samples}",
+            parts, f"data.batch_size={samples}",
             f"callbacks.even={{class_path: tests.parallel.recorder.Even, init_args: {{count: {64 * samples}}}}}",
             f"callbacks.recorder={{class_path: tests.parallel.recorder.Recorder, init_args: {{folder: {recorded}}}}}",
         )  # fmt: skip

@@ -2,7 +2,9 @@
 
 import sys
 import time
+import warnings
 from ast import literal_eval
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dsv3_lightning.parallel.checkpoints.buffer import Buffer, memory_file
 from dsv3_lightning.parallel.checkpoints.plan import plan_of
 from tests.parallel.conftest import start_ranks
 
@@ -80,6 +83,32 @@ def is_running(process: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"  # whoever adopts it may not wait for it
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("code", [0, 712])
+def test_memory_that_gpus_copy_to_is_pinned_for_as_long_as_it_is_mapped(monkeypatch, code):
+    """Where CUDA can't pin it, that is said, and it is used as it is."""
+    calls = []
+    cuda = SimpleNamespace(
+        cudaHostRegister=lambda at, length, flags: (calls.append(("pin", at, length)), code)[1],
+        cudaHostUnregister=lambda at: calls.append(("unpin", at)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    buffer = Buffer(memory_file(), pin=True)
+    for length in (100, 200):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            buffer.map(length)
+        assert ["not pinned (CUDA error 712)" in str(warning.message) for warning in said] == [True] * (code > 0)
+        buffer.memory[length - 1] = 7
+        other = Buffer(buffer.file)
+        other.map(length)
+        assert other.memory[length - 1] == 7
+    buffer.close()
+    (_, first, _), *_ = calls
+    second = calls[-1][1]
+    pinned = [("pin", first, 100), ("unpin", first), ("pin", second, 200), ("unpin", second)]
+    assert calls == (pinned if code == 0 else pinned[::2])
 
 
 def test_every_number_is_written_by_one_rank_without_asking_another():

@@ -34,12 +34,12 @@ class Late(Exception):
 
 
 class Agreement:
-    """The words of all ranks about one checkpoint, or, without a number, about the run."""
+    """What the writers of a run tell each other."""
 
-    def __init__(self, group: WriterGroup) -> None:
+    def __init__(self, group: WriterGroup, timeout: timedelta = ANSWERS_WITHIN) -> None:
         self.group = group
         self.run: dist.Store = dist.PrefixStore(group.name, dist.TCPStore(
-            group.host, group.port, is_master=False, wait_for_workers=False, timeout=ANSWERS_WITHIN
+            group.host, group.port, is_master=False, wait_for_workers=False, timeout=timeout
         ))  # fmt: skip
 
     def say(self, name: str, word: bytes = b"") -> None:

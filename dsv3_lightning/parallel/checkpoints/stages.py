@@ -54,7 +54,7 @@ def numbered(groups: list[list[str]], order: Mapping[str, int], of_all: list[lis
 
 
 def from_all_stages(values: dict[Any, Any], stages: dist.ProcessGroup) -> dict[Any, Any]:
-    """The entries of all ranks of the group, which have different keys; small ones, since they are pickled."""
+    """The entries of all ranks of the group, which have different keys: small ones, on the CPU, as they are pickled."""
     found: list[Any] = [None] * stages.size()
     dist.all_gather_object(found, values, group=stages)
     return {key: value for entries in found for key, value in entries.items()}

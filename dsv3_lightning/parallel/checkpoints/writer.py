@@ -206,7 +206,7 @@ def listen(connection: Connection, jobs: queue.Queue, group: WriterGroup, parent
         except (EOFError, OSError):
             break
     try:
-        Agreement(group).fail(None)
+        Agreement(group, timedelta(seconds=5)).fail(None)  # the store may be gone, too
     finally:
         os._exit(1)
 

@@ -18,7 +18,8 @@ from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.parallel.pipeline.stage import Stage
 from dsv3_lightning.parallel.pipeline.torch_stage import Shape, TorchStage, Watch, nobody
 
-KEPT_IN_EVALUATION = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+FORWARD, SEND_F, RECV_F = _ComputationType.FORWARD, _ComputationType.SEND_F, _ComputationType.RECV_F
+UNSHARD, RESHARD = _ComputationType.UNSHARD, _ComputationType.RESHARD
 
 logging.getLogger(schedules.__name__).setLevel(logging.CRITICAL)  # it prints whole schedules where an action fails
 
@@ -43,7 +44,7 @@ def one_f_one_b(rank: int, ranks: int, micro_batches: int) -> list[_Action | Non
     turns: list[_Action | None] = []
     for step in range(micro_batches + ahead):
         if step < micro_batches:
-            turns.append(_Action(rank, _ComputationType.FORWARD, step))
+            turns.append(_Action(rank, FORWARD, step))
         if step >= ahead:
             turns.append(_Action(rank, _ComputationType.FULL_BACKWARD, step - ahead))
     return turns
@@ -84,9 +85,15 @@ class Runner:
 
 
 def forward_only(actions: Sequence[_Action]) -> list[_Action]:
-    """What of a rank's actions a forward pass needs; paired actions give their forward one."""
+    """What of a rank's actions a forward pass needs; paired actions give their forward one.
+
+    Parameters are gathered before the first pass and freed after the last.
+    """
     single = [part for action in actions for part in (action.sub_actions or (action,))]
-    return [action for action in single if action.computation_type.name in KEPT_IN_EVALUATION]
+    kept = [action for action in single if action.computation_type in (FORWARD, SEND_F, RECV_F)]
+    stages = sorted({action.stage_index for action in kept if action.computation_type == FORWARD})
+    gathered, freed = ([_Action(stage, kind, None) for stage in stages] for kind in (UNSHARD, RESHARD))
+    return [*gathered, *kept, *freed]
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -114,10 +114,13 @@ class TorchStage(PipelineStage):
 
 
 def renew(received: Iterable[Any], device: torch.device) -> None:
-    """New buffers on the device, in place of those of a message's tensors; a first stage's inputs have none."""
+    """New buffers on the device, in place of those of a message's tensors; a first stage's inputs have none.
+
+    Whether they require gradients stays: torch 2.12 and older say so when it makes them, later ones when it uses them.
+    """
     for info in received:
-        if getattr(info, "buffer", None) is not None:
-            info.buffer = torch.empty_like(info.buffer, device=device, requires_grad=False)
+        if (old := getattr(info, "buffer", None)) is not None:
+            info.buffer = torch.empty_like(old, device=device, requires_grad=old.requires_grad)
 
 
 def tensors_between(stage: Stage, shape: Shape, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -34,7 +34,7 @@ def chunk_bytes(model: ModelConfig, work: Work, share: Share) -> ChunkBytes:
     sends = model.mtp_depth > 0 and model.mtp_kind == "sequential"
     hidden = widths.residual * model.hidden_size * work.tokens
     between = (not share.heads) * hidden + sends * hidden
-    loss = 4 * model.vocab_size * model.hidden_size if share.heads else 0
+    loss = share.heads * 4 * model.vocab_size * model.hidden_size
     return ChunkBytes(work.tokens * widths.kept(share, work.policy), between, loss)
 
 
@@ -48,8 +48,11 @@ def pipeline_memory(
     found = []
     for chunks, events in zip(placement, timeline.ranks, strict=True):
         own = together(shares[i] for i in chunks)
-        again = widths.made_again(work.policy) + (widths.combining() if own.moe_layers else 0)
-        held = peak_live(events, live) + work.tokens * again
+        again = work.tokens * (widths.made_again(work.policy) + (widths.combining() if own.moe_layers else 0))
+        if own.heads:  # the scaling of a gradient of the output matrix, or a block after these gradients are added
+            gradient = 4 * model.vocab_size * model.hidden_size
+            again = max(gradient, again - own.heads * gradient)
+        held = peak_live(events, live) + again
         found.append(stage_memory(model, mesh, work, own, held))
     return found
 
@@ -66,7 +69,7 @@ def stage_memory(model: ModelConfig, mesh: Mesh, work: Work, own: Share, activat
     product = min(work.tokens, max(softmax, LOSS_PRODUCT))
     logits = (work.computed * product + 4 * min(work.tokens, softmax)) * model.vocab_size if own.heads else 0
     gathered = work.computed * (whole - small) + 4 * small  # parameters
-    gathered += 4 * whole  # gradients
+    gathered += 4 * whole - kept  # gradients, in place of their shards
     gathered += max(work.computed * block, logits)  # gradients of the micro-batch's last block, before they are added
     single = 4 * muon_parameters(model, own) / mesh.dp_shard if work.kind == "muon" else 0
     return RankMemory(kept, kept, (2 * kept - single) * work.moment / 4, gathered, activations, offloaded=False)

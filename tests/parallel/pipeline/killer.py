@@ -12,8 +12,9 @@ ACTIONS = ("F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_G
 
 
 class ActionKiller(Callback):
-    """kills: [step, action, rank]; the rank dies when it begins its third action of that kind in the step, or the last
-    that it has fewer of (a rank reduces once or twice)."""
+    """kills: [step, action, rank]; the rank dies when it begins its second action of that kind in the step, or its
+    first reduction.
+    """
 
     def __init__(self, folder: str, kills: list[list[Any]]) -> None:
         self.folder, self.kills, self.seen = Path(folder), kills, 0
@@ -27,7 +28,7 @@ class ActionKiller(Callback):
     def watch(self, step: int, wanted: str) -> Any:
         def look(action: str, stage: int, micro_batch: int | None) -> Any:
             self.seen += action == wanted
-            if self.seen == (1 if wanted == "REDUCE_GRAD" else 3):
+            if self.seen == (1 if wanted == "REDUCE_GRAD" else 2):
                 self.folder.mkdir(exist_ok=True, parents=True)
                 marker = self.folder / f"{step}-{wanted}"
                 if not marker.exists():

@@ -12,7 +12,7 @@ import torch
 
 from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
 from tests.conftest import QUIET, Nano
-from tests.parallel.pipeline.cases import MESHES, SCHEDULES, Case, case, compare, make_runs, resumed
+from tests.parallel.pipeline.cases import MESHES, PAIRS, SCHEDULES, Case, case, compare, make_runs, resumed
 from tests.parallel.pipeline.faults import kill_once, killer, under_torchrun
 from tests.parallel.pipeline.killer import ACTIONS
 from tests.runs.compare import assert_same_curves
@@ -28,6 +28,8 @@ def gradient_cases() -> dict[str, Case]:
     for schedule, mesh in product(SCHEDULES, MESHES):
         found[f"{schedule} on 2 x {mesh} depth1"] = case(4, schedule, mesh=mesh, stages=2)
         found[f"{schedule} on 2 x {mesh} depth2 full"] = case(4, schedule, "depth2", "full", mesh, 2)
+    for mesh, (model, kept) in product(PAIRS, BOTH[:2] + BOTH[3:]):
+        found[f"dualpipev on 2 x {mesh} {model} {kept}"] = case(4, "dualpipev", model, kept, mesh, 2)
     return found
 
 
@@ -67,15 +69,15 @@ def kills(nano: Nano, arguments: argparse.Namespace) -> bool:
     """Lightning's own start of the ranks: all are gone, and how soon. torchrun: the weights at the end."""
     ranks = arguments.ranks
     print("| schedule | killed in | rank | all gone after | line |\n| --- | --- | --- | --- | --- |")
-    for schedule, actions in (("zbv", ACTIONS), ("1f1b", ("F", "B", "SEND_B")), ("dualpipev", ("F", "I", "W"))):
+    for schedule, actions in (("dualpipev", ACTIONS), ("zbv", ("I", "W")), ("1f1b", ("F", "B"))):
         for number, action in enumerate(actions):
-            victim = 0 if number % 4 == 3 and schedule == "zbv" else ranks - 1
+            victim = 0 if number % 4 == 3 else ranks - 1
             line, seconds = kill_once(nano, f"{schedule}-{action}", ranks, schedule, action, victim)
             print(f"| {schedule} | {action} | {victim} | {seconds:.1f} s | {line} |", flush=True)
     plan = [(2 + number, action, number % ranks) for number, action in enumerate(ACTIONS)]
     steps = len(plan) + 2
-    alone = under_torchrun(nano, "alone", ranks, "zbv", steps)
-    killed = under_torchrun(nano, "killed", ranks, "zbv", steps, killer(nano.base / "killed", plan))
+    alone = under_torchrun(nano, "alone", ranks, "dualpipev", steps)
+    killed = under_torchrun(nano, "killed", ranks, "dualpipev", steps, killer(nano.base / "killed", plan))
     assert (alone.code, killed.code) == (0, 0), killed.output[-6000:]
     one, other = (
         read_checkpoint(run.folder / f"checkpoints/step={steps}.ckpt")["state_dict"] for run in (alone, killed)

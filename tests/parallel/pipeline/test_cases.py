@@ -23,9 +23,12 @@ CASES = {  # settings of both runs
              "callbacks.mtp_weight={by: tokens, schedule: [[0, 0.3], [200, 0.1]]}"),
     "bf16": ("trainer.precision=bf16",),
     "mixed": ("trainer.precision=bf16-mixed", "compute.activation_checkpointing=selective"),
+    "four_chunks": (),  # on each rank, which torch's runtime gathers three at a time
     "parallel_heads": ("model.mtp_kind=parallel", "model.num_nextn_predict_layers=2"),
 }  # fmt: skip
 TWO = ("trainer.devices=2", "strategy={kind: fsdp2, pipeline_parallel: 2, micro_batches: 4, sharded_checkpoints: true}")
+FOUR_CHUNKS = ("strategy={kind: fsdp2, pipeline_parallel: 2, schedule: interleaved_zero_bubble, "
+               "stages: [1, 1, 1, 1, 1, 1, 1, 1], micro_batches: 4}")  # fmt: skip
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -35,6 +38,7 @@ def runs(shared_nano):
     for name, words in (CASES | start).items():
         assert shared_nano.run(f"{name}_1", *SHORT, *words).code == 0
     words = {f"{name}_2": (*SHORT, *words, *TWO) for name, words in (CASES | start).items()}
+    words["four_chunks_2"] = (*SHORT, TWO[0], FOUR_CHUNKS)
     words["skips"] = (*SHORT, *TWO, POISON.format(rank=1, step=2, onwards="false"))
     output = runs_on_ranks(2, shared_nano, words)
     (shared_nano.base / "output").write_text(output[0])
@@ -42,7 +46,9 @@ def runs(shared_nano):
     return {name: Run(shared_nano.base / "runs" / name, 0) for name in names}
 
 
-@pytest.mark.parametrize(("name", "rtol"), [("ramp", 2e-5), ("parallel_heads", 2e-5), ("started", 2e-5)])
+@pytest.mark.parametrize(
+    ("name", "rtol"), [("ramp", 2e-5), ("four_chunks", 2e-5), ("parallel_heads", 2e-5), ("started", 2e-5)]
+)
 def test_curves_are_those_of_one_process(runs, name, rtol):
     """A batch that grows, so that the pipeline has more micro-batches; documents; a run that starts from another."""
     assert_same_curves(runs[f"{name}_1"], runs[f"{name}_2"], rtol)

@@ -40,6 +40,7 @@ def checked(strategy: str, *words: str):
          ("data.batch_ramp={start: 4, increment: 4, tokens: 999}",),
          "data.batch_ramp: micro-batches of a step of 4 samples=2: dualpipev on 2 ranks needs"),
         ("pipeline_parallel: 2, cpu_offload: true", (), "strategy.cpu_offload=true: is not for pipelines"),
+        ("pipeline_parallel: 2, overlap: two_batches", (), "overlap=two_batches: is for runs without a pipeline"),
         ("pipeline_parallel: 2, dp_shard: 4", (), "strategy.dp_shard=4: with dp_replicate=1 it makes 4 processes"),
         ("micro_batches: 4", (), "strategy.micro_batches=4: is of a pipeline, and strategy.pipeline_parallel is 1"),
         ("stages: [8]", (), "strategy.stages=[8]: is of a pipeline"),

@@ -1,0 +1,58 @@
+"""The memory of a pipeline's ranks, counted in passes without numbers, against the plan and the schedules' formulas."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsv3_lightning.common.schedules import SCHEDULES, placement
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
+from dsv3_lightning.planning.layout import Work
+from dsv3_lightning.planning.pipeline.actions import schedule_slots
+from dsv3_lightning.planning.pipeline.formulas import FORMULA_OF, formulas
+from dsv3_lightning.planning.pipeline.memory import chunk_bytes, pipeline_memory
+from dsv3_lightning.planning.pipeline.timeline import ChunkTimes, simulate
+from dsv3_lightning.planning.share import chunk_shares
+from dsv3_lightning.training.dry_pipeline import dry_pipeline
+
+pytestmark = pytest.mark.slow
+
+T, RANKS = 256, 2
+# Wider than nano, so that the small things that no plan counts are small; without MTP, so that chunks are equal.
+WORDS = ("model.hidden_size=256", "model.vocab_size=2048", "data.vocab_size=2048", f"data.sequence_length={T}",
+         "model.num_hidden_layers=4", "model.first_k_dense_replace=0", "model.num_nextn_predict_layers=0",
+         "compute.activation_checkpointing=none")  # fmt: skip
+CONFIG = check(compose(["nano"], WORDS).tree)
+WORK = Work(4 * T, 2 * RANKS, T, "32", "none")
+
+
+def layers(schedule: str) -> list[int]:
+    return [2, 2] if SCHEDULES[schedule].chunks == 1 else [1, 1, 1, 1]
+
+
+def counted(schedule: str, rank: int, samples: int) -> int:
+    strategy = StrategyConfig(kind="fsdp2", pipeline_parallel=RANKS, schedule=schedule)
+    found = dry_pipeline(CONFIG.model, CONFIG.optimizer, strategy, MeshShape(1, 1, pp=RANKS), layers(schedule), rank,
+                         samples, T, "32", "none")  # fmt: skip
+    return found.peak
+
+
+def planned(schedule: str, rank: int, samples: int) -> float:
+    shares, of_ranks = chunk_shares(CONFIG.model, layers(schedule)), placement(SCHEDULES[schedule], RANKS)
+    slots = schedule_slots(schedule, RANKS, 2 * RANKS)
+    timeline = simulate(slots, ChunkTimes.equal(len(shares)), len(shares))
+    work = replace(WORK, tokens=samples * T)
+    return pipeline_memory(CONFIG.model, MeshShape(1, 1, pp=RANKS), work, shares, of_ranks, timeline)[rank].total
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
+def test_the_rank_with_heads_holds_what_is_planned_and_as_many_chunks_as_the_formula_says(schedule: str):
+    """Twice the samples are twice the activations of live chunks; everything else stays."""
+    rank = 0 if SCHEDULES[schedule].v_shaped else 1  # with the heads
+    assert planned(schedule, rank, 4) == pytest.approx(counted(schedule, rank, 4), rel=0.1)
+    middle = RANKS - 1 - rank  # chunks of equal layers in a V; 1F1B's first has P
+    grown = counted(schedule, middle, 8) - counted(schedule, middle, 4)
+    chunk = max(chunk_bytes(CONFIG.model, WORK, share).total for share in chunk_shares(CONFIG.model, layers(schedule)))
+    formula = formulas(RANKS, 1, 2, 1, 3)[FORMULA_OF[schedule]].activations * SCHEDULES[schedule].chunks
+    assert grown / chunk == pytest.approx(formula, rel=0.2)
