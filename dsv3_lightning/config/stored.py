@@ -24,6 +24,7 @@ OFF: dict[str, Any] = {
     "optimizer.moments": "fp32",
     "loss.mtp_weight": None,
     "compute.activation_checkpointing": "none",
+    "compute.fp8": False,
     "trainer.num_nodes": 1,
     "trainer.accumulate_grad_batches": 1,
     "trainer.gradient_clip_val": None,

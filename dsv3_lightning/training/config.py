@@ -108,10 +108,12 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Trade-offs between memory and speed, which change results by rounding only.
+    """Trade-offs between memory, speed and rounding.
 
     activation_checkpointing: `none` keeps all activations; `selective` recomputes norms, activations and MLA's
         up-projections in the backward pass (V3 §3.2.3); `full` recomputes whole blocks.
+    fp8: `emulated` rounds the operands of the blocks' products to FP8 and multiplies in fp32 (V3 §3.3).
     """
 
     activation_checkpointing: Literal["none", "selective", "full"]
+    fp8: Literal[False, "emulated"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import WeightSource
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.fp8 import emulated_product, use_fp8
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
@@ -68,6 +69,8 @@ class PretrainModule(pl.LightningModule):
         self.balance = BalanceTerm(loss.balance_factors, model.num_experts_per_tok)
         with torch.device("meta"):  # until `configure_model`, when the sharding is known
             self.model = Transformer(model, compute.activation_checkpointing, tuple(loss.balance_factors))
+        if compute.fp8:
+            use_fp8(self.model, emulated_product)
         self.mtp_weight = loss.mtp_weight or 0.0
         self.train_loss = TokenLoss(1 + model.mtp_depth)
         self.val_loss = TokenLoss(1 + model.mtp_depth)

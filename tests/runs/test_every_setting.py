@@ -97,6 +97,7 @@ LEAVES = {
     "loss.balance_factor": (10.0, NUMBERS),
     "loss.mtp_weight": (0.5, REFUSED),
     "compute.activation_checkpointing": ("full", "elsewhere: tests/model/test_activation_checkpointing.py"),
+    "compute.fp8": ("emulated", NUMBERS),
     "trainer.max_steps": (3, NUMBERS),
     "trainer.precision": ("bf16-mixed", NUMBERS),
     "trainer.accelerator": ("nope", REFUSED),
