@@ -88,7 +88,8 @@ def pipeline_work(config: Config, strategy: StrategyConfig, data_ranks: int) -> 
     precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
     T, policy = data.sequence_length, config.compute.activation_checkpointing
     tokens = data.batch_size // (data_ranks * micro_batches) * T
-    return Work(tokens, micro_batches, T, precision, policy, moment=config.optimizer.moment_bytes)
+    optimizer = config.optimizer
+    return Work(tokens, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind)
 
 
 def plan_pipeline(
