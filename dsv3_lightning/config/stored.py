@@ -20,6 +20,7 @@ OFF: dict[str, Any] = {
     "data.mask_document_ends": False,
     "data.isolate_documents": False,
     "data.num_workers": 0,
+    "optimizer.kind": "adamw",
     "optimizer.moments": "fp32",
     "loss.mtp_weight": None,
     "compute.activation_checkpointing": "none",

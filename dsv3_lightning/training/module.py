@@ -250,7 +250,7 @@ class PretrainModule(pl.LightningModule):
         self.updating = True  # the weights change next
 
     def skip_step(self, cause: str) -> None:
-        """Drops the gradients, so AdamW changes neither weights nor moments. Raises RunStopped after too many."""
+        """Drops the gradients, so the optimizer changes no weight and no state. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
         self.skipped_steps += 1
@@ -338,7 +338,7 @@ class PretrainModule(pl.LightningModule):
             self.validated_step = self.steps_done
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = build_optimizer(self.model, self.optimizer_config)
+        optimizer = build_optimizer(self.model, self.optimizer_config, str(self.trainer.precision))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor)
         self.set_for_step = [
             {key: group[key] for key in ("initial_lr", "betas", "eps", "weight_decay")}

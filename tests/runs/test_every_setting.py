@@ -84,6 +84,7 @@ LEAVES = {
     "data.isolate_documents": (True, "elsewhere: tests/model/test_isolated_documents.py"),
     "data.seed": (2, NUMBERS),
     "data.num_workers": (2, "elsewhere: tests/data/test_data_module.py"),
+    "optimizer.kind": ("muon", NUMBERS),
     "optimizer.lr": (1e-4, NUMBERS),
     "optimizer.betas": ("[0.5, 0.9]", NUMBERS),
     "optimizer.eps": (1e-2, NUMBERS),
