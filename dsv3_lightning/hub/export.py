@@ -81,7 +81,7 @@ def write_weights(config: ModelConfig, read: Read, folder: Path, dtype: torch.dt
     places: dict[str, str] = {}
     for number, planned in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for stored, shape, kept in planned:
             tensor = to_disk(stored, read(stored.name, stored.expert), config.qk_rope_head_dim, permute)
             if tuple(tensor.shape) != shape:
