@@ -23,7 +23,7 @@ GPUS_OF_RUN, HARDWARE = 2048, Hardware(GPUS["h800"])
 FILE = "configs/cluster/v3-2048.yaml"
 # Four copies of the model, each sharded over 512 ranks.
 WITHOUT_PIPELINE = (
-    "strategy={kind: fsdp2_ep, pipeline_parallel: 1, micro_batches: auto, dp_replicate: 4, expert_parallel: 64}",
+    "strategy.pipeline_parallel=1", "strategy.micro_batches=auto", "strategy.overlap=none", "strategy.dp_replicate=4",
     "data.batch_size=16384", "data.batch_ramp=null", "trainer.accumulate_grad_batches=2",
 )  # fmt: skip
 FP8 = replace(BY_NODE, fp8=True)
@@ -65,7 +65,7 @@ def without_pipeline() -> list[Row]:
 
 
 def pipelined(config: Config, schedule: str, code: Implementation, overlap: bool) -> Step:
-    strategy = replace(strategy_of(config)[0], schedule=schedule)
+    strategy = replace(strategy_of(config)[0], schedule=schedule, overlap="pairs" if overlap else "none")
     shape = mesh_shape(strategy, GPUS_OF_RUN, HARDWARE.gpu.per_node, config.model)
     layout = layout_of(config, shape, strategy, pipeline_work(config, strategy, shape.data_ranks), HARDWARE)
     return plan_pipeline(config, strategy, replace(layout, code=code), HARDWARE, overlap).step.step

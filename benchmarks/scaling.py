@@ -85,6 +85,9 @@ class AllGather:
         expert_R = torch.cat([torch.arange(own_WE.shape[1]).repeat_interleave(row_E) for row_E in own_WE])
         return torch.cat(rows)[expert_R.argsort(stable=True)]
 
+    def leave(self, sent: Gathered) -> None:
+        pass
+
     def receive(self, sent: Gathered) -> tuple[Tensor, Tensor]:
         own_WE = sent.counts_WE.chunk(self.group.size(), 1)[self.group.rank()]
         return sent.x_WRD.flatten(0, 1).index_select(0, sent.index_R), own_WE.sum(0).cumsum(0)

@@ -20,8 +20,9 @@ from dsv3_lightning.training.module import PretrainModule
 EVENTS = "events.out.tfevents.*"
 Layout = dict[str, dict[str, list[Any]]]
 VARIED = (  # settings that the shipped experiments vary or that distinguish models
-    "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.lr", "model.attention",
-    "model.expert_bias_kind", "model.kv_lora_rank", "model.norm_topk_prob", "model.q_lora_rank", "model.qk_",
+    "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.kind", "optimizer.lr",
+    "model.attention", "model.expert_bias_kind", "model.kv_lora_rank", "model.norm_topk_prob", "model.q_lora_rank",
+    "model.qk_",
     "model.hidden_size", "model.moe_intermediate_size", "model.mtp_kind", "model.n_", "model.num_", "model.topk_group",
     "model.scoring_func", "model.v_head_dim",
 )  # fmt: skip

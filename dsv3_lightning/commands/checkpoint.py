@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsv3_lightning.parallel.checkpoints.shard_reader import ShardReader
 
 PIECE = 2**20  # numbers
+STATES = ({"exp_avg", "exp_avg_sq", "step"}, {"momentum_buffer", "step"})  # of a parameter: AdamW's or Muon's
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,7 @@ def inspected(path: Path, state: dict[str, Any]) -> str:
             ("optimizer step", f"{state['global_step']:,}"),
             ("files", f"{len(files):,}, {si(size, 'B')}"),
             ("model", described(weights.values())),
-            ("AdamW's moments", described(moments)),
+            ("the optimizer's moments", described(moments)),
             ("fp32 master weights", described(masters) if masters else "none: the weights are fp32"),
         ]
     )
@@ -90,7 +91,7 @@ def described(tensors: Any) -> str:
 
 
 def verified(path: Path, state: dict[str, Any], shards: "ShardReader | None") -> str:
-    """Reads all values and checks that they are finite, parameters have moments and biases are fp32; returns a summary.
+    """Reads all values and checks that they are finite, the optimizer's are all there and biases are fp32; a summary.
 
     state: for shards, the outline; their values are read one shard at a time. Raises ConfigError for the first fault.
     """
@@ -117,7 +118,7 @@ def named_tensors(path: Path, state: dict[str, Any]) -> "dict[str, Tensor]":
         indices = [index for group in optimizer["param_groups"] for index in group["params"]]
         for index in indices:
             values = optimizer["state"].get(index, {})
-            if not {"exp_avg", "exp_avg_sq", "step"} <= values.keys():
+            if not any(kind <= values.keys() for kind in STATES):
                 raise ConfigError(f"{path}: parameter {index} of the optimizer has no moments")
             named |= {f"optimizer/{number}/{index}/{what}": value for what, value in values.items()}
         masters = enumerate(optimizer.get("masters", ()))

@@ -18,8 +18,10 @@ from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
 from dsv3_lightning.planning.hardware import PLANNED, Hardware, gpu_named
+from dsv3_lightning.planning.matrices import newton_schulz_flop
 from dsv3_lightning.planning.memory import training_memory
 from dsv3_lightning.planning.parameters import Count, add, count_parameters
+from dsv3_lightning.planning.share import whole_share
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +103,8 @@ def flop_table(config: Config) -> str:
     per_token = training_flop_per_token(config.model, T)
     main_model = 3 * forward_flop_per_token(config.model, T, with_mtp=False)
     tokens = tokens_of(config.data, steps)
+    steps_of_muon = newton_schulz_flop(config.model, whole_share(config.model))
+    muon = [("Newton-Schulz FLOP per optimizer step", si(steps_of_muon, "FLOP"))]
     return table(
         [
             ("compute", ""),
@@ -108,6 +112,7 @@ def flop_table(config: Config) -> str:
             ("  of which the main model", si(main_model, "FLOP")),
             (f"tokens in {steps:,} steps of {batch(config.data)} samples", si(tokens, "")),
             ("FLOP of the run", si(per_token * tokens, "FLOP")),
+            *(muon if config.optimizer.kind == "muon" else []),
         ]
     )
 
@@ -124,14 +129,14 @@ def memory_table(config: Config) -> str:
     samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]))
     precision = "32" if trainer["precision"] == "auto" else trainer["precision"]
     memory = training_memory(config.model, samples * config.data.sequence_length, precision, policy,
-                             moment=config.optimizer.moment_bytes)  # fmt: skip
+                             moment=config.optimizer.moment_bytes, kind=config.optimizer.kind)  # fmt: skip
     assumed = f"{precision} assumed for auto" if trainer["precision"] == "auto" else precision
     return table(
         [
             (f"memory per rank, unsharded, precision {assumed}", "", ""),
             ("weights", si(memory.weights, "B"), "exact"),
             ("gradients", si(memory.gradients, "B"), "exact"),
-            ("AdamW", si(memory.optimizer, "B"), "exact"),
+            ("optimizer", si(memory.optimizer, "B"), "exact"),
             (f"activations of {samples:,} samples, checkpointing {policy}", si(memory.activations, "B"), "estimate"),
             ("sum", si(memory.total, "B"), ""),
         ]

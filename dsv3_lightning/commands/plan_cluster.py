@@ -170,8 +170,8 @@ def work_of(config: Config, gpus: int) -> Work:
     T = config.data.sequence_length
     check_step(config, samples, ranks, gpus)
     micro_batches = config.data.batch_size // (samples * gpus)
-    policy, moment = config.compute.activation_checkpointing, config.optimizer.moment_bytes
-    return Work(samples * T, micro_batches, T, precision, policy, moment=moment)
+    policy, optimizer = config.compute.activation_checkpointing, config.optimizer
+    return Work(samples * T, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind)
 
 
 def check_step(config: Config, samples: int, known: int, gpus: int) -> None:

@@ -33,8 +33,8 @@ from dsv3_lightning.training.stages import chunk_layers
 class PipelineFlags:
     """The flags of a pipeline. schedule, pipeline_parallel, micro_batches: in place of those of the strategy block.
 
-    overlap: plan the exchange of a paired pass under the other's computing. times: a run's folder, or F,I,W or
-        F,I,W,F&B in seconds. png: a file for the figure.
+    overlap: as strategy.overlap=pairs, the exchange of a paired pass runs under the other's computing. times: a run's
+        folder, or F,I,W or F,I,W,F&B in seconds. png: a file for the figure.
     """
 
     schedule: str | None = None
@@ -88,13 +88,15 @@ def pipeline_work(config: Config, strategy: StrategyConfig, data_ranks: int) -> 
     precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
     T, policy = data.sequence_length, config.compute.activation_checkpointing
     tokens = data.batch_size // (data_ranks * micro_batches) * T
-    return Work(tokens, micro_batches, T, precision, policy, moment=config.optimizer.moment_bytes)
+    optimizer = config.optimizer
+    return Work(tokens, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind)
 
 
 def plan_pipeline(
     config: Config, strategy: StrategyConfig, layout: Layout, hardware: Hardware, overlap: bool
 ) -> Planned:
-    """The planned step and memory of a pipeline."""
+    """The planned step and memory of a pipeline. overlap: as with strategy.overlap=pairs."""
+    overlap = overlap or strategy.overlap == "pairs"
     if overlap and strategy.schedule != "dualpipev":
         raise ConfigError(f"--overlap: {strategy.schedule} pairs no passes; only dualpipev does")
     model, layers = config.model, chunk_layers(strategy, config.model, config.data.sequence_length)

@@ -31,7 +31,7 @@ def memory_table(memory: RankMemory, crowded: tuple[float, RankMemory] | None, g
             (f"memory per rank, {work.precision}", "", ""),
             ("weights, its part", si(memory.weights, "B"), exact),
             ("gradients, its part", si(memory.gradients, "B"), exact),
-            ("AdamW, its part", si(memory.optimizer, "B"), exact),
+            ("optimizer, its part", si(memory.optimizer, "B"), exact),
             ("gathered for a moment", si(memory.gathered, "B"), "estimate"),
             (f"activations of {work.tokens:,} tokens, checkpointing {work.policy}", si(memory.activations, "B"),
              "estimate"),
@@ -86,7 +86,7 @@ def dry_table(
     rows = [
         ("weights", counted.weights, memory.weights),
         ("gradients", counted.gradients, memory.gradients),
-        ("AdamW", counted.optimizer, memory.optimizer),
+        ("optimizer", counted.optimizer, memory.optimizer),
         ("at the peak of a step", counted.peak, memory.total),
     ]
     head = (f"dry run of rank {rank * shape.data_ranks}, even loads", "counted", "planned")
@@ -165,7 +165,9 @@ def schedule_of(config: Config, seconds: float, sharded: bool, precision: str) -
         validate_every=trainer["val_check_interval"] * seconds,
         batches=batches,
         save_every=every * seconds,
-        state=checkpoint_bytes(config.model, precision, True, config.optimizer.moment_bytes, averaged),
+        state=checkpoint_bytes(
+            config.model, precision, True, config.optimizer.moment_bytes, averaged, config.optimizer.kind
+        ),
         kept=(settings.get("keep") or 0) + (settings.get("keep_best") or 0),
         sharded=sharded,
     )

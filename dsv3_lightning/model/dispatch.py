@@ -11,11 +11,13 @@ from dsv3_lightning.model.permute import Permute, WeightedUnpermute, sort_by_exp
 
 @runtime_checkable
 class Dispatcher(Protocol):
-    """The exchange of tokens of one MoE layer, in four phases. `LocalDispatcher` by default.
+    """The exchange of tokens of one MoE layer, in five phases. `LocalDispatcher` by default.
 
     dispatch: starts sending each token of x_ND to its experts, experts_NK int64, whose outputs gates_NK (fp32) will
         weight; -1 for a copy that goes nowhere. Returns, while tokens may still be on their way, whatever the other
         methods need, with an attribute counts_E: this process's tokens per expert, int64.
+    leave: sends the tokens that could not leave in `dispatch`, where the host did not yet know their numbers. It need
+        not be called: `receive` does the same.
     receive: waits for the tokens of this process's experts, and returns the arguments of `Experts`: x_RD, sorted by
         expert; offsets_E, int64, the row at which each expert's rows end; and gates_R, fp32, where gates travel with
         the tokens. Called once per dispatch.
@@ -24,6 +26,8 @@ class Dispatcher(Protocol):
     """
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Any: ...
+
+    def leave(self, sent: Any) -> None: ...
 
     def receive(self, sent: Any) -> tuple[Tensor, ...]: ...
 
@@ -52,6 +56,9 @@ class LocalDispatcher:
         order = sort_by_expert(experts_NK, self.num_experts)
         x_RD = Permute.apply(x_ND.to(compute_dtype(x_ND)), order.order_R, order.rows_NK)
         return Sorted(x_RD, gates_NK, *order)
+
+    def leave(self, sent: Sorted) -> None:
+        pass
 
     def receive(self, sent: Sorted) -> tuple[Tensor, ...]:
         return sent.x_RD, sent.counts_E.cumsum(0)  # rows of no expert follow

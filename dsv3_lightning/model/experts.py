@@ -16,6 +16,8 @@ class Experts(nn.Module):
     row_multiple: see `cpu.row_multiple`; None chooses by device and dtype.
     """
 
+    gate_up_product = down_product = staticmethod(grouped_linear)  # of an instance also those of fp8.py
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -40,9 +42,9 @@ class Experts(nn.Module):
         return self.feed_forward(padded_RD, offsets_E, gates_R).index_select(0, rows_R)
 
     def feed_forward(self, x_RD: Tensor, offsets_E: Tensor, gates_R: Tensor | None) -> Tensor:
-        gate, up = grouped_linear(x_RD, self.gate_up_proj, offsets_E).chunk(2, -1)
+        gate, up = self.gate_up_product(x_RD, self.gate_up_proj, offsets_E).chunk(2, -1)
         hidden_RF = F.silu(gate) * up
         if gates_R is not None:
             hidden_RF = (hidden_RF * gates_R[:, None]).to(x_RD.dtype)  # fp32; narrower than the output
             keep_no_more()  # no gradient needs what follows
-        return grouped_linear(hidden_RF, self.down_proj, offsets_E)
+        return self.down_product(hidden_RF, self.down_proj, offsets_E)

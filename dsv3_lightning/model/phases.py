@@ -6,7 +6,7 @@ autograd runs the phases of both halves in the opposite order, with the ways of 
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,36 +21,36 @@ from dsv3_lightning.model.transformer import Transformer
 
 Recompute = Callable[..., Any]
 Outcome = tuple[Tensor, RouterStats | None]
-Phases = Generator[None, None, Outcome]
+Phase = Literal["dispatch", "leave", "experts", "send back"]
+Phases = Generator[Phase, None, Outcome]
 
-# The halves in turns. Their phases: up to the start of the tokens' way; arrival; experts; start of the way back; end.
-# Tokens of half 0 travel during the attention of half 1, those of half 1 during the experts of half 0; outputs of half
-# 0 during the experts of half 1, and those of half 1 during the shared experts of both. Half 1 arrives before half 0 is
-# sent back, since on CUDA a message leaves only then, and messages of one group follow each other.
+# The halves in turns: tokens of half 0 travel during the attention of half 1, those of half 1 during the experts of
+# half 0; outputs of half 0 during the experts of half 1, and those of half 1 during the shared experts of both. The
+# tokens of half 1 leave before the outputs of half 0, since messages of one group follow each other.
 TURNS = (0, 1, 0, 0, 1, 0, 1, 1, 0, 1)
 
 
 def phases(
     block: Block, recompute: Recompute, x_BTD: Tensor, rope: CosSin, mask_BT: Tensor, documents: Documents | None
 ) -> Phases:
-    """The pass of a block in five phases, of a dense block in one; the result is that of `Block.forward`.
+    """The pass of a block in five phases, of a dense block in one; yields what was done last. The result is that of
+    `Block.forward`.
 
     recompute: as in `recompute.RECOMPUTE`, applied to each phase by itself; what travels is kept.
     """
     moe = block.mlp
     if not isinstance(moe, MoE):
-        return recompute(Block.forward, block, x_BTD, rope, mask_BT, documents)
+        return recompute(block, x_BTD, rope, mask_BT, documents)
     x_BTD, u_ND, experts_NK, gates_NK, balance = recompute(attend_and_route, block, x_BTD, rope, mask_BT, documents)
     sent = moe.dispatcher.dispatch(u_ND, experts_NK, gates_NK)
-    yield
-    arrived = moe.dispatcher.receive(sent)
-    yield
-    y_RD = recompute(moe.experts, *arrived)
-    del arrived
-    yield
+    yield "dispatch"
+    moe.dispatcher.leave(sent)
+    yield "leave"
+    y_RD = recompute(moe.experts, *moe.dispatcher.receive(sent))
+    yield "experts"
     returning = moe.dispatcher.send_back(y_RD, sent)
     del y_RD
-    yield
+    yield "send back"
     shared_ND = None if moe.shared_experts is None else recompute(moe.shared_experts, u_ND)
     routed_ND = moe.dispatcher.combine(returning)
     out_ND = routed_ND if shared_ND is None else routed_ND + shared_ND

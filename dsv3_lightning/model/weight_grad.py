@@ -51,10 +51,16 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.product: Callable[[Tensor, Tensor, torch.dtype], Tensor] = linear  # or that of fp8.py
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = Operands(self.weight, compute_dtype(x))
-        return LinearProduct.apply(Keep.apply(x, self.weight, operands), self.weight, operands)
+        return self.product(x, self.weight, compute_dtype(x))
+
+
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., in] times weight [out, in] transposed: [..., out], in `dtype`."""
+    operands = Operands(weight, dtype)
+    return LinearProduct.apply(Keep.apply(x, weight, operands), weight, operands)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets_E: Tensor) -> Tensor:

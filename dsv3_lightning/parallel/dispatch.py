@@ -48,7 +48,7 @@ class Exchange:
     def land(self) -> Tensor:
         assert self.message is not None
         message, self.message = self.message, None
-        return message.land()
+        return message.land(turn=True)
 
 
 @dataclass
@@ -84,8 +84,8 @@ class AllToAll:
         self.group, self.num_experts = group, num_experts
 
     def dispatch(self, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Sent:
-        """On CUDA the tokens leave in `receive`, when the host knows how many: what it has queued by then, such as the
-        shared experts, runs during the exchange. On a CPU they leave at once."""
+        """On CUDA the tokens leave in `leave` or `receive`, when the host knows how many: what it has queued by then,
+        such as the shared experts, runs during the exchange. On a CPU they leave at once."""
         order = sort_by_expert(experts_NK, self.num_experts)
         with beside(now(x_ND), order.counts_E):  # the shared experts don't wait for the numbers
             received_WE, splits = self.exchange_counts(order.counts_E, experts_NK.numel())
@@ -108,9 +108,12 @@ class AllToAll:
                 x_ND, sent.gates_NK, sent.order, numbers[:ranks], numbers[ranks:], sent.received_WE
             )
 
-    def receive(self, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, sent: Sent) -> None:
         if sent.exchange is None:
             self.start(sent)
+
+    def receive(self, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+        self.leave(sent)
         assert sent.exchange is not None
         return self.arrange(sent.exchange)
 
@@ -119,7 +122,7 @@ class AllToAll:
         return self.exchange_back(y_RD, sent.exchange)
 
     def combine(self, returning: Returning) -> Tensor:
-        return Unpermute.apply(returning.rows.land(), returning.order.order_R, returning.order.rows_NK)
+        return Unpermute.apply(returning.rows.land(turn=True), returning.order.order_R, returning.order.rows_NK)
 
     def exchange(
         self, x_ND: Tensor, gates_NK: Tensor, order: Order, sent: list[int], received: list[int], received_WE: Tensor

@@ -5,8 +5,10 @@ rows have landed and are waited for where these departed; autograd runs what was
 computed between `depart` and `land` has its own backward pass during the way back.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,14 +18,41 @@ from torch.distributed._functional_collectives import all_to_all_single
 from dsv3_lightning.parallel.streams import arrived
 
 
+class Other(Protocol):
+    """Another computation, which goes on while gradients are under way.
+
+    before: is called when gradients are ready to leave; after: when they have left.
+    """
+
+    def before(self) -> None: ...
+
+    def after(self) -> None: ...
+
+
+class Turns:
+    """Whom the backward passes of this process give a turn to."""
+
+    other: ClassVar[Other | None] = None  # of the process, since autograd has threads of its own for GPUs
+
+    @staticmethod
+    @contextmanager
+    def given_to(other: Other) -> Iterator[None]:
+        previous, Turns.other = Turns.other, other
+        try:
+            yield
+        finally:
+            Turns.other = previous
+
+
 @dataclass
 class Way:
-    """sent, received: the numbers of rows to and from each rank of the group. gradient: of the rows that were sent, on
-    its way back."""
+    """sent, received: the numbers of rows to and from each rank of the group. turn: whether the backward pass gives a
+    turn on this way. gradient: of the rows that were sent, on its way back."""
 
     sent: list[int]
     received: list[int]
     group: dist.ProcessGroup
+    turn: bool = False
     gradient: Tensor | None = None
 
 
@@ -33,8 +62,10 @@ class Flight(NamedTuple):
     rows: Tensor
     way: Way
 
-    def land(self) -> Tensor:
-        """The received rows, once they are there. Also a rank without any must call it."""
+    def land(self, turn: bool = False) -> Tensor:
+        """The received rows, once they are there. Also a rank without any must call it. turn: see `Way`; only on the
+        stream of the model's computation."""
+        self.way.turn = turn
         return Land.apply(self.rows, self.way)
 
 
@@ -69,5 +100,10 @@ class Land(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         way = ctx.way
+        other = Turns.other if way.turn else None
+        if other is not None:
+            other.before()
         way.gradient = all_to_all_single(grad.contiguous(), way.sent, way.received, way.group)
+        if other is not None:
+            other.after()
         return grad, None  # autograd wants the shape of what landed; `Depart` takes the other

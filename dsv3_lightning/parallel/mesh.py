@@ -17,7 +17,7 @@ from dsv3_lightning.parallel.pipeline.checks import check_settings
 
 Kind = Literal["fsdp2", "hsdp", "fsdp2_ep"]
 KINDS: tuple[str, ...] = get_args(Kind)
-Overlap = Literal["none", "two_batches"]
+Overlap = Literal["none", "two_batches", "pairs"]
 Size = int | Literal["auto"]
 if TYPE_CHECKING:
     ScheduleName = str
@@ -50,7 +50,8 @@ class StrategyConfig:
     sharded_checkpoints: each rank writes its shards in the background, so no rank ever gathers the model and training
         waits only for a copy in memory; otherwise the first rank writes one file. Both can be resumed on any mesh.
     overlap: what is computed while tokens travel to their experts and back. `two_batches`: each MoE layer takes a
-        micro-batch in two halves of its sequences, one of which computes while the other's tokens travel.
+        micro-batch in two halves of its sequences, one of which computes while the other's tokens travel. `pairs`:
+        where the pipeline schedule dualpipev pairs a forward with a backward pass, these take turns.
     dispatcher: the class that sends tokens to the ranks of their experts and back, with the methods of
         `model.dispatch.Dispatcher`; called with the process group of these ranks and the number of experts.
     timeout_minutes: how long a collective waits for a rank before all ranks stop.

@@ -125,9 +125,12 @@ class NodeAllToAll:
             x_ND, gates_NK, order, sent.to_ranks, sent.from_ranks, sent.plan.forwarded_WE
         )
 
-    def receive(self, sent: Crossing) -> tuple[Tensor, Tensor, Tensor]:
+    def leave(self, sent: Crossing) -> None:
         if sent.message is None and sent.exchange is None:
             self.start(sent)
+
+    def receive(self, sent: Crossing) -> tuple[Tensor, Tensor, Tensor]:
+        self.leave(sent)
         if sent.exchange is None:
             self.forward(sent)
         assert sent.exchange is not None
@@ -137,12 +140,13 @@ class NodeAllToAll:
         """Adds up the outputs of this node's experts, and starts the way back between nodes."""
         assert sent.exchange is not None and sent.exchange.arranged_R is not None
         with beside(now(y_RD), y_RD, sent.exchange.arranged_R):
-            sums_ND = self.within.combine(self.within.exchange_back(y_RD, sent.exchange))
+            back = self.within.exchange_back(y_RD, sent.exchange)
+            sums_ND = Unpermute.apply(back.rows.land(), back.order.order_R, back.order.rows_NK)
             back_RD = depart(sums_ND, sent.from_nodes, sent.to_nodes, self.across)
         return Returning(back_RD, sent.order)
 
     def combine(self, returning: Returning) -> Tensor:
-        return Unpermute.apply(returning.rows.land(), returning.order.order_R, returning.order.rows_NK)
+        return Unpermute.apply(returning.rows.land(turn=True), returning.order.order_R, returning.order.rows_NK)
 
 
 def nodes_of(experts_NK: Tensor, experts_per_node: int, nodes: int) -> Tensor:

@@ -28,6 +28,7 @@ from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes, set_timeout
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.pipeline.checks import micro_batches_of, placement_of
+from dsv3_lightning.parallel.pipeline.pairs import run_pair
 from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
 from dsv3_lightning.parallel.sharding import MakeDispatcher, shard_model, sync_gradients_of_replicas
 from dsv3_lightning.parallel.tensors import as_dtensor_like, fill_shard, gather_full, local, local_shard
@@ -143,6 +144,7 @@ class MeshStrategy(ModelParallelStrategy):
                 model, layers, placement_of(self.config), self.config.schedule, self.meshes.pp, self.root_device, dtype,
                 self.precision_plugin.forward_context,
             )  # fmt: skip
+            self.pipeline.overlap = run_pair if self.config.overlap == "pairs" else None
             parts = [*self.pipeline.stages]
             chunks = f"chunks of {', '.join(map(str, layers))} layers, {self.pipeline_micro_batches} micro-batches"
             rank_zero_only(print)(f"pipeline {self.config.schedule}: {chunks}", flush=True)

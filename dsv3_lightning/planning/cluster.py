@@ -82,7 +82,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     fp32 gradient of the output matrix; the scaling of this gradient; and the last block's backward pass, during the
     gradient's reduction.
     """
-    whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True)
+    whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True, kind=work.kind)
     small = small_parameters(model, whole_share(model))
     more = (1 / (shape.small_shard or shape.dp_shard) - 1 / shape.dp_shard) * 4 * small
     computed = work.computed

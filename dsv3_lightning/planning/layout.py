@@ -41,7 +41,7 @@ class Work:
     """The work of an optimizer step. tokens: per micro-batch and rank. micro_batches: per rank and step.
 
     documents: the mean length of the documents that tokens attend within; None: of the whole sequence.
-    moment: bytes of a number in AdamW's moments.
+    moment: bytes of a number in the optimizer's moments. kind: the optimizer's.
     """
 
     tokens: int
@@ -51,6 +51,7 @@ class Work:
     policy: str
     documents: float | None = None
     moment: int = 4
+    kind: str = "adamw"
 
     @property
     def computed(self) -> int:

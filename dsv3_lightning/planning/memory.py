@@ -1,14 +1,16 @@
 """Memory of training without sharding, in bytes.
 
-Exact: parameters, gradients, AdamW's moments and master weights. Estimated: activations, from what the layers save for
-the backward pass. Not counted: allocator overhead, communication buffers, data, and the runtime itself.
+Exact: parameters, gradients, the optimizer's state and master weights. Estimated: activations, from what the layers
+save for the backward pass. Not counted: allocator overhead, communication buffers, data, and the runtime itself.
 """
 
 from dataclasses import dataclass
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.activations import activations
+from dsv3_lightning.planning.matrices import muon_parameters
 from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.planning.share import whole_share
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,33 @@ class Memory:
 
 
 def training_memory(
-    model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False, moment: int = 4
-) -> Memory:
+    model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False, moment: int = 4,
+    kind: str = "adamw",
+) -> Memory:  # fmt: skip
     """Memory for a micro-batch of `tokens` tokens on one rank.
 
-    Weights and gradients are fp32. With precision `bf16` unsharded weights are bf16 with an fp32 copy in AdamW; sharded
-    ones are fp32 and gathered in bf16. (Norms and routers are always fp32; they are 1e-4 of all and ignored.)
-    moment: bytes of a number in AdamW's two moments.
+    Weights and gradients are fp32. With precision `bf16` unsharded weights are bf16 with an fp32 copy in the optimizer;
+    sharded ones are fp32 and gathered in bf16. (Norms and routers are always fp32; they are 1e-4 of all and ignored.)
+    moment: bytes of a number in AdamW's two moments, or in Muon's momentum, which its matrices have in their place.
+    kind: the optimizer's.
     """
     parameters = count_parameters(model)
     stored, copies = (2, 4) if precision == "bf16" and not sharded else (4, 0)
+    single = muon_parameters(model, whole_share(model)) if kind == "muon" else 0
     per_token = activations(model, precision, policy)
     return Memory(
         weights=stored * parameters.total + 4 * parameters.bias_entries,
         gradients=4 * parameters.total,
-        optimizer=(2 * moment + copies) * parameters.total,
+        optimizer=(2 * moment + copies) * parameters.total - moment * single,
         activations=tokens * (per_token.kept + per_token.made_again),
     )
 
 
-def checkpoint_bytes(model: ModelConfig, precision: str, sharded: bool, moment: int, averaged: bool) -> int:
-    """Bytes of a checkpoint: weights, AdamW's state, the routers' biases and, with `averaged`, an fp32 average."""
-    memory = training_memory(model, 0, precision, "none", sharded, moment)
+def checkpoint_bytes(
+    model: ModelConfig, precision: str, sharded: bool, moment: int, averaged: bool, kind: str = "adamw"
+) -> int:  # fmt: skip
+    """Bytes of a checkpoint: weights, optimizer state, the routers' biases and, with `averaged`, an fp32 average."""
+    memory = training_memory(model, 0, precision, "none", sharded, moment, kind)
     return memory.weights + memory.optimizer + averaged * memory.gradients
 
 

@@ -12,6 +12,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning import passes
 from dsv3_lightning.planning.hardware import Hardware
 from dsv3_lightning.planning.layout import Layout
+from dsv3_lightning.planning.matrices import muon_parameters, newton_schulz_flop
 from dsv3_lightning.planning.parameters import attention_weights, moe_parts, swiglu
 from dsv3_lightning.planning.passes import Passes
 from dsv3_lightning.planning.share import Share, share_parameters, whole_share
@@ -207,14 +208,22 @@ def head(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
 
 
 def optimizer(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
-    """AdamW on this rank's share, with the gradient's norm and clipping."""
+    """The optimizer on this rank's share, with the gradient's norm and clipping; Muon's matrices each on one rank."""
     if layout.strategy.cpu_offload:
         return []
-    dense, routed = share_parameters(model, share_of(model, layout))
-    numbers = (dense + routed) / layout.mesh.dp_shard
-    gradient, moment = layout.code.gradient, layout.work.moment
+    work, share, shards = layout.work, share_of(model, layout), layout.mesh.dp_shard
+    numbers = sum(share_parameters(model, share)) / shards
+    gradient, moment = layout.code.gradient, work.moment
     each = passes.ADAMW if (gradient, moment) == (4, 4) else passes.adamw(gradient, moment)
-    return [Part("optimizer", each * numbers / hardware.memory_rate, (), ("memory.share",))]
+    if work.kind == "adamw":
+        return [Part("optimizer", each * numbers / hardware.memory_rate, (), ("memory.share",))]
+    own = muon_parameters(model, share) / shards
+    moved = each * (numbers - own) + passes.muon(gradient, moment, work.computed) * own
+    rate, name = product_rate(hardware, replace(layout, code=replace(layout.code, fp8=False)), model.hidden_size)
+    return [
+        Part("optimizer", moved / hardware.memory_rate, (), ("memory.share",)),
+        Part("Newton-Schulz steps", newton_schulz_flop(model, share) / shards / rate, (), (name,)),
+    ]
 
 
 COMPUTE: tuple[Parts, ...] = (attention, experts, products, elementwise, sorting, host_waits, head, optimizer)

@@ -137,3 +137,9 @@ ADAMW = 28 + 12  # bytes per fp32 parameter: read p, g, m, v, write p, m, v; the
 def adamw(gradient: int, moment: int) -> int:
     """Bytes per parameter of a step with fp32 masters, bf16 copies, and gradients and moments of these bytes."""
     return 8 + 2 + gradient * 4 + moment * 4
+
+
+def muon(gradient: int, moment: int, computed: int) -> int:
+    """Bytes per parameter of a step of Muon, but for the Newton-Schulz steps: beside what AdamW moves, without the
+    second moment, the gradient and the momentum are read again, and what is orthogonalized is written and read."""
+    return 8 + 2 + gradient * 5 + moment * 3 + computed * 2

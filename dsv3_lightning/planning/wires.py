@@ -7,6 +7,7 @@ from typing import NamedTuple
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.hardware import Hardware
 from dsv3_lightning.planning.layout import Layout
+from dsv3_lightning.planning.matrices import sharded_numbers
 from dsv3_lightning.planning.parts import COMPUTE, COMPUTING, Part, Ways, part, share_of
 from dsv3_lightning.planning.share import share_parameters
 
@@ -208,7 +209,25 @@ def offloading(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[P
     return [Part("parameters from the host, gradients to it", moved / rate, COMPUTING, ("host.pcie",))]
 
 
-WIRES = (exchange, parameters, replicas, offloading)
+def whole_matrices(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
+    """Shards of Muon's matrices to the ranks that orthogonalize them, and back."""
+    shape, work = layout.mesh, layout.work
+    if work.kind != "muon" or layout.strategy.cpu_offload:
+        return []
+    inside = between = 0.0
+    numbers = sharded_numbers(model, share_of(model, layout), shape.dp_shard, shape.ep, shape.expert_shard)
+    for each, ranks, near in zip(numbers, (shape.dp_shard, shape.expert_shard), neighbors(layout, hardware)):
+        moved = 2 * work.computed * each
+        inside += moved * (near - 1) / ranks
+        between += moved * (ranks - near) / ranks
+    if not inside + between:
+        return []
+    seconds = max(inside / hardware.link("inside", "exchange"), between / hardware.link("between", "exchange"))
+    names = ("exchange.inside", *(("exchange.between",) if between else ()))
+    return [Part("matrices to their owners and back", seconds, (), names)]
+
+
+WIRES = (exchange, parameters, replicas, offloading, whole_matrices)
 
 
 def parts(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:

@@ -32,8 +32,9 @@ CHANGES = (
     Change(("trainer.accumulate_grad_batches",), ALWAYS, "the same samples in each step, in other micro-batches"),
     Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
     Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments are kept"),
+    Change(("optimizer.kind",), NEVER, "the optimizer's state is another for each kind"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
-    Change(("compute",), NEW_NAME, "the same losses within rounding"),
+    Change(("compute",), NEW_NAME, "the same losses within rounding, of FP8 too"),
     Change(
         ("trainer.max_steps",),
         NEW_NAME,

@@ -22,7 +22,8 @@ def check_space(config: Config, folder: Path, precision: str) -> str | None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, files = shutil.disk_usage(there).free, folder / "checkpoints"
     sharded, averaged = mesh_strategy(config.strategy) is not None, config.callbacks.get("weight_average") is not None
-    one = checkpoint_bytes(config.model, precision, sharded, config.optimizer.moment_bytes, averaged)
+    optimizer = config.optimizer
+    one = checkpoint_bytes(config.model, precision, sharded, optimizer.moment_bytes, averaged, optimizer.kind)
     return judge(files, free, used(files), one, kept)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsv3_lightning.studies.compare import COLUMNS, Finished, spread
 
 REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced at this scale", "undecided", "not run"
-EXPERIMENTS = ("balance", "bias_speed", "mtp", "moe", "attention", "routing")
+EXPERIMENTS = ("balance", "bias_speed", "mtp", "moe", "attention", "routing", "optimizer")
 SEEDS = 3  # minimum for a verdict
 STUDENT = (2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # 95 % quantiles of t for 3, 4, … seeds
 
@@ -28,7 +28,7 @@ class Claim:
 
 
 LF, V3, V2, MOE = "arXiv 2408.15664", "arXiv 2412.19437", "arXiv 2405.04434", "arXiv 2401.06066"
-MTP = "arXiv 2404.19737"
+MTP, MUON = "arXiv 2404.19737", "arXiv 2502.16982"
 VIO, LOSS, KEPT, SPECIAL = "MaxVio global", "val loss", "MTP accepted", "specialization"
 CLAIMS = (
     Claim("The bias alone balances: MaxVio_global at most 0.10",
@@ -81,6 +81,8 @@ CLAIMS = (
           "routing", LOSS, "sigmoid_2_of_4_groups", "sigmoid_no_groups", 0.99),
     Claim("A sigmoid gate has a lower loss than V2's softmax",
           f"{V3} §2.1.2", "no number: V3's choice", "routing", LOSS, "sigmoid_2_of_4_groups", "softmax_2_of_4_groups"),
+    Claim("Muon has a lower loss than AdamW at equal tokens",
+          f"{MUON} §3.2", "the same loss with about half of the FLOP", "optimizer", LOSS, "muon", "adamw"),
 )  # fmt: skip
 
 

@@ -23,15 +23,19 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning rate (V3 §4.2). Raises ConfigError.
+    """The optimizer and its learning rate (V3 §4.2). Raises ConfigError.
 
+    kind: muon is for matrices but embedding, head and routers, which have AdamW, as all other parameters do (arXiv
+        2502.16982). lr, weight_decay and moments are those of both.
     lr: the peak. betas, eps: AdamW's. weight_decay: on matrices only, never on norms.
-    moments: what AdamW's two moments are stored in; V3 §3.3.2 has bf16. Updates are computed in fp32 either way.
+    moments: what AdamW's two moments and Muon's momentum are stored in; V3 §3.3.2 has bf16. Updates are computed in
+        fp32 either way, but for Muon's Newton-Schulz steps.
     warmup_steps: linear from 0 to lr, within the first phase.
     phases: the rest, in order; `constant` stays at `to`, the others move from the previous phase's `to` to this one's.
     max_skipped_steps: steps with a non-finite loss or gradient are skipped; this many in a row stop the run.
     """
 
+    kind: Literal["adamw", "muon"]
     lr: float
     betas: tuple[float, float]
     eps: float
@@ -43,7 +47,7 @@ class OptimizerConfig:
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes of a number in AdamW's moments."""
+        """Bytes of a number in AdamW's moments and in Muon's momentum."""
         return 2 if self.moments == "bf16" else 4
 
     def __post_init__(self) -> None:
@@ -104,10 +108,12 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Trade-offs between memory and speed, which change results by rounding only.
+    """Trade-offs between memory, speed and rounding.
 
     activation_checkpointing: `none` keeps all activations; `selective` recomputes norms, activations and MLA's
         up-projections in the backward pass (V3 §3.2.3); `full` recomputes whole blocks.
+    fp8: `emulated` rounds the operands of the blocks' products to FP8 and multiplies in fp32 (V3 §3.3).
     """
 
     activation_checkpointing: Literal["none", "selective", "full"]
+    fp8: Literal[False, "emulated"]

@@ -57,13 +57,13 @@ def dry_pipeline(
         with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
             module.to_empty(device="cpu")
             weights = counter.now
-            adamw = build_optimizer(module, optimizer)
+            built = build_optimizer(module, optimizer, str(plugin.precision))
             counter.peak = 0  # making a DTensor creates a fake tensor of the full shape
             passes = Passes(pipeline, Shape(micro_batches, samples, sequence_length))
             for _ in range(2):  # the first makes the moments
-                adamw.zero_grad()
+                built.zero_grad()
                 passes.step([action for slot in slots for action in slot])
-                adamw.step()
+                built.step()
             gradients = sum(local(p.grad).nbytes for p in module.parameters() if p.grad is not None)
             return MemoryCount(weights, gradients, counter.now - weights - gradients, counter.peak, parameters)
 

@@ -63,22 +63,22 @@ def dry_run(
             module.to_empty(device="cpu")
             module.tie_weights()
             weights = counter.now
-            adamw = build_optimizer(module, optimizer)
+            built = build_optimizer(module, optimizer, str(plugin.precision))
             counter.peak = 0  # making a DTensor creates a fake tensor of the full shape
             for _ in range(2):  # the first makes the moments; its gradients stay, as between micro-batches
-                step(module, adamw, plugin, samples, sequence_length)
+                step(module, built, plugin, samples, sequence_length)
             gradients = sum(local(p.grad).nbytes for p in module.parameters() if p.grad is not None)
             return MemoryCount(weights, gradients, counter.now - weights - gradients, counter.peak, parameters)
 
 
-def step(module: Transformer, adamw: torch.optim.Optimizer, plugin: Precision, samples: int, length: int) -> None:
+def step(module: Transformer, optimizer: torch.optim.Optimizer, plugin: Precision, samples: int, length: int) -> None:
     depth = module.config.mtp_depth
     tokens = torch.zeros(samples, length + 1 + depth, dtype=torch.int64)
     targets = torch.zeros(samples, 1 + depth, length, dtype=torch.int64)
     with plugin.forward_context():
         result = module.losses(tokens, torch.ones_like(tokens, dtype=torch.bool), targets)
     (result.nll_P.sum() + sum(term.sum() for term in result.balance.values())).backward()
-    adamw.step()
+    optimizer.step()
 
 
 @contextmanager

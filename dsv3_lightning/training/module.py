@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import WeightSource
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.model.fp8 import emulated_product, use_fp8
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
@@ -68,6 +69,8 @@ class PretrainModule(pl.LightningModule):
         self.balance = BalanceTerm(loss.balance_factors, model.num_experts_per_tok)
         with torch.device("meta"):  # until `configure_model`, when the sharding is known
             self.model = Transformer(model, compute.activation_checkpointing, tuple(loss.balance_factors))
+        if compute.fp8:
+            use_fp8(self.model, emulated_product)
         self.mtp_weight = loss.mtp_weight or 0.0
         self.train_loss = TokenLoss(1 + model.mtp_depth)
         self.val_loss = TokenLoss(1 + model.mtp_depth)
@@ -247,7 +250,7 @@ class PretrainModule(pl.LightningModule):
         self.updating = True  # the weights change next
 
     def skip_step(self, cause: str) -> None:
-        """Drops the gradients, so AdamW changes neither weights nor moments. Raises RunStopped after too many."""
+        """Drops the gradients, so the optimizer changes no weight and no state. Raises RunStopped after too many."""
         for parameter in self.parameters():
             parameter.grad = None
         self.skipped_steps += 1
@@ -335,7 +338,7 @@ class PretrainModule(pl.LightningModule):
             self.validated_step = self.steps_done
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = build_optimizer(self.model, self.optimizer_config)
+        optimizer = build_optimizer(self.model, self.optimizer_config, str(self.trainer.precision))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor)
         self.set_for_step = [
             {key: group[key] for key in ("initial_lr", "betas", "eps", "weight_decay")}

@@ -1,104 +1,46 @@
-"""AdamW as in V3 §4.2: weight decay on matrices only, fp32 master copies of low-precision weights, moments in fp32 or
-bf16 (§3.3.2)."""
+"""The optimizer of a run: AdamW as in V3 §4.2, or Muon for matrices as in arXiv 2502.16982; only matrices decay."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
+from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.model.router import Router
 from dsv3_lightning.parallel.tensors import local
+from dsv3_lightning.training.adamw import MasterAdamW
 from dsv3_lightning.training.config import OptimizerConfig
+from dsv3_lightning.training.muon import Muon, newton_schulz_dtype
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with two groups: matrices, with weight decay, and norms, without. Shared parameters appear once."""
+def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str = "32-true") -> torch.optim.Optimizer:
+    """The optimizer of a model, which may be sharded. Its groups: matrices, with weight decay, and norms, without.
+
+    With Muon its matrices are a group of their own, before those of AdamW. Shared parameters appear once.
+    precision: Lightning's name of the run's.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() >= 2]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {"fused": True, "lr": config.lr, "betas": config.betas, "eps": config.eps}
+    moments = MOMENTS[config.moments]
+    if config.kind == "muon":
+        others = adamw_matrices(module)
+        by_kind = [[p for p in matrices if p not in others], [p for p in matrices if p in others]]
+        first = [{"params": params, "weight_decay": config.weight_decay} for params in by_kind]
+        joined = {child.gate_up_proj for child in module.modules() if isinstance(child, Experts)}
+        return Muon([*first, groups[-1]], joined, newton_schulz_dtype(precision), moments, **settings)
     if config.moments == "fp32" and all(p.dtype == torch.float32 and local(p) is p for p in parameters):
         return torch.optim.AdamW(groups, **settings)
-    return MasterAdamW(groups, MOMENTS[config.moments], **settings)
+    return MasterAdamW(groups, moments, **settings)
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on this rank's shards; low-precision weights are updated in fp32 master copies and rounded after each step.
-
-    Without copies, updates below 1/256 of a bf16 weight would be lost (V3 §3.3.2 has fp32 master weights too). A copy
-    starts from the weight's `master`, its value before rounding, if it has one. Copies are part of the state, since
-    rounded weights could not resume a run exactly. AdamW is elementwise, so it can run on shards, and parameters of
-    several meshes form one group.
-
-    moments: the dtype in which both moments are stored. Rounded ones are widened for a step, one weight at a time.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], moments: torch.dtype = torch.float32, **settings: Any) -> None:
-        self.moments = moments
-        self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
-        exact = [getattr(p, "master", local(p.detach())) for p in self.weights]
-        self.masters: list[Tensor] = [nn.Parameter(p.to(w.device, torch.float32)) for p, w in zip(exact, self.weights)]
-        master_of = dict(zip(self.weights, self.masters, strict=True))
-        super().__init__([{**group, "params": [master_of[p] for p in group["params"]]} for group in groups], **settings)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            master.grad = None if weight.grad is None else local(weight.grad).to(master.dtype)
-            if weight.dtype == master.dtype:
-                master.data = local(weight.detach())  # FSDP2 may have moved the shard
-        if self.moments == torch.float32:
-            super().step()
-        else:
-            self.step_with_rounded_moments()
-        for master in self.masters:
-            master.grad = None
-        rounded = [pair for pair in zip(self.weights, self.masters, strict=True) if pair[0].dtype != pair[1].dtype]
-        if rounded:
-            torch._foreach_copy_([local(weight) for weight, _ in rounded], [master for _, master in rounded])
-        return loss
-
-    def step_with_rounded_moments(self) -> None:
-        """AdamW's step in fp32 from moments that are rounded when they are stored again."""
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for master in (master for master in group["params"] if master.grad is not None):
-                state = self.state[master]
-                if not state:
-                    state["step"] = torch.zeros((), device=master.device)
-                    state |= {name: torch.zeros_like(master, dtype=self.moments) for name in ("exp_avg", "exp_avg_sq")}
-                first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()
-                adamw([master], [master.grad], [first], [second], [], [state["step"]], fused=True, amsgrad=False,
-                      beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-                      maximize=False)  # fmt: skip
-                state["exp_avg"].copy_(first)
-                state["exp_avg_sq"].copy_(second)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self.weights:
-            weight.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, with the masters where they are not the weights themselves."""
-        state = super().state_dict()
-        if any(local(weight).dtype != master.dtype for weight, master in zip(self.weights, self.masters, strict=True)):
-            state["masters"] = [master.detach() for master in self.masters]
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state. Without saved masters, as from sharded weights, those made of the fp32 weights remain."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
-        for state in self.state.values():  # which torch has cast to the masters' dtype
-            state |= {name: state[name].to(self.moments) for name in ("exp_avg", "exp_avg_sq")}
-        if "masters" in state_dict:
-            with torch.no_grad():
-                torch._foreach_copy_(self.masters, state_dict["masters"])
+def adamw_matrices(module: nn.Module) -> set[Tensor]:
+    """The matrices that Muon leaves to AdamW: embedding, output head and routers (arXiv 2502.16982 §2.2)."""
+    heads = [getattr(module, name).weight for name in ("embed_tokens", "lm_head") if hasattr(module, name)]
+    return {*heads, *(child.weight for child in module.modules() if isinstance(child, Router))}

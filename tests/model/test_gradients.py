@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_lightning.model import experts
 from dsv3_lightning.model.config import Yarn
+from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer
 
 from .small import Batch, clear_batch, small_config, small_model, total_loss
@@ -52,7 +52,8 @@ def model_and_batch(request) -> tuple[Transformer, Batch]:
 def fp64_kept(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "float", lambda x: x.to(torch.promote_types(x.dtype, torch.float32)))
-        patch.setattr(experts, "grouped_linear", loop_over_experts)
+        for name in ("gate_up_product", "down_product"):
+            patch.setattr(Experts, name, staticmethod(loop_over_experts))
         yield
 
 

@@ -91,13 +91,13 @@ class Events(TorchDispatchMode):
 ORDER = {
     "forward": [
         "attention", "send 0", "attention", "send 1",  # tokens of half 0 travel during the attention of half 1
-        "wait 0", "experts", "wait 1", "send 2",  # tokens of half 1 travel during the experts of half 0
-        "experts", "send 3",  # outputs of half 0 travel during the experts of half 1
+        "wait 0", "experts", "send 2",  # tokens of half 1 travel during the experts of half 0
+        "wait 1", "experts", "send 3",  # outputs of half 0 travel during the experts of half 1
         "wait 2", "wait 3",
     ],
     "backward": [
-        "send 0", "send 1", "wait 0", "experts",  # gradients of outputs: half 0's during the experts of half 1
-        "wait 1", "send 2", "experts", "send 3",  # and of tokens: half 1's during the experts of half 0,
+        "send 0", "send 1", "wait 0", "experts", "send 2",  # of outputs: half 0's during the experts of half 1
+        "wait 1", "experts", "send 3",  # of tokens: half 1's during the experts of half 0,
         "wait 2", "attention", "wait 3", "attention",  # and half 0's during the attention of half 1
     ],
 }  # fmt: skip

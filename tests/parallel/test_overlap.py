@@ -21,9 +21,12 @@ def test_halves_in_turns_give_losses_and_gradients_of_the_whole_batch(ranks, tmp
         (["strategy={kind: fsdp2, overlap: two_batches}"], "strategy.overlap=two_batches: tokens travel only where"),
         (
             ["strategy={kind: fsdp2_ep, overlap: two_batches, pipeline_parallel: 2}"],
-            "strategy.overlap=two_batches: is for training without a pipeline",
+            "strategy.overlap=two_batches: is for runs without a pipeline",
         ),
-        (["strategy={kind: fsdp2_ep, overlap: halves}"], 'strategy.overlap="halves": must be none or two_batches'),
+        (
+            ["strategy={kind: fsdp2_ep, overlap: halves}"],
+            'strategy.overlap="halves": must be none, two_batches or pairs',
+        ),
         (
             ["strategy={kind: fsdp2_ep, overlap: two_batches}", "trainer.accumulate_grad_batches=4"],
             "data.batch_size=8: strategy.overlap=two_batches needs two sequences in each of "

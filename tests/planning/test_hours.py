@@ -4,6 +4,7 @@ import runpy
 
 import pytest
 
+from dsv3_lightning.cli import main
 from tests.conftest import ROOT
 
 
@@ -12,12 +13,14 @@ def hours() -> dict:
     return runpy.run_path(str(ROOT / "benchmarks/planned_hours.py"))
 
 
-def test_the_pages_have_the_hours_that_the_command_prints(hours: dict, monkeypatch: pytest.MonkeyPatch):
+def test_the_pages_have_the_hours_that_the_command_prints(hours: dict, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/pipelines.md").read_text()
     found = hours["in_the_reports_layout"]()
     for row in found:
         assert str(row) in page, row
+    assert main(["plan", "configs/cluster/v3-2048.yaml", "--gpus", "2048", "--gpu", "h800"]) == 0
+    assert f"{found[2].hours:,.0f}" in capsys.readouterr().out  # strategy.overlap=pairs
     before = hours["without_pipeline"]()
     assert f"| {before[-1].planned.seconds:.2f} s | {100 * before[-1].mfu:.1f} % | {before[-1].hours:,.0f} |" in page
     of_the_review = (ROOT / "docs/cluster.md").read_text()

@@ -1,5 +1,8 @@
 """Counts against the published models' (transformers on the meta device, the papers, other projects' counters)."""
 
+import re
+from collections import Counter
+
 import pytest
 import torch
 
@@ -9,8 +12,10 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.activations import activations
 from dsv3_lightning.planning.flops import forward_flop_per_token, training_flop_per_token
+from dsv3_lightning.planning.matrices import muon_matrices, muon_parameters, newton_schulz_flop
 from dsv3_lightning.planning.memory import checkpoint_bytes, training_memory
 from dsv3_lightning.planning.parameters import count_parameters
+from dsv3_lightning.planning.share import whole_share
 
 V2 = ModelConfig(
     vocab_size=102400, hidden_size=5120, num_hidden_layers=60, num_attention_heads=128,
@@ -117,6 +122,32 @@ def test_bytes_of_a_checkpoint(precision, sharded, moment, averaged, each):
     counts = count_parameters(preset("nano"))
     found = checkpoint_bytes(preset("nano"), precision, sharded, moment, averaged)
     assert found == each * counts.total + 4 * counts.bias_entries
+
+
+MUON = r".*(_proj(_with_mqa)?\.weight|experts\.(gate_up|down)_proj)"
+
+
+@pytest.mark.parametrize("model", variants())
+def test_muons_matrices_have_one_momentum_and_the_shapes_of_the_model(model):
+    with torch.device("meta"):
+        found = {n: p for n, p in Transformer(model).named_parameters() if re.fullmatch(MUON, n)}
+    share = whole_share(model)
+    expected = Counter()
+    for name, parameter in found.items():
+        halves = 2 if name.endswith("experts.gate_up_proj") else 1
+        rows, columns = parameter.shape[-2], parameter.shape[-1] // halves
+        expected[min(rows, columns), max(rows, columns)] += parameter.numel() // (rows * columns)
+    counted = Counter()
+    for matrices in muon_matrices(model, share):
+        counted[min(matrices[1:3]), max(matrices[1:3])] += matrices.number
+    assert counted == expected
+    numbers, total = sum(parameter.numel() for parameter in found.values()), count_parameters(model).total
+    assert muon_parameters(model, share) == numbers
+    for moment in (4, 2):
+        memory = training_memory(model, 1, "32", "none", moment=moment, kind="muon")
+        assert memory.optimizer == moment * (2 * total - numbers)
+    products = sum(n * 5 * (2 * a * a * b + 2 * a * a * a + 2 * a * a * b) for (a, b), n in expected.items())
+    assert newton_schulz_flop(model, share) == products
 
 
 def test_the_estimate_of_activations_is_near_what_autograd_keeps():

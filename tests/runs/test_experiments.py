@@ -14,6 +14,7 @@ VARIANTS = {
     "bias_speed": "multiplicative_0.01",
     "moe": "gshard_like",
     "mtp": "parallel_2",
+    "optimizer": "muon",
     "routing": "softmax_2_of_4_groups",
 }
 # Sizes alone: attention, router, losses and callbacks stay the variant's own.

@@ -85,9 +85,9 @@ def test_no_parameter_is_left_unsharded(monkeypatch):
     seen = {}
     build = dry.build_optimizer
 
-    def look(module, config):
+    def look(module, config, precision):
         seen.update({name: type(parameter) for name, parameter in module.named_parameters()})
-        return build(module, config)
+        return build(module, config, precision)
 
     monkeypatch.setattr(dry, "build_optimizer", look)
     for strategy in ("{kind: hsdp, dp_shard: 2}", "{kind: fsdp2_ep, expert_parallel: 2}"):

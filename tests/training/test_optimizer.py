@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.training.adamw import MasterAdamW
 from dsv3_lightning.training.config import OptimizerConfig, Phase
-from dsv3_lightning.training.optimizer import MasterAdamW, build_optimizer
+from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.precision import BF16Weights
 from tests.model.small import small_config
 
 CONFIG = OptimizerConfig(
-    lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, moments="fp32", warmup_steps=0,
+    kind="adamw", lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, moments="fp32", warmup_steps=0,
     phases=[Phase(until=1.0, shape="constant", to=1.0)], max_skipped_steps=1,
 )  # fmt: skip
 

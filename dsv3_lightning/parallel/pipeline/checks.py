@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 def check_settings(strategy: "StrategyConfig") -> None:
     """Raises ConfigError if the settings of the strategy's pipeline contradict each other."""
     ranks, name, micro_batches = strategy.pipeline_parallel, strategy.schedule, strategy.micro_batches
+    if strategy.overlap == "pairs" and (ranks == 1 or name != "dualpipev"):
+        raise ConfigError(
+            "strategy.overlap=pairs: is for pairs of passes, which only a pipeline with schedule: dualpipev has; "
+            f"set it to {'two_batches or none' if ranks == 1 else 'none'}"
+        )
     if ranks < 1:
         raise ConfigError(f"strategy.pipeline_parallel={ranks}: must be at least 1")
     if ranks == 1:
@@ -24,8 +29,6 @@ def check_settings(strategy: "StrategyConfig") -> None:
             at = f"strategy.stages={strategy.stages}"
             raise ConfigError(f"{at}: is of a pipeline, and strategy.pipeline_parallel is 1; set it to null")
         return
-    if strategy.overlap == "two_batches":
-        raise ConfigError("strategy.overlap=two_batches: is for training without a pipeline; set it to none")
     if micro_batches != "auto":
         check_micro_batches("strategy.micro_batches", micro_batches, name, ranks)
     chunks, rest = divmod(len(strategy.stages or []), ranks)
@@ -37,7 +40,9 @@ def check_settings(strategy: "StrategyConfig") -> None:
             f"{least}{more}"
         )
     if strategy.overlap == "two_batches":
-        raise ConfigError("strategy.overlap=two_batches: is for runs without a pipeline; set it to none")
+        raise ConfigError(
+            "strategy.overlap=two_batches: is for runs without a pipeline; set it to none, or pairs with dualpipev"
+        )
     if strategy.cpu_offload:
         raise ConfigError("strategy.cpu_offload=true: is not for pipelines; set it to false, or pipeline_parallel to 1")
 

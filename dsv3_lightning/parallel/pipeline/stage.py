@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsv3_lightning.model.attention_kernels import find_documents
+from dsv3_lightning.model.attention_kernels import Documents, find_documents
 from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.transformer import MTP_KINDS, Transformer, stack_stats
 
@@ -69,6 +69,16 @@ class Record:
         }
 
 
+class Start(NamedTuple):
+    """What a stage's layers take: h [B, T, D], the mask, the documents; and the embedding of all positions [B, S, D],
+    or h where MTP modules don't need it."""
+
+    h_BTD: Tensor
+    embedding: Tensor
+    mask_BT: Tensor
+    documents: Documents | None
+
+
 class Stage(Transformer):
     """One chunk of a model, whose modules it shares. A rank has several, each a root of its own to FSDP.
 
@@ -105,21 +115,35 @@ class Stage(Transformer):
         positions: [B]; the last stage then returns the logits at these, fp32 [B, V], of tokens [B, T] without targets.
         """
         with self.autocast():
-            T = mask.shape[1] if targets is None else targets.shape[-1]
-            documents_BT = None if documents is None else find_documents(documents[:, :T], mask.device)
-            if self.chunk.is_first:
-                tokens_BS = inputs[0] if targets is None else inputs[0][:, : T + self.config.mtp_depth]
-                embedding_BSD = self.embed_tokens(tokens_BS)
-                inputs = embedding_BSD[:, :T], embedding_BSD
-            h_BTD, stats = self.through_layers(inputs[0], mask[:, :T], documents_BT)
-            if not self.chunk.is_last:
-                return h_BTD if targets is None else self.pass_on(h_BTD, inputs[-1], stats)
-            trunk_BTD = self.norm(h_BTD)
-            if positions is not None:
-                return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions]).float()
-            assert targets is not None
-            heads, more = self.head_inputs(trunk_BTD, inputs[-1], mask, documents_BT)
-            return self.finish(heads, targets, [*stats, *more])
+            start = self.begin(inputs, mask, targets, documents)
+            h_BTD, stats = self.through_layers(start.h_BTD, start.mask_BT, start.documents)
+            return self.end(h_BTD, stats, start, mask, targets, positions)
+
+    def begin(
+        self, inputs: tuple[Tensor, ...], mask: Tensor, targets: Tensor | None, documents: Tensor | None
+    ) -> Start:
+        """What the layers take. The arguments of this and of `end` are those of `forward`."""
+        T = mask.shape[1] if targets is None else targets.shape[-1]
+        documents_BT = None if documents is None else find_documents(documents[:, :T], mask.device)
+        if self.chunk.is_first:
+            tokens_BS = inputs[0] if targets is None else inputs[0][:, : T + self.config.mtp_depth]
+            embedding_BSD = self.embed_tokens(tokens_BS)
+            inputs = embedding_BSD[:, :T], embedding_BSD
+        return Start(inputs[0], inputs[-1], mask[:, :T], documents_BT)
+
+    def end(
+        self, h_BTD: Tensor, stats: list[RouterStats], start: Start, mask: Tensor, targets: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+        """What `forward` returns, from the output and the stats of the layers."""
+        if not self.chunk.is_last:
+            return h_BTD if targets is None else self.pass_on(h_BTD, start.embedding, stats)
+        trunk_BTD = self.norm(h_BTD)
+        if positions is not None:
+            return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions]).float()
+        assert targets is not None
+        heads, more = self.head_inputs(trunk_BTD, start.embedding, mask, start.documents)
+        return self.finish(heads, targets, [*stats, *more])
 
     def pass_on(self, h_BTD: Tensor, embedding_BSD: Tensor, stats: list[RouterStats]) -> tuple[Tensor, ...]:
         h_BTD = with_gradient_of(h_BTD, self.count(stats))

@@ -11,6 +11,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.activations import widths_of
 from dsv3_lightning.planning.cluster import LOSS_PRODUCT, MAX_LOGITS, RankMemory, last_block
 from dsv3_lightning.planning.layout import Mesh, Work
+from dsv3_lightning.planning.matrices import muon_parameters
 from dsv3_lightning.planning.pipeline.timeline import Timeline, peak_live
 from dsv3_lightning.planning.share import Share, share_parameters, small_parameters, together
 
@@ -70,4 +71,5 @@ def stage_memory(model: ModelConfig, mesh: Mesh, work: Work, own: Share, activat
     gathered = work.computed * (whole - small) + 4 * small  # parameters
     gathered += 4 * whole - kept  # gradients, in place of their shards
     gathered += max(work.computed * block, logits)  # gradients of the micro-batch's last block, before they are added
-    return RankMemory(kept, kept, 2 * kept * work.moment / 4, gathered, activations, offloaded=False)
+    single = 4 * muon_parameters(model, own) / mesh.dp_shard if work.kind == "muon" else 0
+    return RankMemory(kept, kept, (2 * kept - single) * work.moment / 4, gathered, activations, offloaded=False)

@@ -12,7 +12,7 @@ import torch
 
 from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
 from tests.conftest import QUIET, Nano
-from tests.parallel.pipeline.cases import MESHES, SCHEDULES, Case, case, compare, make_runs, resumed
+from tests.parallel.pipeline.cases import MESHES, PAIRS, SCHEDULES, Case, case, compare, make_runs, resumed
 from tests.parallel.pipeline.faults import kill_once, killer, under_torchrun
 from tests.parallel.pipeline.killer import ACTIONS
 from tests.runs.compare import assert_same_curves
@@ -28,6 +28,8 @@ def gradient_cases() -> dict[str, Case]:
     for schedule, mesh in product(SCHEDULES, MESHES):
         found[f"{schedule} on 2 x {mesh} depth1"] = case(4, schedule, mesh=mesh, stages=2)
         found[f"{schedule} on 2 x {mesh} depth2 full"] = case(4, schedule, "depth2", "full", mesh, 2)
+    for mesh, (model, kept) in product(PAIRS, BOTH[:2] + BOTH[3:]):
+        found[f"dualpipev on 2 x {mesh} {model} {kept}"] = case(4, "dualpipev", model, kept, mesh, 2)
     return found
 
 

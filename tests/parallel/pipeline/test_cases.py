@@ -23,6 +23,7 @@ CASES = {  # settings of both runs
              "callbacks.mtp_weight={by: tokens, schedule: [[0, 0.3], [200, 0.1]]}"),
     "bf16": ("trainer.precision=bf16",),
     "mixed": ("trainer.precision=bf16-mixed", "compute.activation_checkpointing=selective"),
+    "fp8": ("trainer.precision=bf16", "compute.fp8=emulated", "compute.activation_checkpointing=selective"),
     "four_chunks": (),  # on each rank, which torch's runtime gathers three at a time
     "parallel_heads": ("model.mtp_kind=parallel", "model.num_nextn_predict_layers=2"),
 }  # fmt: skip
@@ -54,8 +55,8 @@ def test_curves_are_those_of_one_process(runs, name, rtol):
     assert_same_curves(runs[f"{name}_1"], runs[f"{name}_2"], rtol)
 
 
-@pytest.mark.parametrize("name", ["bf16", "mixed"])
-def test_bf16_learns_as_on_one_process(runs, name):
+@pytest.mark.parametrize("name", ["bf16", "mixed", "fp8"])
+def test_bf16_and_fp8_learn_as_on_one_process(runs, name):
     one, two = (runs[f"{name}_{ranks}"].scalars() for ranks in (1, 2))
     for tag, rtol in (("loss/main", 2e-3), ("loss/mtp_1", 2e-3), ("optimizer/grad_norm", 3e-2)):
         assert two[tag][1] == pytest.approx(one[tag][1], rel=rtol), tag

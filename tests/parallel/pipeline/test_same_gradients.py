@@ -6,13 +6,14 @@ targets. `benchmarks/pipelines.py` has every case, over 20 steps.
 
 import pytest
 
-from tests.parallel.pipeline.cases import Case, case, compare, make_runs, resumed
+from dsv3_lightning.planning.pipeline.measured import read_trace
+from tests.parallel.pipeline.cases import Case, case, compare, make_runs, resumed, traced
 from tests.runs.compare import assert_same_curves
 
 STEPS = 6
 CASES = {
     "zbv on 2": case(2, "zbv", sharded=True),
-    "dualpipev on 2": case(2, "dualpipev", "depth2", "selective"),
+    "dualpipev on 2": traced(case(2, "dualpipev", "depth2", "selective")),
     "interleaved_zero_bubble on 2": case(2, "interleaved_zero_bubble", checkpointing="full"),
     "interleaved_1f1b on 2": case(2, "interleaved_1f1b", "dense"),
     "1f1b on 2": case(2, "1f1b", "depth2"),
@@ -20,6 +21,7 @@ CASES = {
     "dualpipev on 4": case(4, "dualpipev"),
     "zbv on 2 x fsdp2": case(4, "zbv", "depth2", stages=2),
     "dualpipev on 2 x ep2": case(4, "dualpipev", checkpointing="full", mesh="ep2", stages=2, sharded=True),
+    "dualpipev on 2 x ep2 in pairs": traced(case(4, "dualpipev", "depth2", "selective", "ep2 in pairs", 2)),
     "1f1b on 2 x hsdp": case(4, "1f1b", mesh="hsdp", stages=2),
 }
 ALONE, EP2 = Case(1, "depth1", ()), Case(2, "depth1", ("strategy={kind: fsdp2_ep, sharded_checkpoints: true}",))
@@ -44,6 +46,15 @@ def runs(shared_nano):
 def test_losses_gradients_and_weights_are_those_of_one_process(runs, shared_nano, name):
     error = compare(shared_nano, runs, name, CASES[name].model, STEPS)
     assert error < 5e-5, f"a gradient or weight differs by {error:.1e} of its norm"
+
+
+def test_paired_passes_run_together(runs):
+    """In the trace, whose slots are passes that overlap in time."""
+    for name, paired in (("dualpipev on 2 x ep2 in pairs", True), ("dualpipev on 2", False)):
+        (timeline, *_) = read_trace(runs[name].folder).values()
+        together = [slot for events in timeline.ranks for slot, _, _ in events if len(slot) > 1]
+        assert all(sorted(action.kind for action in slot) == ["B", "F"] for slot in together)
+        assert bool(together) == paired
 
 
 @pytest.mark.parametrize("name", RESUMED)
