@@ -14,6 +14,7 @@ from dsv3_lightning.parallel.checkpoints.jobs import Failure, WriterGroup
 
 FIRST_LOOK, LAST_LOOK = 0.01, 1.0  # seconds between two looks for what was said
 ANSWERS_WITHIN = timedelta(minutes=1)  # a request that waits for no other rank
+CONNECTS_WITHIN = timedelta(seconds=10)  # to a store that is there, or gone with the first rank; torch tries it twice
 FAILED = "failed"
 
 
@@ -34,13 +35,18 @@ class Late(Exception):
 
 
 class Agreement:
-    """What the writers of a run tell each other."""
+    """What the writers of a run tell each other. connected: the store, if this process has it; else it connects."""
 
-    def __init__(self, group: WriterGroup, timeout: timedelta = ANSWERS_WITHIN) -> None:
+    def __init__(
+        self, group: WriterGroup, timeout: timedelta = ANSWERS_WITHIN, connected: dist.Store | None = None
+    ) -> None:
         self.group = group
-        self.run: dist.Store = dist.PrefixStore(group.name, dist.TCPStore(
-            group.host, group.port, is_master=False, wait_for_workers=False, timeout=timeout
-        ))  # fmt: skip
+        store = connected or dist.TCPStore(
+            group.host, group.port, is_master=False, wait_for_workers=False, timeout=min(timeout, CONNECTS_WITHIN)
+        )
+        if connected is None:
+            store.set_timeout(timeout)
+        self.run: dist.Store = dist.PrefixStore(group.name, store)
 
     def say(self, name: str, word: bytes = b"") -> None:
         self.run.set(name, word)  # type: ignore[arg-type]  # the stub has text alone

@@ -58,6 +58,9 @@ class NameAgain(NamedTuple):
     name: Path
 
 
+NO_STORE = 3  # the exit code of a writer that finds no store: the first rank, which has it, is gone
+
+
 class Failure(NamedTuple):
     """Why a checkpoint was not written. rank: the one that failed. reason: None if its training process is gone."""
 

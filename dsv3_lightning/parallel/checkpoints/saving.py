@@ -19,7 +19,7 @@ from dsv3_lightning.errors import RunStopped, WriteError
 from dsv3_lightning.parallel.checkpoints import writer
 from dsv3_lightning.parallel.checkpoints.agreement import Agreement
 from dsv3_lightning.parallel.checkpoints.buffer import Buffer, memory_file
-from dsv3_lightning.parallel.checkpoints.jobs import Failure, NameAgain, Plan, Save, WriterGroup
+from dsv3_lightning.parallel.checkpoints.jobs import NO_STORE, Failure, NameAgain, Plan, Save, WriterGroup
 from dsv3_lightning.parallel.checkpoints.plan import layout_of, plan_of
 from dsv3_lightning.parallel.checkpoints.shards import split
 from dsv3_lightning.parallel.tensors import local
@@ -98,9 +98,12 @@ class Saver:
     def writer_is_gone(self) -> Failure:
         """Tells all ranks that this one's shards will not be written."""
         code = self.process.wait()
+        if code == NO_STORE:
+            return Failure(0, None)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         failure = Failure(self.rank, f"the process that writes it {how}")
-        Agreement(self.group).fail(failure.reason)
+        with suppress(dist.DistError):  # the store is gone with the first rank
+            Agreement(self.group, connected=store_of_group()).fail(failure.reason)
         return failure
 
     def could_not_write(self, path: Path, failure: Failure) -> Exception:

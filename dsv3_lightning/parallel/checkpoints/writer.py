@@ -12,6 +12,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,7 +35,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.parallel.checkpoints.agreement import Agreement, Late, RankFailed
 from dsv3_lightning.parallel.checkpoints.buffer import Buffer
 from dsv3_lightning.parallel.checkpoints.index import Index, joined, narrow
-from dsv3_lightning.parallel.checkpoints.jobs import Failure, NameAgain, Plan, Save, WriterGroup
+from dsv3_lightning.parallel.checkpoints.jobs import NO_STORE, Failure, NameAgain, Plan, Save, WriterGroup
 from dsv3_lightning.parallel.checkpoints.names import REST, SHARDS
 
 SLOWEST = timedelta(minutes=30)  # from the first rank's last byte to the slowest rank's
@@ -217,9 +218,14 @@ def main() -> None:
     connection, jobs = Connection(connected), queue.Queue[Save | NameAgain | None]()
     group = connection.recv()
     threading.Thread(target=listen, args=(connection, jobs, group, parent), daemon=True).start()
-    writer = Writer(group, buffer_file)
+    try:
+        writer = Writer(group, buffer_file)
+    except dist.DistError:
+        sys.exit(NO_STORE)
     while (job := jobs.get()) is not None:
-        connection.send(writer.work(job))
+        result = writer.work(job)
+        with suppress(OSError):  # the training process is gone, which `listen` sees
+            connection.send(result)
 
 
 if __name__ == "__main__":
