@@ -41,11 +41,12 @@ from dsv3_lightning.runs.trainer import (
     in_order,
     is_first_rank,
     quiet_libraries,
+    refuse_fp8,
     refuse_taken_port,
     resolve_precision,
     run_device,
 )
-from dsv3_lightning.training.hardware import hardware_lines
+from dsv3_lightning.training.hardware import FP8_LINES, hardware_lines
 from dsv3_lightning.training.module import PretrainModule
 
 
@@ -93,6 +94,7 @@ def fit(config: Config, tree: dict[str, Any], sources: list[Path]) -> int:
         )
         with put_back(os.environ), added(os.environ, variables):
             refuse_taken_port(config)
+            refuse_fp8(config)
             while (code := train_once(folder, config, tree, sources)) is None:
                 free_memory()
             return code
@@ -258,6 +260,8 @@ def banner(config: Config, folder: RunFolder, start: tuple[Path, int] | None, re
     device, data = device_of(run_device(config)), config.data
     for line in hardware_lines(config.model, device, precision, data.sequence_length, data.isolate_documents):
         print(line)
+    if config.compute.fp8:
+        print(FP8_LINES[config.compute.fp8])
     print(
         f"continuing after step {start[1]} from {display_path(start[0])}" if start else "starting a new run", flush=True
     )

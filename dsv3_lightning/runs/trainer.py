@@ -23,6 +23,8 @@ from dsv3_lightning.config.instantiate import (
 )
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.model.devices import device_of
+from dsv3_lightning.model.fp8_cuda import refusal
 from dsv3_lightning.parallel.checkpoints.one_file import AtomicCheckpointIO
 from dsv3_lightning.parallel.launch import find_launch
 from dsv3_lightning.runs.failures import hide_event_thread
@@ -74,6 +76,15 @@ def run_device(config: Config) -> torch.device:
         return torch.device(wanted)
     available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return available or torch.device("cpu")
+
+
+def refuse_fp8(config: Config) -> None:
+    """Raises ConfigError where compute.fp8 asks for products that the run's device doesn't have."""
+    if config.compute.fp8 is not True:
+        return
+    why = refusal(device_of(run_device(config)), torch.version.cuda, hasattr(torch.nn.functional, "scaled_mm"))
+    if why is not None:
+        raise ConfigError(f"compute.fp8=true: {why}; valid here: false, or emulated for its numerics")
 
 
 def resolve_precision(config: Config, folder: RunFolder, begun_with: str | None) -> tuple[str, str]:

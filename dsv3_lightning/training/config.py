@@ -112,8 +112,9 @@ class ComputeConfig:
 
     activation_checkpointing: `none` keeps all activations; `selective` recomputes norms, activations and MLA's
         up-projections in the backward pass (V3 §3.2.3); `full` recomputes whole blocks.
-    fp8: `emulated` rounds the operands of the blocks' products to FP8 and multiplies in fp32 (V3 §3.3).
+    fp8: `emulated` rounds the operands of the blocks' products to FP8 and multiplies in fp32 (V3 §3.3); True takes the
+        device's FP8 products, without those of routed experts.
     """
 
     activation_checkpointing: Literal["none", "selective", "full"]
-    fp8: Literal[False, "emulated"]
+    fp8: Literal[False, True, "emulated"]

@@ -6,6 +6,11 @@ from dsv3_lightning.model.attention_kernels import choose_kernel, describe_kerne
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.devices import Device, empty_experts_get_gradients, grouped_products_loop
 
+FP8_LINES = {  # by compute.fp8
+    "emulated": "FP8, emulated: linear layers of blocks and experts; numbers in tiles, products in fp32",
+    True: "FP8: linear layers of blocks, by torch's scaled products; experts stay as trainer.precision has them",
+}
+
 
 def hardware_lines(
     model: ModelConfig, device: Device, precision: str, sequence_length: int, isolate: bool

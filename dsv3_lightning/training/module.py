@@ -15,6 +15,7 @@ from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.hub.folder import WeightSource
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.fp8 import emulated_product, use_fp8
+from dsv3_lightning.model.fp8_cuda import scaled_product
 from dsv3_lightning.model.init import fill
 from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.checkpoints.opened import open_checkpoint
@@ -70,7 +71,8 @@ class PretrainModule(pl.LightningModule):
         with torch.device("meta"):  # until `configure_model`, when the sharding is known
             self.model = Transformer(model, compute.activation_checkpointing, tuple(loss.balance_factors))
         if compute.fp8:
-            use_fp8(self.model, emulated_product)
+            emulated = compute.fp8 == "emulated"
+            use_fp8(self.model, emulated_product if emulated else scaled_product, experts=emulated)
         self.mtp_weight = loss.mtp_weight or 0.0
         self.train_loss = TokenLoss(1 + model.mtp_depth)
         self.val_loss = TokenLoss(1 + model.mtp_depth)

@@ -11,6 +11,7 @@ from dsv3_lightning.config.compose import compose, to_yaml
 from dsv3_lightning.config.schema import check, to_tree
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES
+from dsv3_lightning.runs.trainer import refuse_fp8
 
 
 def nano(*overrides: str) -> dict[str, Any]:
@@ -265,3 +266,9 @@ def test_a_tree_without_base_says_where_the_rest_is():
         check(nano() | {"trainer": without})
     with pytest.raises(ConfigError, match=r"^model: missing$"):
         check({key: value for key, value in nano().items() if key != "model"})
+
+
+def test_fp8_products_that_the_device_lacks_are_refused():
+    with pytest.raises(ConfigError, match="compute.fp8=true: torch has FP8 products.*; valid here: false, or emulated"):
+        refuse_fp8(check(nano("compute.fp8=true", "trainer.accelerator=cpu")))
+    refuse_fp8(check(nano("compute.fp8=emulated")))
