@@ -1,4 +1,4 @@
-"""FP8 products by torch's scaled products of tiles and blocks, for CUDA's compute capability 9.0 and cuBLAS from 12.9 on.
+"""FP8 products by torch's scaled products of tiles and blocks: CUDA's compute capability 9.0, cuBLAS 12.9 or newer.
 
 The layouts are those that `_scaled_mm_v2` checks (aten/src/ATen/native/cuda/ScaledBlas.cpp). Not run on a GPU yet.
 """
