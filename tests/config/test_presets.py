@@ -55,12 +55,12 @@ def test_v3_is_the_reports_recipe():  # §4.2
     assert ends == pytest.approx([10e12, 14.3e12, 14.633e12, 14.8e12], rel=1e-4)
     assert tokens_of(config.data, 19_414) == pytest.approx(469e9, rel=1e-3)
     assert config.data.batch_ramp is not None and config.data.batch_ramp.start == 3072
-    for name in ("v3-256", "v3-2048"):  # the batch grows there as well, at the same tokens
+    for name, first in (("v3-256", 3072), ("v3-2048", 4096)):  # the batch grows there as well, at the same tokens
         cluster = check(compose([str(ROOT / f"configs/cluster/{name}.yaml")]).tree)
         steps, ramp = cluster.trainer["max_steps"], cluster.data.batch_ramp
         ends = [tokens_of(cluster.data, round(phase.until * steps)) for phase in cluster.optimizer.phases]
         assert ends == pytest.approx([10e12, 14.3e12, 14.633e12, 14.8e12], rel=2e-4)
-        assert ramp is not None and (ramp.start, ramp.tokens) == (3072, 469e9)
+        assert ramp is not None and (ramp.start, ramp.tokens) == (first, 469e9)
     assert [phase.to * 2.2e-4 for phase in optimizer.phases] == pytest.approx(
         [2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6], rel=1e-3
     )
