@@ -58,9 +58,9 @@ def dry_pipeline(
             module.to_empty(device="cpu")
             weights = counter.now
             built = build_optimizer(module, optimizer, str(plugin.precision))
-            counter.peak = 0  # making a DTensor creates a fake tensor of the full shape
             passes = Passes(pipeline, Shape(micro_batches, samples, sequence_length))
-            for _ in range(2):  # the first makes the moments
+            for _ in range(2):  # the first makes the moments, and DTensor's rules, which make tensors of full shapes
+                counter.peak = 0
                 built.zero_grad()
                 passes.step([action for slot in slots for action in slot])
                 built.step()
