@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsv3_lightning.studies.compare import COLUMNS, Finished, spread
 
 REPRODUCED, NOT, UNDECIDED, MISSING = "reproduced", "not reproduced at this scale", "undecided", "not run"
-EXPERIMENTS = ("balance", "bias_speed", "mtp", "moe", "attention", "routing", "optimizer")
+EXPERIMENTS = ("balance", "bias_speed", "mtp", "moe", "attention", "routing", "optimizer", "fp8")
 SEEDS = 3  # minimum for a verdict
 STUDENT = (2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # 95 % quantiles of t for 3, 4, … seeds
 
@@ -83,6 +83,10 @@ CLAIMS = (
           f"{V3} §2.1.2", "no number: V3's choice", "routing", LOSS, "sigmoid_2_of_4_groups", "softmax_2_of_4_groups"),
     Claim("Muon has a lower loss than AdamW at equal tokens",
           f"{MUON} §3.2", "the same loss with about half of the FLOP", "optimizer", LOSS, "muon", "adamw"),
+    Claim("FP8 in tiles costs at most 0.25 % of the loss",
+          f"{V3} §3.3, app. B.1", "less than 0.25 %, at 16B and 230B", "fp8", LOSS, "tiles", "bf16", 0.9975),
+    Claim("FP8 in tiles costs less than with one scale for each matrix",
+          f"{V3} §3.3.2", "no number: V3's choice", "fp8", LOSS, "tiles", "one_scale"),
 )  # fmt: skip
 
 
