@@ -5,31 +5,40 @@ those of another node failed doesn't count that restart (`_invoke_run` of torch'
 a name, and tells it to every rank that asks.
 """
 
-import threading
+import time
 import uuid
-from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
 LONGEST = timedelta(days=30)
 QUESTIONS = "ranks that ask for the name of this attempt"
+PAUSE = 0.02  # seconds between two looks for a question
 
 
-def name_of_attempt(store: dist.TCPStore, rank: int, within: timedelta) -> str:
-    """The same on all ranks, and another one in each start. Raises DistError if the first rank doesn't answer."""
+def name_of_attempt(store: dist.TCPStore, rank: int, ranks: int, within: timedelta) -> str:
+    """The same on all ranks, and another one in each start; all of them must call it.
+
+    Raises DistError if the first rank doesn't answer, and on the first rank if others don't ask.
+    """
     drawn = uuid.uuid4().hex
     if rank == 0:
-        threading.Thread(target=answer, args=(store.host, store.port, drawn), daemon=True).start()
+        answer_all(store, drawn, ranks - 1, within)
         return drawn
     store.queue_push(QUESTIONS, drawn)
     store.wait([drawn], within)
-    return store.get(drawn).decode()
+    name = store.get(drawn).decode()
+    store.add(f"heard {name}", 1)
+    return name
 
 
-def answer(host: str, port: int, name: str) -> None:
-    """Tells the name to all that ask, ranks of earlier starts included, whom it doesn't reach any more."""
-    with suppress(dist.DistError):  # the store is gone, and with it everyone who might ask
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=LONGEST)
-        while True:
-            store.set(store.queue_pop(QUESTIONS).decode(), name)
+def answer_all(store: dist.TCPStore, name: str, others: int, within: timedelta) -> None:
+    """Tells the name to all that ask, until as many ranks have heard it; those of earlier starts don't count."""
+    end = time.monotonic() + within.total_seconds()
+    while store.add(f"heard {name}", 0) < others:
+        try:
+            store.set(store.queue_pop(QUESTIONS, block=False).decode(), name)
+        except dist.QueueEmptyError:
+            if time.monotonic() > end:
+                raise dist.DistStoreError(f"not all of {others} ranks have asked within {within}") from None
+            time.sleep(PAUSE)

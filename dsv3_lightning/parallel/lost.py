@@ -23,9 +23,9 @@ def peer_failure(error: BaseException, started: Sequence[subprocess.Popen]) -> s
         return None
     if any(sign in text for sign in OWN_NCCL):
         return None
-    for rank, process in enumerate(started, start=1):
-        if code := process.poll():
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return f"rank {rank} is gone ({how})"
+    ended = [(rank, code) for rank, process in enumerate(started, start=1) if (code := process.poll())]
+    for rank, code in sorted(ended, key=lambda one: one[1] > 0):  # ranks that miss the killed one end by themselves
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"rank {rank} is gone ({how})"
     limit = "strategy.timeout_minutes (step_timeout_minutes after the first step)"
     return f"another rank did not answer within {limit}" if late else "another rank is gone"

@@ -79,7 +79,7 @@ class FirstRank:
                 )  # fmt: skip
             if agent:
                 if address not in ATTEMPTS:
-                    ATTEMPTS[address] = name_of_attempt(STORES[address], who.rank, GIVE_UP_AFTER)
+                    ATTEMPTS[address] = name_of_attempt(STORES[address], who.rank, who.others + 1, GIVE_UP_AFTER)
                 self.attempt = ATTEMPTS[address]
         except dist.DistError as error:
             raise RunStopped(f"rank {who.rank} stops: no answer from {address[0]}:{address[1]} ({error})") from error

@@ -1,5 +1,6 @@
 """The Lightning strategy for FSDP2, HSDP and expert parallelism over one mesh; the kinds are in mesh.KINDS."""
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,8 @@ from dsv3_lightning.parallel.checkpoints.stages import (
 )
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes, set_timeout
+from dsv3_lightning.parallel.launcher import PatientLauncher
+from dsv3_lightning.parallel.lost import peer_failure
 from dsv3_lightning.parallel.mesh import KINDS, StrategyConfig, mesh_shape
 from dsv3_lightning.parallel.pipeline.checks import micro_batches_of, placement_of
 from dsv3_lightning.parallel.pipeline.pairs import run_pair
@@ -52,7 +55,14 @@ class MeshStrategy(ModelParallelStrategy):
         self.saver: Saver | None = None
         self.started_at: int | None = None  # the step that this start began with
         self.timeout_lowered = False
+        self.lost_ranks: list[subprocess.Popen] | None = None  # this process's children, once a rank is gone
         self.pipeline: Pipeline | None = None  # with pipeline_parallel, once the model is sharded
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self._launcher is not None:
+            assert self.cluster_environment is not None
+            self._launcher = PatientLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         if self.config.cpu_offload and self.root_device.type == "cpu":
@@ -174,9 +184,21 @@ class MeshStrategy(ModelParallelStrategy):
         if self.saver is not None:
             self.saver.finish()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """If another rank is gone, takes the children from their observer, or it would end this process while it waits
+        for what is being saved."""
+        super().on_exception(exception)
+        if peer_failure(exception, []) is not None:
+            watched = getattr(self.launcher, "procs", [])
+            self.lost_ranks = watched.copy()
+            watched.clear()
+
     def teardown(self) -> None:
         try:
             self.finish_saving()
+        except Exception:
+            if self.lost_ranks is None:  # else the lost rank is why, and is reported
+                raise
         finally:
             if self.saver is not None:
                 self.saver.close()

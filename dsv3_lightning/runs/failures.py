@@ -50,8 +50,8 @@ def stop_if_another_died(trainer: Trainer, error: BaseException) -> None:
     if isinstance(error, RunStopped):
         return
     watched = getattr(trainer.strategy.launcher, "procs", [])
-    started = watched.copy()
-    watched.clear()  # or Lightning's observer, which looks every 5 s, kills this process before it has said why
+    started = getattr(trainer.strategy, "lost_ranks", None) or watched.copy()
+    watched.clear()  # or their observer kills this process before it has said why
     time.sleep(0.5)  # until it is known what became of them
     lost = peer_failure(error, started)
     if lost is None:

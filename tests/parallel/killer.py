@@ -13,7 +13,7 @@ from dsv3_lightning.parallel.checkpoints.saving import Saver
 
 class Killer(Callback):
     """kills: [step, moment, rank]; moment is `step` (before it), `validation` (after it) or `save` (its checkpoint,
-    which other ranks write already)."""
+    which other ranks write already). Before the first two, checkpoints of earlier steps are whole."""
 
     def __init__(self, folder: str, kills: list[list[Any]]) -> None:
         self.folder, self.kills = Path(folder), kills
@@ -24,10 +24,13 @@ class Killer(Callback):
         self.folder.mkdir(exist_ok=True)
         marker = self.folder / f"{step}-{moment}-{rank}"
         if not marker.exists():
+            if moment != "save":
+                self.finish_saving()
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_start(self, trainer, pl_module):
+        self.finish_saving = getattr(trainer.strategy, "finish_saving", lambda: None)
         send = Saver.send
 
         def send_or_die(saver, job, path):

@@ -1,6 +1,7 @@
 """What torch, NCCL and gloo are told by a run, and how long a collective waits for a rank."""
 
 import os
+import subprocess
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,3 +97,16 @@ REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a re
 def test_of_nccls_errors_those_of_other_ranks_are_told_apart_from_this_ranks_own(text, told):
     found = peer_failure(dist.DistBackendError(text), [])
     assert found is None if told is None else found.startswith(told)
+
+
+def test_a_killed_rank_is_named_before_those_that_ended_because_of_it():
+    started = [subprocess.Popen(["sh", "-c", end]) for end in ("exit 1", "kill -9 $$", "sleep 60")]
+    try:
+        for process in started[:2]:
+            process.wait()
+        assert (
+            peer_failure(dist.DistError("Connection closed by peer"), started) == "rank 2 is gone (killed by SIGKILL)"
+        )
+    finally:
+        started[2].kill()
+        started[2].wait()
