@@ -30,9 +30,7 @@ RESUMED = {
     "2 stages -> 1": resumed("zbv on 2", 4, ALONE),
     "2 stages -> 4": resumed("zbv on 2", 2, case(4, "dualpipev", sharded=True)),
     "4 stages -> 2": resumed("zbv on 4", 4, case(2, "1f1b", sharded=True)),
-    "4 stages, from 2 -> 1": resumed("2 stages -> 4", 4, ALONE),
     "2 stages x ep2 -> ep2": resumed("dualpipev on 2 x ep2", 2, EP2),
-    "ep2, from 2 stages -> 2 stages": resumed("2 stages x ep2 -> ep2", 4, case(2, "interleaved_1f1b")),
 }
 pytestmark = pytest.mark.timeout(900)  # many runs, made before the first test
 
