@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_lightning.common.paths import display_path
+from dsv3_lightning.common.paths import display_path, user_path
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.config.checks import mesh_strategy
@@ -128,8 +128,8 @@ def pipeline_tables(planned: Planned, flags: PipelineFlags) -> list[str]:
 
 def given_times(text: str, chunks: int) -> Times:
     """Seconds of passes from --times. Raises ConfigError."""
-    if Path(text).is_dir():
-        found = read_trace(Path(text))
+    if (run := user_path(text)).is_dir():
+        found = read_trace(run)
         traced = 1 + max(
             a.chunk for each in found.values() for mine in each.ranks for event in mine for a in event.slot
         )

@@ -22,7 +22,7 @@ def refusal(device: Device, cuda: str | None, has_scaled_mm: bool) -> str | None
 
 
 def scaled_product(a: Rounded, b: Rounded, offsets_E: Tensor | None) -> Tensor:
-    """a b in bf16. a [M, K] has 1 x 128 tiles, b [K, N] 128 x 1 tiles or blocks. Zeros fill up to multiples of 128."""
+    """a b in bf16. a has 1 x 128 tiles, b 128 x 1 tiles or blocks. Zeros fill up to multiples of 128."""
     assert offsets_E is None, "experts are not multiplied here"
     M, N = a.numbers.shape[0], b.numbers.shape[1]
     a, b = filled(a), filled(b)

@@ -21,7 +21,7 @@ from tests.conftest import Nano
 TEXTS = {
     "top-level": {"words"},
     "run, validate, prepare, plan": {"words"},  # files and presets by name, which config/compose.py finds
-    "plan": {"gpu"},
+    "plan": {"gpu", "times"},  # numbers, or a run
     "generate": {"prompt"},
     "chat": {"system"},
     "serve": {"name", "host", "api_key", "cors_origin"},
