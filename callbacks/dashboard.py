@@ -22,7 +22,7 @@ Layout = dict[str, dict[str, list[Any]]]
 VARIED = (  # settings that the shipped experiments vary or that distinguish models
     "callbacks.expert_bias.speed", "callbacks.expert_bias.rule", "loss.", "optimizer.kind", "optimizer.lr",
     "model.attention", "model.expert_bias_kind", "model.kv_lora_rank", "model.norm_topk_prob", "model.q_lora_rank",
-    "model.qk_",
+    "model.qk_", "compute.fp8",
     "model.hidden_size", "model.moe_intermediate_size", "model.mtp_kind", "model.n_", "model.num_", "model.topk_group",
     "model.scoring_func", "model.v_head_dim",
 )  # fmt: skip
