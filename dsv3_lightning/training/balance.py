@@ -44,8 +44,11 @@ class BalanceTerm:
 
         parts: micro-batches · ranks, for the later mean.
         """
-        weighed = self.completed(terms, counts_LE, parts)
-        return sum((self.scale * self.factors[name] * term.sum() for name, term in weighed.items()), 0.0)
+        return self.weighted(self.completed(terms, counts_LE, parts))
+
+    def weighted(self, completed: dict[str, Tensor]) -> Tensor | float:
+        """Σ α · Σ_layers loss of the losses of each layer by name."""
+        return sum((self.scale * self.factors[name] * term.sum() for name, term in completed.items()), 0.0)
 
     def completed(self, terms: dict[str, Tensor], counts_LE: Tensor | None, parts: int) -> dict[str, Tensor]:
         """The loss of each layer by name, those of the whole batch with their frequencies."""
@@ -59,8 +62,9 @@ class BalanceTerm:
 
     def weigh(self, losses: Losses, counts_LE: Tensor | None, parts: int) -> Tensor | float:
         """As `total`, of all layers, noted for the log."""
-        total = self.total(losses.balance, counts_LE, parts)
-        for name, term in self.completed(losses.balance, counts_LE, parts).items():
+        completed = self.completed(losses.balance, counts_LE, parts)
+        total = self.weighted(completed)
+        for name, term in completed.items():
             self.sums[f"loss/balance_{name}"] += term.detach().mean() / parts
         if self.factors:
             self.sums["loss/balance"] += torch.as_tensor(total).detach() / parts
