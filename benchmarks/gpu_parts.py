@@ -11,7 +11,6 @@ and without. On a CPU the same code runs at small sizes.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning.hardware import Hardware, gpu_of_device
 from dsv3_lightning.planning.layout import Layout, Work, now
 from dsv3_lightning.planning.step import step as planned_step
+from dsv3_lightning.training.clock import Clock
 from dsv3_lightning.training.optimizer import build_optimizer
 
 CUDA = torch.cuda.is_available()
@@ -44,20 +44,13 @@ ROW = {  # the rows of the table, and the plan's parts that each of them measure
 
 def milliseconds(work: Callable[[], object], rounds: int) -> float:
     """The median time of a call, after two for warming up."""
-    times = []
+    clock, times = Clock(DEVICE), []
     for number in range(rounds + 2):
-        if CUDA:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            elapsed = begin.elapsed_time(end)
-        else:
-            start = time.perf_counter()
-            work()
-            elapsed = (time.perf_counter() - start) * 1e3
-        times += [elapsed] if number >= 2 else []
+        start = clock.now()
+        work()
+        end = clock.now()
+        clock.wait()
+        times += [clock.seconds(start, end) * 1e3] if number >= 2 else []
     return statistics.median(times)
 
 

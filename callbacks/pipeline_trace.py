@@ -20,6 +20,7 @@ from dsv3_lightning.parallel.data_ranks import has_first_samples, pipeline_of
 from dsv3_lightning.planning.pipeline.actions import Action
 from dsv3_lightning.planning.pipeline.measured import FOLDER, write_trace
 from dsv3_lightning.planning.pipeline.timeline import Event
+from dsv3_lightning.training.clock import Clock
 from dsv3_lightning.training.logging import log_scalars
 
 PASSES = "FIWB"
@@ -82,37 +83,28 @@ class Recorder:
     `runner.Watch`."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
-        self.cuda = device.type == "cuda"
+        self.clock = Clock(device)
         self.passes: list[tuple[Action, Any, Any]] = []
-        if self.cuda:
+        if self.clock.cuda:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
-            self.zero = self.now()
+            self.zero = self.clock.now()
         else:
             self.zero = zero_of_node(group)
 
-    def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     @contextmanager
     def watch(self, action: str, stage: int, micro_batch: int | None) -> Iterator[None]:
-        start = self.now()
+        start = self.clock.now()
         yield
         if action in PASSES and micro_batch is not None:
-            self.passes.append((Action(action, stage, micro_batch), start, self.now()))
+            self.passes.append((Action(action, stage, micro_batch), start, self.clock.now()))
 
     def events(self) -> list[Event]:
         """What was recorded, in seconds. Waits for a GPU."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.clock.wait()
         return joined([Event((action,), self.since(start), self.since(end)) for action, start, end in self.passes])
 
     def since(self, moment: Any) -> float:
-        seconds: float = self.zero.elapsed_time(moment) / 1e3 if self.cuda else moment - self.zero
-        return seconds
+        return self.clock.seconds(self.zero, moment)
 
 
 def zero_of_node(group: dist.ProcessGroup) -> float:

@@ -5,7 +5,6 @@ rank does without the others tells it: waiting for its data, callbacks before th
 of attention and experts, between which the collectives lie.
 """
 
-import time
 from collections.abc import Iterable
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import nn
 
 from dsv3_lightning.model.block import ATTENTION
 from dsv3_lightning.model.experts import Experts
+from dsv3_lightning.training.clock import Clock
 
 ALONE = (*ATTENTION.values(), Experts)  # modules whose forward pass has no collective
 LEAST_SECONDS = 0.1  # a rank that is late by less than this is no straggler, however short the steps are
@@ -97,7 +97,7 @@ class OwnWork:
     """Measures the forward passes of the modules `ALONE` while it is open; on CUDA by events, without waiting."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.clock = Clock(device)
         self.begun: dict[nn.Module, Any] = {}
         self.passes: list[tuple[Any, Any]] = []
         self.slots = 0
@@ -108,23 +108,14 @@ class OwnWork:
     def begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if isinstance(module, Experts):
             self.slots += len(arguments[0])
-        self.begun[module] = self.now()
+        self.begun[module] = self.clock.now()
 
     def end(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self.passes.append((self.begun.pop(module), self.now()))
-
-    def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.passes.append((self.begun.pop(module), self.clock.now()))
 
     def close(self) -> float:
         """Removes the hooks and returns the seconds. Waits for the device."""
         for hook in self.hooks:
             hook.remove()
-        if not self.cuda:
-            return sum(end - start for start, end in self.passes)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.passes) / 1000
+        self.clock.wait()
+        return sum(self.clock.seconds(start, end) for start, end in self.passes)

@@ -123,7 +123,7 @@ def shape_of(layout: Layout, length: int) -> tuple[int, int, int]:
 
 def exchange(
     parts: list[Tensor], sent: list[int], received: list[int], group: dist.ProcessGroup, like: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sends the parts, sorted by rank, and returns what arrives, sorted by rank: numbers in one dim."""
     out = like.new_empty(sum(received))
     packed = torch.cat([like.new_empty(0), *(part.flatten() for part in parts)])

@@ -201,9 +201,7 @@ class PretrainModule(pl.LightningModule):
             counts_LE = self.step_counts(batch, losses)
         else:
             counts_LE, micro_batches = self.step_counts(batch, None), self.pipelined_after(self.trainer.global_step)
-            losses = pipeline_step(
-                self.pipeline, batch, micro_batches, self.head_loss, self.balance, ranks, counts_LE
-            )  # fmt: skip
+            losses = pipeline_step(self.pipeline, batch, micro_batches, self.head_loss, self.balance, ranks, counts_LE)
         # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
         parts = ranks * self.trainer.accumulate_grad_batches
         loss = self.head_loss(losses.nll_P, parts) + self.balance.weigh(losses, counts_LE, parts)
