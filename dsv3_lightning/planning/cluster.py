@@ -77,6 +77,18 @@ def last_block(model: ModelConfig, ep: int) -> int:
     return attention_weights(model) + parts["routed experts"].total // ep + parts["shared experts"].total
 
 
+def kept_more(mesh: Mesh, small: int) -> float:
+    """Bytes of fp32 shards that a rank keeps since these small parameters are sharded over fewer ranks than others."""
+    return (1 / (mesh.small_shard or mesh.dp_shard) - 1 / mesh.dp_shard) * 4 * small
+
+
+def logits_bytes(model: ModelConfig, work: Work) -> float:
+    """Bytes of the logits that the fused loss holds at a time: of a product, and in fp32 of a softmax."""
+    softmax = MAX_LOGITS // model.vocab_size
+    product = min(work.tokens, max(softmax, LOSS_PRODUCT))
+    return (work.computed * product + 4 * min(work.tokens, softmax)) * model.vocab_size
+
+
 def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -> RankMemory:
     """The memory of a rank at the peak, the maximum of three moments: the loss, with its logits and per head an
     fp32 gradient of the output matrix; the scaling of this gradient; and the last block's backward pass, during the
@@ -84,7 +96,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     """
     whole = training_memory(model, work.tokens, work.precision, work.policy, sharded=True, kind=work.kind)
     small = small_parameters(model, whole_share(model))
-    more = (1 / (shape.small_shard or shape.dp_shard) - 1 / shape.dp_shard) * 4 * small
+    more = kept_more(shape, small)
     computed = work.computed
     per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size
     block = computed * last_block(model, shape.ep)
@@ -93,9 +105,7 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     else:
         dense, routed = parameter_split(model)
         ahead = computed * (dense + routed / shape.ep)
-    softmax = MAX_LOGITS // model.vocab_size
-    product = min(work.tokens, max(softmax, LOSS_PRODUCT))
-    logits = (computed * product + 4 * min(work.tokens, softmax)) * model.vocab_size
+    logits = logits_bytes(model, work)
     moments = [
         (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + logits,
          work.tokens * per_token.kept),

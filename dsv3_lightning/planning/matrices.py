@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.parameters import attention_shapes
 from dsv3_lightning.planning.share import Share
 
 NEWTON_SCHULZ_STEPS = 5
@@ -37,18 +38,6 @@ def muon_matrices(model: ModelConfig, share: Share) -> list[Matrices]:
     if model.mtp_kind == "sequential":
         found.append(Matrices(share.mtp, D, 2 * D))
     return [matrices for matrices in found if matrices.numbers]
-
-
-def attention_shapes(model: ModelConfig) -> list[tuple[int, int]]:
-    """Of the projections of one layer, whose sum is `parameters.attention_weights`."""
-    D, H, C, V = model.hidden_size, model.num_attention_heads, model.qk_head_dim, model.v_head_dim
-    if model.attention == "gqa":
-        shared = model.num_key_value_heads or H
-        return [(H * C, D), (shared * C, D), (shared * V, D), (D, H * V)]
-    rank, latent = model.q_lora_rank, model.kv_lora_rank
-    queries = [(H * C, D)] if rank is None else [(rank, D), (H * C, rank)]
-    compressed = [(latent + model.qk_rope_head_dim, D), (H * (model.qk_nope_head_dim + V), latent)]
-    return [*queries, *compressed, (D, H * V)]
 
 
 def muon_parameters(model: ModelConfig, share: Share) -> int:

@@ -68,8 +68,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         "attention": same(attention_weights(model)),
         **moe_parts(model),
         "eh_proj": same(2 * D * D if model.mtp_kind == "sequential" else 0),
-        # enorm, hnorm and the norm before the head; a parallel head has only the last
-        "norms": same(block_norms(model) + (3 if model.mtp_kind == "sequential" else 1) * D),
+        "norms": same(block_norms(model) + mtp_norms(model)),
     }
     mtp = {part: count.times(model.mtp_depth) for part, count in mtp.items() if model.mtp_depth}
     return Parameters(main, mtp, model.num_moe_layers * model.n_routed_experts)
@@ -90,22 +89,31 @@ def swiglu(hidden_size: int, width: int) -> int:
     return 3 * hidden_size * width
 
 
-def attention_weights(model: ModelConfig) -> int:
-    """Weights of the attention projections of one layer, without norms (V3 eq. 1-11; arXiv 2401.02954 §2.2)."""
-    D, H = model.hidden_size, model.num_attention_heads
+def attention_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and columns of the attention projections of one layer (V3 eq. 1-11; arXiv 2401.02954 §2.2)."""
+    D, H, C, V = model.hidden_size, model.num_attention_heads, model.qk_head_dim, model.v_head_dim
     if model.attention == "gqa":
         shared = model.num_key_value_heads or H
-        return D * (H + shared) * model.qk_head_dim + D * (H + shared) * model.v_head_dim
-    query_size, rank = H * model.qk_head_dim, model.q_lora_rank
-    queries = D * query_size if rank is None else D * rank + rank * query_size
-    compressed = D * (model.kv_lora_rank + model.qk_rope_head_dim)
-    keys_values = model.kv_lora_rank * H * (model.qk_nope_head_dim + model.v_head_dim)
-    return queries + compressed + keys_values + H * model.v_head_dim * D
+        return [(H * C, D), (shared * C, D), (shared * V, D), (D, H * V)]
+    rank, latent = model.q_lora_rank, model.kv_lora_rank
+    queries = [(H * C, D)] if rank is None else [(rank, D), (H * C, rank)]
+    compressed = [(latent + model.qk_rope_head_dim, D), (H * (model.qk_nope_head_dim + V), latent)]
+    return [*queries, *compressed, (D, H * V)]
+
+
+def attention_weights(model: ModelConfig) -> int:
+    """The number of weights in these projections, without norms."""
+    return sum(rows * columns for rows, columns in attention_shapes(model))
 
 
 def block_norms(model: ModelConfig) -> int:
     """Norm weights of one layer: before attention, before the FFN, and of the latents."""
     return 2 * model.hidden_size + (model.q_lora_rank or 0) + model.kv_lora_rank
+
+
+def mtp_norms(model: ModelConfig) -> int:
+    """Weights of an MTP module's norms outside of its block: enorm, hnorm and the one before the head, or the last."""
+    return (3 if model.mtp_kind == "sequential" else 1) * model.hidden_size
 
 
 def moe_parts(model: ModelConfig) -> dict[str, Count]:

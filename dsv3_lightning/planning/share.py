@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.planning.parameters import attention_weights, block_norms, moe_parts, swiglu
+from dsv3_lightning.planning.parameters import attention_weights, block_norms, moe_parts, mtp_norms, swiglu
 
 
 class Share(NamedTuple):
@@ -68,8 +68,3 @@ def small_parameters(model: ModelConfig, share: Share) -> int:
     """The number of parameters in norms and routers, which a mesh shards within a node and keeps in fp32."""
     norms = share.layers * block_norms(model) + bool(share.heads) * model.hidden_size + share.mtp * mtp_norms(model)
     return norms + share.moe_layers * moe_parts(model)["router"].total
-
-
-def mtp_norms(model: ModelConfig) -> int:
-    """Weights of an MTP module's norms outside of its block: enorm, hnorm and the one before the head, or the last."""
-    return (3 if model.mtp_kind == "sequential" else 1) * model.hidden_size

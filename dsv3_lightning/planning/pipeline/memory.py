@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.planning.activations import widths_of
-from dsv3_lightning.planning.cluster import LOSS_PRODUCT, MAX_LOGITS, RankMemory, last_block
+from dsv3_lightning.planning.cluster import RankMemory, kept_more, last_block, logits_bytes
 from dsv3_lightning.planning.layout import Mesh, Work
 from dsv3_lightning.planning.matrices import muon_parameters
 from dsv3_lightning.planning.pipeline.timeline import Timeline, peak_live
@@ -61,13 +61,10 @@ def stage_memory(model: ModelConfig, mesh: Mesh, work: Work, own: Share, activat
     """The memory of a rank that has this share of the model and holds these bytes of activations."""
     dense, routed = share_parameters(model, own)
     small = small_parameters(model, own)
-    more = (1 / (mesh.small_shard or mesh.dp_shard) - 1 / mesh.dp_shard) * 4 * small
-    kept = 4 * (dense + routed) / mesh.dp_shard + more
+    kept = 4 * (dense + routed) / mesh.dp_shard + kept_more(mesh, small)
     whole = dense + routed / mesh.ep
     block = last_block(model, mesh.ep)
-    softmax = MAX_LOGITS // model.vocab_size
-    product = min(work.tokens, max(softmax, LOSS_PRODUCT))
-    logits = (work.computed * product + 4 * min(work.tokens, softmax)) * model.vocab_size if own.heads else 0
+    logits = logits_bytes(model, work) if own.heads else 0
     gathered = work.computed * (whole - small) + 4 * small  # parameters
     gathered += 4 * whole - kept  # gradients, in place of their shards
     gathered += max(work.computed * block, logits)  # gradients of the micro-batch's last block, before they are added
