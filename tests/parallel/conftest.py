@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Nano
+from tests.conftest import ROOT, Nano, Run
 
 
 def free_port() -> int:
@@ -86,3 +86,16 @@ def shared_nano(tmp_path_factory: pytest.TempPathFactory, data_cache: list[str])
     from tests.conftest import QUIET
 
     return Nano(tmp_path_factory.mktemp("nano"), [*data_cache, *QUIET, *SAMPLES])
+
+
+def under_torchrun(
+    nano: Nano, name: str, words: tuple[str, ...], ranks: int = 2, restarts: int = 3, timeout: float = 300
+) -> Run:
+    """A run whose ranks torchrun starts, and starts again when one has died."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               f"--max-restarts={restarts}", "-m", "dsv3_lightning", *nano.arguments(name, words)]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=nano.base, capture_output=True, text=True, timeout=timeout, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return Run(nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)

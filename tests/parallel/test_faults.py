@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,8 +9,8 @@ import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
-from tests.conftest import ROOT, Run
-from tests.parallel.conftest import runs_on_ranks
+from tests.conftest import Run
+from tests.parallel.conftest import runs_on_ranks, under_torchrun
 from tests.runs.compare import assert_same_curves
 
 COMMON = (
@@ -40,16 +38,6 @@ def runs(shared_nano):
     for name, overrides in (("alone", COMMON), ("killed", (*COMMON, *killer))):
         found[name] = under_torchrun(shared_nano, name, overrides)
     return found
-
-
-def under_torchrun(nano, name, overrides) -> Run:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--max-restarts=3", "-m", "dsv3_lightning", *nano.arguments(name, overrides)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=nano.base, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    return Run(nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)
 
 
 def test_killed_three_times_it_ends_with_the_weights_of_the_undisturbed_run(runs, shared_nano):

@@ -1,15 +1,13 @@
 """Pipelines of which a rank is killed in an action: for tests and benchmarks."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 
-from tests.conftest import ROOT, Nano, Run
+from tests.conftest import Nano, Run
+from tests.parallel.conftest import under_torchrun
 from tests.parallel.pipeline.cases import COMMON
 
 SETTINGS = (
@@ -28,22 +26,16 @@ def killer(folder: Path, kills: list[tuple[int, str, int]]) -> str:
             f"{{folder: {folder}, kills: [{shown}]}}}}")  # fmt: skip
 
 
-def under_torchrun(nano: Nano, name: str, ranks: int, schedule: str, steps: int, *more: str) -> Run:
+def pipeline_under_torchrun(nano: Nano, name: str, ranks: int, schedule: str, steps: int, *more: str) -> Run:
     words = (*SETTINGS, strategy(schedule, ranks), f"trainer.devices={ranks}", f"trainer.max_steps={steps}", *more)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-               "--max-restarts=20", "-m", "dsv3_lightning", *nano.arguments(name, words)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=nano.base, capture_output=True, text=True, timeout=900, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    return Run(nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)
+    return under_torchrun(nano, name, words, ranks, restarts=20, timeout=900)
 
 
 def kill_once(nano: Nano, name: str, ranks: int, schedule: str, action: str, victim: int) -> tuple[str, float]:
     """Lets Lightning start the ranks; the victim dies in step 2. Returns the line about it, and the seconds to the end.
 
-    Raises AssertionError where a process was left after a minute, or there was another number of lines. Lightning's
-    observer, which looks every 5 s, may end the first rank before that one waits for the victim, and has a line itself.
+    Raises AssertionError where a process was left after a minute, or there was no line. If the first rank takes longer
+    than `launcher.PATIENCE` to end, its observer ends it, and has a line itself.
     """
     folder = nano.base / "kills" / name
     words = (*SETTINGS, strategy(schedule, ranks), f"trainer.devices={ranks}", "trainer.max_steps=9",

@@ -13,7 +13,7 @@ import torch
 from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
 from tests.conftest import QUIET, Nano
 from tests.parallel.pipeline.cases import MESHES, PAIRS, SCHEDULES, Case, case, compare, make_runs, resumed
-from tests.parallel.pipeline.faults import kill_once, killer, under_torchrun
+from tests.parallel.pipeline.faults import kill_once, killer, pipeline_under_torchrun
 from tests.parallel.pipeline.killer import ACTIONS
 from tests.runs.compare import assert_same_curves
 
@@ -76,8 +76,8 @@ def kills(nano: Nano, arguments: argparse.Namespace) -> bool:
             print(f"| {schedule} | {action} | {victim} | {seconds:.1f} s | {line} |", flush=True)
     plan = [(2 + number, action, number % ranks) for number, action in enumerate(ACTIONS)]
     steps = len(plan) + 2
-    alone = under_torchrun(nano, "alone", ranks, "dualpipev", steps)
-    killed = under_torchrun(nano, "killed", ranks, "dualpipev", steps, killer(nano.base / "killed", plan))
+    alone = pipeline_under_torchrun(nano, "alone", ranks, "dualpipev", steps)
+    killed = pipeline_under_torchrun(nano, "killed", ranks, "dualpipev", steps, killer(nano.base / "killed", plan))
     assert (alone.code, killed.code) == (0, 0), killed.output[-6000:]
     one, other = (
         read_checkpoint(run.folder / f"checkpoints/step={steps}.ckpt")["state_dict"] for run in (alone, killed)

@@ -3,15 +3,15 @@
 import torch
 
 from dsv3_lightning.parallel.checkpoints.one_file import read_checkpoint
-from tests.parallel.pipeline.faults import kill_once, killer, under_torchrun
+from tests.parallel.pipeline.faults import kill_once, killer, pipeline_under_torchrun
 
 KILLS = [(2, "F", 1), (4, "SEND_B", 1), (5, "REDUCE_GRAD", 0)]
 
 
 def test_killed_in_its_actions_a_run_ends_with_the_weights_of_the_undisturbed_one(shared_nano):
     folder = shared_nano.base / "killed"
-    alone = under_torchrun(shared_nano, "alone", 2, "zbv", 6)
-    killed = under_torchrun(shared_nano, "killed", 2, "zbv", 6, killer(folder, KILLS))
+    alone = pipeline_under_torchrun(shared_nano, "alone", 2, "zbv", 6)
+    killed = pipeline_under_torchrun(shared_nano, "killed", 2, "zbv", 6, killer(folder, KILLS))
     assert (alone.code, killed.code) == (0, 0), killed.output[-6000:]
     assert len(list(folder.iterdir())) == len(KILLS)
     one, other = (read_checkpoint(run.folder / "checkpoints/step=6.ckpt")["state_dict"] for run in (alone, killed))
