@@ -76,7 +76,7 @@ def check_sources(sources: dict[str, SourceConfig]) -> None:
     if lacking := [name for name, weight in weights.items() if weight is None]:
         if len(lacking) < len(sources):
             raise ConfigError(
-                f"data.sources.{lacking[0]}: has neither weight nor epochs; either all sources have one of them, or none"
+                f"data.sources.{lacking[0]}: has neither weight nor epochs; all sources have one of them, or none has"
             )
 
 
