@@ -91,7 +91,9 @@ def part_pairs(schedule: _PipelineScheduleRuntime) -> None:
 
     Without overlap the next rank would wait for the second pass to get the result of the first.
     """
-    order = {rank: unpaired(actions) for rank, actions in schedule.pipeline_order.items()}
+    order: dict[int, list[_Action | None]] = {
+        rank: [*unpaired(actions)] for rank, actions in schedule.pipeline_order.items()
+    }
     schedule._prepare_schedule_with_comms(order)
 
 
