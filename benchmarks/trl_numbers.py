@@ -62,9 +62,9 @@ def grpo_case(variant: str, beta: float) -> dict[str, Any]:
     trainer.model.training = True
     ids = torch.zeros(6, 7, dtype=torch.int64)
     batch = {
-        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids, "completion_mask": given["mask"],
-        "advantages": given["advantages"], "old_per_token_logps": given["old"], "ref_per_token_logps": given["reference"],
-        "num_items_in_batch": given["mask"].sum(),
+        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids,
+        "completion_mask": given["mask"], "advantages": given["advantages"], "old_per_token_logps": given["old"],
+        "ref_per_token_logps": given["reference"], "num_items_in_batch": given["mask"].sum(),
     }  # fmt: skip
     loss = GRPOTrainer._compute_loss(trainer, None, batch)
     (gradient,) = torch.autograd.grad(loss, log_p)

@@ -57,11 +57,3 @@ class OutputHead(nn.Linear):
         dtype = compute_dtype(h_ND)
         chunks = self.chunks or loss_chunks(h_ND.device.type, self.out_features)
         return log_probabilities(h_ND.to(dtype), self.weight.to(dtype), targets_N, *chunks)
-
-    @torch.no_grad()
-    def greedy(self, h_BTD: Tensor) -> Tensor:
-        """The most likely next token of every position, int64 [B, T]."""
-        chunk = max(1, 2**24 // self.out_features)  # tokens whose logits exist at a time
-        rows = h_BTD.flatten(0, 1).split(chunk)
-        # on a CPU argmax of bf16 takes six times as long as max, which finds the same index
-        return torch.cat([self(h_ND).max(-1).indices for h_ND in rows]).view(h_BTD.shape[:2])

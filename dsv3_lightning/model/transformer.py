@@ -16,6 +16,7 @@ from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.parallel_heads import ParallelHead
 from dsv3_lightning.model.recompute import RECOMPUTE
 from dsv3_lightning.model.rope import cos_sin
+from dsv3_lightning.model.scores import most_likely, token_scores
 
 MTP_KINDS: dict[str, type[MTPModule | ParallelHead]] = {"sequential": MTPModule, "parallel": ParallelHead}
 
@@ -136,8 +137,12 @@ class Transformer(nn.Module):
         nll_P = torch.zeros(0, device=trunk_BTD.device)
         if targets_BPT is not None:
             nll_P = self.lm_head.loss([trunk_BTD, *inputs[1:]], targets_BPT, weigh)
-        drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in inputs], 1) if draft else None
+        drafts_BPT = (
+            torch.stack([most_likely(self.lm_head, h, self.config.vocab_size) for h in inputs], 1) if draft else None
+        )
         return Losses(nll_P, *stack_stats([*stats, *more], self.config.n_routed_experts, nll_P.device), drafts_BPT)
+
+    token_scores = token_scores
 
     def init_weights(self, seed: int, fill_parameter: Fill = fill) -> None:
         """Matrices normal with `initializer_range` (V3 §4.2), norms 1, expert biases 0; see `init.init_weights`."""

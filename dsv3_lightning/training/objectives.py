@@ -89,36 +89,35 @@ def token_factors(
     return torch.full_like(lengths_B, 1 / max(tokens if variant == "dapo" else sequences * limit, 1))
 
 
-def advantages(rewards_FQG: Tensor, weights_F: Tensor, scale: Literal["group", "none"], each: bool) -> Tensor:
-    """A = r - mean(r) within each group, fp [Q, G], over its standard deviation with scale=group (V3 eq. 28).
+def advantages(rewards: Tensor, weights: Tensor, scale: Literal["group", "none"], each: bool) -> Tensor:
+    """A = r - mean(r) within each group, over its standard deviation with scale=group (V3 eq. 28): [prompts, group].
 
-    rewards_FQG: of F functions for Q prompts with G answers each; NaN where a function does not apply, which is left
-    out of every sum, mean and deviation. An answer that no function scores has no advantage: NaN.
+    rewards: [functions, prompts, group], weights: [functions]. NaN where a function does not apply, which is left out
+    of every sum, mean and deviation. An answer that no function scores has no advantage: NaN.
     each: the rewards of each function are normalized by themselves before they are weighted and added up, so that one
     with large numbers doesn't hide the others.
     """
     if each:
-        normal_FQG = torch.stack([centered(rewards_QG, scale) for rewards_QG in rewards_FQG])
-        return weighted_sum(normal_FQG, weights_F)
-    return centered(weighted_sum(rewards_FQG, weights_F), scale)
+        return weighted_sum(torch.stack([centered(of_one, scale) for of_one in rewards]), weights)
+    return centered(weighted_sum(rewards, weights), scale)
 
 
-def weighted_sum(values_FQG: Tensor, weights_F: Tensor) -> Tensor:
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Σ_f w_f v_f over the values that are not NaN; NaN where all are."""
-    total_QG = (values_FQG * weights_F[:, None, None]).nansum(0)
-    return total_QG.masked_fill(values_FQG.isnan().all(0), torch.nan)
+    total = (values * weights[:, None, None]).nansum(0)
+    return total.masked_fill(values.isnan().all(0), torch.nan)
 
 
-def centered(rewards_QG: Tensor, scale: str) -> Tensor:
-    apart_QG = rewards_QG - rewards_QG.nanmean(1, keepdim=True)
+def centered(rewards: Tensor, scale: str) -> Tensor:
+    apart = rewards - rewards.nanmean(1, keepdim=True)
     if scale == "none":
-        return apart_QG
+        return apart
     # an answer that is the only one with a reward deviates by 0 from the mean, whatever it is divided by
-    freedom_Q1 = ((~rewards_QG.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)
-    std_Q1 = (apart_QG.square().nansum(1, keepdim=True) / freedom_Q1).sqrt()
-    return apart_QG / (std_Q1 + STD_FLOOR)
+    freedom = ((~rewards.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)
+    std = (apart.square().nansum(1, keepdim=True) / freedom).sqrt()
+    return apart / (std + STD_FLOOR)
 
 
-def without_contrast(advantages_QG: Tensor) -> Tensor:
-    """Which groups have no advantage other than 0, so that they teach nothing: bool [Q]."""
-    return (advantages_QG.nan_to_num() == 0).all(1)
+def without_contrast(found: Tensor) -> Tensor:
+    """Which groups have no advantage other than 0, so that they teach nothing: bool [prompts]."""
+    return (found.nan_to_num() == 0).all(1)

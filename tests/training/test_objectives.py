@@ -82,7 +82,7 @@ def test_the_temperature_divides_the_logits_of_the_main_head_alone():
 
 def test_with_weights_the_mtp_modules_learn_and_change_nothing_in_the_main_model():
     """MTP's loss in the trunk changes what reinforcement learning optimizes (verl's finding)."""
-    config = small_config()
+    config = small_config(num_nextn_predict_layers=1)
     model, (tokens, mask, targets) = small_model(config), small_batch(config)
     losses = model.losses(tokens, mask, targets, weigh=lambda log_p, entropy: torch.ones_like(log_p))
     torch.testing.assert_close(losses.nll_P, model.losses(tokens, mask, targets).nll_P)
