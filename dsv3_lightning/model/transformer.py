@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         documents = None if documents_BS is None else find_documents(documents_BS[:, :T], tokens_BS.device)
         embedding_BSD = self.embed_tokens(tokens_BS)  # once, also for the MTP modules: where sharded, it is gathered
         trunk_BTD, stats = self.trunk(embedding_BSD[:, :T], mask_BS[:, :T], documents)
-        apart = [trunk_BTD, embedding_BSD] if weigh is None else [trunk_BTD.detach(), embedding_BSD.detach()]
+        apart = (trunk_BTD, embedding_BSD) if weigh is None else (trunk_BTD.detach(), embedding_BSD.detach())
         inputs, more = self.head_inputs(*apart, mask_BS, documents)
         nll_P = torch.zeros(0, device=trunk_BTD.device)
         if targets_BPT is not None:
