@@ -18,6 +18,7 @@ from dsv3_lightning.model.norm import RMSNorm
 from dsv3_lightning.model.parallel_heads import ParallelHead
 from dsv3_lightning.model.recompute import RECOMPUTE
 from dsv3_lightning.model.rope import cos_sin
+from dsv3_lightning.model.scores import most_likely, token_scores
 
 MTP_KINDS: dict[str, type[MTPModule | ParallelHead]] = {"sequential": MTPModule, "parallel": ParallelHead}
 
@@ -50,14 +51,6 @@ class OutputHead(nn.Linear):
         rows = zip(inputs_PBTD, targets_BPT.unbind(1), strict=True)
         losses = [linear_cross_entropy(h.flatten(0, 1), self.weight, t.flatten(), self.chunks) for h, t in rows]
         return torch.stack(losses)
-
-    @torch.no_grad()
-    def greedy(self, h_BTD: Tensor) -> Tensor:
-        """The most likely next token of every position, int64 [B, T]."""
-        chunk = max(1, 2**24 // self.out_features)  # tokens whose logits exist at a time
-        rows = h_BTD.flatten(0, 1).split(chunk)
-        # on a CPU argmax of bf16 takes six times as long as max, which finds the same index
-        return torch.cat([self(h_ND).max(-1).indices for h_ND in rows]).view(h_BTD.shape[:2])
 
 
 class Transformer(nn.Module):
@@ -158,8 +151,12 @@ class Transformer(nn.Module):
         nll_P = torch.zeros(0, device=trunk_BTD.device)
         if targets_BPT is not None:
             nll_P = self.lm_head.loss(inputs, targets_BPT)
-        drafts_BPT = torch.stack([self.lm_head.greedy(h) for h in inputs], 1) if draft else None
+        drafts_BPT = (
+            torch.stack([most_likely(self.lm_head, h, self.config.vocab_size) for h in inputs], 1) if draft else None
+        )
         return Losses(nll_P, *stack_stats([*stats, *more], self.config.n_routed_experts, nll_P.device), drafts_BPT)
+
+    token_scores = token_scores
 
     def init_weights(self, seed: int, fill_parameter: Fill = fill) -> None:
         """Matrices normal with `initializer_range` (V3 §4.2), norms 1, expert biases 0; see `init.init_weights`."""
