@@ -19,7 +19,8 @@ Compare = Callable[[str, str], Verdict]
 THINK, THOUGHT = "<think>", "</think>"
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 HASHES = re.compile(r"####[^\S\n]*([^\n]*)")
-SAYS = re.compile(r"\banswer\b[*_\s]*(?::|\bis\b:?)[*_]*[^\S\n]*\n?([^\n]*)", re.IGNORECASE)
+SAYS = re.compile(r"\banswer\b[*_\s]*(?::|\bis\b:?)[*_]*", re.IGNORECASE)
+LINE = re.compile(r"[^\S\n]*\n?([^\n]*)")
 HOPES = re.compile(r"\.?\s*I hope it is correct\.?\s*$")  # the end of answers in Minerva's format
 
 
@@ -80,7 +81,9 @@ def final_answers(text: str) -> list[str]:
     if match := HASHES.search(text):
         return [match[1]]
     if said := list(SAYS.finditer(text)):
-        return [HOPES.sub("", said[-1][1])]
+        rest = LINE.match(text, said[-1].end())
+        assert rest is not None
+        return [HOPES.sub("", rest[1])]
     return [] if "\n" in text.strip() else [text]
 
 

@@ -20,6 +20,8 @@ from dsv3_lightning.errors import ConfigError
 
 SECONDS = 5  # of processor time, per comparison
 PATIENCE = 60  # seconds of waiting for a comparison that uses no processor time either
+Verdict = Literal["right", "wrong", "unreadable"]
+VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "unreadable": "unreadable"}
 
 
 class MathChecker:
@@ -30,7 +32,7 @@ class MathChecker:
         self.process: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
 
-    def same(self, answer: str, expected: str) -> Literal["right", "wrong", "unreadable"]:
+    def same(self, answer: str, expected: str) -> Verdict:
         """Whether the answer means what is expected. One comparison at a time, in the order of the calls."""
         with self.lock:
             process = self.started()
@@ -42,11 +44,9 @@ class MathChecker:
                 verdict = self.line(process, PATIENCE * self.seconds)
             except BrokenPipeError:
                 pass  # the process has died: the verdict stays empty
-            if verdict == "right" or verdict == "wrong":
-                return verdict
-            if verdict != "unreadable":
+            if verdict not in VERDICTS:
                 self.stop()
-            return "unreadable"
+            return VERDICTS.get(verdict, "unreadable")
 
     def started(self) -> subprocess.Popen[bytes]:
         """The running process, which has imported its libraries. Raises ConfigError where it can't start."""
@@ -96,6 +96,6 @@ SHARED = MathChecker()
 atexit.register(SHARED.stop)
 
 
-def same_expression(answer: str, expected: str) -> Literal["right", "wrong", "unreadable"]:
+def same_expression(answer: str, expected: str) -> Verdict:
     """Whether the answer means what is expected, by the one process that all callers share. Raises ConfigError."""
     return SHARED.same(answer, expected)
