@@ -90,7 +90,8 @@ def shard_model(
     if tied and embedding is not exact:  # a tied embedding is gathered in fp32, with the norms
         model.embed_tokens.register_forward_hook(lambda _module, _inputs, out: out.bfloat16())
     if config.pipeline_parallel == 1:
-        register_fsdp_forward_method(model, "losses")
+        for method in ("losses", "token_scores"):
+            register_fsdp_forward_method(model, method)
         prefetch(gathers(model), config.prefetch)
 
 

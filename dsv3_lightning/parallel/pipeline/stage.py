@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv3_lightning.model.attention_kernels import Documents, find_documents
 from dsv3_lightning.model.moe import RouterStats
+from dsv3_lightning.model.scores import most_likely
 from dsv3_lightning.model.transformer import MTP_KINDS, Transformer, stack_stats
 
 
@@ -158,7 +159,7 @@ class Stage(Transformer):
         nll_P = self.lm_head.loss(heads, targets_BPT)
         record.nll_P = nll_P.detach().double() + (0.0 if record.nll_P is None else record.nll_P)
         if record.draft:
-            record.drafts.append(torch.stack([self.lm_head.greedy(h) for h in heads], 1))
+            record.drafts.append(torch.stack([most_likely(self.lm_head, h, self.config.vocab_size) for h in heads], 1))
         return nll_P.sum() if record.weights is None else record.weights.heads(nll_P) + balance
 
     def count(self, stats: list[RouterStats]) -> Tensor | float:
