@@ -8,7 +8,6 @@ One task for all sources, or one for each. Memory: about 60 bytes for each docum
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,38 +35,48 @@ class Part(NamedTuple):
     folder: Path
 
 
-@dataclass(frozen=True)
-class JoinWork:
-    """What a task needs besides the names of its parts. parts: by name."""
-
-    cleaning: CleaningConfig
-    parts: dict[str, Part]
-    keep_dropped: bool
+def part_name(source: str, number: int) -> str:
+    return f"{source}-{number:05}"
 
 
-def join_task(work: JoinWork, task: Task, folder: Path, advance: Advance) -> Counts:
-    """Marks the duplicates of a task's parts; returns for each source its documents and bytes by reason."""
-    parts = [work.parts[name] for name in task["parts"]]
+def decisive(cleaning: CleaningConfig) -> dict[str, Any]:
+    """The settings that decide what is marked, besides those of the first stage."""
+    near = cleaning.near and [cleaning.near.buckets, cleaning.near.rows]
+    return {"format": FORMAT, "exact": cleaning.exact, "near": near}
+
+
+def join_task(
+    cleaning: CleaningConfig, known: dict[str, Part], keep_dropped: bool, task: Task, folder: Path, advance: Advance
+) -> Counts:
+    """Marks the duplicates of a task's parts; returns for each source its documents and bytes by reason.
+
+    known: all parts by name.
+    """
+    parts = [known[name] for name in task["parts"]]
     sizes = [np.load(part.folder / "sizes.npy") for part in parts]
     ends = np.cumsum([len(size) for size in sizes])
-    marks = np.split(marked(parts, work.cleaning), ends[:-1])
+    marks = np.split(marked(parts, cleaning), ends[:-1])
     counts: dict[str, Any] = {}
     for part, mark, size in zip(parts, marks, sizes):
         np.save(folder / f"{part.name}.npy", mark)
-        known = counts.setdefault(part.source, {"documents": {}, "bytes": {}, "examples": {}})
+        of_source = counts.setdefault(part.source, {"documents": {}, "bytes": {}, "examples": {}})
         for code, reason in enumerate(REASONS):
             if (mark == code).any():
-                known["documents"][reason] = known["documents"].get(reason, 0) + int((mark == code).sum())
-                known["bytes"][reason] = known["bytes"].get(reason, 0) + int(size[mark == code].sum())
-        add_examples(part, mark, known["examples"])
+                add(of_source["documents"], reason, int((mark == code).sum()))
+                add(of_source["bytes"], reason, int(size[mark == code].sum()))
+        add_examples(part, mark, of_source["examples"])
         advance(int(size.sum()))
-    if work.keep_dropped:
+    if keep_dropped:
         with documents_writer(folder / "dropped.jsonl.zst") as write:
             for part, mark in zip(parts, marks):
                 for document, code in zip(read_documents([documents_of(part)], "text"), mark):
                     if code != STAYS:
                         write({"source": part.source, "reason": REASONS[code], "text": written(document)})
     return {"sources": counts}
+
+
+def add(counts: dict[str, int], reason: str, number: int) -> None:
+    counts[reason] = counts.get(reason, 0) + number
 
 
 def add_examples(part: Part, mark: np.ndarray, examples: dict[str, list[str]]) -> None:

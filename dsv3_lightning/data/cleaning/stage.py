@@ -45,25 +45,27 @@ EXAMPLES = 3  # of each reason, in the counts of a task
 
 @dataclass(frozen=True)
 class CleanWork:
-    """What a task needs besides its files' names. paths: where the files are now, by name."""
+    """What a task needs besides its files' numbers. files: those of the source, where they are now."""
 
     source: SourceConfig
     cleaning: CleaningConfig
     text_key: str
     skip_bad_lines: bool
-    paths: dict[str, Source]
-    keep_dropped: bool
+    files: list[Source]
 
 
 def cut(files: Sequence[tuple[str, int, str]]) -> list[Task]:
-    """Tasks of whole files in their order, each of at most TASK_BYTES or one file. files: name, bytes, sha256."""
+    """Tasks of whole files in their order, each of at most TASK_BYTES or one file.
+
+    files: name, bytes, sha256. A task has them after each file's number in the source.
+    """
     tasks: list[Task] = []
     size = TASK_BYTES + 1
-    for name, count, sha256 in files:
+    for number, (name, count, sha256) in enumerate(files):
         if size + count > TASK_BYTES:
             tasks.append({"files": []})
             size = 0
-        tasks[-1]["files"].append([name, count, sha256])
+        tasks[-1]["files"].append([number, name, count, sha256])
         size += count
     return tasks
 
@@ -85,20 +87,19 @@ def decisive(work: CleanWork, sets: Sequence[str]) -> dict[str, Any]:
         "text_key": work.text_key,
         "skip_bad_lines": work.skip_bad_lines,
         "cleaning": cleaning,
-        **({"keep_dropped": True} if work.keep_dropped else {}),
     }
 
 
-def clean_task(work: CleanWork, task: Task, folder: Path, advance: Advance) -> Counts:
+def clean_task(work: CleanWork, keep_dropped: bool, task: Task, folder: Path, advance: Advance) -> Counts:
     """Cleans the files of a task; see the module for what it writes. Raises ConfigError that names a file."""
     stats, tally = ReadStats(), Tally()
-    files = [work.paths[name] for name, *_ in task["files"]]
+    files = [work.files[number] for number, *_ in task["files"]]
     contamination = contamination_of(work.cleaning)
     near = work.cleaning.near
     digests, sizes, signed = [], [], []
     with ExitStack() as stack:
         write = stack.enter_context(documents_writer(folder / "documents.jsonl.zst"))
-        drop = stack.enter_context(documents_writer(folder / "dropped.jsonl.zst")) if work.keep_dropped else None
+        drop = stack.enter_context(documents_writer(folder / "dropped.jsonl.zst")) if keep_dropped else None
         for batch in batches(reading(files, work, stats, advance)):
             documents = clean_batch(batch, work.source, work.cleaning, contamination)
             kept = [document for document in documents if document.reason is None]
@@ -119,7 +120,7 @@ def clean_task(work: CleanWork, task: Task, folder: Path, advance: Advance) -> C
     if near is not None:
         empty = np.empty((0, near.buckets * near.rows), np.uint32)
         np.save(folder / "signatures.npy", np.concatenate([empty, *signed]))
-    return {"input_bytes": sum(size for _, size, _ in task["files"]), **tally.facts(), **stats.facts()}
+    return {"input_bytes": sum(size for _, _, size, _ in task["files"]), **tally.facts(), **stats.facts()}
 
 
 def reading(files: Sequence[Source], work: CleanWork, stats: ReadStats, advance: Advance) -> Iterator[Found]:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from dsv3_lightning.common.files import remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.data.cleaning.corpus import clean, plan
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build, summary
 from dsv3_lightning.data.text.digests import Digests
@@ -54,6 +55,9 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
     left_out: Counter[str] = Counter()
     sources = sources_of(config, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
+    cleaning = plan(config, sources) if config.cleaning is not None else None
+    if cleaning is not None:
+        inputs["cleaning"] = cleaning.key
     if known is not None and (differing := changes(known, inputs)):
         raise ConfigError(f"data: this run's were made of other inputs ({differing}); choose another run.name")
     folder = user_path(config.cache_dir) / key_of(inputs)
@@ -62,6 +66,8 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 if not is_complete(folder):  # another process may have finished it in the meantime
+                    if cleaning is not None and (cleaned := clean(cleaning)) is not None:
+                        sources = cleaned.files
                     build_whole(folder, config, sources, left_out, tokenizer, inputs)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
