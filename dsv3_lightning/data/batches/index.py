@@ -2,12 +2,14 @@
 
     SPLIT/NAME/ARRAY.npy    one array of `PackedIndex` each
     SPLIT/NAME/digest       its hash, so that no start reads the index whole
+    SPLIT/NAME/origins.json with by_origin: each origin, its first sample and how many it has
 
 NAME is index-FORMAT-T-DEPTH with a word for each of a `Cut`'s other settings, such as -masked.
 
 The folder is built under another name and renamed when everything is on disk. Imports no torch.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -28,7 +30,7 @@ from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile
 from dsv3_lightning.errors import ConfigError, WriteError
 
-FORMAT, DIGEST = 2, "digest"
+FORMAT, DIGEST, ORIGINS = 2, "digest", "origins.json"
 MILLION = 10**6
 SECONDS = 0.5  # for a million documents
 ARRAYS = [field.name for field in fields(PackedIndex)]
@@ -115,14 +117,20 @@ def build_index(folder: Path, split: str, cut: Cut) -> None:
     final = cut.folder(folder, split)
     remove_leftovers(final.parent, final.name)
     file = TokenFile(folder, split)
-    if (documents := len(file.offsets()) - 1) >= 10 * MILLION:
+    if (documents := file.documents) >= 10 * MILLION:
         say(f"packing {documents / MILLION:,.0f} million documents: about {SECONDS * documents / MILLION:.0f} s")
     with whole(final) as beside:
         beside.mkdir()
-        index = make_index(file, cut, make=lambda name, shape, dtype: new_file(beside / f"{name}.npy", shape, dtype))
+
+        def make(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            return new_file(beside / f"{name}.npy", shape, dtype)
+
+        index = make_index(file, cut, make)
         for path in beside.iterdir():
             if path.stem not in ARRAYS:  # needed only for packing
                 path.unlink()
+        if cut.by_origin:
+            (beside / ORIGINS).write_text(json.dumps(find_origins(file, index)), encoding="utf-8")
         (beside / DIGEST).write_text(index.digest(), encoding="utf-8")
 
 
@@ -130,7 +138,7 @@ def make_index(file: TokenFile, cut: Cut, make: Make = in_memory) -> PackedIndex
     """The index of a split's documents. make: as `pack` takes it."""
     groups = [begin for _, begin, _ in origin_runs(file.origins())[1:]] if cut.by_origin else []
     cut_up = concatenate if cut.concatenated else pack
-    return cut_up(file.offsets(), *cut[:3], file.loss_spans(), make, groups)
+    return cut_up(file.offsets(make), *cut[:3], file.loss_spans(), make, groups)
 
 
 def origin_runs(origins: np.ndarray) -> list[tuple[int, int, int]]:
@@ -148,14 +156,20 @@ def origin_runs(origins: np.ndarray) -> list[tuple[int, int, int]]:
     return runs
 
 
-def samples_by_origin(file: TokenFile, index: PackedIndex, origins: int) -> list[tuple[int, int]]:
-    """The first sample of each of so many origins, and how many it has, of an index `by_origin`."""
-    found, offsets = [(0, 0)] * origins, file.offsets()
-    runs = origin_runs(file.origins())
+def samples_by_origin(file: TokenFile, index: PackedIndex) -> dict[int, tuple[int, int]]:
+    """The first sample of each origin with documents, and how many it has, of an index `by_origin`."""
+    if isinstance(index, MappedIndex):
+        found = json.loads((index.folder / ORIGINS).read_text(encoding="utf-8"))
+    else:
+        found = find_origins(file, index)
+    return {origin: (first, count) for origin, first, count in found}
+
+
+def find_origins(file: TokenFile, index: PackedIndex) -> list[tuple[int, int, int]]:
+    """Origin, first sample and number of samples, from all documents."""
+    runs, offsets = origin_runs(file.origins()), file.offsets()
     firsts = [*(first_sample(index, int(offsets[begin])) for _, begin, _ in runs), len(index)]
-    for (origin, _, _), (first, end) in zip(runs, pairwise(firsts), strict=True):
-        found[origin] = (first, end - first)
-    return found
+    return [(origin, first, end - first) for (origin, *_), (first, end) in zip(runs, pairwise(firsts), strict=True)]
 
 
 def new_file(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.store import TokenFile, read_manifest
+from dsv3_lightning.data.text.store import TokenFile, read_manifest, shards_of
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -252,7 +252,7 @@ class TextDataModule(LightningDataModule):
     def _samples_of_sources(self, split: str) -> list[tuple[int, int]]:
         """The first sample of each source in the index, and how many it has."""
         dataset = self._datasets[split]
-        places = dict(zip(self.origins, samples_by_origin(dataset.file, dataset.index, len(self.origins)), strict=True))
+        places = {self.origins[k]: place for k, place in samples_by_origin(dataset.file, dataset.index).items()}
         return [places.get(name, (0, 0)) for name in self.source_names]
 
     @property
@@ -318,4 +318,5 @@ def hash_of(*parts: Any) -> str:
 
 def data_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
     """A hash of the tokens, the packed samples and their order, as 16 hexadecimal digits."""
-    return hash_of(manifest["files"]["train/00000.bin"]["sha256"], dataset.index.digest(), ORDER, seed)
+    shards = [manifest["files"][f"{name}.bin"]["sha256"] for name in shards_of(manifest, "train")]
+    return hash_of(*shards, dataset.index.digest(), ORDER, seed)
