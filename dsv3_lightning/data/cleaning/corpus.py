@@ -29,7 +29,7 @@ class SourcePlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of cleaning a corpus. sources: by name. joins: tasks of the second stage. key: as in SourcePlan, of all."""
+    """The work of cleaning a corpus. sources: by name. joins: tasks of the second stage. key: a hash of all of it."""
 
     cache: Path
     cleaning: CleaningConfig

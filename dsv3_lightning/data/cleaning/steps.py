@@ -1,7 +1,7 @@
 """The steps of cleaning for a batch of documents: repair, language, lines, quality, masks, evaluation sets.
 
-A document is a text, or a conversation, which passes or falls as a whole: its messages are repaired and masked, and it is
-not judged by the rules of quality, which are made for running text.
+A document is a text, or a conversation, which passes or falls as a whole: its messages are repaired and masked, and it
+is not judged by the rules of quality, which are made for running text.
 """
 
 from collections.abc import Sequence
