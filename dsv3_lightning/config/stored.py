@@ -14,6 +14,7 @@ from dsv3_lightning.config.compose import read_yaml, resolve
 OFF: dict[str, Any] = {
     "init_from": None,
     "data.sources": None,
+    "data.cleaning": None,
     "data.skip_bad_lines": False,
     "data.tokenizer": None,
     "data.end_token": None,

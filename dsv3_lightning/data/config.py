@@ -6,6 +6,8 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 from dsv3_lightning.common.paths import PathText, path_text
+from dsv3_lightning.common.wording import nearest
+from dsv3_lightning.data.cleaning.config import CleaningConfig, Rules, check_rules
 from dsv3_lightning.errors import ConfigError
 
 PACKAGE = "package:"  # before the name of an installed one, among data.paths
@@ -48,6 +50,7 @@ class SourceConfig:
     epochs: how many passes the run makes over it, in place of a weight; beside a weight at most so many, after which
         the others share its part.
     language: the language of its documents (en, zh, ...), or code.
+    filters: the set of data.cleaning.quality that judges its documents, or rules of its own; None: they aren't judged.
     license: a note for the report, such as a license's name.
     """
 
@@ -56,6 +59,7 @@ class SourceConfig:
     weight: float | None = None
     epochs: float | None = None
     language: str | None = None
+    filters: str | Rules | None = None
     license: str | None = None
 
 
@@ -72,11 +76,25 @@ def check_sources(sources: dict[str, SourceConfig]) -> None:
         for key, value in (("weight", source.weight), ("epochs", source.epochs)):
             if value is not None and value <= 0:
                 raise ConfigError(f"{where}.{key}={value}: must be above 0")
+        if isinstance(source.filters, dict):
+            check_rules(f"{where}.filters", source.filters)
     weights = {name: source.weight for name, source in sources.items() if source.epochs is None}
     if lacking := [name for name, weight in weights.items() if weight is None]:
         if len(lacking) < len(sources):
             raise ConfigError(
                 f"data.sources.{lacking[0]}: has neither weight nor epochs; all sources have one of them, or none has"
+            )
+
+
+def check_cleaning(sources: dict[str, SourceConfig] | None, cleaning: CleaningConfig) -> None:
+    """Raises ConfigError."""
+    if sources is None:
+        raise ConfigError("data.cleaning: needs data.sources in place of data.paths")
+    for name, source in sources.items():
+        if isinstance(source.filters, str) and source.filters not in cleaning.quality:
+            raise ConfigError(
+                f"data.sources.{name}.filters={source.filters}: no such set in data.cleaning.quality"
+                f"{nearest(source.filters, cleaning.quality)}"
             )
 
 
@@ -125,6 +143,7 @@ class DataConfig:
     paths: `.txt`, `.md`, `.py` and `.jsonl` files, also as `.gz` or `.zst`; folders of them; package:NAME for the
         sources of an installed package; empty: the Python interpreter's own standard-library sources.
     sources: in place of paths, several named sources; None: one corpus, of paths.
+    cleaning: what happens to the documents of sources before they become tokens; None: nothing.
     text_key: the field of a jsonl line that holds the text, or a conversation as a list of {role, content} messages.
     skip_bad_lines: whether jsonl lines that can't be used are left out and counted; otherwise they are refused.
     cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
@@ -146,6 +165,7 @@ class DataConfig:
 
     paths: list[SourceText]
     sources: dict[str, SourceConfig] | None
+    cleaning: CleaningConfig | None
     text_key: str
     skip_bad_lines: bool
     cache_dir: PathText
@@ -168,6 +188,8 @@ class DataConfig:
             if self.paths:
                 raise ConfigError("data.paths and data.sources are both given; a corpus has one of them")
             check_sources(self.sources)
+        if self.cleaning is not None:
+            check_cleaning(self.sources, self.cleaning)
         if self.weights_schedule is not None:
             if self.sources is None or not self.is_mixed:
                 raise ConfigError("data.weights_schedule: needs data.sources with weights")
