@@ -89,8 +89,8 @@ class TextDataModule(LightningDataModule):
                 self._layout.of_step(int(size))  # refuses a batch that can't be dealt out
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
-            self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
-            rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
+            self._index_hash = self._hash()
+            rank_zero_only(say)(self._length_note())
 
     def train_dataloader(self) -> "Loader":
         layout, step = self._layout, self.trainer.global_step if self.trainer is not None else 0
@@ -220,6 +220,12 @@ class TextDataModule(LightningDataModule):
         return PackedDataset(
             file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), per_token, origins, self.whole_steps
         )
+
+    def _length_note(self) -> str:
+        return length_note(self.passes(self.max_steps), self.train_tokens)
+
+    def _hash(self) -> str:
+        return data_hash(self._datasets["train"], self.manifest, self.config.seed)
 
     @property
     def _shape(self) -> tuple[int, int, bool]:
