@@ -174,10 +174,10 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_not():
 def test_a_bandit_of_ten_tokens_is_solved():
     """The largest reward is found; with a KL term the optimum is known: π_a ∝ π_ref,a / (β + mean reward - r_a)."""
     rewards_V = torch.linspace(0, 1, 10, dtype=torch.float64)[torch.randperm(10, generator=torch.manual_seed(0))]
-    reference_V = torch.randn(10, dtype=torch.float64).log_softmax(0)
+    reference_V = (0.5 * torch.randn(10, dtype=torch.float64)).log_softmax(0)
     for beta in (0.0, 0.5):
         head, h = OutputHead(1, 10, bias=False).double(), torch.ones(1, 320, 1, dtype=torch.float64)
-        head.weight.data = reference_V[:, None].clone()
+        head.weight.data = (reference_V if beta else torch.zeros(10).double())[:, None].clone()
         optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
         for _ in range(500):
             actions = torch.multinomial(head.weight.detach()[:, 0].softmax(0), 320, replacement=True)
@@ -200,7 +200,7 @@ def test_a_bandit_of_ten_tokens_is_solved():
         mean = float((found * rewards_V).sum())
         expected = beta * reference_V.exp() / (beta + mean - rewards_V)
         torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.03)
-        assert (found - reference_V.exp()).abs().max() > 0.1
+        assert (found - reference_V.exp()).abs().max() > 0.05
 
 
 def test_advantages_are_the_distances_from_the_mean_of_the_group():

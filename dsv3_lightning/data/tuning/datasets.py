@@ -57,7 +57,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         return len(self.lines.bounds)
 
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        samples, of_step = micro_batch
+        samples, of_step, _ = micro_batch
         prompts, chosen, rejected = self.parts(samples)
         batch = rows_of(prompts * 2, [*chosen, *rejected], self.mtp_depth, self.pad_id)
         batch["targets"][len(samples) :, 1:] = IGNORE

@@ -51,7 +51,7 @@ class LineDataModule(TextDataModule):
         lines = read_split(self.prepared, split)
         return PairDataset(lines, self.mtp_depth, self.tokenizer.pad_id) if self.pairs else PromptDataset(lines)
 
-    def _length_note(self) -> str:
+    def length_note(self) -> str:
         what = "pairs" if self.pairs else "prompts"
         return f"data: the run makes {self.passes(self.max_steps):,.3g} passes over its {self.train_samples:,} {what}"
 
