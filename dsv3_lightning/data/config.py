@@ -1,5 +1,6 @@
 """DataConfig: what is read, how it is cut, and in which order it is served. Imports no torch."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -35,11 +36,57 @@ class BatchRamp:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of text. Its name in data.sources is the origin of its documents, in metrics and in the report.
+
+    Raises ConfigError.
+
+    paths: as data.paths.
+    text_key: the field of a jsonl line that holds the text or the conversation; None: data.text_key.
+    weight: its share of the training tokens, in proportion to the other weights; None with all others: by size.
+    epochs: how many passes the run makes over it, in place of a weight.
+    language: the language of its documents (en, zh, ...), or code.
+    license: a note for the report, such as a license's name.
+    """
+
+    paths: list[SourceText]
+    text_key: str | None = None
+    weight: float | None = None
+    epochs: float | None = None
+    language: str | None = None
+    license: str | None = None
+
+
+def check_sources(sources: dict[str, SourceConfig]) -> None:
+    """Raises ConfigError with the source's name."""
+    if not sources:
+        raise ConfigError("data.sources={}: must name a source, as {english: {paths: [...]}}")
+    for name, source in sources.items():
+        where = f"data.sources.{name}"
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise ConfigError(f"{where}: a source's name holds letters, digits, _ and -")
+        if not source.paths:
+            raise ConfigError(f"{where}.paths=[]: must name a file, a folder or package:NAME")
+        if source.weight is not None and source.epochs is not None:
+            raise ConfigError(f"{where}: weight={source.weight} and epochs={source.epochs}; a source has one of them")
+        for key, value in (("weight", source.weight), ("epochs", source.epochs)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"{where}.{key}={value}: must be above 0")
+    weights = {name: source.weight for name, source in sources.items() if source.epochs is None}
+    if lacking := [name for name, weight in weights.items() if weight is None]:
+        if len(lacking) < len(sources):
+            raise ConfigError(
+                f"data.sources.{lacking[0]}: has neither weight nor epochs; all sources have one of them, or none has"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Text to packed samples. Raises ConfigError.
 
     paths: `.txt`, `.md`, `.py` and `.jsonl` files, also as `.gz` or `.zst`; folders of them; package:NAME for the
         sources of an installed package; empty: the Python interpreter's own standard-library sources.
+    sources: in place of paths, several named sources; None: one corpus, of paths.
     text_key: the field of a jsonl line that holds the text, or a conversation as a list of {role, content} messages.
     skip_bad_lines: whether jsonl lines that can't be used are left out and counted; otherwise they are refused.
     cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
@@ -57,6 +104,7 @@ class DataConfig:
     """
 
     paths: list[SourceText]
+    sources: dict[str, SourceConfig] | None
     text_key: str
     skip_bad_lines: bool
     cache_dir: PathText
@@ -73,6 +121,10 @@ class DataConfig:
     num_workers: int
 
     def __post_init__(self) -> None:
+        if self.sources is not None:
+            if self.paths:
+                raise ConfigError("data.paths and data.sources are both given; a corpus has one of them")
+            check_sources(self.sources)
         for name in ("sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")

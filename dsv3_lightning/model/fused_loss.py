@@ -9,7 +9,7 @@ IGNORE = -100  # a target that does not count
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Σ of -log softmax(x W^T)[target], in chunks of tokens.
+    """Σ of -log softmax(x W^T)[target], each token with its weight where there are weights, in chunks of tokens.
 
     product: tokens whose logits one matrix product makes; they have the dtype of x. softmax: tokens whose logits exist
     in fp32 (fp64 for fp64) at a time. The forward pass computes the gradients too, so that the backward pass only
@@ -18,7 +18,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: int, softmax: int) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: int, softmax: int,
+        weights_N: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x_ND) if need_x else None
         total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
@@ -29,17 +32,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         part_VD = torch.empty_like(weight_VD) if need_weight and not weight_VD.is_cuda else None
         for start in range(0, len(x_ND), product):
             x, targets = x_ND[start : start + product], targets_N[start : start + product]
+            counted = targets != IGNORE
+            factors = counted if weights_N is None else counted * weights_N[start : start + product]
             logits = torch.mm(x, weight_VD.T, out=logits_NV[: len(x)])
-            for some, wanted in zip(logits.split(softmax), targets.split(softmax)):
+            for some, wanted, factor in zip(logits.split(softmax), targets.split(softmax), factors.split(softmax)):
                 log_p = torch.log_softmax(some, -1, dtype=total.dtype, out=log_p_NV[: len(some)])
-                valid = wanted != IGNORE
-                index = wanted.masked_fill(~valid, 0)[:, None]
-                total -= (log_p.gather(1, index).squeeze(1) * valid).sum()
+                index = wanted.masked_fill(wanted == IGNORE, 0)[:, None]
+                total -= (log_p.gather(1, index).squeeze(1) * factor).sum()
                 if need_x or need_weight:
-                    # d loss / d logits = softmax - one-hot
+                    # d loss / d logits = softmax - one-hot, times the weight
                     grad = log_p.exp_()
                     grad.scatter_add_(1, index, grad.new_full((len(some), 1), -1.0))
-                    some.copy_(grad.mul_(valid[:, None]))
+                    some.copy_(grad.mul_(factor[:, None]))
             if grad_x is not None:
                 torch.mm(logits, weight_VD, out=grad_x[start : start + product])
             if grad_weight is not None:
@@ -57,7 +61,31 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+@torch.no_grad()
+def log_probabilities(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: int, softmax: int
+) -> tuple[Tensor, Tensor]:
+    """log softmax(x W^T)[target] of each token, 0 where the target is IGNORE, and the entropy of each distribution.
+
+    Both are fp32 (fp64 for fp64) [N], in nats. product, softmax: as those of LinearCrossEntropy, whose rounding of the
+    logits this has, so that a ratio of probabilities of the same weights is exactly 1.
+    """
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    log_p_N, entropy_N = (torch.zeros(len(x_ND), dtype=wide, device=x_ND.device) for _ in range(2))
+    for start in range(0, len(x_ND), product):
+        logits = x_ND[start : start + product] @ weight_VD.T
+        for at, some in zip(range(start, start + len(logits), softmax), logits.split(softmax)):
+            here = slice(at, at + len(some))
+            log_p_NV = torch.log_softmax(some, -1, dtype=wide)
+            counted = targets_N[here] != IGNORE
+            index = targets_N[here].masked_fill(~counted, 0)[:, None]
+            log_p_N[here] = log_p_NV.gather(1, index).squeeze(1) * counted
+            entropy_N[here] = -(log_p_NV.exp() * log_p_NV).sum(1)
+    return log_p_N, entropy_N
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor | None) -> None:

@@ -3,15 +3,13 @@
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_lightning.model.attention_kernels import Documents, find_documents
 from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.cpu import LossChunks
+from dsv3_lightning.model.head import OutputHead, Weigh
 from dsv3_lightning.model.init import Fill, fill, init_weights
-from dsv3_lightning.model.losses import linear_cross_entropy
 from dsv3_lightning.model.moe import RouterStats
 from dsv3_lightning.model.mtp import MTPModule
 from dsv3_lightning.model.norm import RMSNorm
@@ -35,22 +33,6 @@ class Losses(NamedTuple):
     balance: dict[str, Tensor]
     counts_LE: Tensor
     drafts_BPT: Tensor | None = None
-
-
-class OutputHead(nn.Linear):
-    """h [..., D] -> logits [..., V]. `loss` never holds them all (chunks; None: see `cpu.loss_chunks`)."""
-
-    chunks: LossChunks | None = None
-
-    def forward(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight.to(h.dtype))  # sharded and tied to the embedding, the weight is wider in bf16
-
-    def loss(self, inputs_PBTD: list[Tensor], targets_BPT: Tensor) -> Tensor:
-        """Summed cross-entropy of the targets that are not IGNORE, fp32 [P]. One call for all P heads, so that a
-        sharded weight is gathered once."""
-        rows = zip(inputs_PBTD, targets_BPT.unbind(1), strict=True)
-        losses = [linear_cross_entropy(h.flatten(0, 1), self.weight, t.flatten(), self.chunks) for h, t in rows]
-        return torch.stack(losses)
 
 
 class Transformer(nn.Module):
@@ -133,6 +115,7 @@ class Transformer(nn.Module):
         targets_BPT: Tensor | None,
         draft: bool = False,
         documents_BS: Tensor | None = None,
+        weigh: Weigh | None = None,
     ) -> Losses:
         """The losses of samples of S = T + 1 + mtp_depth tokens.
 
@@ -140,6 +123,8 @@ class Transformer(nn.Module):
         head; None computes the routing alone. draft: whether to return each head's most likely token, too.
         documents_BS: int64, the number of each token's document, where documents of a sample do not see each other;
         best on the host (see `find_documents`).
+        weigh: the weights of the main head's tokens (see `OutputHead.loss`). The MTP modules then learn from the main
+        model and change nothing in it.
         """
         T = tokens_BS.shape[1] - 1 - self.config.mtp_depth if targets_BPT is None else targets_BPT.shape[-1]
         # At a document's end, module k sees a token of the next document. Only that position's own prediction is
@@ -147,10 +132,11 @@ class Transformer(nn.Module):
         documents = None if documents_BS is None else find_documents(documents_BS[:, :T], tokens_BS.device)
         embedding_BSD = self.embed_tokens(tokens_BS)  # once, also for the MTP modules: where sharded, it is gathered
         trunk_BTD, stats = self.trunk(embedding_BSD[:, :T], mask_BS[:, :T], documents)
-        inputs, more = self.head_inputs(trunk_BTD, embedding_BSD, mask_BS, documents)
+        apart = (trunk_BTD, embedding_BSD) if weigh is None else (trunk_BTD.detach(), embedding_BSD.detach())
+        inputs, more = self.head_inputs(*apart, mask_BS, documents)
         nll_P = torch.zeros(0, device=trunk_BTD.device)
         if targets_BPT is not None:
-            nll_P = self.lm_head.loss(inputs, targets_BPT)
+            nll_P = self.lm_head.loss([trunk_BTD, *inputs[1:]], targets_BPT, weigh)
         drafts_BPT = (
             torch.stack([most_likely(self.lm_head, h, self.config.vocab_size) for h in inputs], 1) if draft else None
         )

@@ -23,6 +23,7 @@ def make_config() -> Callable[..., DataConfig]:
     def make(folder: Path, **changes: Any) -> DataConfig:
         config = DataConfig(
             paths=[str(folder / "corpus")],
+            sources=None,
             text_key="text",
             skip_bad_lines=False,
             cache_dir=str(folder / "cache"),

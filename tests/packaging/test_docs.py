@@ -51,7 +51,7 @@ def test_each_page_is_listed_once_everywhere():
 
 def test_the_architecture_page_has_the_layers_that_the_import_test_enforces():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
     shown = {name: int(layer) for layer, cell in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", cell)}
     assert shown == {name: layer for name, layer in LAYERS.items() if name != "__main__"}
 

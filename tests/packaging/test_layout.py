@@ -10,8 +10,8 @@ PACKAGE = ROOT / "dsv3_lightning"
 # A file imports from its own folder or from lower layers, never from another folder of its own layer.
 LAYERS = {
     "errors": 0, "common": 1, "model": 2, "data": 2, "parallel": 3, "hub": 3, "inference": 3, "planning": 3,
-    "training": 4, "callbacks": 5, "config": 6, "runs": 7, "api": 8, "studies": 8, "commands": 8,
-    "cli": 9, "__main__": 10,
+    "evaluation": 4, "training": 5, "callbacks": 6, "config": 7, "runs": 8, "api": 9, "studies": 9, "commands": 9,
+    "cli": 10, "__main__": 11,
 }  # fmt: skip
 FORBIDDEN = {
     "common": ("torch", "lightning"),

@@ -70,6 +70,7 @@ LEAVES = {
     "model.initializer_range": (0.1, NUMBERS),
     "model.tie_word_embeddings": (True, NUMBERS),
     "data.paths": ("[/nope.txt]", REFUSED),
+    "data.sources": ("{a: {paths: [/nope.txt]}}", REFUSED),
     "data.text_key": ("content", "elsewhere: tests/data/test_corpus.py"),
     "data.skip_bad_lines": (True, "elsewhere: tests/data/text/test_corpus.py"),
     "data.cache_dir": ("/dev/null/cache", REFUSED),

@@ -83,14 +83,15 @@ def build_index(folder: Path, split: str, sequence_length: int, mtp_depth: int, 
     final = index_folder(folder, split, sequence_length, mtp_depth, masked)
     remove_leftovers(final.parent, final.name)
     file = TokenFile(folder, split)
-    if (documents := len(file.offsets()) - 1) >= 10 * MILLION:
+    if (documents := file.documents) >= 10 * MILLION:
         say(f"packing {documents / MILLION:,.0f} million documents: about {SECONDS * documents / MILLION:.0f} s")
     with whole(final) as beside:
         beside.mkdir()
-        index = pack(
-            file.offsets(), sequence_length, mtp_depth, masked, file.loss_spans(),
-            make=lambda name, shape, dtype: new_file(beside / f"{name}.npy", shape, dtype),
-        )  # fmt: skip
+
+        def make(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            return new_file(beside / f"{name}.npy", shape, dtype)
+
+        index = pack(file.offsets(make), sequence_length, mtp_depth, masked, file.loss_spans(), make)
         for path in beside.iterdir():
             if path.stem not in ARRAYS:  # needed only for packing
                 path.unlink()

@@ -22,7 +22,7 @@ from dsv3_lightning.data.batches.skips import Skip
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.store import TokenFile, read_manifest
+from dsv3_lightning.data.text.store import TokenFile, read_manifest, shards_of
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -252,5 +252,6 @@ def length_note(passes: float, tokens: int) -> str:
 
 def data_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
     """A hash of the tokens, the packed samples and their order, as 16 hexadecimal digits."""
-    parts = manifest["files"]["train/00000.bin"]["sha256"], dataset.index.digest(), ORDER, seed
+    shards = [manifest["files"][f"{name}.bin"]["sha256"] for name in shards_of(manifest, "train")]
+    parts = *shards, dataset.index.digest(), ORDER, seed
     return hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).hexdigest()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsv3_lightning.data.batches.mixture import Mixture
 from dsv3_lightning.data.batches.permutation import permuted
 from dsv3_lightning.data.batches.ramp import micro_batches
 from dsv3_lightning.data.batches.skips import Skip, shifted
@@ -84,6 +85,7 @@ class TrainSampler:
     and as if each step had as many micro-batches as the one with the most (see training/loops.py).
     count: samples of an epoch. sizes: samples of each step of the run, int64 [max_steps]; default: `layout.batch_size`.
     skips: samples that the run leaves out, each range at the beginning of a step.
+    mixture: the order over sources with weights, which have the samples of an epoch together; None: one permutation.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class TrainSampler:
         first_sample: int = 0,
         sizes: np.ndarray | None = None,
         skips: Sequence[Skip] = (),
+        mixture: Mixture | None = None,
     ) -> None:
         self.count, self.layout, self.seed = count, layout, seed
         self.sizes = np.full(max_steps, layout.batch_size) if sizes is None else sizes
         self.max_steps, self.first_step, self.first_sample = max_steps, first_step, first_sample
-        self.skips = skips
+        self.skips, self.mixture = skips, mixture
 
     def __len__(self) -> int:
         if self.layout.pipelined:
@@ -113,7 +116,7 @@ class TrainSampler:
         first = self.first_sample
         for size in map(int, self.sizes[self.first_step :]):
             numbers = shifted(first, self.skips) + self.layout.of_step(size).numbers()
-            samples = order(numbers, self.count, self.seed)
+            samples = self.mixture.samples(numbers) if self.mixture else order(numbers, self.count, self.seed)
             first += size
             if self.layout.pipelined:
                 samples = samples.reshape(1, -1)

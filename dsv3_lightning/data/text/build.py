@@ -72,7 +72,7 @@ def build(
     with progress("reading", None) as advance:
         hashes, text_bytes = survey(read_hashed(sources, config, stats), advance)
     if not hashes:
-        given = config.paths or "the standard library"
+        given = config.paths or (config.sources and f"of {', '.join(config.sources)}") or "the standard library"
         why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(stats.facts(), len(sources), {}))
         raise ConfigError(f"data.paths={given}: no text in {len(sources)} files{why}")
     last_validation = validation_threshold(hashes, config.validation_fraction)
@@ -185,8 +185,8 @@ def encode(
         "gzip_bpb": 8 * gzip_bytes / held_out if held_out else None,
         "splits": {
             split: {
-                "documents": len(writer.offsets) - 1,
-                "tokens": writer.offsets[-1],
+                "documents": writer.documents,
+                "tokens": writer.tokens,
                 "text_bytes": text_bytes[split],
                 **({"answer_bytes": answer_bytes[split]} if answer_bytes != text_bytes else {}),
             }

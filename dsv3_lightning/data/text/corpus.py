@@ -41,7 +41,11 @@ def read_documents(
     for source in sources:
         lines = source.path.name.lower().endswith(LINE_SUFFIXES)
         try:
-            found = read_lines(source, text_key, stats, skip_bad_lines) if lines else read_text(source, stats)
+            found = (
+                read_lines(source, source.text_key or text_key, stats, skip_bad_lines)
+                if lines
+                else read_text(source, stats)
+            )
             for document in found:
                 if not document:
                     stats.empty += 1
@@ -51,12 +55,12 @@ def read_documents(
                     stats.documents += 1
                     yield document
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise unreadable(source.path, error) from error
+            raise unreadable(source.where, error) from error
 
 
 def read_text(source: Source, stats: ReadStats) -> Iterator[str]:
     content = b"".join(content_of(source.path)).removeprefix(BOM)
-    where = f"data.paths: {utf8_path(source.path)}"
+    where = source.where
     refuse_no_text(where, content)
     text = decode(content, source.name, stats)
     begun = text.lstrip()
@@ -95,8 +99,7 @@ class BadLines:
         ]
         more = " (the rest of the file was not read)" if self.count >= MOST_BAD_LINES else ""
         return ConfigError(
-            f"data.paths: {utf8_path(self.source.path)}, {'; '.join(bad)}{more}; data.skip_bad_lines=true leaves bad "
-            "lines out"
+            f"{self.source.where}, {'; '.join(bad)}{more}; data.skip_bad_lines=true leaves bad lines out"
         )
 
 
@@ -125,7 +128,7 @@ def read_lines(source: Source, text_key: str, stats: ReadStats, skip_bad_lines: 
 
 def refuse_other_layouts(source: Source, line: bytes) -> None:
     """Raises ConfigError if the first line looks like another kind of file."""
-    where, start = f"data.paths: {utf8_path(source.path)}", line.strip()
+    where, start = source.where, line.strip()
     refuse_no_text(where, line)
     if start.startswith(b"["):
         name = utf8_path(source.path.name)

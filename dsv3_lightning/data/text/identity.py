@@ -18,7 +18,9 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 def gone(config: DataConfig) -> str | None:
     """The first text of a config, or its tokenizer, that no longer exists, with the setting's name."""
-    given = [("data.paths", path) for path in config.paths if not path.startswith(PACKAGE)]
+    paths = {"data.paths": config.paths}
+    paths |= {f"data.sources.{name}.paths": source.paths for name, source in (config.sources or {}).items()}
+    given = [(key, path) for key, found in paths.items() for path in found if not path.startswith(PACKAGE)]
     given += [("data.tokenizer", config.tokenizer)] if config.tokenizer is not None else []
     return next((f"{key}: {path}" for key, path in given if not Path(path).exists()), None)
 

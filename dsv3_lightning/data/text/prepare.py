@@ -20,7 +20,7 @@ from dsv3_lightning.data.text.build import build, summary
 from dsv3_lightning.data.text.digests import Digests
 from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.sources import Source, find_sources, unreadable
+from dsv3_lightning.data.text.sources import Source, sources_of, unreadable
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
 from dsv3_lightning.data.text.tally import notes
 from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
@@ -52,7 +52,7 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
             f"{tokenizer.vocab_size - 1}; needs at least {tokenizer.vocab_size}"
         )
     left_out: Counter[str] = Counter()
-    sources = find_sources(config.paths, left_out)
+    sources = sources_of(config, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
     if known is not None and (differing := changes(known, inputs)):
         raise ConfigError(f"data: this run's were made of other inputs ({differing}); choose another run.name")
@@ -110,13 +110,15 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
         try:
             files.append([source.name, source.origin, source.path.stat().st_size, digests.of(source.path)])
         except OSError as error:
-            raise unreadable(source.path, error) from error
+            raise unreadable(source.where, error) from error
     digests.save()
     trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
+    keys = {name: source.text_key for name, source in (config.sources or {}).items() if source.text_key is not None}
     return {
         "format": FORMAT,
         "files": files,
         "text_key": config.text_key,
+        **({"text_keys": keys} if keys else {}),
         "skip_bad_lines": config.skip_bad_lines,
         "validation_fraction": config.validation_fraction,
         "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,

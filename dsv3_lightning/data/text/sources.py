@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dsv3_lightning.common.files import utf8_path
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.config import PACKAGE
+from dsv3_lightning.data.config import PACKAGE, DataConfig
 from dsv3_lightning.data.text.tally import HIDDEN, listed
 from dsv3_lightning.errors import ConfigError
 
@@ -41,20 +41,45 @@ DATA = frozenset(
 class Source(NamedTuple):
     """A file. name: its path below the given folder, which identifies it wherever the corpus is.
 
-    origin: the source of its text, for metrics by origin: the given path, or if that is a single folder (or the
-    standard library), the first folder below it.
+    origin: the source of its text, for metrics by origin: its name in data.sources; or the given path, or if that is a
+    single folder (or the standard library), the first folder below it.
+    text_key: as in SourceConfig. setting: the one that names it, for messages.
     """
 
     name: str
     path: Path
     origin: str = ""
+    text_key: str | None = None
+    setting: str = "data.paths"
+
+    @property
+    def where(self) -> str:
+        return f"{self.setting}: {utf8_path(self.path)}"
 
 
-def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> list[Source]:
+def sources_of(config: DataConfig, left_out: Counter[str] | None = None) -> list[Source]:
+    """The files of a whole corpus: of `data.sources`, one source after the other, or of `data.paths`.
+
+    left_out: as in `find_sources`. Raises ConfigError.
+    """
+    if config.sources is None:
+        return find_sources(config.paths, left_out)
+    found = []
+    for name, given in config.sources.items():
+        setting = f"data.sources.{name}.paths"
+        for source in find_sources(given.paths, left_out, setting):
+            found.append(source._replace(origin=name, text_key=given.text_key, setting=setting))
+    return found
+
+
+def find_sources(
+    paths: Sequence[str], left_out: Counter[str] | None = None, setting: str = "data.paths"
+) -> list[Source]:
     """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library, and
     package:NAME the Python files of an installed package.
 
     left_out: counts the files of given folders that aren't read, by suffix, and those that are hidden.
+    setting: the one that names the paths, for messages.
     Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text, or whose
     only text describes data that can't be read.
     """
@@ -63,22 +88,22 @@ def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> 
     sources: list[Source] = []
     for given in paths:
         if given.startswith(PACKAGE):
-            found = walk(package_folder(given), (".py",), LEFT_OUT_FOLDERS)
+            found = walk(package_folder(given, setting), (".py",), LEFT_OUT_FOLDERS)
             sources += [source._replace(origin=given) for source in found]
             continue
         path = user_path(given)
         if not path.exists():
-            raise ConfigError(f"data.paths: {given} does not exist")
+            raise ConfigError(f"{setting}: {given} does not exist")
         unread: Counter[str] = Counter()
         if path.is_dir():
-            found = walk(path, READ, unread=unread)
+            found = walk(path, READ, unread=unread, setting=setting)
         else:
             found = [Source(utf8_path(path.name), path)] if path.name.lower().endswith(READ) else []
         if not found:
             holds = f" (it holds {listed(unread)})" if unread else ""
-            raise ConfigError(f"data.paths: {given} is no text; read are {READ_SHOWN}{holds}")
+            raise ConfigError(f"{setting}: {given} is no text; read are {READ_SHOWN}{holds}")
         if path.is_dir():
-            refuse_cards_alone(given, path, found, unread)
+            refuse_cards_alone(f"{setting}: {given}", path, found, unread)
         if left_out is not None:
             left_out.update(unread)
         sources += [source._replace(origin=utf8_path(path.name)) for source in found]
@@ -86,7 +111,7 @@ def find_sources(paths: Sequence[str], left_out: Counter[str] | None = None) -> 
     return by_folder(sources) if single else sources
 
 
-def refuse_cards_alone(given: str, folder: Path, found: list[Source], unread: Counter[str]) -> None:
+def refuse_cards_alone(where: str, folder: Path, found: list[Source], unread: Counter[str]) -> None:
     """Raises ConfigError if the only texts in a data set's folder are its README or its loading script."""
     data = {label: number for label, number in unread.items() if "." + label.split(".")[-1] in DATA or first(label)}
     script = f"{folder.name.lower()}.py"
@@ -94,7 +119,7 @@ def refuse_cards_alone(given: str, folder: Path, found: list[Source], unread: Co
     if data and all(CARD.fullmatch(name) or name == script for name in names):
         shown = ", ".join(source.name for source in found[:3]) + (" …" if len(found) > 3 else "")
         raise ConfigError(
-            f"data.paths: {given} holds data of kinds that aren't read ({listed(data)}), and the only text in it is "
+            f"{where} holds data of kinds that aren't read ({listed(data)}), and the only text in it is "
             f"{shown}; write the data as .jsonl, or name that file itself to train on it"
         )
 
@@ -104,12 +129,12 @@ def first(label: str) -> bool:
     return "." + label.split(".")[1] in DATA if label.startswith(".") else False
 
 
-def package_folder(given: str) -> Path:
+def package_folder(given: str, setting: str) -> Path:
     """The folder of the installed package of `package:NAME`, which isn't imported. Raises ConfigError."""
     name = given.removeprefix(PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"data.paths: {given} is not an installed package with a folder of its own")
+        raise ConfigError(f"{setting}: {given} is not an installed package with a folder of its own")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -127,12 +152,15 @@ def first_folder(name: str) -> str:
 
 
 def main_origins(sources: Sequence[Source], limit: int = 16) -> dict[str, str]:
-    """{origin: its name}; with more than `limit` origins, `others` for all but the `limit - 1` largest."""
+    """{origin: its name}; with more than `limit` origins that the user didn't name, `others` for all but the
+    `limit - 1` largest.
+    """
     sizes: dict[str, int] = {}
     for source in sources:
         sizes[source.origin] = sizes.get(source.origin, 0) + source.path.stat().st_size
     largest = sorted(sizes, key=lambda origin: (-sizes[origin], origin))
-    kept = largest if len(largest) <= limit else largest[: limit - 1]
+    named = any(source.setting != "data.paths" for source in sources)
+    kept = largest if named or len(largest) <= limit else largest[: limit - 1]
     return {origin: origin if origin in kept else "others" for origin in largest}
 
 
@@ -141,14 +169,19 @@ def walk(
     suffixes: tuple[str, ...],
     leave_out: frozenset[str] = frozenset(),
     unread: Counter[str] | None = None,
+    setting: str = "data.paths",
 ) -> list[Source]:
     """Files below the folder with one of the suffixes, in upper or lower case, by relative path, without hidden ones.
 
     unread: if given, counts what is left out, and links to folders are followed, into each folder once.
     """
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(f"{setting}: {utf8_path(error.filename)}", error) from error
+
     found, seen, waiting = [], set(), [folder]
     for start in waiting:  # links to folders are appended
-        for root, folders, names in os.walk(start, onerror=_refuse):
+        for root, folders, names in os.walk(start, onerror=refuse):
             status = os.stat(root)
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
@@ -181,9 +214,5 @@ def suffix_of(name: str) -> str:
     return "".join(suffixes[-2:] if packed else suffixes[-1:]) or "without a suffix"
 
 
-def unreadable(path: str | Path, error: Exception) -> ConfigError:
-    return ConfigError(f"data.paths: {utf8_path(path)}: {getattr(error, 'strerror', None) or error}")
-
-
-def _refuse(error: OSError) -> None:
-    raise unreadable(error.filename, error) from error
+def unreadable(where: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{where}: {getattr(error, 'strerror', None) or error}")

@@ -65,6 +65,8 @@ class Runner:
         made = OneForwardOneBackward if schedule == "1f1b" else getattr(schedules, name)
         loss: dict[str, Any] = {"loss_fn": lambda output, target: output} if trains else {}
         self.schedule = made(self.stages, shape.micro_batches, scale_grads=False, **loss)
+        if overlap is None:
+            part_pairs(self.schedule)
         if not trains:
             order = self.schedule.pipeline_order_with_comms
             self.schedule.pipeline_order_with_comms = {rank: forward_only(actions) for rank, actions in order.items()}
@@ -84,16 +86,31 @@ class Runner:
             raise failed
 
 
+def part_pairs(schedule: _PipelineScheduleRuntime) -> None:
+    """Makes each pair of passes two actions, since torch's runtime sends a pair's results only after both passes.
+
+    Without overlap the next rank would wait for the second pass to get the result of the first.
+    """
+    order: dict[int, list[_Action | None]] = {
+        rank: [*unpaired(actions)] for rank, actions in schedule.pipeline_order.items()
+    }
+    schedule._prepare_schedule_with_comms(order)
+
+
 def forward_only(actions: Sequence[_Action]) -> list[_Action]:
     """What of a rank's actions a forward pass needs; paired actions give their forward one.
 
     Parameters are gathered before the first pass and freed after the last.
     """
-    single = [part for action in actions for part in (action.sub_actions or (action,))]
-    kept = [action for action in single if action.computation_type in (FORWARD, SEND_F, RECV_F)]
+    kept = [action for action in unpaired(actions) if action.computation_type in (FORWARD, SEND_F, RECV_F)]
     stages = sorted({action.stage_index for action in kept if action.computation_type == FORWARD})
     gathered, freed = ([_Action(stage, kind, None) for stage in stages] for kind in (UNSHARD, RESHARD))
     return [*gathered, *kept, *freed]
+
+
+def unpaired(actions: Sequence[_Action | None]) -> list[_Action]:
+    """A rank's actions, with the parts of paired ones one after the other and without idle places."""
+    return [part for action in actions if action is not None for part in (action.sub_actions or (action,))]
 
 
 def first_cause(error: BaseException) -> BaseException:

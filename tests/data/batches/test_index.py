@@ -155,7 +155,9 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, kind: str) -> N
         (tmp_path / split).mkdir()
         (tmp_path / split / "00000.bin").touch()
         (offsets if split == "train" else offsets[:1]).astype("<u8").tofile(tmp_path / split / "00000.idx")
-    write_manifest(tmp_path, {"format": FORMAT, "dtype": "<u2", "files": {}})
+    paths = [tmp_path / split / f"00000.{end}" for split in ("train", "validation") for end in ("bin", "idx")]
+    files = {path.relative_to(tmp_path).as_posix(): {"bytes": path.stat().st_size} for path in paths}
+    write_manifest(tmp_path, {"format": FORMAT, "dtype": "<u2", "files": files})
 
     tracemalloc.start()
     prepare_index(tmp_path, 4096, 1, False)

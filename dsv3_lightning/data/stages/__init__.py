@@ -1,0 +1,1 @@
+"""Resumable stages of preparation, over processes and machines."""
