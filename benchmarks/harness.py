@@ -1,6 +1,6 @@
 """The figures of lm-evaluation-harness, by every way into it: python benchmarks/harness.py MODEL [--questions N]
 
-MODEL: a run's folder, a checkpoint or a Hugging Face folder. Needs pip install 'dsv3-lightning[serve,eval]' and,
+MODEL: a run's folder, a checkpoint or a Hugging Face folder. Needs pip install 'dsv3-lightning[serve,harness]' and,
 for the harness's own `hf`, transformers, accelerate and peft.
 
 Three tasks made from the installed Python's sources (ranked options, generation and log-probabilities of whole texts)
@@ -25,15 +25,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OPENAI_API_KEY", "none")
 
-import lm_eval
-import uvicorn
-from lm_eval.tasks import TaskManager
-
 from dsv3_lightning import load
 from dsv3_lightning.cli import main as cli
 from dsv3_lightning.inference.batching import Engine
-from dsv3_lightning.inference.harness import HarnessModel
-from dsv3_lightning.inference.server.app import build_app
 
 TOLERANCE = 1e-4
 NEW = 12
@@ -98,6 +92,9 @@ def write_tasks(folder: Path, questions: int) -> None:
 
 def answers(model: Any, folder: Path, tasks: list[str], **options: Any) -> dict[str, list[Any]]:
     """By task, each document's answers as the model gave them."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     began = time.perf_counter()
     results = lm_eval.simple_evaluate(
@@ -170,6 +167,11 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--record", type=Path)
     given = parser.parse_args()
+    import uvicorn
+
+    from dsv3_lightning.inference.harness import HarnessModel
+    from dsv3_lightning.inference.server.app import build_app
+
     model, tokenizer = load(given.model)
     limit = model.config.max_position_embeddings
     tasks = ["ranked", "written", "rolling"]

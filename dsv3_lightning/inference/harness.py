@@ -1,4 +1,5 @@
-"""A model for lm-evaluation-harness: pass it to `lm_eval.simple_evaluate(model=…)`. Needs the extra `eval`."""
+"""A model for lm-evaluation-harness: pass it to `lm_eval.simple_evaluate(model=…)`. Needs the extra
+`harness`."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ConfigError(f"the harness needs {error.name}: pip install 'dsv3-lightning[eval]'") from None
+    raise ConfigError(f"the harness needs {error.name}: pip install 'dsv3-lightning[harness]'") from None
 
 NEW_TOKENS = 256  # the harness's default
 GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
