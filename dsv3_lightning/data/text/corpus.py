@@ -4,6 +4,7 @@ A document is a text, or a conversation: a jsonl line whose field `text_key` hol
 """
 
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 
 from dsv3_lightning.common.files import blocks, utf8_path
@@ -39,13 +41,11 @@ def read_documents(
     """
     stats = stats if stats is not None else ReadStats()
     for source in sources:
-        lines = source.path.name.lower().endswith(LINE_SUFFIXES)
+        lines, key = source.path.name.lower().endswith(LINE_SUFFIXES), source.text_key or text_key
         try:
-            found = (
-                read_lines(source, source.text_key or text_key, stats, skip_bad_lines)
-                if lines
-                else read_text(source, stats)
-            )
+            found = read_lines(source, key, stats, skip_bad_lines) if lines else read_text(source, stats)
+            if source.marks is not None:
+                found = itertools.compress(found, np.load(source.marks) == 0)
             for document in found:
                 if not document:
                     stats.empty += 1

@@ -43,7 +43,8 @@ class Source(NamedTuple):
 
     origin: the source of its text, for metrics by origin: its name in data.sources; or the given path, or if that is a
     single folder (or the standard library), the first folder below it.
-    text_key: as in SourceConfig. setting: the one that names it, for messages.
+    text_key: as in SourceConfig. setting: the one that names it, for messages. marks: a .npy file, uint8 [documents], 0
+    for the documents that are read; None: all are.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Source(NamedTuple):
     origin: str = ""
     text_key: str | None = None
     setting: str = "data.paths"
+    marks: Path | None = None
 
     @property
     def where(self) -> str:
