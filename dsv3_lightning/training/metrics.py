@@ -99,6 +99,32 @@ class BitsPerByte(Sums):
         return means(self.nll[None] / math.log(2), self.bytes[None])[0]
 
 
+class SourceLoss(Sums):
+    """Loss per token and bits per byte of the main head for each of K sources, lists of K; None without valid targets.
+
+    update: source, the number of the source of all samples, int64; nll scalar (a sum, nats), targets_BT int64 with
+    IGNORE, and target_bytes_B int64.
+    """
+
+    nll_K: Tensor
+    count_K: Tensor
+    bytes_K: Tensor
+
+    def __init__(self, sources: int) -> None:
+        super().__init__()
+        self.add_sum("nll_K", sources, dtype=torch.float64)
+        self.add_sum("count_K", sources, dtype=torch.int64)
+        self.add_sum("bytes_K", sources, dtype=torch.int64)
+
+    def update(self, source: Tensor, nll: Tensor, targets_BT: Tensor, target_bytes_B: Tensor) -> None:
+        self.nll_K[source] += nll.detach()
+        self.count_K[source] += (targets_BT != IGNORE).sum()
+        self.bytes_K[source] += target_bytes_B.sum()
+
+    def compute(self) -> tuple[list[float | None], list[float | None]]:
+        return means(self.nll_K, self.count_K), means(self.nll_K / math.log(2), self.bytes_K)
+
+
 class Acceptance(Sums):
     """Acceptance rate of MTP drafts in greedy speculative decoding: a list of mtp_depth shares.
 

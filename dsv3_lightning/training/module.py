@@ -29,7 +29,7 @@ from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, publish
 from dsv3_lightning.training.loops import loops_at, set_micro_batches
-from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
+from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, SourceLoss, TokenLoss
 from dsv3_lightning.training.non_finite import describe, find_on_rank, gather_findings
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.pipeline_step import pipeline_step
@@ -78,6 +78,7 @@ class PretrainModule(pl.LightningModule):
         self.val_loss = TokenLoss(1 + model.mtp_depth)
         self.val_bpb = BitsPerByte()
         self.val_acceptance = Acceptance(model.mtp_depth)
+        self.val_sources: SourceLoss | None = None  # where the data have sources
         self.scalars: dict[str, float] = {}
         self.target_counts_P: Tensor | None = None  # of the current step, over all micro-batches and ranks
         self.step_loss: Tensor | float = 0.0  # sum over the current step's micro-batches on this rank
@@ -126,6 +127,8 @@ class PretrainModule(pl.LightningModule):
             "loss": ["loss/main"],
             "val_loss": ["val/loss$"],
             "bpb": ["val/bpb"],
+            "source_loss": [r"sources/loss_.*"] if tree["data"]["sources"] else [],
+            "source_bpb": [r"sources/bpb_.*"] if tree["data"]["sources"] else [],
             "lr": ["optimizer/lr"],
             "balance_loss": ["loss/balance$"] if balanced else [],
             "balance_losses": [r"loss/balance_\w+"] if balanced else [],
@@ -323,17 +326,31 @@ class PretrainModule(pl.LightningModule):
         if step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning still validates once more before it stops
 
+    def on_validation_epoch_start(self) -> None:
+        if names := self.source_names:
+            self.val_sources = SourceLoss(len(names)).to(self.device)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources of validation batches with a `source`; none if the data are one corpus."""
+        return getattr(self.trainer.datamodule, "source_names", [])  # type: ignore[attr-defined]
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         losses = self.losses_of(batch, draft=self.model.config.mtp_depth > 0)
         if losses.drafts_BPT is not None:
             self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
         self.val_loss.update(losses.nll_P, batch["targets"])
         self.val_bpb.update(losses.nll_P[0], batch["target_bytes"])
+        if self.val_sources is not None:
+            self.val_sources.update(batch["source"], losses.nll_P[0], batch["targets"][:, 0], batch["target_bytes"])
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
         main, *mtp = self.val_loss.compute()
         values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
+        if self.val_sources is not None:
+            for kind, of_sources in zip(("loss", "bpb"), self.val_sources.compute(), strict=True):
+                values |= {f"sources/{kind}_{name}": value for name, value in zip(self.source_names, of_sources)}
         values |= self.mtp_values(mtp)
         self.val_loss.reset()
         self.val_bpb.reset()

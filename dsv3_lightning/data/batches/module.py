@@ -21,6 +21,7 @@ from dsv3_lightning.data.batches.sampling import ORDER, Layout, TrainSampler, Va
 from dsv3_lightning.data.batches.shares import mixture_of
 from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.compressors import compressed_sources
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile, read_manifest, shards_of
@@ -81,6 +82,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         prepare_index(self.prepare_tokens(), cuts_of(self.config, self.mtp_depth))
+        if self.config.sources is not None:
+            compressed_sources(self.prepared, self.tokenizer)  # which the report shows
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:  # one rank per node has prepared; the others needn't read the corpus to find it
@@ -225,6 +228,11 @@ class TextDataModule(LightningDataModule):
     def passes(self, step: int) -> float:
         """Number of passes over the training data in the run's first `step` optimizer steps."""
         return int(self.batch_sizes[:step].sum()) / self.train_samples
+
+    @property
+    def compressed(self) -> dict[str, dict[str, Any]]:
+        """What gzip and xz need for the validation text of each source."""
+        return compressed_sources(self.prepared, self.tokenizer) if self.config.sources is not None else {}
 
     def passes_by_source(self, step: int) -> dict[str, float]:
         """Passes over each source with a share of the run in its first `step` optimizer steps."""
