@@ -13,10 +13,15 @@ from dsv3_lightning.config.compose import read_yaml, resolve
 # that stored settings lack is off.
 OFF: dict[str, Any] = {
     "init_from": None,
+    "dpo": None,
+    "grpo": None,
     "data.sources": None,
+    "data.cleaning": None,
     "data.skip_bad_lines": False,
     "data.tokenizer": None,
     "data.end_token": None,
+    "data.packing": "best_fit",
+    "data.weights_schedule": None,
     "data.batch_ramp": None,
     "data.mask_document_ends": False,
     "data.isolate_documents": False,

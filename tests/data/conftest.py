@@ -24,6 +24,7 @@ def make_config() -> Callable[..., DataConfig]:
         config = DataConfig(
             paths=[str(folder / "corpus")],
             sources=None,
+            cleaning=None,
             text_key="text",
             skip_bad_lines=False,
             cache_dir=str(folder / "cache"),
@@ -31,6 +32,8 @@ def make_config() -> Callable[..., DataConfig]:
             end_token=None,
             vocab_size=400,
             sequence_length=96,
+            packing="best_fit",
+            weights_schedule=None,
             batch_size=8,
             batch_ramp=None,
             validation_fraction=0.2,

@@ -75,7 +75,7 @@ def test_server_and_chat_draw_ids_with_text_only(model, tokenizer):
     copy.bytes_of = noting(copy.bytes_of)  # type: ignore[method-assign]
     copy.end_ids = set()
     engine, done = Engine(model, copy, 2, 2, 60.0), threading.Event()
-    job = Job([0, 70], 40, Sampling(5.0), 0, (), lambda _, finish: done.set() if finish else None)
+    job = Job([0, 70], 40, Sampling(5.0), 0, (), lambda _, finish, __: done.set() if finish else None)
     engine.submit([job])
     assert done.wait(60)
     engine.close()

@@ -185,8 +185,8 @@ def encode(
         "gzip_bpb": 8 * gzip_bytes / held_out if held_out else None,
         "splits": {
             split: {
-                "documents": len(writer.offsets) - 1,
-                "tokens": writer.offsets[-1],
+                "documents": writer.documents,
+                "tokens": writer.tokens,
                 "text_bytes": text_bytes[split],
                 **({"answer_bytes": answer_bytes[split]} if answer_bytes != text_bytes else {}),
             }

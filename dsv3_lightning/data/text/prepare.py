@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from dsv3_lightning.common.files import remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.data.cleaning.corpus import Plan, clean, plan
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.build import build, summary
 from dsv3_lightning.data.text.digests import Digests
@@ -22,7 +23,7 @@ from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.sources import Source, sources_of, unreadable
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
-from dsv3_lightning.data.text.tally import notes
+from dsv3_lightning.data.text.tally import listed, notes
 from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
 from dsv3_lightning.errors import ConfigError
 
@@ -54,6 +55,9 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
     left_out: Counter[str] = Counter()
     sources = sources_of(config, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
+    cleaning = plan(config, sources) if config.cleaning is not None else None
+    if cleaning is not None:
+        inputs["cleaning"] = cleaning.key
     if known is not None and (differing := changes(known, inputs)):
         raise ConfigError(f"data: this run's were made of other inputs ({differing}); choose another run.name")
     folder = user_path(config.cache_dir) / key_of(inputs)
@@ -62,6 +66,8 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 if not is_complete(folder):  # another process may have finished it in the meantime
+                    if cleaning is not None:
+                        sources = cleaned_files(cleaning)
                     build_whole(folder, config, sources, left_out, tokenizer, inputs)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
@@ -69,6 +75,19 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
         for line in notes(read_manifest(folder), len(sources), left_out):
             tell(line)
     return folder
+
+
+def cleaned_files(cleaning: Plan) -> list[Source]:
+    """The files of what stays of each source. Raises ConfigError if nothing stays of one."""
+    cleaned = clean(cleaning)
+    assert cleaned is not None  # no other job has a part of it
+    for name, counts in cleaned.counts.items():
+        if not counts["join"]["documents"].get("stays"):
+            reasons: Counter[str] = Counter(counts["join"]["documents"])
+            for part in counts["clean"]:
+                reasons.update({reason: n for reason, n in part["documents"].items() if reason not in ("read", "kept")})
+            raise ConfigError(f"data.cleaning: no document of {name} is left ({listed(reasons) or 'it has none'})")
+    return cleaned.files
 
 
 def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: Callable[[str], None] | None) -> Path:

@@ -1,19 +1,23 @@
-"""Token files: the tokenized documents on disk, memory-mapped. Imports no torch.
+"""Token files: the tokenized documents on disk in shards, memory-mapped. Imports no torch.
 
-    SPLIT/00000.bin  the ids of all documents, each BOS ... EOS; uint16 where the tokenizer fits into it, else uint32
-    SPLIT/00000.idx  where each document begins, and the end: uint64 [documents + 1]
+    SPLIT/00000.bin  the ids of the documents, each BOS ... EOS; uint16 where the tokenizer fits into it, else uint32
+    SPLIT/00000.idx  where each document begins in the .bin, and the end: uint64 [documents + 1]
     SPLIT/00000.src  the origin of each document, as an index into the manifest's `origins`: uint16 [documents]
     SPLIT/00000.ans  only with conversations: begin and end of each span of tokens that are trained on, alternating:
-                     uint64 [2 · spans], rising
+                     uint64 [2 · spans], rising; a shard without it is trained on whole
+    SPLIT/00001.bin  … the next shard; a .bin is at most of `data.shard_bytes`, unless a single document is larger
     manifest.json    width, counts, and bytes and sha256 of every file; written last
 
-All little-endian. Document boundaries are stored, not inferred from EOS, which a document may lack or contain twice.
+All little-endian. No document crosses shards. Document boundaries are stored, not inferred from EOS, which a document
+may lack or contain twice.
 """
 
 import hashlib
 import json
 import os
 from array import array
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +29,26 @@ from dsv3_lightning.errors import ConfigError
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+OPEN_SHARDS = 256
 
 
 class TokenWriter:
-    """Writes one split: `add` documents, then `close`. Raises ConfigError for an id that the tokenizer doesn't have."""
+    """Writes one split: `add` documents, then `close`. Raises ConfigError for an id that the tokenizer doesn't have.
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, bos_id: int, eos_id: int) -> None:
+    shard_bytes: the most that a .bin holds, but for a larger document; None: no limit.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, bos_id: int, eos_id: int, shard_bytes: int | None = None
+    ) -> None:
         (folder / split).mkdir()
-        self.folder, self.split, self.vocab_size = folder, split, vocab_size
+        self.folder, self.split, self.vocab_size, self.shard_bytes = folder, split, vocab_size, shard_bytes
         self.bos_id, self.eos_id = bos_id, eos_id
         self.dtype = token_dtype(vocab_size)
-        self.offsets, self.origins, self.loss_spans = array("Q", [0]), array("H"), array("Q")
-        self.sha256 = hashlib.sha256()
-        self.file = open(folder / split / "00000.bin", "wb")
+        self.documents = self.tokens = 0
+        self.files: dict[str, FileRecord] = {}
+        self.shards = 0
+        self._begin_shard()
 
     def add(self, ids: np.ndarray, origin: int = 0) -> None:
         """Adds a document's ids [n], any integer type, without BOS and EOS. origin: index of its origin."""
@@ -50,65 +61,167 @@ class TokenWriter:
             wrong = document.max() if document.min() >= 0 else document.min()
             raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
         content = document.astype(self.dtype).tobytes()
+        held = self.offsets[-1] * np.dtype(self.dtype).itemsize
+        if self.shard_bytes is not None and held and held + len(content) > self.shard_bytes:
+            self._end_shard()
+            self._begin_shard()
         self.file.write(content)
         self.sha256.update(content)
         for begin, end in loss_spans:
-            if self.loss_spans and self.loss_spans[-1] == self.offsets[-1] + begin:
-                self.loss_spans.pop()  # continues the previous span, as texts always do
-            else:
-                self.loss_spans.append(self.offsets[-1] + begin)
-            self.loss_spans.append(self.offsets[-1] + end)
+            join_span(self.loss_spans, self.offsets[-1] + begin, self.offsets[-1] + end)
         self.offsets.append(self.offsets[-1] + len(document))
         self.origins.append(origin)
+        self.documents, self.tokens = self.documents + 1, self.tokens + len(document)
 
     def close(self) -> dict[str, FileRecord]:
         """Syncs everything to disk; returns the split's files by their path below the folder."""
+        self._end_shard()
+        return self.files
+
+    def _begin_shard(self) -> None:
+        self.offsets, self.origins, self.loss_spans = array("Q", [0]), array("H"), array("Q")
+        self.sha256 = hashlib.sha256()
+        self.name = shard_name(self.split, self.shards)
+        self.file = open(self.folder / f"{self.name}.bin", "wb")
+        self.shards += 1
+
+    def _end_shard(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
         size = self.file.tell()
         self.file.close()
-        index = np.frombuffer(self.offsets, dtype=np.uint64).astype("<u8").tobytes()
-        origins = np.array(self.origins, dtype="<u2").tobytes()
-        files: dict[str, FileRecord] = {
-            f"{self.split}/00000.bin": {"bytes": size, "sha256": self.sha256.hexdigest()},
-            f"{self.split}/00000.idx": write_file(self.folder / self.split / "00000.idx", index),
-            f"{self.split}/00000.src": write_file(self.folder / self.split / "00000.src", origins),
-        }
-        if list(self.loss_spans) not in ([], [0, self.offsets[-1]]):
-            loss_spans = np.frombuffer(self.loss_spans, dtype=np.uint64).astype("<u8").tobytes()
-            files[f"{self.split}/00000.ans"] = write_file(self.folder / self.split / "00000.ans", loss_spans)
-        return files
+        self.files[f"{self.name}.bin"] = {"bytes": size, "sha256": self.sha256.hexdigest()}
+        offsets, origins, spans = (np.frombuffer(part, part.typecode) for part in
+                                   (self.offsets, self.origins, self.loss_spans))  # fmt: skip
+        self.files |= write_tables(self.folder, self.name, offsets, origins, spans)
+
+
+def write_tables(
+    folder: Path, name: str, offsets: np.ndarray, origins: np.ndarray, loss_spans: np.ndarray
+) -> dict[str, FileRecord]:
+    """Writes what belongs to a shard's .bin; returns the files. name: SPLIT/NNNNN."""
+    content = {".idx": offsets.astype("<u8"), ".src": origins.astype("<u2")}
+    if loss_spans.tolist() not in ([], [0, offsets[-1]]):
+        content[".ans"] = loss_spans.astype("<u8")
+    return {name + end: write_file(folder / (name + end), numbers.tobytes()) for end, numbers in content.items()}
+
+
+def join_span(spans: "array[int]", begin: int, end: int) -> None:
+    """Adds a span after the others, or to the last one if it continues that, as texts always do."""
+    if spans and spans[-1] == begin:
+        spans.pop()
+    else:
+        spans.append(begin)
+    spans.append(end)
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}/{number:05}"
 
 
 class TokenFile:
-    """A memory-mapped split. tokens: all ids [N] uint16 or uint32. Pickled as its path."""
+    """A memory-mapped split of one or more shards. tokens: all ids [N] uint16 or uint32. Pickled as its path."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
         self.manifest = read_manifest(folder)
-        self.tokens = mapped(folder / split / "00000.bin", self.manifest["dtype"])
-        self._offsets = mapped(folder / split / "00000.idx", "<i8")  # of uint64 below 2^63: the same bytes
+        self.names = shards_of(self.manifest, split)
+        self.dtype = np.dtype(self.manifest["dtype"])
+        sizes = [self.manifest["files"][f"{name}.bin"]["bytes"] // self.dtype.itemsize for name in self.names]
+        self.begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # of each shard in the split's tokens
+        self.tokens: np.ndarray | ShardedTokens
+        if len(self.names) == 1:
+            self.tokens = self._mapped(0, ".bin", self.manifest["dtype"])
+        else:
+            self.tokens = ShardedTokens([folder / f"{name}.bin" for name in self.names], self.begins, self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, (self.folder, self.split)
 
-    def offsets(self) -> np.ndarray:
-        """The begin of each document, and the end of the last: int64 [documents + 1]."""
-        return self._offsets
+    @property
+    def documents(self) -> int:
+        return sum(self.manifest["files"][f"{name}.idx"]["bytes"] // 8 - 1 for name in self.names)
+
+    def offsets(self, make: Callable[[str, tuple[int, ...], Any], np.ndarray] | None = None) -> np.ndarray:
+        """The begin of each document, and the end of the last: int64 [documents + 1]. Of several shards a new array.
+
+        make: name, shape and dtype to the new array, which may be in a file.
+        """
+        if len(self.names) == 1:
+            return self._mapped(0, ".idx", "<i8")  # of uint64 below 2^63: the same bytes
+        shape = (self.documents + 1,)
+        found = np.empty(shape, np.int64) if make is None else make("offsets", shape, np.int64)
+        found[0], place = 0, 1
+        for number, begin in enumerate(self.begins[:-1]):
+            part = self._mapped(number, ".idx", "<i8")[1:]
+            np.add(part, begin, out=found[place : place + len(part)])
+            place += len(part)
+        return found
 
     def origins(self) -> np.ndarray:
         """The origin of each document, as an index into the manifest's `origins`: uint16 [documents]."""
-        return mapped(self.folder / self.split / "00000.src", "<u2")
+        parts = [self._mapped(number, ".src", "<u2") for number in range(len(self.names))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def loss_spans(self) -> np.ndarray | None:
         """Begin and end of each span of tokens that are trained on: int64 [2 · spans]; None if all tokens are."""
-        path = self.folder / self.split / "00000.ans"
-        return mapped(path, "<i8") if path.exists() else None
+        if not any(f"{name}.ans" in self.manifest["files"] for name in self.names):
+            return None
+        parts = [self._loss_spans_of(number) for number in range(len(self.names))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _loss_spans_of(self, number: int) -> np.ndarray:
+        begin, end = self.begins[number : number + 2]
+        if f"{self.names[number]}.ans" not in self.manifest["files"]:
+            return np.array([begin, end]) if end > begin else np.empty(0, np.int64)
+        spans = self._mapped(number, ".ans", "<i8")
+        return spans + begin if begin else spans
+
+    def _mapped(self, number: int, end: str, dtype: str) -> np.ndarray:
+        return mapped(self.folder / (self.names[number] + end), dtype)
+
+
+class ShardedTokens:
+    """The tokens of several shards, read like one array [N] by slices and by arrays of positions.
+
+    begins: of each shard, and the end of the last: int64 [shards + 1].
+    """
+
+    def __init__(self, paths: list[Path], begins: np.ndarray, dtype: np.dtype[Any]) -> None:
+        self.paths, self.begins, self.dtype = paths, begins, dtype
+        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)  # each holds a file handle
+
+    def __len__(self) -> int:
+        return int(self.begins[-1])
+
+    def _open(self, number: int) -> np.ndarray:
+        return mapped(self.paths[number], self.dtype.str)
+
+    def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
+        if isinstance(where, slice):
+            where = np.arange(*where.indices(len(self)))
+        shard = (np.searchsorted(self.begins, where, "right") - 1).astype(np.uint16)
+        if len(where) and shard[0] == shard[-1] and (shard == shard[0]).all():
+            number = int(shard[0])
+            return self.shard(number)[where - self.begins[number]]
+        order = np.argsort(shard, kind="stable")  # a radix sort for 16 bits
+        ids = np.empty(len(where), self.dtype)
+        cuts = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=len(self.paths)))])
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            of_shard = order[cuts[number] : cuts[number + 1]]
+            ids[of_shard] = self.shard(number)[where[of_shard] - self.begins[number]]
+        return ids
 
 
 def mapped(path: Path, dtype: str) -> np.ndarray:
     """A memory-mapped array as a plain view, which slices several times faster than np.memmap; handles empty files."""
     return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+
+
+def shards_of(manifest: dict[str, Any], split: str) -> list[str]:
+    """The shards of a split, in their order, each as SPLIT/NNNNN."""
+    names = (name.removesuffix(".bin") for name in manifest["files"] if name.endswith(".bin"))
+    return sorted(name for name in names if name.startswith(f"{split}/"))
 
 
 def token_dtype(vocab_size: int) -> str:

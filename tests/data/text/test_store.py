@@ -38,6 +38,47 @@ def test_the_top_ids_survive(tmp_path: Path, vocab_size: int, width: int) -> Non
     assert raw[width : width + 2] == (vocab_size - 5).to_bytes(4, "little")[:2]
 
 
+def test_shards_are_read_like_one_file(tmp_path: Path) -> None:
+    """Of 10 tokens at most, but for a longer document; with a conversation in two of the shards."""
+    rng = np.random.default_rng(0)
+    sizes = [0, 3, 2, 4, 18, 1, 0, 5, 8, 6]
+    documents = [rng.integers(1, 999, size).astype(np.uint32) for size in sizes]
+    files = {}
+    for name, shard_bytes in (("one", None), ("many", 20)):
+        (tmp_path / name).mkdir()
+        writer = TokenWriter(tmp_path / name, "train", 1000, bos_id=0, eos_id=999, shard_bytes=shard_bytes)
+        for number, ids in enumerate(documents):
+            if number in (3, 9):
+                writer.add_whole(np.array([0, *ids, 999]), [(1, 3), (4, 6)], number)
+            else:
+                writer.add(ids, number)
+        manifest = {"format": FORMAT, "dtype": token_dtype(1000), "files": writer.close()}
+        write_manifest(tmp_path / name, manifest)
+        assert is_complete(tmp_path / name)
+        files[name] = TokenFile(tmp_path / name, "train")
+    one, many = files["one"], files["many"]
+    held = [manifest["files"][f"train/{number:05}.bin"]["bytes"] // 2 for number in range(7)]
+    assert len(many.names) == 7 and held == [
+        7,
+        10,
+        20,
+        5,
+        7,
+        10,
+        8,
+    ]  # one document each from the third shard on: 20, 3+2
+    tokens = one.tokens[:]
+    assert len(many.tokens) == len(tokens) and many.documents == one.documents == 10
+    assert many.offsets().tolist() == one.offsets().tolist() and many.origins().tolist() == list(range(10))
+    for where in (rng.integers(0, len(tokens), 500), np.arange(2, 6), np.arange(len(tokens)), np.empty(0, np.int64)):
+        assert many.tokens[where].tolist() == tokens[where].tolist()
+    assert many.tokens[5:40].tolist() == tokens[5:40].tolist()
+    spans = [file.loss_spans() for file in (one, many)]
+    learned = [np.searchsorted(bounds, np.arange(len(tokens)), "right") % 2 for bounds in spans if bounds is not None]
+    assert learned[0].tolist() == learned[1].tolist() and 0 < learned[0].sum() < len(tokens)
+    assert np.array_equal(pickle.loads(pickle.dumps(many)).tokens[:], tokens)
+
+
 @pytest.mark.parametrize("wrong", [1000, 65_536, 70_000, 2**32 - 1])
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path, wrong: int) -> None:
     with pytest.raises(ConfigError, match=f"token id {wrong} is not below the vocabulary's size 1000"):
