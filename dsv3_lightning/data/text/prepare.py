@@ -7,17 +7,19 @@ It is built under another name and renamed when everything is on disk, so a fold
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsv3_lightning.common.files import remove_leftovers, utf8_path, whole
+from dsv3_lightning.common.files import remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.build import build, summary
+from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
+from dsv3_lightning.data.text.build import Build, summary
 from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.text.documents import Files
 from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.sources import Source, sources_of, unreadable
@@ -27,12 +29,20 @@ from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_
 from dsv3_lightning.errors import ConfigError
 
 
-def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Callable[[str], None] | None = say) -> Path:
+def prepare(
+    config: DataConfig,
+    known: dict[str, Any] | None = None,
+    tell: Callable[[str], None] | None = say,
+    jobs: int = 1,
+    shard: Shard = ALL,
+) -> Path:
     """The folder with the token files, built if need be; several processes may call it at the same time.
 
     known: what the data of a run that resumes were made of, as a manifest's `inputs`. Others are refused before
     anything is written. If texts or tokenizer are gone, the tokens prepared from them are used.
     tell: called with one line for each kind of input that isn't in the token files.
+    jobs: processes that work at the same time. shard: the part of the work that is this call's; RunStopped with code 0
+        says that the other parts are still to be done.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
     if known is not None and (lost := gone(config)) is not None:
@@ -60,9 +70,11 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
     if not is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(folder):
+            corpus = Files.of(sources, config)
+            build = Build(work_folder(folder), config, corpus, tokenizer, jobs, shard)
+            with locked(folder) if shard == ALL else nullcontext():
                 if not is_complete(folder):  # another process may have finished it in the meantime
-                    build_whole(folder, config, sources, left_out, tokenizer, inputs)
+                    build_whole(folder, build, len(sources), left_out, inputs)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
     if tell is not None:
@@ -84,22 +96,29 @@ def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: 
     return folder
 
 
+def work_folder(folder: Path) -> Path:
+    """Where the stages of a folder's preparation keep what they have done until it is complete."""
+    return folder.with_name(f"{folder.name}.work")
+
+
 def build_whole(
-    folder: Path,
-    config: DataConfig,
-    sources: list[Source],
-    left_out: Mapping[str, int],
-    tokenizer: Tokenizer | None,
-    inputs: dict[str, Any],
+    folder: Path, build: Build, files_read: int, left_out: Mapping[str, int], inputs: dict[str, Any]
 ) -> None:
-    """Builds the folder, which appears only when complete. Only one process at a time may call this."""
+    """Builds the folder, which appears only when complete. Only one process at a time may call this for each shard."""
     begun = time.monotonic()
-    if reason := why_again(folder, inputs):
+    if not build.work.exists() and (reason := why_again(folder, inputs)):
         say(f"data are prepared again, {reason}")
-    remove_leftovers(folder.parent, folder.name)
-    with whole(folder) as beside:
-        manifest = build(beside, config, sources, left_out, tokenizer, inputs)
-    say(summary(manifest, folder, time.monotonic() - begun))
+    build.work.mkdir(parents=True, exist_ok=True)
+    with present(build.work, build.shard):
+        encoded = build.encode(files_read)
+        with locked(folder) if build.shard != ALL else nullcontext():
+            if not is_complete(folder):  # another job may have put it together in the meantime
+                remove_leftovers(folder.parent, folder.name)
+                with whole(folder) as beside:
+                    manifest = build.put_together(beside, encoded, files_read, left_out, inputs)
+                say(summary(manifest, folder, time.monotonic() - begun))
+    if not any(is_held(path) for path in build.work.glob("job-*.lock")):
+        remove(build.work)
 
 
 def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -114,6 +133,16 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
     digests.save()
     trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
     keys = {name: source.text_key for name, source in (config.sources or {}).items() if source.text_key is not None}
+    made = {}  # settings at their defaults are absent, so that what was made before they existed is still found
+    if config.fim_rate or config.split_rate:
+        made["rewriting"] = [config.fim_rate, config.split_rate, config.seed]
+    if config.pretokenization != "v3" and tokenizer is None:
+        made["pretokenization"] = config.pretokenization
+    for name in ("shard_bytes", "max_document_bytes", *(["tokenizer_bytes"] if tokenizer is None else [])):
+        if getattr(config, name) != getattr(DataConfig, name):
+            made[name] = getattr(config, name)
+    if tokenizer is None and (weights := source_weights(config)) is not None:
+        made["tokenizer_weights"] = weights
     return {
         "format": FORMAT,
         "files": files,
@@ -122,6 +151,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
         "skip_bad_lines": config.skip_bad_lines,
         "validation_fraction": config.validation_fraction,
         "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,
+        **made,
     }
 
 
