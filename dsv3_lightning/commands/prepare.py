@@ -12,13 +12,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @settings.command
 def run(given: settings.Settings) -> int:
-    from dsv3_lightning.data.batches.index import prepare_index
+    from dsv3_lightning.data.batches.index import cuts_of, prepare_index
     from dsv3_lightning.data.text.prepare import prepare
     from dsv3_lightning.data.text.store import read_manifest
 
     config = given.config
     folder = prepare(config.data)
-    prepare_index(folder, config.data.sequence_length, config.model.mtp_depth, config.data.mask_document_ends)
+    prepare_index(folder, cuts_of(config.data, config.model.mtp_depth))
     manifest = read_manifest(folder)
     rows = [("", "documents", "text", "tokens", "bytes per token")]
     rows += [(name, *counts(split)) for name, split in manifest["splits"].items()]

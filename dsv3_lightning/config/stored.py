@@ -17,6 +17,8 @@ OFF: dict[str, Any] = {
     "data.skip_bad_lines": False,
     "data.tokenizer": None,
     "data.end_token": None,
+    "data.packing": "best_fit",
+    "data.weights_schedule": None,
     "data.batch_ramp": None,
     "data.mask_document_ends": False,
     "data.isolate_documents": False,

@@ -2,7 +2,8 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Literal
 
 from dsv3_lightning.common.paths import PathText, path_text
 from dsv3_lightning.errors import ConfigError
@@ -43,8 +44,9 @@ class SourceConfig:
 
     paths: as data.paths.
     text_key: the field of a jsonl line that holds the text or the conversation; None: data.text_key.
-    weight: its share of the training tokens, in proportion to the other weights; None with all others: by size.
-    epochs: how many passes the run makes over it, in place of a weight.
+    weight: its share of the training samples, in proportion to the other weights.
+    epochs: how many passes the run makes over it, in place of a weight; beside a weight at most so many, after which
+        the others share its part.
     language: the language of its documents (en, zh, ...), or code.
     license: a note for the report, such as a license's name.
     """
@@ -67,8 +69,6 @@ def check_sources(sources: dict[str, SourceConfig]) -> None:
             raise ConfigError(f"{where}: a source's name holds letters, digits, _ and -")
         if not source.paths:
             raise ConfigError(f"{where}.paths=[]: must name a file, a folder or package:NAME")
-        if source.weight is not None and source.epochs is not None:
-            raise ConfigError(f"{where}: weight={source.weight} and epochs={source.epochs}; a source has one of them")
         for key, value in (("weight", source.weight), ("epochs", source.epochs)):
             if value is not None and value <= 0:
                 raise ConfigError(f"{where}.{key}={value}: must be above 0")
@@ -78,6 +78,44 @@ def check_sources(sources: dict[str, SourceConfig]) -> None:
             raise ConfigError(
                 f"data.sources.{lacking[0]}: has neither weight nor epochs; all sources have one of them, or none has"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightChange:
+    """New weights of some sources, from an optimizer step on or from so many tokens on; the others keep theirs.
+
+    Raises ConfigError.
+    """
+
+    weights: dict[str, float]
+    step: int | None = None
+    tokens: int | None = None
+
+    @property
+    def at(self) -> int:
+        return self.step if self.step is not None else self.tokens or 0
+
+
+def check_schedule(schedule: list[WeightChange], sources: dict[str, SourceConfig]) -> None:
+    """Raises ConfigError with the entry's place."""
+    weights = {name: source.weight for name, source in sources.items() if source.weight is not None}
+    for number, change in enumerate(schedule):
+        where = f"data.weights_schedule[{number}]"
+        if (change.step is None) == (change.tokens is None):
+            raise ConfigError(f"{where}: needs either step or tokens")
+        if (change.step is None) != (schedule[0].step is None):
+            raise ConfigError(f"{where}: all entries need step, or all need tokens")
+        for name, weight in change.weights.items():
+            if name not in weights:
+                raise ConfigError(f"{where}.weights.{name}: is no source with a weight; those are {' '.join(weights)}")
+            if weight < 0:
+                raise ConfigError(f"{where}.weights.{name}={weight}: must be at least 0")
+        weights |= change.weights
+        if not any(weights.values()):
+            raise ConfigError(f"{where}: no source has a weight above 0")
+    places = [0, *(change.at for change in schedule)]
+    if any(before >= after for before, after in pairwise(places)):
+        raise ConfigError(f"data.weights_schedule: is at {places[1:]}; must rise, from 1 on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +132,9 @@ class DataConfig:
     end_token: the control token that ends a document and what the assistant says; None: the tokenizer's own.
     vocab_size: entries of the trained tokenizer, special tokens included.
     sequence_length: T, positions per sample; a sample holds T + 1 + mtp_depth tokens.
+    packing: best_fit packs documents into samples without cutting those that fit; concatenate cuts them where a sample
+        ends.
+    weights_schedule: changes of the sources' weights during the run; None: they stay as they are.
     batch_size: samples per optimizer step, over all ranks and micro-batches together.
     batch_ramp: how the batch grows up to that; None: it has its size from the start.
     validation_fraction: share of the documents that is held out, by a hash of their text.
@@ -112,6 +153,8 @@ class DataConfig:
     end_token: str | None
     vocab_size: int
     sequence_length: int
+    packing: Literal["best_fit", "concatenate"]
+    weights_schedule: list[WeightChange] | None
     batch_size: int
     batch_ramp: BatchRamp | None
     validation_fraction: float
@@ -125,6 +168,10 @@ class DataConfig:
             if self.paths:
                 raise ConfigError("data.paths and data.sources are both given; a corpus has one of them")
             check_sources(self.sources)
+        if self.weights_schedule is not None:
+            if self.sources is None or not self.is_mixed:
+                raise ConfigError("data.weights_schedule: needs data.sources with weights")
+            check_schedule(self.weights_schedule, self.sources)
         for name in ("sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
@@ -145,3 +192,9 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers}: must be at least 0")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether sources have shares of the run; otherwise all documents are one corpus."""
+        given = [] if self.sources is None else [(source.weight, source.epochs) for source in self.sources.values()]
+        return any(pair != (None, None) for pair in given)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from dsv3_lightning.model.devices import Device, device_of
+from dsv3_lightning.model.short_attention import is_short, short_attention
 
 HALVES = (torch.bfloat16, torch.float16)
 FALLBACKS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # every width and dtype
@@ -26,12 +27,14 @@ class Kernel(NamedTuple):
     None if they are not. backends: those of scaled_dot_product_attention, the preferred one first; none leaves it to
     torch.
     varlen: whether the kernel tells documents apart by itself; else each has a call of its own.
+    short: whether it is `short_attention`, which tells them apart by a mask.
     """
 
     name: str
     width: int | None = None
     backends: tuple[SDPBackend, ...] = ()
     varlen: bool = False
+    short: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,8 @@ def choose_kernel(device: Device, qk: int, v: int, dtype: torch.dtype, T: int, d
     documents: whether samples hold several that do not see each other.
     """
     widest = max(qk, v)
+    if device.type == "cpu" and is_short(T, dtype):
+        return Kernel("batched products", short=True)
     if device.type != "cuda":  # on a CPU unequal widths leave the fast path
         return Kernel("flash" if device.type == "cpu" else "torch's own", widest)
     if dtype not in HALVES:
@@ -126,6 +131,8 @@ def causal_attention(
     """
     qk, v_width, T = q_BHTC.shape[-1], v_BHTC.shape[-1], q_BHTC.shape[2]
     kernel = choose_kernel(device_of(q_BHTC.device), qk, v_width, q_BHTC.dtype, T, documents is not None)
+    if kernel.short:
+        return short_attention(q_BHTC, k_BHTC, v_BHTC, scale, None if documents is None else documents.cu_seqlens)
     q, k, v = (padded(x, kernel.width) for x in (q_BHTC, k_BHTC, v_BHTC))
     if documents is None:
         out_BHTC = one_document(q, k, v, scale, kernel.backends)

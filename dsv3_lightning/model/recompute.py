@@ -17,6 +17,8 @@ SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._grouped_mm.default,
     *([torch.ops.aten._scaled_mm_v2.default] if hasattr(torch.ops.aten, "_scaled_mm_v2") else ()),  # FP8
+    torch.ops.aten.baddbmm.default,  # attention of short sequences on a CPU
+    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

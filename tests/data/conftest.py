@@ -31,6 +31,8 @@ def make_config() -> Callable[..., DataConfig]:
             end_token=None,
             vocab_size=400,
             sequence_length=96,
+            packing="best_fit",
+            weights_schedule=None,
             batch_size=8,
             batch_ramp=None,
             validation_fraction=0.2,

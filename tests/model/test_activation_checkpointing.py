@@ -133,7 +133,7 @@ def test_selective_makes_norms_and_activations_again_but_no_product_and_no_choic
     _, full = operations("full")
     assert forward["mm"] > 40 and forward["_grouped_mm"] == 2 * MOE_BLOCKS and attention(forward) == BLOCKS
 
-    for product in ("mm", "_grouped_mm", "topk"):
+    for product in ("mm", "_grouped_mm", "bmm", "topk"):
         assert selective[product] == plain[product]
     assert attention(selective) == attention(plain) == 0
     assert selective["silu"] == forward["silu"] == BLOCKS + MOE_BLOCKS  # one in each shared expert, too
@@ -149,7 +149,7 @@ def test_selective_makes_norms_and_activations_again_but_no_product_and_no_choic
 
 
 def attention(runs: Counter) -> int:
-    return sum(n for name, n in runs.items() if name.startswith("_scaled_dot_product") and "backward" not in name)
+    return runs["baddbmm"]
 
 
 def norms(runs: Counter) -> int:

@@ -78,6 +78,8 @@ LEAVES = {
     "data.end_token": ("'<|EOT|>'", "elsewhere: tests/data/test_conversation.py, tests/hub/test_instruct.py"),
     "data.vocab_size": (600, NUMBERS),
     "data.sequence_length": (16, NUMBERS),
+    "data.packing": ("concatenate", NUMBERS),
+    "data.weights_schedule": ("[{step: 1, weights: {a: 1}}]", REFUSED),
     "data.batch_size": (4, NUMBERS),
     "data.batch_ramp": ("{start: 4, increment: 2, tokens: 1000}", NUMBERS),
     "data.validation_fraction": (0.5, NUMBERS),

@@ -282,6 +282,7 @@ print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["input
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
         "mask_document_ends": False, "end_token": None,
         "isolate_documents": False, "seed": 0, "num_workers": 0, "batch_ramp": None,
+        "packing": "best_fit", "weights_schedule": None,
     }  # fmt: skip
     found = []
     for changes in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
