@@ -1,9 +1,9 @@
 """Preparation of a corpus of any size in stages of resumable tasks. Imports no torch.
 
-    WORK/survey     how many documents and bytes there are, and the hashes that decide about the split
-    WORK/sample     the texts that the tokenizer learns from, and WORK/tokenizer: the tokenizer
-    WORK/encoding   both splits' tokens, by tasks
-    WORK/shards     the same, put together to shards
+WORK/survey     how many documents and bytes there are, and the hashes that decide about the split
+WORK/sample     the texts that the tokenizer learns from, and WORK/tokenizer: the tokenizer
+WORK/encoding   both splits' tokens, by tasks
+WORK/shards     the same, put together to shards
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_lightning.common.files import blocks, link_or_copy, remove, utf8_path
+from dsv3_lightning.common.files import FileRecord, blocks, link_or_copy, remove, utf8_path
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, Advance, Counts, Shard, Task, Work, run_tasks, task_folder
 from dsv3_lightning.data.text.documents import Corpus
@@ -114,7 +114,7 @@ class Build:
         left_out: numbers of unread files by suffix, for the manifest.
         """
         folder.mkdir()
-        files = {}
+        files: dict[str, FileRecord] = {}
         for number, counts in enumerate(encoded.merged):
             for name in counts["files"]:
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -154,7 +154,11 @@ class Build:
 
     def train_tokenizer(self, tasks: list[Task], survey: Survey, last_validation: int) -> Tokenizer:
         config = self.config
-        share = shares(survey.text_bytes, self.weights(survey), config.tokenizer_bytes)
+        given = config.tokenizer_weights
+        weights = (
+            None if given is None else {origin: given[self.corpus.origins[origin]] for origin in survey.text_bytes}
+        )
+        share = shares(survey.text_bytes, weights, config.tokenizer_bytes)
         sample = functools.partial(sample_task, corpus=self.corpus, last_validation=last_validation, shares=share)
         self.stage("sample", tasks, sample, "choosing texts for the tokenizer", survey.size)
         train = functools.partial(
@@ -165,19 +169,6 @@ class Build:
         )
         self.stage("tokenizer", [{"tasks": len(tasks)}], train, "learning the tokenizer", None)
         return Tokenizer.from_file(self.of("tokenizer", 0)).ending_with(config.end_token)
-
-    def weights(self, survey: Survey) -> dict[int, float] | None:
-        """The sources' shares of the training text, by origin; None where they have none."""
-        sources = self.config.sources
-        if sources is None or all(source.weight is None and source.epochs is None for source in sources.values()):
-            return None
-        names = self.corpus.origins
-        sizes = {names[origin]: size for origin, size in survey.text_bytes.items()}
-        weighted = {name: weight for name in sizes if (weight := sources[name].weight) is not None}
-        each = sum(sizes[name] for name in weighted) / max(sum(weighted.values()), 1e-9)
-        amounts = {name: weighted[name] * each if name in weighted else (sources[name].epochs or 1.0) * size
-                   for name, size in sizes.items()}  # fmt: skip
-        return {origin: amounts[names[origin]] for origin in survey.text_bytes}
 
     def gzip_facts(self, encoded: list[Counts]) -> dict[str, Any]:
         """The size of the validation text under gzip -9."""

@@ -52,7 +52,9 @@ def hash_of(content: bytes) -> int:
 class Corpus(Protocol):
     """What a preparation reads: tasks, each of some documents, which any process reads in the same order."""
 
-    origins: list[str]
+    @property
+    def origins(self) -> list[str]:
+        """Names of the documents' origins."""
 
     def tasks(self) -> list[dict[str, Any]]:
         """Descriptions as JSON, which don't depend on where the files are, nor on the machine."""
@@ -83,7 +85,7 @@ class Files:
 
     def tasks(self) -> list[dict[str, Any]]:
         """Pieces of files in their order: the source's number, and the bytes from which to which lines begin."""
-        return cut_tasks(self.sources, [source.path.stat().st_size for source in self.sources])
+        return cut_tasks(self.sources, [source.path.stat().st_size for source in self.sources], TASK_BYTES)
 
     def read(self, task: dict[str, Any], stats: ReadStats | None = None) -> Iterator[Document]:
         numbers = {name: number for number, name in enumerate(self.origins)}
@@ -93,7 +95,7 @@ class Files:
                 yield Document.of(found, numbers[self.names[source.origin]])
 
 
-def cut_tasks(sources: Sequence[Source], sizes: Sequence[int], most: int = TASK_BYTES) -> list[dict[str, Any]]:
+def cut_tasks(sources: Sequence[Source], sizes: Sequence[int], most: int) -> list[dict[str, Any]]:
     """Tasks of at most about `most` bytes of text, from files of these sizes; only plain files of lines are cut."""
     tasks: list[dict[str, Any]] = []
     pieces: list[list[int | None]] = []

@@ -81,5 +81,3 @@ def differs(tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
         if not np.array_equal(a, b):
             return f"fastokens gives other ids for {texts[number][:60]!r}"
     return None
-
-

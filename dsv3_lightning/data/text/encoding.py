@@ -19,7 +19,7 @@ HELD_OUT = "held_out"  # a file with the bytes that bits per byte are measured o
 
 
 class EncodingPlan(NamedTuple):
-    """What the documents become. last_validation: as `validation_threshold`. shard_bytes: the most that a .bin holds."""
+    """What the documents become. last_validation: as `validation_threshold`. shard_bytes: the most in a .bin."""
 
     last_validation: int
     shard_bytes: int
@@ -45,9 +45,7 @@ def encode_task(
     with open(folder / HELD_OUT, "wb") as held_out:
         for batch in batches(corpus.read(task), BATCH):
             splits = [SPLITS[document.hash <= plan.last_validation] for document in batch]
-            texts = [
-                parts_of(document, split, plan.rewriting) for document, split in zip(batch, splits, strict=True)
-            ]
+            texts = [parts_of(document, split, plan.rewriting) for document, split in zip(batch, splits, strict=True)]
             words = iter(encoder.encode_batch([text for parts in texts for text in parts]))
             for document, split, parts in zip(batch, splits, texts, strict=True):
                 found = [next(words) for _ in parts]

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from dsv3_lightning.common.files import remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.config import DEFAULTS, DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
 from dsv3_lightning.data.text.build import Build, summary
 from dsv3_lightning.data.text.digests import Digests
@@ -133,16 +133,12 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
     digests.save()
     trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
     keys = {name: source.text_key for name, source in (config.sources or {}).items() if source.text_key is not None}
-    made = {}  # settings at their defaults are absent, so that what was made before they existed is still found
+    made: dict[str, Any] = {}  # without settings at their defaults, so that what older versions made is found
     if config.fim_rate or config.split_rate:
         made["rewriting"] = [config.fim_rate, config.split_rate, config.seed]
-    if config.pretokenization != "v3" and tokenizer is None:
-        made["pretokenization"] = config.pretokenization
-    for name in ("shard_bytes", "max_document_bytes", *(["tokenizer_bytes"] if tokenizer is None else [])):
-        if getattr(config, name) != getattr(DataConfig, name):
-            made[name] = getattr(config, name)
-    if tokenizer is None and (weights := source_weights(config)) is not None:
-        made["tokenizer_weights"] = weights
+    names = ["shard_bytes", "max_document_bytes"]
+    names += ["tokenizer_bytes", "tokenizer_weights", "pretokenization"] if tokenizer is None else []
+    made |= {name: getattr(config, name) for name in names if getattr(config, name) != DEFAULTS[name]}
     return {
         "format": FORMAT,
         "files": files,

@@ -44,6 +44,7 @@ class Source(NamedTuple):
     origin: the source of its text, for metrics by origin: its name in data.sources; or the given path, or if that is a
     single folder (or the standard library), the first folder below it.
     text_key: as in SourceConfig. setting: the one that names it, for messages.
+    begin, end: of a plain file of lines, only those that begin in these bytes; None: up to the file's end.
     """
 
     name: str
@@ -51,6 +52,8 @@ class Source(NamedTuple):
     origin: str = ""
     text_key: str | None = None
     setting: str = "data.paths"
+    begin: int = 0
+    end: int | None = None
 
     @property
     def where(self) -> str:
