@@ -3,9 +3,13 @@
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dsv3_lightning.common.paths import PathText, path_text
+from dsv3_lightning.common.wording import nearest
+from dsv3_lightning.data.cleaning.config import CleaningConfig, Rules, check_rules
+from dsv3_lightning.data.readers.kinds import Kind
 from dsv3_lightning.errors import ConfigError
 
 # What token files are made with where the settings say nothing else; folders from before these settings have them.
@@ -21,8 +25,18 @@ PACKAGE = "package:"  # before the name of an installed one, among data.paths
 
 
 def source_text(text: str) -> str:
-    """A file or folder of texts, resolved, or package:NAME as it is."""
-    return text if text.startswith(PACKAGE) else path_text(text)
+    """A file or folder of texts, resolved, or package:NAME or a URL as it is."""
+    return text if text.startswith(PACKAGE) or is_url(text) else path_text(text)
+
+
+def is_url(text: str) -> bool:
+    """Whether the text is a URL of fsspec, such as s3://bucket/folder."""
+    return "://" in text
+
+
+def is_pattern(text: str) -> bool:
+    """Whether the text is a pattern of a file's names and no file."""
+    return any(mark in text for mark in "*?[") and not Path(text).exists()
 
 
 SourceText = Annotated[str, source_text]
@@ -51,20 +65,26 @@ class SourceConfig:
 
     Raises ConfigError.
 
-    paths: as data.paths.
+    paths: as data.paths, and patterns such as web/*.html, and URLs of fsspec: s3, gs, hf, https, memory, ...
+    kind: of its files (data/readers/kinds.py); auto: by their names.
+    tokenizer: a `tokenizer.json` that Megatron's token files were made with.
     text_key: the field of a jsonl line that holds the text or the conversation; None: data.text_key.
     weight: its share of the training samples, in proportion to the other weights.
     epochs: how many passes the run makes over it, in place of a weight; beside a weight at most so many, after which
         the others share its part.
     language: the language of its documents (en, zh, ...), or code.
+    filters: the set of data.cleaning.quality that judges its documents, or rules of its own; None: they aren't judged.
     license: a note for the report, such as a license's name.
     """
 
     paths: list[SourceText]
+    kind: Kind = "auto"
+    tokenizer: PathText | None = None
     text_key: str | None = None
     weight: float | None = None
     epochs: float | None = None
     language: str | None = None
+    filters: str | Rules | None = None
     license: str | None = None
 
 
@@ -81,11 +101,25 @@ def check_sources(sources: dict[str, SourceConfig]) -> None:
         for key, value in (("weight", source.weight), ("epochs", source.epochs)):
             if value is not None and value <= 0:
                 raise ConfigError(f"{where}.{key}={value}: must be above 0")
+        if isinstance(source.filters, dict):
+            check_rules(f"{where}.filters", source.filters)
     weights = {name: source.weight for name, source in sources.items() if source.epochs is None}
     if lacking := [name for name, weight in weights.items() if weight is None]:
         if len(lacking) < len(sources):
             raise ConfigError(
                 f"data.sources.{lacking[0]}: has neither weight nor epochs; all sources have one of them, or none has"
+            )
+
+
+def check_cleaning(sources: dict[str, SourceConfig] | None, cleaning: CleaningConfig) -> None:
+    """Raises ConfigError."""
+    if sources is None:
+        raise ConfigError("data.cleaning: needs data.sources in place of data.paths")
+    for name, source in sources.items():
+        if isinstance(source.filters, str) and source.filters not in cleaning.quality:
+            raise ConfigError(
+                f"data.sources.{name}.filters={source.filters}: no such set in data.cleaning.quality"
+                f"{nearest(source.filters, cleaning.quality)}"
             )
 
 
@@ -147,6 +181,7 @@ class DataConfig:
     paths: `.txt`, `.md`, `.py` and `.jsonl` files, also as `.gz` or `.zst`; folders of them; package:NAME for the
         sources of an installed package; empty: the Python interpreter's own standard-library sources.
     sources: in place of paths, several named sources; None: one corpus, of paths.
+    cleaning: what happens to the documents of sources before they become tokens; None: nothing.
     text_key: the field of a jsonl line that holds the text, or a conversation as a list of {role, content} messages.
     skip_bad_lines: whether jsonl lines that can't be used are left out and counted; otherwise they are refused.
     cache_dir: prepared data lies under it, in a folder named by the hash of inputs and settings.
@@ -175,6 +210,7 @@ class DataConfig:
 
     paths: list[SourceText]
     sources: dict[str, SourceConfig] | None
+    cleaning: CleaningConfig | None
     text_key: str
     skip_bad_lines: bool
     cache_dir: PathText
@@ -204,6 +240,8 @@ class DataConfig:
             if self.paths:
                 raise ConfigError("data.paths and data.sources are both given; a corpus has one of them")
             check_sources(self.sources)
+        if self.cleaning is not None:
+            check_cleaning(self.sources, self.cleaning)
         if self.weights_schedule is not None:
             if self.sources is None or not self.is_mixed:
                 raise ConfigError("data.weights_schedule: needs data.sources with weights")

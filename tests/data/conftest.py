@@ -24,6 +24,7 @@ def make_config() -> Callable[..., DataConfig]:
         config = DataConfig(
             paths=[str(folder / "corpus")],
             sources=None,
+            cleaning=None,
             text_key="text",
             skip_bad_lines=False,
             cache_dir=str(folder / "cache"),

@@ -21,6 +21,7 @@ from dsv3_lightning.data.batches.sampling import ORDER, Layout, TrainSampler, Va
 from dsv3_lightning.data.batches.shares import mixture_of
 from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.compressors import compressed_sources
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile, read_manifest, shards_of
@@ -81,6 +82,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         prepare_index(self.prepare_tokens(), cuts_of(self.config, self.mtp_depth))
+        if self.config.sources is not None:
+            compressed_sources(self.prepared, self.tokenizer)  # which the report shows
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:  # one rank per node has prepared; the others needn't read the corpus to find it
@@ -95,7 +98,7 @@ class TextDataModule(LightningDataModule):
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
             self._mixture = self._mix() if self.config.is_mixed else None
-            self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
+            self._index_hash = self._hash()
             rank_zero_only(say)(self.length_note())
 
     def train_dataloader(self) -> "Loader":
@@ -226,6 +229,11 @@ class TextDataModule(LightningDataModule):
         """Number of passes over the training data in the run's first `step` optimizer steps."""
         return int(self.batch_sizes[:step].sum()) / self.train_samples
 
+    @property
+    def compressed(self) -> dict[str, dict[str, Any]]:
+        """What gzip and xz need for the validation text of each source."""
+        return compressed_sources(self.prepared, self.tokenizer) if self.config.sources is not None else {}
+
     def passes_by_source(self, step: int) -> dict[str, float]:
         """Passes over each source with a share of the run in its first `step` optimizer steps."""
         if self._mixture is None:
@@ -272,6 +280,9 @@ class TextDataModule(LightningDataModule):
         return PackedDataset(
             file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), per_token, origins, self.whole_steps
         )
+
+    def _hash(self) -> str:
+        return data_hash(self._datasets["train"], self.manifest, self.config.seed)
 
     def _full_layout(self) -> Layout:
         """The division of steps of `batch_size` samples. Raises ConfigError."""

@@ -79,11 +79,7 @@ class Build:
                 self.work / name, tasks, work, self.jobs, self.shard, take_over=take_over, advance=advance
             )
         if counts is None:
-            raise RunStopped(
-                f"{utf8_path(self.work)}: job {self.shard} has done its part of {label}; the other jobs have theirs "
-                "left to do, and the last of them goes on",
-                code=0,
-            )
+            raise others_have_work(label, self.shard)
         return counts
 
     def encode(self, files_read: int) -> "Encoded":
@@ -214,6 +210,14 @@ def split_facts(encoded: list[Counts]) -> dict[str, Any]:
         for numbers in [*splits.values(), *(found for of_split in origins.values() for found in of_split.values())]:
             del numbers["answer_bytes"]
     return {"splits": splits, "splits_by_origin": origins}
+
+
+def others_have_work(label: str, shard: Shard) -> RunStopped:
+    return RunStopped(
+        f"data: job {shard} has done its part of {label}; the other jobs have theirs left to do, and the last of them "
+        "goes on",
+        code=0,
+    )
 
 
 def summary(manifest: dict[str, Any], folder: Path, seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.corpus import read_documents
-from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, main_origins
+from dsv3_lightning.data.text.sources import Source, main_origins
 from dsv3_lightning.data.text.tally import ReadStats
 
 HASHES = 1 << 64
@@ -102,7 +102,7 @@ def cut_tasks(sources: Sequence[Source], sizes: Sequence[int], most: int) -> lis
     held = 0
     for number, (source, size) in enumerate(zip(sources, sizes, strict=True)):
         name = source.path.name.lower()
-        cut = size if not name.endswith(LINE_SUFFIXES) or name.endswith((".gz", ".zst")) else most
+        cut = most if name.endswith(".jsonl") and source.kind in (None, "jsonl") else size
         text = PACKED_BY if name.endswith((".gz", ".zst")) else 1
         for begin in range(0, max(size, 1), max(cut, 1)):
             part = min(cut, size - begin)

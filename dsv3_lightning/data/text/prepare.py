@@ -15,16 +15,17 @@ from filelock import FileLock, Timeout
 
 from dsv3_lightning.common.files import remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.data.cleaning.corpus import Plan, clean, plan
 from dsv3_lightning.data.config import DEFAULTS, DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
-from dsv3_lightning.data.text.build import Build, summary
+from dsv3_lightning.data.text.build import Build, others_have_work, summary
 from dsv3_lightning.data.text.digests import Digests
 from dsv3_lightning.data.text.documents import Files
 from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.sources import Source, sources_of, unreadable
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
-from dsv3_lightning.data.text.tally import notes
+from dsv3_lightning.data.text.tally import listed, notes
 from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
 from dsv3_lightning.errors import ConfigError
 
@@ -64,16 +65,20 @@ def prepare(
     left_out: Counter[str] = Counter()
     sources = sources_of(config, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
+    cleaning = plan(config, sources) if config.cleaning is not None else None
+    if cleaning is not None:
+        inputs["cleaning"] = cleaning.key
     if known is not None and (differing := changes(known, inputs)):
         raise ConfigError(f"data: this run's were made of other inputs ({differing}); choose another run.name")
     folder = user_path(config.cache_dir) / key_of(inputs)
     if not is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            corpus = Files.of(sources, config)
-            build = Build(work_folder(folder), config, corpus, tokenizer, jobs, shard)
             with locked(folder) if shard == ALL else nullcontext():
                 if not is_complete(folder):  # another process may have finished it in the meantime
+                    kept = sources if cleaning is None else cleaned_files(cleaning, jobs, shard)
+                    work = work_folder(folder)
+                    build = Build(work, config, Files.of(kept, config), tokenizer, jobs, shard)
                     build_whole(folder, build, len(sources), left_out, inputs)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
@@ -81,6 +86,23 @@ def prepare(
         for line in notes(read_manifest(folder), len(sources), left_out):
             tell(line)
     return folder
+
+
+def cleaned_files(cleaning: Plan, jobs: int, shard: Shard) -> list[Source]:
+    """The files of what stays of each source. Raises ConfigError if nothing stays of one.
+
+    Raises RunStopped with code 0 if other jobs have tasks left to do.
+    """
+    cleaned = clean(cleaning, jobs, shard)
+    if cleaned is None:
+        raise others_have_work("cleaning", shard)
+    for name, counts in cleaned.counts.items():
+        if not counts["join"]["documents"].get("stays"):
+            reasons: Counter[str] = Counter(counts["join"]["documents"])
+            for part in counts["clean"]:
+                reasons.update({reason: n for reason, n in part["documents"].items() if reason not in ("read", "kept")})
+            raise ConfigError(f"data.cleaning: no document of {name} is left ({listed(reasons) or 'it has none'})")
+    return cleaned.files
 
 
 def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: Callable[[str], None] | None) -> Path:

@@ -320,7 +320,8 @@ text = Tokenizer.from_file(folder).decode(TokenFile(folder, "train").tokens.toli
 print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["inputs"]["files"][0][0]]))
 """
     settings = {
-        "paths": [str(folder / "ü b.txt"), str(folder)], "sources": None, "text_key": "text", "skip_bad_lines": False,
+        "paths": [str(folder / "ü b.txt"), str(folder)], "sources": None, "cleaning": None,
+        "text_key": "text", "skip_bad_lines": False,
         "cache_dir": str(tmp_path / "实验"),
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
         "mask_document_ends": False, "end_token": None,
