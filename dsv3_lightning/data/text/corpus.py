@@ -264,7 +264,9 @@ def decode(data: bytes, file: str, stats: ReadStats) -> str:
         return text
 
 
-def lines_of(path: Path, most_bytes: int, begin: int = 0, end: int | None = None) -> Iterator[bytes | TooLong]:
+def lines_of(
+    path: Path, most_bytes: int = DEFAULTS["max_document_bytes"], begin: int = 0, end: int | None = None
+) -> Iterator[bytes | TooLong]:
     """The lines of a plain, gzip or zstandard file, without their newlines.
 
     begin, end: of a plain file, the lines that begin in these bytes.

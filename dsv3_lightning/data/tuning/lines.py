@@ -62,7 +62,7 @@ def files_of(config: DataConfig) -> list[Source]:
 
 
 def numbered(source: Source, most_bytes: int) -> Iterator[tuple[int, str]]:
-    """The lines that aren't blank, with their numbers. Raises ConfigError for another kind of file, or a longer line."""
+    """The lines that aren't blank, with their numbers. Raises ConfigError for longer ones and other kinds of files."""
     first = True
     for number, line in enumerate(lines_of(source.path, most_bytes), 1):
         if isinstance(line, TooLong):
