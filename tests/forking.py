@@ -30,7 +30,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SET_CHILD_SUBREAPER = 36  # of prctl
-ABOVE = 100  # descriptors from here on are free
 MODULES = ("torch.distributed.run", "tensorboard.backend.event_processing.event_accumulator",
            "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin")  # fmt: skip
 
@@ -133,12 +132,13 @@ def become(request: dict, descriptors: list[int], requests: socket.socket) -> No
         os.setsid()
     requests.send(str(os.getpid()).encode())
     requests.close()
+    above = max(*descriptors, *request["targets"]) + 1
     for at, number in enumerate(descriptors):
-        os.dup2(number, ABOVE + at)
+        os.dup2(number, above + at)
         os.close(number)
     for at, target in enumerate(request["targets"]):
-        os.dup2(ABOVE + at, target)
-        os.close(ABOVE + at)
+        os.dup2(above + at, target)
+        os.close(above + at)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
