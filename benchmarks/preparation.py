@@ -29,7 +29,7 @@ from dsv3_lightning.common.typed import build
 from dsv3_lightning.config.compose import PRESETS, read_yaml
 from dsv3_lightning.data.cleaning import stage
 from dsv3_lightning.data.cleaning.config import CleaningConfig
-from dsv3_lightning.data.cleaning.contamination import Contamination
+from dsv3_lightning.data.cleaning.contamination import SHORTEST, Contamination
 from dsv3_lightning.data.cleaning.duplicates import digest, similar
 from dsv3_lightning.data.cleaning.language import identify
 from dsv3_lightning.data.cleaning.minhash import bucket_keys, match_probability, signatures
@@ -258,7 +258,7 @@ def jaccard(one: str, other: str) -> float:
 def contamination(corpora: dict[str, list[str]], count: int = 200) -> list[list[str]]:
     """Three sets of questions, planted in half of the documents as they are or rephrased in case and spacing."""
     rng = random.Random(1)
-    rows = [["decontamination", "questions", "planted", "found", "clean documents", "lost"]]
+    rows = [["decontamination", "planted", "too short", "found", "clean documents", "lost"]]
     with tempfile.TemporaryDirectory() as folder:
         questions: dict[str, list[str]] = {}
         hosts: dict[str, list[str]] = {}
@@ -281,13 +281,8 @@ def contamination(corpora: dict[str, list[str]], count: int = 200) -> list[list[
             planted.append(f"{host[:300]}\n{changed}\n{host[300:600]}")
         hits = sets.found(words_of(planted))
         lost = sets.found(words_of(clean))
-        row = [
-            f"{len(questions[name])}",
-            f"{len(planted)}",
-            f"{int(hits.sum())}",
-            f"{len(clean)}",
-            f"{int(lost.sum())}",
-        ]
+        short = sum(len(words_of([text]).hashes) < SHORTEST for text in questions[name])
+        row = [f"{len(planted)}", f"{short}", f"{int(hits.sum())}", f"{len(clean)}", f"{int(lost.sum())}"]
         rows.append([name, *row])
     return rows
 
@@ -322,7 +317,12 @@ def measure(path: Path) -> None:
         stage.clean_task(
             work, False, {"files": [[0, path.name, path.stat().st_size, ""]]}, Path(folder), lambda size: None
         )
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss counts the parent's memory at the fork
+        (peak,) = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        print(int(peak) * 1024)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 if __name__ == "__main__":
