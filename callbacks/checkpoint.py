@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,7 +37,9 @@ class Checkpoint(CheckpointBase):
     the first step that ends so long after the last checkpoint began. Either may be None, and both may be set.
     keep: number of newest checkpoints to keep. keep_best: number of checkpoints with the lowest validation loss to
     keep, as best-step=<n>-loss=<x>.ckpt; a missing or non-finite loss never counts. Where step=<n>.ckpt is there
-    already, the best one is a second name of it. With strategy.sharded_checkpoints a checkpoint is a folder.
+    already, the best one is a second name of it. best_metric, best_mode: another logged value in place of val/loss, and
+    whether the smallest or the largest is best; of the largest, x is the negative value. With
+    strategy.sharded_checkpoints a checkpoint is a folder.
 
     The folder is the only record of its checkpoints, so a run killed at any moment leaves no state that disagrees.
     Every stop writes a checkpoint and prints one line with the reason: after the last step; after the current step or
@@ -55,8 +57,14 @@ class Checkpoint(CheckpointBase):
         every_n_minutes: float | None = None,
         keep: int = 2,
         keep_best: int = 1,
+        best_metric: str = "val/loss",
+        best_mode: Literal["min", "max"] = "min",
     ) -> None:
-        CheckpointSettings(every_n_steps=every_n_steps, every_n_minutes=every_n_minutes, keep=keep, keep_best=keep_best)
+        CheckpointSettings(
+            every_n_steps=every_n_steps, every_n_minutes=every_n_minutes, keep=keep, keep_best=keep_best,
+            best_metric=best_metric, best_mode=best_mode,
+        )  # fmt: skip
+        self.best_metric, self.best_sign = best_metric, 1.0 if best_mode == "min" else -1.0
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep, self.keep_best = keep, keep_best
         self.clock = time.monotonic
@@ -226,7 +234,7 @@ class Checkpoint(CheckpointBase):
                 raise_if_signal(stop, trainer.global_step)
 
     def save_if_best(self, trainer: Trainer) -> None:
-        loss = latest_values(trainer).get("val/loss", math.nan)
+        loss = self.best_sign * latest_values(trainer).get(self.best_metric, math.nan)
         if not self.keep_best or not math.isfinite(loss):
             return
         step, folder = steps_done(trainer), checkpoint_folder(trainer)

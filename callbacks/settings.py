@@ -114,6 +114,8 @@ class CheckpointSettings:
     every_n_minutes: float | None = None
     keep: int = 2
     keep_best: int = 1
+    best_metric: str = "val/loss"
+    best_mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
         if self.every_n_steps is None and self.every_n_minutes is None:

@@ -43,6 +43,8 @@ OFF: dict[str, Any] = {
     "callbacks.router_monitor.per_layer": False,
     "callbacks.throughput.peak_flops": None,
     "callbacks.checkpoint.every_n_minutes": None,
+    "callbacks.checkpoint.best_metric": "val/loss",
+    "callbacks.checkpoint.best_mode": "min",
     "callbacks.throughput.straggler": 1.5,
     "callbacks.loss_spike": None,
     "callbacks.garbage_collection": None,

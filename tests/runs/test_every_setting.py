@@ -143,6 +143,8 @@ LEAVES = {
     "callbacks.checkpoint.every_n_minutes": (20, "elsewhere: tests/callbacks/test_checkpoint.py"),
     "callbacks.checkpoint.keep": (1, FILES),
     "callbacks.checkpoint.keep_best": (2, FILES),
+    "callbacks.checkpoint.best_metric": ("val/bpb", FILES),
+    "callbacks.checkpoint.best_mode": ("max", FILES),
     "callbacks.progress": ("null", TEXT),
     "callbacks.run_report": ("null", FILES),
 }
