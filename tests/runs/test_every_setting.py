@@ -80,6 +80,13 @@ LEAVES = {
     "data.tokenizer": ("/nope.json", REFUSED),
     "data.end_token": ("'<|EOT|>'", "elsewhere: tests/data/test_conversation.py, tests/hub/test_instruct.py"),
     "data.vocab_size": (600, NUMBERS),
+    "data.pretokenization": ("llm", "elsewhere: tests/data/text/test_tokenizer.py"),
+    "data.tokenizer_bytes": (1000, "elsewhere: tests/data/text/test_survey.py"),
+    "data.tokenizer_weights": ("{a: 1}", REFUSED),  # tests/data/text/test_survey.py has it right
+    "data.fim_rate": (1.0, "elsewhere: tests/data/text/test_rewriting.py"),
+    "data.split_rate": (1.0, "elsewhere: tests/data/text/test_rewriting.py"),
+    "data.shard_bytes": (1000, "elsewhere: tests/data/text/test_build.py"),
+    "data.max_document_bytes": (100, "elsewhere: tests/data/text/test_corpus.py"),
     "data.sequence_length": (16, NUMBERS),
     "data.packing": ("concatenate", NUMBERS),
     "data.weights_schedule": ("[{step: 1, weights: {a: 1}}]", REFUSED),
