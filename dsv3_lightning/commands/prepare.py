@@ -1,23 +1,38 @@
 """`dsv3 prepare`: tokenizes and packs a config's data in advance, which otherwise the run does."""
 
 import argparse
+import os
 
 from dsv3_lightning.commands import settings
+from dsv3_lightning.common.flags import positive
 from dsv3_lightning.common.table import si, table
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    settings.arguments(parser)
+    settings.arguments(parser, "[--jobs N] [--shard I/N] ")
+    parser.add_argument("--jobs", type=positive, metavar="N", default=cores(), help="processes (default: one per core)")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        default="0/1",
+        help="do part I of N, beside the other parts on this or other machines with the same data.cache_dir",
+    )
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @settings.command
-def run(given: settings.Settings) -> int:
+def run(given: settings.Settings, jobs: int, shard: str) -> int:
     from dsv3_lightning.data.batches.index import cuts_of, prepare_index
+    from dsv3_lightning.data.stages.tasks import Shard
     from dsv3_lightning.data.text.prepare import prepare
     from dsv3_lightning.data.text.store import read_manifest
 
     config = given.config
-    folder = prepare(config.data)
+    folder = prepare(config.data, jobs=jobs, shard=Shard.parse(shard))
     prepare_index(folder, cuts_of(config.data, config.model.mtp_depth))
     manifest = read_manifest(folder)
     rows = [("", "documents", "text", "tokens", "bytes per token")]

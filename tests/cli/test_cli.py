@@ -77,7 +77,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
     config = "-h --help words --print-config"
     sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
-        "prepare": config,
+        "prepare": f"{config} --jobs --shard",
         "run": config,
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",

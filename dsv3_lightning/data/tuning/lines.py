@@ -17,7 +17,7 @@ import numpy as np
 
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.text.conversation import conversation, turn_ids
-from dsv3_lightning.data.text.corpus import BOM, BadLines, lines_of, refuse_other_layouts
+from dsv3_lightning.data.text.corpus import BOM, BadLines, TooLong, lines_of, refuse_other_layouts
 from dsv3_lightning.data.text.messages import parse_message, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, find_sources, unreadable
 from dsv3_lightning.data.text.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def read(config: DataConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[list[Li
     for source in files_of(config):
         bad = BadLines(source)
         try:
-            for number, text in numbered(source):
+            for number, text in numbered(source, config.max_document_bytes):
                 try:
                     found.append(parse(text, tokenizer, pairs))
                 except ConfigError as error:
@@ -101,10 +101,13 @@ def files_of(config: DataConfig) -> list[Source]:
     return sources
 
 
-def numbered(source: Source) -> Iterator[tuple[int, str]]:
-    """The lines that aren't blank, with their numbers. Raises ConfigError for another kind of file."""
+def numbered(source: Source, most_bytes: int) -> Iterator[tuple[int, str]]:
+    """The lines that aren't blank, with their numbers. Raises ConfigError for longer ones and other kinds of files."""
     first = True
-    for number, line in enumerate(lines_of(source.path), 1):
+    for number, line in enumerate(lines_of(source.path, most_bytes), 1):
+        if isinstance(line, TooLong):
+            raise ConfigError(f"{source.where}, line {number}: has {line.size:,} bytes, data.max_document_bytes allows "
+                              f"{most_bytes:,}")  # fmt: skip
         line = line.removeprefix(BOM) if number == 1 else line
         if line.strip():
             if first:

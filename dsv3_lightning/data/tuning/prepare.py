@@ -11,12 +11,14 @@ import numpy as np
 from dsv3_lightning.common.files import remove_leftovers, whole, write_file
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.build import SPLITS, hash_of, validation_threshold
 from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.text.documents import hash_of
+from dsv3_lightning.data.text.encoding import SPLITS
 from dsv3_lightning.data.text.identity import changes, key_of
 from dsv3_lightning.data.text.prepare import locked
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest, write_manifest
+from dsv3_lightning.data.text.survey import validation_threshold
 from dsv3_lightning.data.text.token_names import end_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.data.tuning.lines import Lines, files_of, read
