@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.config import DEFAULTS, DataConfig
 from dsv3_lightning.data.text.conversation import conversation, turn_ids
 from dsv3_lightning.data.text.corpus import BOM, BadLines, TooLong, lines_of, refuse_other_layouts
 from dsv3_lightning.data.text.messages import parse_message, short
@@ -74,7 +74,7 @@ def read_file(path: Path, tokenizer: Tokenizer) -> Lines:
     """The prompts of one file. Raises ConfigError."""
     (source,) = find_sources([str(path)], setting="prompts")
     bad, found = BadLines(source), list[Line]()
-    for number, text in numbered(source):
+    for number, text in numbered(source, DEFAULTS["max_document_bytes"]):
         try:
             found.append(parse(text, tokenizer, pairs=False))
         except ConfigError as error:
