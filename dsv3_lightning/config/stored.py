@@ -13,6 +13,8 @@ from dsv3_lightning.config.compose import read_yaml, resolve
 # that stored settings lack is off.
 OFF: dict[str, Any] = {
     "init_from": None,
+    "dpo": None,
+    "grpo": None,
     "data.sources": None,
     "data.cleaning": None,
     "data.skip_bad_lines": False,

@@ -3,19 +3,31 @@
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 from dsv3_lightning.common.paths import PathText, path_text
 from dsv3_lightning.common.wording import nearest
 from dsv3_lightning.data.cleaning.config import CleaningConfig, Rules, check_rules
+from dsv3_lightning.data.readers.kinds import Kind
 from dsv3_lightning.errors import ConfigError
 
 PACKAGE = "package:"  # before the name of an installed one, among data.paths
 
 
 def source_text(text: str) -> str:
-    """A file or folder of texts, resolved, or package:NAME as it is."""
-    return text if text.startswith(PACKAGE) else path_text(text)
+    """A file or folder of texts, resolved, or package:NAME or a URL as it is."""
+    return text if text.startswith(PACKAGE) or is_url(text) else path_text(text)
+
+
+def is_url(text: str) -> bool:
+    """Whether the text is a URL of fsspec, such as s3://bucket/folder."""
+    return "://" in text
+
+
+def is_pattern(text: str) -> bool:
+    """Whether the text is a pattern of a file's names and no file."""
+    return any(mark in text for mark in "*?[") and not Path(text).exists()
 
 
 SourceText = Annotated[str, source_text]
@@ -44,7 +56,9 @@ class SourceConfig:
 
     Raises ConfigError.
 
-    paths: as data.paths.
+    paths: as data.paths, and patterns such as web/*.html, and URLs of fsspec: s3, gs, hf, https, memory, ...
+    kind: of its files (data/readers/kinds.py); auto: by their names.
+    tokenizer: a `tokenizer.json` that Megatron's token files were made with.
     text_key: the field of a jsonl line that holds the text or the conversation; None: data.text_key.
     weight: its share of the training samples, in proportion to the other weights.
     epochs: how many passes the run makes over it, in place of a weight; beside a weight at most so many, after which
@@ -55,6 +69,8 @@ class SourceConfig:
     """
 
     paths: list[SourceText]
+    kind: Kind = "auto"
+    tokenizer: PathText | None = None
     text_key: str | None = None
     weight: float | None = None
     epochs: float | None = None

@@ -77,8 +77,12 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, h_BTD: Tensor, k: int = 0) -> Tensor:
         """Logits, fp32 [B, T, V], from the hidden states of `extend` or, for k above 0, `extend_mtp` of module k."""
-        h_BTD = self.draft_modules[k - 1].norm(h_BTD) if k else h_BTD
-        return without(F.linear(h_BTD, self.model.lm_head.weight).float(), self.unused)
+        return without(self.head(self.draft_modules[k - 1].norm(h_BTD) if k else h_BTD), self.unused)
+
+    @torch.inference_mode()
+    def head(self, h_BTD: Tensor) -> Tensor:
+        """The output head alone: fp32 [B, T, V], unused ids included."""
+        return F.linear(h_BTD, self.model.lm_head.weight).float()
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:

@@ -81,6 +81,8 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "run": config,
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
+        "evaluate": "-h --help checkpoint --tasks --folder --protocol --repeats --shots --max-new-tokens --limit --seed"
+        " --out",
         "chat": f"-h --help checkpoint --system --context {sampling}",
         "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
         " --body-megabytes --api-key --cors-origin --threads",

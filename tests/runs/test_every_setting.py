@@ -36,6 +36,8 @@ LEAVES = {
     "run.seed": (2, NUMBERS),
     "run.resume": ("/nope.ckpt", REFUSED),
     "init_from": ("/nope", "elsewhere: tests/hub/test_init_from.py"),
+    "dpo": ("{beta: 0}", REFUSED),
+    "grpo": ("{rewards: []}", REFUSED),
     "model.vocab_size": (512, NUMBERS),
     "model.hidden_size": (32, NUMBERS),
     "model.num_hidden_layers": (2, NUMBERS),

@@ -77,7 +77,7 @@ def clean(plan: Plan, jobs: int = 1, shard: Shard = ALL, keep_dropped: bool = Fa
     parts: dict[str, join.Part] = {}
     ending = "-dropped" if keep_dropped else ""
     for name, source in plan.sources.items():
-        folder = plan.cache / f"clean-{name}-{source.key}{ending}"
+        folder = source_folder(plan, name, ending)
         work = partial(stage.clean_task, source.work, keep_dropped)
         found = run(f"cleaning {name}", folder, source.tasks, work, jobs, shard, False)
         if found is None:
@@ -100,6 +100,11 @@ def clean(plan: Plan, jobs: int = 1, shard: Shard = ALL, keep_dropped: bool = Fa
         name: task_folder(folder, n) / f"{name}.npy" for n, task in enumerate(plan.joins) for name in task["parts"]
     }
     return Cleaned([join.documents_of(part, marks[name]) for name, part in parts.items()], counts)
+
+
+def source_folder(plan: Plan, name: str, ending: str = "") -> Path:
+    """Where the first stage of a source has its tasks."""
+    return plan.cache / f"clean-{name}-{plan.sources[name].key}{ending}"
 
 
 def run(

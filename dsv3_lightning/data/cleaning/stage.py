@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from dsv3_lightning.common.files import digest as digest_of
 from dsv3_lightning.data.cleaning import words
 from dsv3_lightning.data.cleaning.config import CleaningConfig
 from dsv3_lightning.data.cleaning.contamination import Contamination
@@ -83,6 +84,8 @@ def decisive(work: CleanWork, sets: Sequence[str]) -> dict[str, Any]:
         "format": FORMAT,
         "words": words.VERSION,
         "language": work.source.language,
+        "kind": work.source.kind,
+        "tokenizer": work.source.tokenizer and digest_of(Path(work.source.tokenizer)),
         "filters": work.source.filters,
         "text_key": work.text_key,
         "skip_bad_lines": work.skip_bad_lines,

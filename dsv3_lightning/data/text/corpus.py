@@ -16,6 +16,7 @@ import numpy as np
 import zstandard
 
 from dsv3_lightning.common.files import blocks, utf8_path
+from dsv3_lightning.data.readers.documents import read_page, read_pages, read_rows, read_tokens
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.messages import holds_messages, parse, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
@@ -41,9 +42,13 @@ def read_documents(
     """
     stats = stats if stats is not None else ReadStats()
     for source in sources:
-        lines, key = source.path.name.lower().endswith(LINE_SUFFIXES), source.text_key or text_key
+        lines = source.kind == "jsonl" or source.kind is None and source.path.name.lower().endswith(LINE_SUFFIXES)
+        key = source.text_key or text_key
         try:
-            found = read_lines(source, key, stats, skip_bad_lines) if lines else read_text(source, stats)
+            if (other := read_other(source, key, stats)) is not None:
+                found = other
+            else:
+                found = read_lines(source, key, stats, skip_bad_lines) if lines else read_text(source, stats)
             if source.marks is not None:
                 found = itertools.compress(found, np.load(source.marks) == 0)
             for document in found:
@@ -56,6 +61,19 @@ def read_documents(
                     yield document
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise unreadable(source.where, error) from error
+
+
+def read_other(source: Source, key: str, stats: ReadStats) -> Iterator[str | list[Message]] | None:
+    """The documents of a kind that isn't text or jsonl; None for those."""
+    if source.kind == "parquet":
+        return read_rows(source.path, key, source.where, stats.unread)
+    if source.kind == "warc":
+        return read_pages(source.path, opened)
+    if source.kind == "html":
+        return read_page(b"".join(content_of(source.path)))
+    if source.kind == "megatron":
+        return read_tokens(source.path, source.tokenizer, source.where)
+    return None
 
 
 def read_text(source: Source, stats: ReadStats) -> Iterator[str]:
