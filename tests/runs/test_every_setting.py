@@ -80,6 +80,13 @@ LEAVES = {
     "data.tokenizer": ("/nope.json", REFUSED),
     "data.end_token": ("'<|EOT|>'", "elsewhere: tests/data/test_conversation.py, tests/hub/test_instruct.py"),
     "data.vocab_size": (600, NUMBERS),
+    "data.pretokenization": ("llm", "elsewhere: tests/data/text/test_tokenizer.py"),
+    "data.tokenizer_bytes": (1000, "elsewhere: tests/data/text/test_survey.py"),
+    "data.tokenizer_weights": ("{a: 1}", REFUSED),  # tests/data/text/test_survey.py has it right
+    "data.fim_rate": (1.0, "elsewhere: tests/data/text/test_rewriting.py"),
+    "data.split_rate": (1.0, "elsewhere: tests/data/text/test_rewriting.py"),
+    "data.shard_bytes": (1000, "elsewhere: tests/data/text/test_build.py"),
+    "data.max_document_bytes": (100, "elsewhere: tests/data/text/test_corpus.py"),
     "data.sequence_length": (16, NUMBERS),
     "data.packing": ("concatenate", NUMBERS),
     "data.weights_schedule": ("[{step: 1, weights: {a: 1}}]", REFUSED),
@@ -139,10 +146,13 @@ LEAVES = {
     "callbacks.sample_text.prompts": ("[b]", TEXT),
     "callbacks.sample_text.max_new_tokens": (3, TEXT),
     "callbacks.sample_text.temperature": (0.0, TEXT),
+    "callbacks.evaluate": ("{tasks: [nowhere.jsonl]}", REFUSED),  # tests/callbacks/test_evaluate.py
     "callbacks.checkpoint.every_n_steps": (4, FILES),
     "callbacks.checkpoint.every_n_minutes": (20, "elsewhere: tests/callbacks/test_checkpoint.py"),
     "callbacks.checkpoint.keep": (1, FILES),
     "callbacks.checkpoint.keep_best": (2, FILES),
+    "callbacks.checkpoint.best_by": ("loss/main", FILES),
+    "callbacks.checkpoint.best_is": ("highest", FILES),
     "callbacks.progress": ("null", TEXT),
     "callbacks.run_report": ("null", FILES),
 }
