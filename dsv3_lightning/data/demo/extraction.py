@@ -18,7 +18,6 @@ ROFF_ESCAPES = (  # of man(7) and groff(7)
     (re.compile(r"\\f(?:\[[^]]*\]|\(..|.)"), ""),
     (re.compile(r"\\[\"#].*"), ""),
     (re.compile(r"\\\(em|\\\[em\]"), "—"),
-    (re.compile(r"\\\(bu|\\\[bu\]"), "•"),
     (re.compile(r"\\\(rs|\\e"), r"\\"),
     (re.compile(r"\\\*?\(..|\\s[-+]?\d|\\[&/,:%^|!]"), ""),
     (re.compile(r"\\[ ~0]"), " "),
