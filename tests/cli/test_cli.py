@@ -78,6 +78,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
     sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
         "prepare": f"{config} --jobs --shard",
+        "data": "-h --help action path --split --source --documents --sample --characters",
         "run": config,
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
