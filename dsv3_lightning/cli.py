@@ -104,6 +104,7 @@ VERBS = {
     "generate": Verb("dsv3_lightning.commands.generate", "Continue a text with a trained model."),
     "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model; /reset starts over."),
     "serve": Verb("dsv3_lightning.commands.serve", "Serve a trained model to OpenAI clients."),
+    "sample": Verb("dsv3_lightning.commands.sample", "Sample answers, and write the right ones as tuning data."),
     "evaluate": Verb("dsv3_lightning.commands.evaluate", "Score a model on tasks with ranked or generated answers."),
     "export": Verb("dsv3_lightning.commands.export", "Write a run's model as a Hugging Face folder."),
     "import": Verb("dsv3_lightning.commands.import_folder", "Check a Hugging Face folder to start runs from."),

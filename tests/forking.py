@@ -30,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SET_CHILD_SUBREAPER = 36  # of prctl
+FOLDERS = ("callbacks", "parallel", "runs", "training")  # of this package: what a run imports, and none of an extra
 MODULES = ("torch.distributed.run", "tensorboard.backend.event_processing.event_accumulator",
            "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin")  # fmt: skip
 
@@ -84,12 +85,12 @@ def fork(request: bytes, descriptors: list[int]) -> int:
 def main(descriptor: int) -> None:
     """A spare; and after a fork a spare again, or a process that runs a module."""
     global spare
-    import dsv3_lightning
-
-    ours = [found.name for found in pkgutil.walk_packages(dsv3_lightning.__path__, "dsv3_lightning.")]
-    for name in (*ours, *MODULES):
-        if not name.endswith("__main__"):
-            importlib.import_module(name)
+    for folder in FOLDERS:
+        package = importlib.import_module(f"dsv3_lightning.{folder}")
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(found.name)
+    for name in MODULES:
+        importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with several threads must not fork"
     gc.freeze()
     requests = socket.socket(fileno=descriptor)

@@ -12,6 +12,7 @@ from dsv3_lightning.evaluation.requests import Pair, context_text, fit, fit_prom
 from dsv3_lightning.evaluation.statistics import Estimate, estimate, majority, pass_at, powers_to
 from dsv3_lightning.evaluation.tasks import Sample, Task
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.text import encode
 
 PER_QUESTION = 1 << 32  # numbers of random streams: question · PER_QUESTION + answer
 
@@ -107,7 +108,7 @@ def gold_bits(
         text = gap(context, sample.gold) + sample.gold
         pair = pair_ids(tokenizer, context, text)
         if task.settings.chat:
-            pair = Pair(prompt_of(task, sample, tokenizer, seed), tokenizer.encode(sample.gold))
+            pair = Pair(prompt_of(task, sample, tokenizer, seed), encode(tokenizer, sample.gold))
             text = sample.gold
         if len(pair.continuation) <= limit:
             wanted.append((place, text))

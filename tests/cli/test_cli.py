@@ -77,11 +77,13 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
     config = "-h --help words --print-config"
     sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
-        "prepare": f"{config} --jobs --shard",
+        "prepare": f"{config} --jobs --shard --keep-dropped",
         "data": "-h --help action path --split --source --documents --sample --characters",
         "run": config,
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
+        "sample": "-h --help checkpoint prompts out --reward --threshold --samples --keep --temperature"
+        " --max-new-tokens --seed --reward-seconds --pairs",
         "evaluate": "-h --help checkpoint --tasks --folder --protocol --repeats --shots --max-new-tokens --limit --seed"
         " --out",
         "chat": f"-h --help checkpoint --system --context {sampling}",
