@@ -22,7 +22,7 @@ from dsv3_lightning.data.batches.dataset import PackedDataset
 from dsv3_lightning.data.batches.index import Cut, open_index, prepare_index
 from dsv3_lightning.data.batches.loader import Loader
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
-from dsv3_lightning.data.text.build import SPLITS
+from dsv3_lightning.data.text.encoding import SPLITS
 from dsv3_lightning.data.text.store import FORMAT, TokenFile, TokenWriter, token_dtype, write_manifest
 
 

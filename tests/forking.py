@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SET_CHILD_SUBREAPER = 36  # of prctl
-ABOVE = 100  # descriptors from here on are free
+FOLDERS = ("callbacks", "parallel", "runs", "training")  # of this package: what a run imports, and none of an extra
 MODULES = ("torch.distributed.run", "tensorboard.backend.event_processing.event_accumulator",
            "matplotlib.backends.backend_agg", "PIL.JpegImagePlugin")  # fmt: skip
 
@@ -85,12 +85,12 @@ def fork(request: bytes, descriptors: list[int]) -> int:
 def main(descriptor: int) -> None:
     """A spare; and after a fork a spare again, or a process that runs a module."""
     global spare
-    import dsv3_lightning
-
-    ours = [found.name for found in pkgutil.walk_packages(dsv3_lightning.__path__, "dsv3_lightning.")]
-    for name in (*ours, *MODULES):
-        if not name.endswith("__main__"):
-            importlib.import_module(name)
+    for folder in FOLDERS:
+        package = importlib.import_module(f"dsv3_lightning.{folder}")
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(found.name)
+    for name in MODULES:
+        importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with several threads must not fork"
     gc.freeze()
     requests = socket.socket(fileno=descriptor)
@@ -133,12 +133,13 @@ def become(request: dict, descriptors: list[int], requests: socket.socket) -> No
         os.setsid()
     requests.send(str(os.getpid()).encode())
     requests.close()
+    above = max(*descriptors, *request["targets"]) + 1
     for at, number in enumerate(descriptors):
-        os.dup2(number, ABOVE + at)
+        os.dup2(number, above + at)
         os.close(number)
     for at, target in enumerate(request["targets"]):
-        os.dup2(ABOVE + at, target)
-        os.close(ABOVE + at)
+        os.dup2(above + at, target)
+        os.close(above + at)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from dsv3_lightning.common.paths import PathText, path_text
 from dsv3_lightning.common.wording import nearest
@@ -12,6 +12,15 @@ from dsv3_lightning.data.cleaning.config import CleaningConfig, Rules, check_rul
 from dsv3_lightning.data.readers.kinds import Kind
 from dsv3_lightning.errors import ConfigError
 
+# What token files are made with where the settings say nothing else; folders from before these settings have them.
+DEFAULTS: dict[str, Any] = {
+    "shard_bytes": 1 << 28,
+    "max_document_bytes": 1 << 30,
+    "tokenizer_bytes": 1 << 31,
+    "tokenizer_weights": None,
+    "pretokenization": "v3",
+}
+LARGEST_VOCABULARY = 129_280  # V3's
 PACKAGE = "package:"  # before the name of an installed one, among data.paths
 
 
@@ -152,6 +161,19 @@ def check_schedule(schedule: list[WeightChange], sources: dict[str, SourceConfig
         raise ConfigError(f"data.weights_schedule: is at {places[1:]}; must rise, from 1 on")
 
 
+def check_tokenizer_weights(weights: dict[str, float], sources: list[str]) -> None:
+    """Raises ConfigError unless each source has a weight, and one is above 0."""
+    if set(weights) != set(sources):
+        raise ConfigError(
+            f"data.tokenizer_weights: names {' '.join(weights) or 'nothing'}; needs a weight for each of data.sources: "
+            f"{' '.join(sources) or 'there are none'}"
+        )
+    if wrong := [name for name, weight in weights.items() if weight < 0]:
+        raise ConfigError(f"data.tokenizer_weights.{wrong[0]}={weights[wrong[0]]}: must be at least 0")
+    if not any(weights.values()):
+        raise ConfigError("data.tokenizer_weights: no source has a weight above 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Text to packed samples. Raises ConfigError.
@@ -166,6 +188,13 @@ class DataConfig:
     tokenizer: a `tokenizer.json` to use; null trains a byte-level BPE on the training documents.
     end_token: the control token that ends a document and what the assistant says; None: the tokenizer's own.
     vocab_size: entries of the trained tokenizer, special tokens included.
+    pretokenization: how the trained tokenizer cuts text before it merges: v3 (DeepSeek-V3's) or llm (DeepSeek LLM's).
+    tokenizer_bytes: bytes of text that the tokenizer learns from at most.
+    tokenizer_weights: the sources' shares of these, by name; None: by size.
+    fim_rate: share of the training texts that are written as prefix, suffix, middle, to learn to fill in.
+    split_rate: share of the training tokens of punctuation and newlines that are written as two.
+    shard_bytes: the most that a file of tokens holds, unless a single document is larger.
+    max_document_bytes: lines of jsonl and text files above are left out and reported.
     sequence_length: T, positions per sample; a sample holds T + 1 + mtp_depth tokens.
     packing: best_fit packs documents into samples without cutting those that fit; concatenate cuts them where a sample
         ends.
@@ -188,6 +217,13 @@ class DataConfig:
     tokenizer: PathText | None
     end_token: str | None
     vocab_size: int
+    pretokenization: Literal["v3", "llm"]
+    tokenizer_bytes: int
+    tokenizer_weights: dict[str, float] | None
+    fim_rate: float
+    split_rate: float
+    shard_bytes: int
+    max_document_bytes: int
     sequence_length: int
     packing: Literal["best_fit", "concatenate"]
     weights_schedule: list[WeightChange] | None
@@ -222,6 +258,16 @@ class DataConfig:
             )
         if self.vocab_size < 300:
             raise ConfigError(f"data.vocab_size={self.vocab_size}: 256 bytes and the special tokens need at least 300")
+        if self.tokenizer is None and self.vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(f"data.vocab_size={self.vocab_size}: a tokenizer is trained up to {LARGEST_VOCABULARY:,}")
+        for name in ("tokenizer_bytes", "shard_bytes", "max_document_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("fim_rate", "split_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)}: must be in [0, 1]")
+        if self.tokenizer_weights is not None:
+            check_tokenizer_weights(self.tokenizer_weights, list(self.sources or ()))
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction={self.validation_fraction}: must be in [0, 1)")
         if self.isolate_documents and not self.mask_document_ends:

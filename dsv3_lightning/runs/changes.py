@@ -37,6 +37,7 @@ CHANGES = (
     Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments are kept"),
     Change(("optimizer.kind",), NEVER, "the optimizer's state is another for each kind"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
+    Change(("dpo", "grpo"), NEVER, "the run would optimize something else; `init_from` starts another one"),
     Change(("compute",), NEW_NAME, "the same losses within rounding, of FP8 too"),
     Change(
         ("trainer.max_steps",),

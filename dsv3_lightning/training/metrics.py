@@ -57,7 +57,7 @@ def mean_present(values: Iterable[float | None]) -> float | None:
 class TokenLoss(Sums):
     """Mean loss per token of each head, a list of 1 + mtp_depth: Σ nll / Σ valid targets, None without valid targets.
 
-    update: nll_P (sums) and targets_BPT int64 with IGNORE.
+    update: nll_P (sums) and targets_BPT int64 with IGNORE; count_P, int64, where the sums are over something else.
     """
 
     nll_P: Tensor
@@ -68,9 +68,9 @@ class TokenLoss(Sums):
         self.add_sum("nll_P", heads, dtype=torch.float64)
         self.add_sum("count_P", heads, dtype=torch.int64)
 
-    def update(self, nll_P: Tensor, targets_BPT: Tensor) -> None:
+    def update(self, nll_P: Tensor, targets_BPT: Tensor, count_P: Tensor | None = None) -> None:
         self.nll_P += nll_P.detach()
-        self.count_P += (targets_BPT != IGNORE).sum((0, 2))
+        self.count_P += (targets_BPT != IGNORE).sum((0, 2)) if count_P is None else count_P
 
     def compute(self) -> list[float | None]:
         return means(self.nll_P, self.count_P)

@@ -208,10 +208,14 @@ class PretrainModule(pl.LightningModule):
         # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
         parts = ranks * self.trainer.accumulate_grad_batches
         loss = self.head_loss(losses.nll_P, parts) + self.balance.weigh(losses, counts_LE, parts)
-        self.train_loss.update(losses.nll_P, batch["targets"])
+        self.note(losses, batch)
         self.step_loss = self.step_loss + loss.detach()
         self.micro_batches.append((loss.detach(), batch.get("sample_ids")))
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
+
+    def note(self, losses: Losses, batch: dict[str, Tensor]) -> None:
+        """Adds a micro-batch to the means for the log."""
+        self.train_loss.update(losses.nll_P, batch["targets"])
 
     def losses_of(self, batch: dict[str, Tensor], draft: bool = False) -> Losses:
         """The losses of a batch, without a pipeline with gradients. draft: as in `Transformer.losses`."""
@@ -287,7 +291,11 @@ class PretrainModule(pl.LightningModule):
         if not self.step_skipped:
             values["optimizer/grad_norm"] = norm
         values["optimizer/skipped_steps"] = self.skipped_steps
-        log_scalars(self.trainer, values, step)
+        log_scalars(self.trainer, values | self.own_values(), step)
+
+    def own_values(self) -> dict[str, float | None]:
+        """What a subclass logs beside this; every rank calls it at each logged step."""
+        return {}
 
     def on_train_start(self) -> None:
         """Applies the optimizer settings of this run in place of those in a checkpoint."""
@@ -340,16 +348,24 @@ class PretrainModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         main, *mtp = self.val_loss.compute()
         values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
-        values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
         if self.val_sources is not None:
             for kind, of_sources in zip(("loss", "bpb"), self.val_sources.compute(), strict=True):
                 values |= {f"sources/{kind}_{name}": value for name, value in zip(self.source_names, of_sources)}
-        if mtp:
+        values |= self.mtp_values(mtp)
+        self.val_loss.reset()
+        self.val_bpb.reset()
+        self.log_validation(values)
+
+    def mtp_values(self, losses: list[float | None]) -> dict[str, float | None]:
+        """Losses of the MTP modules in a validation, and the shares of accepted drafts, which begin anew."""
+        values = {f"val/mtp_{k}": loss for k, loss in enumerate(losses, start=1)}
+        if losses:
             accepted = enumerate(self.val_acceptance.compute(), start=1)
             values |= {f"mtp/acceptance_{k}": share for k, share in accepted}
             self.val_acceptance.reset()
-        self.val_loss.reset()
-        self.val_bpb.reset()
+        return values
+
+    def log_validation(self, values: dict[str, float | None]) -> None:
         if not self.trainer.sanity_checking:
             log_scalars(self.trainer, values)
             self.validated_step = self.steps_done

@@ -129,14 +129,14 @@ def test_each_prompt_has_random_numbers_of_its_own_whatever_stands_beside_it():
     assert decode(model, [[1, 2]], 20, drawn, set(), seed=5) == same[:1]
     beside = decode(model, [[3], [1, 2], [4, 5, 6]], 20, drawn, set(), seed=5)
     assert beside[1] == same[1] and beside[2] != same[2]
-    assert generate(model, [[1, 2]] * 3, 20, 1.0, -1, seed=5) == same
+    assert generate(model, [[1, 2]] * 3, 20, Sampling(1.0), -1, seed=5) == same
     drafted = [speculate(model, [1, 2], 20, drawn, set(), 5, 1, number=number)[0] for number in range(3)]
     assert len(set(map(tuple, drafted))) == 3
 
 
 def generate_all(model, prompts, count, end):
     """By running everything again for each token."""
-    return [generate(model, [prompt], count, 0.0, end, seed=0)[0] for prompt in prompts]
+    return [generate(model, [prompt], count, Sampling(), end, seed=0)[0] for prompt in prompts]
 
 
 def test_padding_is_not_routed(monkeypatch):

@@ -24,7 +24,7 @@ from dsv3_lightning.common.files import reason_of, remove_leftovers, utf8_path, 
 from dsv3_lightning.data.batches.concatenation import concatenate
 from dsv3_lightning.data.batches.packing import CHUNK, Make, PackedIndex, first_sample, in_memory, pack
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.build import SPLITS
+from dsv3_lightning.data.text.encoding import SPLITS
 from dsv3_lightning.data.text.prepare import locked
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile

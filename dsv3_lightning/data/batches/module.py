@@ -98,7 +98,7 @@ class TextDataModule(LightningDataModule):
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
             self._mixture = self._mix() if self.config.is_mixed else None
-            self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
+            self._index_hash = self._hash()
             rank_zero_only(say)(self.length_note())
 
     def train_dataloader(self) -> "Loader":
@@ -280,6 +280,9 @@ class TextDataModule(LightningDataModule):
         return PackedDataset(
             file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), per_token, origins, self.whole_steps
         )
+
+    def _hash(self) -> str:
+        return data_hash(self._datasets["train"], self.manifest, self.config.seed)
 
     def _full_layout(self) -> Layout:
         """The division of steps of `batch_size` samples. Raises ConfigError."""

@@ -47,7 +47,7 @@ class Source(NamedTuple):
     single folder (or the standard library), the first folder below it.
     text_key: as in SourceConfig. setting: the one that names it, for messages. marks: a .npy file, uint8 [documents], 0
     for the documents that are read; None: all are. kind: as in SourceConfig; None: by the name's ending. tokenizer: as
-    there.
+    there. begin, end: of a plain file of lines, only those that begin in these bytes; None: up to the file's end.
     """
 
     name: str
@@ -55,6 +55,8 @@ class Source(NamedTuple):
     origin: str = ""
     text_key: str | None = None
     setting: str = "data.paths"
+    begin: int = 0
+    end: int | None = None
     marks: Path | None = None
     kind: str | None = None
     tokenizer: str | None = None
