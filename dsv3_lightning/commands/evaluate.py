@@ -51,7 +51,7 @@ def run(
     make_folder("--out", out)
     from functools import partial
 
-    from dsv3_lightning.evaluation.evaluate import evaluate, results_table
+    from dsv3_lightning.evaluation.evaluate import evaluate, results_table, write_answers
     from dsv3_lightning.evaluation.writers import cached_writer
     from dsv3_lightning.inference.scoring import score
     from dsv3_lightning.runs.models import load
@@ -62,8 +62,7 @@ def run(
     results = []
     for task in found:
         result = evaluate(task, tokenizer, scorer, writer, context, seed, limit, repeats)
-        lines = (strict_json(answer, ensure_ascii=False) + "\n" for answer in result.answers)
-        write_file(out / "answers" / f"{task.name}.jsonl", "".join(lines))
+        write_answers(out / "answers", result)
         results.append(result)
         if cut := sum(answer["cut"] for answer in result.answers):
             print(f"{task.name}: {cut} of {len(result.answers)} prompts lost their start, longer than {context} tokens")

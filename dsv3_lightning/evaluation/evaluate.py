@@ -3,8 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from dsv3_lightning.common.files import write_file
+from dsv3_lightning.common.strict_json import strict_json
 from dsv3_lightning.common.table import table
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.evaluation.generation import Write, answer_questions, generation_metrics, protocol_for
@@ -55,6 +58,12 @@ def evaluate(
     protocol = protocol_for(task, repeats)
     answers = answer_questions(task, samples, tokenizer, write, score, context, seed, protocol)
     return Result(task, generation_metrics(answers), answers)
+
+
+def write_answers(folder: Path, result: Result) -> None:
+    """Writes a record of each question to <task>.jsonl. Raises WriteError."""
+    lines = (strict_json(answer, ensure_ascii=False) + "\n" for answer in result.answers)
+    write_file(folder / f"{result.task.name}.jsonl", "".join(lines))
 
 
 def results_table(results: Sequence[Result]) -> str:

@@ -12,6 +12,7 @@ from dsv3_lightning.evaluation.requests import Pair, context_text, fit, fit_prom
 from dsv3_lightning.evaluation.statistics import Estimate, estimate, majority, pass_at, powers_to
 from dsv3_lightning.evaluation.tasks import Sample, Task
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.text import encode
 
 PER_QUESTION = 1 << 32  # numbers of random streams: question · PER_QUESTION + answer
 
@@ -107,7 +108,7 @@ def gold_bits(
         text = gap(context, sample.gold) + sample.gold
         pair = pair_ids(tokenizer, context, text)
         if task.settings.chat:
-            pair = Pair(prompt_of(task, sample, tokenizer, seed), tokenizer.encode(sample.gold))
+            pair = Pair(prompt_of(task, sample, tokenizer, seed), encode(tokenizer, sample.gold))
             text = sample.gold
         if len(pair.continuation) <= limit:
             wanted.append((place, text))
@@ -119,13 +120,15 @@ def gold_bits(
 
 
 def generation_metrics(answers: Sequence[Answer]) -> dict[str, Estimate]:
-    """The means over questions.
+    """The means over questions; of the bits per byte alone where nothing was generated.
 
     pass@1 is the share of right answers; spread is the standard deviation of the accuracy between the runs.
     """
     known = [answer["bits_per_byte"] for answer in answers if answer["bits_per_byte"] is not None]
     metrics = {"gold_bits_per_byte": estimate(known)}
     rows: list[list[dict[str, Any]]] = [answer["answers"] for answer in answers]
+    if not rows[0]:
+        return metrics
     right = [[one["verdict"] == "right" for one in row] for row in rows]
     repeats = len(rows[0])
     for k in powers_to(repeats):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from dsv3_lightning.data.text.conversation import conversation, turn_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.evaluation.tasks import Sample, Task
+from dsv3_lightning.inference.text import encode
 
 BETWEEN = "\n\n"  # between few-shot examples
 
@@ -42,20 +43,20 @@ def pair_ids(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     context alone has, are the context.
     """
     stripped = context.rstrip()
-    ids = tokenizer.encode(context + continuation)
-    count = len(tokenizer.encode(stripped))
+    ids = encode(tokenizer, context + continuation)
+    count = len(encode(tokenizer, stripped))
     return Pair([tokenizer.bos_id, *ids[:count]], ids[count:])
 
 
 def prompt_of(task: Task, sample: Sample, tokenizer: Tokenizer, seed: int) -> list[int]:
     """Token ids before a generated answer: a text, or turns of a conversation."""
     if not task.settings.chat:
-        return [tokenizer.bos_id, *tokenizer.encode(context_text(task, sample, seed))]
+        return [tokenizer.bos_id, *encode(tokenizer, context_text(task, sample, seed))]
     turns: list[tuple[str, str]] = []
     for shot in task.shots_of(sample, seed):
         turns += [("user", shot.context), ("assistant", shot.gold)]
     turns.append(("user", sample.context))
-    written = conversation(tokenizer, ((role, tokenizer.encode(text)) for role, text in turns))
+    written = conversation(tokenizer, ((role, encode(tokenizer, text)) for role, text in turns))
     return [*written.ids, turn_ids(tokenizer)[1]]
 
 

@@ -8,6 +8,7 @@ Lines with "example": true are few-shot examples only; without such lines, the o
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -138,6 +139,10 @@ def read_settings(content: dict[str, Any], settings: Settings, where: str) -> Se
             value = tuple(value)
         if type(value) is not known[name] or isinstance(value, int) and value < 0:
             raise ConfigError(f"{where}: {name}={shown(value)}: must be {wanted(known[name])}")
+        if name == "task" and not re.fullmatch(r"[\w.-]+", value):
+            raise ConfigError(
+                f"{where}: task={shown(value)}: must be letters, digits, _, . and -, as results are files"
+            )
         settings = replace(settings, **{name: value})
     return settings
 
@@ -176,9 +181,20 @@ def text_of(content: dict[str, Any], name: str) -> str:
     return value
 
 
+def read_tasks(paths: Sequence[Path], **changes: Any) -> list[Task]:
+    """Tasks with different names. changes: as in `read_task`. Raises ConfigError."""
+    tasks: list[Task] = []
+    for path in paths:
+        task = read_task(path, **changes)
+        if task.name in {one.name for one in tasks}:
+            raise ConfigError(f"task {task.name}: given twice; results are kept by name")
+        tasks.append(task)
+    return tasks
+
+
 def find_tasks(names: Sequence[str], folder: Path, **changes: Any) -> list[Task]:
     """Tasks by path, or by name in the folder of fetched tasks. Raises ConfigError."""
-    tasks: list[Task] = []
+    paths = []
     for name in names:
         path = user_path(name)
         if not path.is_file():
@@ -187,8 +203,5 @@ def find_tasks(names: Sequence[str], folder: Path, **changes: Any) -> list[Task]
             found = sorted(file.stem for file in folder.glob("*.jsonl"))
             hint = nearest(name, found) if found else "; `dsv3 eval fetch` brings public ones"
             raise ConfigError(f"task {name}: no such file, nor {display_path(path)}{hint}")
-        task = read_task(path, **changes)
-        if task.name in {one.name for one in tasks}:
-            raise ConfigError(f"task {task.name}: given twice; results are kept by name")
-        tasks.append(task)
-    return tasks
+        paths.append(path)
+    return read_tasks(paths, **changes)

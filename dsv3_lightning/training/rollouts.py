@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from dsv3_lightning.data.tuning.prepare import Lines
+from dsv3_lightning.data.tuning.lines import Lines
 from dsv3_lightning.inference.rollout import Sampled
 
 

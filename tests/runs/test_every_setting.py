@@ -146,10 +146,13 @@ LEAVES = {
     "callbacks.sample_text.prompts": ("[b]", TEXT),
     "callbacks.sample_text.max_new_tokens": (3, TEXT),
     "callbacks.sample_text.temperature": (0.0, TEXT),
+    "callbacks.evaluate": ("{tasks: [nowhere.jsonl]}", REFUSED),  # tests/callbacks/test_evaluate.py
     "callbacks.checkpoint.every_n_steps": (4, FILES),
     "callbacks.checkpoint.every_n_minutes": (20, "elsewhere: tests/callbacks/test_checkpoint.py"),
     "callbacks.checkpoint.keep": (1, FILES),
     "callbacks.checkpoint.keep_best": (2, FILES),
+    "callbacks.checkpoint.best_by": ("loss/main", FILES),
+    "callbacks.checkpoint.best_is": ("highest", FILES),
     "callbacks.progress": ("null", TEXT),
     "callbacks.run_report": ("null", FILES),
 }

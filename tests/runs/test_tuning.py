@@ -137,6 +137,25 @@ def test_a_judge_that_fails_stops_the_run_with_its_name_and_leaves_the_checkpoin
     assert_equal(weights(base, "well", 4), weights(base, "ill", 4))
 
 
+def test_sampling_writes_right_answers_as_conversations_and_wrong_ones_as_pairs(base, capsys):
+    flags = ["--samples", "4", "--max-new-tokens", "3", "--threshold", "0.5", "--reward", "judges:last_digit"]
+    prompts = base / "asked.jsonl"
+    asked = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": str(n)}] for n in range(6)]
+    prompts.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in asked), encoding="utf-8")
+    common = ["sample", str(base / "runs/start"), str(prompts)]
+    assert main([*common, str(base / "pairs_made.jsonl"), *flags, "--pairs"]) == 0
+    pairs = [json.loads(line) for line in (base / "pairs_made.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert 1 <= len(pairs) <= 6 and "answers right (" in capsys.readouterr().out
+    for pair in pairs:
+        assert pair["chosen"] + "?" == pair["messages"][-1]["content"] and not pair["rejected_ends"]
+    assert main([*common, str(base / "none.jsonl"), *flags]) == 0  # no answer has ended
+    assert (base / "none.jsonl").read_text() == ""
+    # pairs of cut answers are learned without an end token
+    assert run(base, "from_pairs", f"init_from={base / 'runs/start'}", f"data.paths=[{base / 'pairs_made.jsonl'}]",
+               "dpo={beta: 0.1}", "trainer.max_steps=1", "data.batch_size=2", "trainer.limit_val_batches=0",
+               "data.validation_fraction=0") == 0  # fmt: skip
+
+
 def test_rewards_that_are_all_0_are_explained_in_words(base, capsys):
     settings = ["grpo={rewards: ['judges:nothing'], group_size: 2, max_new_tokens: 2}", "trainer.max_steps=2",
                 "data.batch_size=2", "trainer.limit_val_batches=0"]  # fmt: skip

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dsv3_lightning.data.batches.dataset import IGNORE, targets_of
 from dsv3_lightning.data.batches.sampling import MicroBatch
-from dsv3_lightning.data.tuning.prepare import Lines
+from dsv3_lightning.data.tuning.lines import Lines
 
 
 def rows_of(

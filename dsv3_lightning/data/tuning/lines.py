@@ -2,15 +2,20 @@
 
 A line has a `prompt` or `messages`. Text under `prompt` is continued as it is; a list of messages, under either name,
 is a conversation that ends with the user's turn, in the format of data/text/conversation.py. A pair's line also has
-`chosen` and `rejected`: text, or the assistant's message alone in a list, as TRL's files have it.
+`chosen` and `rejected`: text, or the assistant's message alone in a list, as TRL's files have it. With
+`rejected_ends: false` the text was cut, so that no end token follows it (`chosen_ends` likewise). Of prompts, messages
+may end with the assistant's: its text is then the field `answer`.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_lightning.data.config import DataConfig
+import numpy as np
+
+from dsv3_lightning.data.config import DEFAULTS, DataConfig
 from dsv3_lightning.data.text.conversation import conversation, turn_ids
 from dsv3_lightning.data.text.corpus import BOM, BadLines, TooLong, lines_of, refuse_other_layouts
 from dsv3_lightning.data.text.messages import parse_message, short
@@ -19,6 +24,21 @@ from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
 PROMPTS = ("prompt", "messages")
+
+
+class Lines(NamedTuple):
+    """Lines together. tokens: all ids, int32. bounds: where prompt and answers of each line begin, and where the last
+    ends, int64 [lines, parts + 1]. shown, columns: as in Line."""
+
+    tokens: np.ndarray
+    bounds: np.ndarray
+    shown: list[Any]
+    columns: list[dict[str, Any]]
+
+    def parts(self, number: int) -> list[np.ndarray]:
+        """Prompt and answers of a line, each [n]."""
+        bounds = self.bounds[number]
+        return [self.tokens[begin:end] for begin, end in zip(bounds, bounds[1:])]
 
 
 class Line(NamedTuple):
@@ -48,6 +68,26 @@ def read(config: DataConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[list[Li
             raise bad.error()
         skipped += bad.count
     return found, skipped
+
+
+def read_file(path: Path, tokenizer: Tokenizer) -> Lines:
+    """The prompts of one file. Raises ConfigError."""
+    (source,) = find_sources([str(path)], setting="prompts")
+    bad, found = BadLines(source), list[Line]()
+    for number, text in numbered(source, DEFAULTS["max_document_bytes"]):
+        try:
+            found.append(parse(text, tokenizer, pairs=False))
+        except ConfigError as error:
+            bad.add(number, str(error))
+    if bad.count:
+        raise bad.error()
+    if not found:
+        raise ConfigError(f"{path}: no prompts")
+    tokens = np.array([token for line in found for token in line.prompt], dtype=np.int32)
+    ends = np.cumsum([0, *(len(line.prompt) for line in found)])
+    return Lines(
+        tokens, np.stack([ends[:-1], ends[1:]], 1), [line.shown for line in found], [line.columns for line in found]
+    )
 
 
 def files_of(config: DataConfig) -> list[Source]:
@@ -87,14 +127,21 @@ def parse(text: str, tokenizer: Tokenizer, pairs: bool) -> Line:
     names = [name for name in PROMPTS if name in record]
     if len(names) != 1:
         raise ConfigError(f"must have either prompt or messages; the line has {', '.join(record) or 'no keys'}")
-    prompt, shown = prompt_of(record[names[0]], names[0], tokenizer)
-    taken = {names[0]}
+    asked, taken = record[names[0]], {names[0]}
+    if not pairs and isinstance(asked, list) and asked and isinstance(asked[-1], dict):
+        *earlier, last = asked
+        if last.get("role") == "assistant":
+            asked, record = earlier, {"answer": last.get("content")} | record
+    prompt, shown = prompt_of(asked, names[0], tokenizer)
     answers = []
     if pairs:
-        answers = [[*tokenizer.encode(answer_of(record, name)), tokenizer.eos_id] for name in ("chosen", "rejected")]
-        taken |= {"chosen", "rejected"}
+        answers = [answer_ids(record, name, tokenizer) for name in ("chosen", "rejected")]
+        taken |= {"chosen", "rejected", "chosen_ends", "rejected_ends"}
         if answers[0] == answers[1]:
             raise ConfigError("chosen and rejected are the same")
+    reserved = {"prompts", "completions", "completion_ids"} & record.keys()
+    if reserved:
+        raise ConfigError(f"{min(reserved)}: is a name that reward functions are called with; rename the field")
     return Line(prompt, answers, shown, {name: value for name, value in record.items() if name not in taken})
 
 
@@ -109,6 +156,16 @@ def prompt_of(value: Any, name: str, tokenizer: Tokenizer) -> tuple[list[int], s
     written = conversation(tokenizer, [(one.role, tokenizer.encode(one.text)) for one in messages])
     ids = [*written.ids, turn_ids(tokenizer)[1]]
     return ids, [{"role": one.role, "content": one.text} for one in messages]
+
+
+def answer_ids(record: dict[str, Any], name: str, tokenizer: Tokenizer) -> list[int]:
+    ends = record.get(f"{name}_ends", True)
+    if not isinstance(ends, bool):
+        raise ConfigError(f"{name}_ends={short(ends)}: must be true or false")
+    ids = [*tokenizer.encode(answer_of(record, name)), *([tokenizer.eos_id] if ends else [])]
+    if not ids:
+        raise ConfigError(f"{name}: is empty")
+    return ids
 
 
 def answer_of(record: dict[str, Any], name: str) -> str:

@@ -14,7 +14,8 @@ from dsv3_lightning.data.batches.skips import shifted
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.data.tuning.datasets import PairDataset, PromptDataset
-from dsv3_lightning.data.tuning.prepare import Lines, prepare_lines, read_split
+from dsv3_lightning.data.tuning.lines import Lines
+from dsv3_lightning.data.tuning.prepare import prepare_lines, read_split
 
 
 class LineDataModule(TextDataModule):

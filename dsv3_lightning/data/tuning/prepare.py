@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,23 +21,8 @@ from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest, w
 from dsv3_lightning.data.text.survey import validation_threshold
 from dsv3_lightning.data.text.token_names import end_ids
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.data.tuning.lines import files_of, read
+from dsv3_lightning.data.tuning.lines import Lines, files_of, read
 from dsv3_lightning.errors import ConfigError
-
-
-class Lines(NamedTuple):
-    """A split. tokens: all ids, int32. bounds: where prompt and answers of each line begin, and where the last ends,
-    int64 [lines, parts + 1]. shown, columns: as in Line."""
-
-    tokens: np.ndarray
-    bounds: np.ndarray
-    shown: list[Any]
-    columns: list[dict[str, Any]]
-
-    def parts(self, number: int) -> list[np.ndarray]:
-        """Prompt and answers of a line, each [n]."""
-        bounds = self.bounds[number]
-        return [self.tokens[begin:end] for begin, end in zip(bounds, bounds[1:])]
 
 
 def prepare_lines(
@@ -118,7 +103,7 @@ def write(
         sizes = [[0, len(line.prompt), *map(len, line.answers)] for line in own]
         tokens = [token for line in own for part in (line.prompt, *line.answers) for token in part]
         starts = np.cumsum([0, *map(sum, sizes)], dtype=np.int64)[:-1]
-        bounds = np.array(sizes, dtype=np.int64).reshape(len(own), -1).cumsum(1) + starts[:, None]
+        bounds = np.array(sizes, dtype=np.int64).reshape(len(own), 4 if pairs else 2).cumsum(1) + starts[:, None]
         stream = io.BytesIO()
         np.savez(stream, tokens=np.array(tokens, dtype=np.int32), bounds=bounds)
         texts = "".join(json.dumps([line.shown, line.columns], ensure_ascii=True) + "\n" for line in own)
