@@ -1,6 +1,7 @@
 """Cleaning of all sources of a corpus: its files in, files of what stays out, which are read like any others."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from dsv3_lightning.data.text.digests import Digests
 from dsv3_lightning.data.text.identity import key_of
 from dsv3_lightning.data.text.progress import progress
 from dsv3_lightning.data.text.sources import Source, unreadable
+from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.errors import ConfigError
 
 
@@ -54,7 +56,8 @@ def plan(config: DataConfig, files: Sequence[Source]) -> Plan:
     for name, given in config.sources.items():
         found = [source for source in files if source.origin == name]
         key = given.text_key or config.text_key
-        work = stage.CleanWork(given, config.cleaning, key, config.skip_bad_lines, found)
+        most = config.max_document_bytes
+        work = stage.CleanWork(given, config.cleaning, key, config.skip_bad_lines, most, found)
         tasks = stage.cut([described(source, digests) for source in found])
         sources[name] = SourcePlan(work, tasks, key_of({"settings": stage.decisive(work, sets), "tasks": tasks}))
     digests.save()
@@ -100,6 +103,18 @@ def clean(plan: Plan, jobs: int = 1, shard: Shard = ALL, keep_dropped: bool = Fa
         name: task_folder(folder, n) / f"{name}.npy" for n, task in enumerate(plan.joins) for name in task["parts"]
     }
     return Cleaned([join.documents_of(part, marks[name]) for name, part in parts.items()], counts)
+
+
+def read_facts(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What reading the files met, over all sources, in the form of `ReadStats.facts`."""
+    total = ReadStats().facts()
+    for found in counts.values():
+        for task in found["clean"]:
+            for name, value in total.items():
+                total[name] = (
+                    value + task[name] if isinstance(value, int) else dict(Counter(value) + Counter(task[name]))
+                )
+    return total
 
 
 def source_folder(plan: Plan, name: str, ending: str = "") -> Path:

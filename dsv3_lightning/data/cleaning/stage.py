@@ -46,12 +46,15 @@ EXAMPLES = 3  # of each reason, in the counts of a task
 
 @dataclass(frozen=True)
 class CleanWork:
-    """What a task needs besides its files' numbers. files: those of the source, where they are now."""
+    """What a task needs besides its files' numbers. most_bytes: data.max_document_bytes. files: those of the source,
+    where they are now.
+    """
 
     source: SourceConfig
     cleaning: CleaningConfig
     text_key: str
     skip_bad_lines: bool
+    most_bytes: int
     files: list[Source]
 
 
@@ -89,6 +92,7 @@ def decisive(work: CleanWork, sets: Sequence[str]) -> dict[str, Any]:
         "filters": work.source.filters,
         "text_key": work.text_key,
         "skip_bad_lines": work.skip_bad_lines,
+        "max_document_bytes": work.most_bytes,
         "cleaning": cleaning,
     }
 
@@ -128,7 +132,7 @@ def clean_task(work: CleanWork, keep_dropped: bool, task: Task, folder: Path, ad
 
 def reading(files: Sequence[Source], work: CleanWork, stats: ReadStats, advance: Advance) -> Iterator[Found]:
     for file in files:
-        yield from read_documents([file], work.text_key, stats, work.skip_bad_lines)
+        yield from read_documents([file], work.text_key, stats, work.skip_bad_lines, work.most_bytes)
         advance(file.path.stat().st_size)
 
 

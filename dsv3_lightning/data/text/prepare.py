@@ -36,6 +36,7 @@ def prepare(
     tell: Callable[[str], None] | None = say,
     jobs: int = 1,
     shard: Shard = ALL,
+    keep_dropped: bool = False,
 ) -> Path:
     """The folder with the token files, built if need be; several processes may call it at the same time.
 
@@ -43,7 +44,7 @@ def prepare(
     anything is written. If texts or tokenizer are gone, the tokens prepared from them are used.
     tell: called with one line for each kind of input that isn't in the token files.
     jobs: processes that work at the same time. shard: the part of the work that is this call's; RunStopped with code 0
-        says that the other parts are still to be done.
+        says that the other parts are still to be done. keep_dropped: write what cleaning drops beside what stays.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
     if known is not None and (lost := gone(config)) is not None:
@@ -76,7 +77,7 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder) if shard == ALL else nullcontext():
                 if not is_complete(folder):  # another process may have finished it in the meantime
-                    kept = sources if cleaning is None else cleaned_files(cleaning, jobs, shard)
+                    kept = sources if cleaning is None else cleaned_files(cleaning, jobs, shard, keep_dropped)
                     work = work_folder(folder)
                     build = Build(work, config, Files.of(kept, config), tokenizer, jobs, shard)
                     build_whole(folder, build, len(sources), left_out, inputs)
@@ -88,12 +89,12 @@ def prepare(
     return folder
 
 
-def cleaned_files(cleaning: Plan, jobs: int, shard: Shard) -> list[Source]:
+def cleaned_files(cleaning: Plan, jobs: int, shard: Shard, keep_dropped: bool) -> list[Source]:
     """The files of what stays of each source. Raises ConfigError if nothing stays of one.
 
     Raises RunStopped with code 0 if other jobs have tasks left to do.
     """
-    cleaned = clean(cleaning, jobs, shard)
+    cleaned = clean(cleaning, jobs, shard, keep_dropped)
     if cleaned is None:
         raise others_have_work("cleaning", shard)
     for name, counts in cleaned.counts.items():

@@ -10,8 +10,12 @@ import numpy as np
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import si
+from dsv3_lightning.data.cleaning.corpus import clean, plan, read_facts
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.store import TokenFile
+from dsv3_lightning.data.stages.tasks import ALL
+from dsv3_lightning.data.text.sources import sources_of
+from dsv3_lightning.data.text.store import TokenFile, read_manifest
+from dsv3_lightning.data.text.tally import notes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,28 +65,37 @@ def tokens_by_origin(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dic
     return found
 
 
-def write_report(
-    folder: Path,
-    config: DataConfig,
-    manifest: Mapping[str, Any],
-    counts: Mapping[str, Any] | None,
-    notes: Sequence[str],
-) -> Path:
-    """Writes the report and its figure into the prepared folder; returns the report's path. Raises WriteError.
+def report(folder: Path, config: DataConfig, jobs: int = 1, keep_dropped: bool = False) -> Path:
+    """Writes the report of a prepared folder, with its figure, into it; returns the report's path.
 
-    counts: of cleaning, by source; None without cleaning. notes: lines about input that isn't in the token files.
+    Cleaning whose results were removed since is done again for its counts. Raises ConfigError.
     """
+    manifest, counts, met = read_manifest(folder), None, read_manifest(folder)
+    files = sources_of(config)
+    if config.cleaning is not None:
+        cleaned = clean(plan(config, files), jobs, ALL, keep_dropped)
+        assert cleaned is not None  # of all parts
+        counts, met = cleaned.counts, read_facts(cleaned.counts)
+    text = written(folder, config, manifest, counts, notes(met, len(files), manifest["files_left_out"]))
+    if counts:
+        save_figure(figure({name: summed(found) for name, found in counts.items()}), folder / FIGURE)
+    write_file(folder / REPORT, text)
+    return folder / REPORT
+
+
+def written(
+    folder: Path, config: DataConfig, manifest: Mapping[str, Any], counts: Mapping[str, Any] | None, met: Sequence[str]
+) -> str:
+    """The report. counts: of cleaning, by source; None without cleaning. met: lines about input that isn't read."""
     sources = {name: summed(found) for name, found in (counts or {}).items()}
     lines = ["# Data report", "", *totals(folder, config, manifest, sources), ""]
-    if notes:
-        lines += ["## Not in the tokens", "", *(f"- {note}" for note in notes), ""]
+    if met:
+        lines += ["## Not in the tokens", "", *(f"- {note}" for note in met), ""]
     if sources:
-        save_figure(figure(sources), folder / FIGURE)
         lines += ["## By step", "", f"![Bytes of each source by what became of them]({FIGURE})", ""]
     for name, source in sources.items():
         lines += [f"### {name}", "", *by_step(source), "", *examples_of(source)]
-    write_file(folder / REPORT, "\n".join(lines).rstrip() + "\n")
-    return folder / REPORT
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def totals(
@@ -166,5 +179,5 @@ def figure(sources: Mapping[str, SourceReport]) -> "Figure":
         left += sizes
     axes.set(xlabel="MB of text")
     axes.invert_yaxis()
-    axes.legend(loc="outside lower center", ncols=4, fontsize="small")
+    drawn.legend(loc="outside lower center", ncols=4, fontsize="small")
     return drawn

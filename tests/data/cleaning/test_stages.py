@@ -17,6 +17,7 @@ from dsv3_lightning.data.cleaning.corpus import Cleaned, clean, plan
 from dsv3_lightning.data.config import DataConfig, SourceConfig
 from dsv3_lightning.data.text.corpus import lines_of, read_documents
 from dsv3_lightning.data.text.prepare import prepare
+from dsv3_lightning.data.text.report import report
 from dsv3_lightning.data.text.sources import sources_of
 from dsv3_lightning.data.text.store import TokenFile, read_manifest
 from dsv3_lightning.data.text.tokenizer import Tokenizer
@@ -154,6 +155,31 @@ def test_tokens_are_those_of_the_cleaned_documents(corpus: DataConfig) -> None:
     assert sorted(found) == sorted(ESSAYS[:6]) and read_manifest(folder)["origins"] == ["books"]
     assert prepare(config) == folder
     assert prepare(changed(config, exact=False, near=None)) != folder
+
+
+def test_the_report_tells_what_became_of_each_source(corpus: DataConfig) -> None:
+    assert corpus.sources is not None
+    books = dataclasses.replace(corpus.sources["books"], license="GPL-2", language="en")
+    config = dataclasses.replace(corpus, sources={"books": books})
+    folder = prepare(config)
+    found = report(folder, config).read_text(encoding="utf-8")
+    tokens = len(TokenFile(folder, "train").tokens)
+    assert f"| books | 6 | 0 | {tokens:,} |" in found and "| en | GPL-2 |" in found
+    for line in ("| read | 10 | 100.0% |", "| dropped: quality: min_words | 1 | 10.0% |", "| dropped: near | 1 |",
+                 "| dropped: contaminated | 1 |", "| kept | 6 | 60.0% |", '- `"too short"`'):  # fmt: skip
+        assert line in found, line
+    assert (folder / "data_report.png").stat().st_size > 1000
+    whole = dataclasses.replace(config, cleaning=None)
+    assert "| books | 10 |" in report(prepare(whole), whole).read_text(encoding="utf-8")
+
+
+def test_faults_of_files_are_reported_after_cleaning_too(corpus: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "one \xff two"}\nnonsense\n{"text": "' + b"x" * 900 + b'"}\n')
+    sources = {"bad": SourceConfig(paths=[str(tmp_path / "bad.jsonl")])}
+    config = dataclasses.replace(corpus, sources=sources, skip_bad_lines=True, max_document_bytes=500)
+    found = report(prepare(config), config).read_text(encoding="utf-8")
+    for line in ("1 bad lines: 1 in bad.jsonl", "U+FFFD stands for 1 characters", "bad.jsonl, line 3"):
+        assert line in found, found
 
 
 def test_nothing_left_is_an_error_that_says_so(corpus: DataConfig) -> None:
