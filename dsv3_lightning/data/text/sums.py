@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path, user_path
@@ -52,8 +53,8 @@ def write(folder: Path) -> dict[str, int]:
         {"messages": turn, "answer": answer} for turn, (_, answer) in zip(user[len(tuned) :], asked, strict=True)
     ]
     settings = {"task": "sums", "chat": True, "max_new_tokens": 8}
-    task = [settings, *({"prompt": question, "answer": answer} for question, answer in held_out)]
-    files = {"text": texts, "talks": talks, "prompts": prompts, "task": task}
+    task: list[Any] = [settings, *({"prompt": question, "answer": answer} for question, answer in held_out)]
+    files: dict[str, list[Any]] = {"text": texts, "talks": talks, "prompts": prompts, "task": task}
     for name, lines in files.items():
         write_file(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return {name: len(lines) for name, lines in files.items()}
