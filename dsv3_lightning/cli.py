@@ -100,6 +100,8 @@ VERBS = {
     "validate": Verb("dsv3_lightning.commands.validate", "Check a configuration, and do nothing else."),
     "plan": Verb("dsv3_lightning.commands.plan", "Show parameters, FLOP, memory and a run's time, without a device."),
     "prepare": Verb("dsv3_lightning.commands.prepare", "Tokenize and pack a configuration's data."),
+    "data": Verb("dsv3_lightning.commands.data", "Verify prepared data, or show what it holds."),
+    "demo-corpus": Verb("dsv3_lightning.commands.demo_corpus", "Fetch a corpus of English, Chinese and code."),
     "generate": Verb("dsv3_lightning.commands.generate", "Continue a text with a trained model."),
     "chat": Verb("dsv3_lightning.commands.chat", "Talk with a trained model; /reset starts over."),
     "serve": Verb("dsv3_lightning.commands.serve", "Serve a trained model to OpenAI clients."),

@@ -78,6 +78,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
     sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
         "prepare": f"{config} --jobs --shard --keep-dropped",
+        "data": "-h --help action path --split --source --documents --sample --characters",
         "run": config,
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
@@ -92,6 +93,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "import": "-h --help folder --out",
         "trace": "-h --help run --step --png",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
+        "demo-corpus": "-h --help folder",
         "needle": "-h --help run --lengths --depths --texts --out",
         "plan": f"{config} --gpus --gpu --inside --between --fp8 --dry-run --sources "
         "--pipeline-parallel --schedule --micro-batches --overlap --times --png",

@@ -154,7 +154,7 @@ def deal(numbers: np.ndarray, quotas: Sequence[int]) -> tuple[np.ndarray, np.nda
     """The source of each number of a phase, and how many of that source come before it, int64 [n] each.
 
     >>> deal(np.arange(10), [5, 3, 2])[0].tolist()
-    [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]
+    [0, 1, 0, 2, 0, 1, 0, 2, 0, 1]
     """
     source, nth = np.full(numbers.shape, -1, dtype=np.int64), np.zeros(numbers.shape, dtype=np.int64)
     rest, total = numbers.astype(np.int64), sum(quotas)

@@ -35,7 +35,8 @@ SPLITS = (
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 # Those of DeepSeek LLM (arXiv 2401.02954, §2.1): line ends, words of scripts with two cases, punctuation, spaces at the
-# end, Chinese and other scripts without cases, single digits.
+# end, Chinese and other scripts without cases, single digits. The third has the range from : to ~ as published,
+# with the ASCII letters in it, and therefore cuts words at other letters.
 LLM_SPLITS = (
     r"[\r\n]",
     r"\s?[\p{Ll}\p{Lu}\p{Lt}]+",

@@ -55,11 +55,10 @@ def test_the_order_is_prefix_suffix_middle_between_the_marks_of_v3(tokenizer: To
 
 def test_every_combined_token_has_its_two_halves(tokenizer: Tokenizer) -> None:
     marks = Marks(tokenizer, Rewriting(0.0, 1.0, 0))
-    texts = {tokenizer.decode([index]): [tokenizer.decode([half]) for half in halves]
-             for index, halves in marks.halves.items()}  # fmt: skip
-    assert texts["}\n\n"] == ["}", "\n\n"] and texts[");\n"][-1] == "\n"
-    assert all("".join(halves) == text and not halves[-1].strip("\r\n") for text, halves in texts.items())
-    assert all(text.rstrip("\r\n") != text for text in texts) and len(texts) > 3
+    for index, halves in marks.halves.items():
+        text = tokenizer.decode([index])
+        assert text.rstrip("\r\n") != text == tokenizer.decode(halves) and len(halves) > 1
+    assert len(marks.halves) > 3
     ids = np.array(tokenizer.encode(TEXT), np.uint32)
     split = marks.split(ids, hash=7)
     assert tokenizer.decode(split.tolist()) == TEXT and not marks.combined[split].any() and len(split) > len(ids)
