@@ -37,7 +37,7 @@ from dsv3_lightning.data.cleaning.private import EMAIL, IPV4, mask
 from dsv3_lightning.data.cleaning.quality import judge
 from dsv3_lightning.data.cleaning.repair import repair
 from dsv3_lightning.data.cleaning.words import ngrams, words_of
-from dsv3_lightning.data.config import SourceConfig
+from dsv3_lightning.data.config import DEFAULTS, SourceConfig
 from dsv3_lightning.data.scale.dump import Dump, shown
 from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.sources import Source, find_named
@@ -230,9 +230,23 @@ def recall(corpora: dict[str, list[str]], pairs: int = 60) -> list[list[str]]:
             if inside.any():
                 row = [f"{low:.1f}", f"{inside.sum()}", f"{found[inside].sum()}", f"{expected[inside].sum():.1f}"]
                 rows.append([name, *row])
-        different = similar_to_earlier(chosen)
-        rows.append([name, "different documents", f"{len(chosen):,}", f"{int(different.sum())}", "0"])
+        marked = marked_pairs(list(dict.fromkeys(texts)))
+        alike = np.array([jaccard(*pair) for pair in marked])
+        for low in (0.0, 0.5, 0.7):
+            rows.append([name, f"of {len(marked)} pairs of the corpus, above {low}", "", f"{(alike > low).sum()}", ""])
     return rows
+
+
+def marked_pairs(texts: Sequence[str], most: int = 500) -> list[tuple[str, str]]:
+    """Pairs of different texts that share a bucket, which is why one of them would be dropped."""
+    signed = sign(texts)
+    found: set[tuple[int, int]] = set()
+    for bucket in range(14):
+        keys = bucket_keys(signed, bucket, 8)
+        order = np.argsort(keys, kind="stable")
+        equal = np.flatnonzero((keys[order[1:]] == keys[order[:-1]]) & (keys[order[1:]] != 0))
+        found |= set(zip(order[equal].tolist(), order[equal + 1].tolist()))
+    return [(texts[a], texts[b]) for a, b in sorted(found)[:most]]
 
 
 def similar_to_earlier(texts: Sequence[str]) -> np.ndarray:
@@ -311,7 +325,12 @@ def memory(corpora: dict[str, list[str]]) -> list[list[str]]:
 def measure(path: Path) -> None:
     cleaning = build(CleaningConfig, PUBLISHED)
     work = stage.CleanWork(
-        SourceConfig(paths=[str(path)], filters="web"), cleaning, "text", False, [Source(path.name, path)]
+        SourceConfig(paths=[str(path)], filters="web"),
+        cleaning,
+        "text",
+        False,
+        DEFAULTS["max_document_bytes"],
+        [Source(path.name, path)],
     )
     with tempfile.TemporaryDirectory() as folder:
         stage.clean_task(
