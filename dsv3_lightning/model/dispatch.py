@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.cpu import row_multiple
-from dsv3_lightning.model.permute import Order, Permute, Unpermute, fill_up, sort_by_expert
+from dsv3_lightning.model.permute import Order, Permute, PermuteGates, Unpermute, fill_up, sort_by_expert
 
 
 @runtime_checkable
@@ -61,8 +61,7 @@ class LocalDispatcher:
         x_ND = x_ND.to(compute_dtype(x_ND))
         order, offsets_E = fill_up(sort_by_expert(experts_NK, self.num_experts), row_multiple(x_ND))
         x_RD = Permute.apply(x_ND, order.order_R, order.rows_NK)
-        gates_R1 = Permute.apply(gates_NK.reshape(-1, 1), order.order_R, order.rows_NK.view(-1, 1))
-        return Sorted(x_RD, gates_R1.squeeze(1), order, offsets_E)
+        return Sorted(x_RD, PermuteGates.apply(gates_NK, order.order_R, order.rows_NK), order, offsets_E)
 
     def leave(self, sent: Sorted) -> None:
         pass

@@ -69,7 +69,7 @@ def sum_of_rows(x_RD: Tensor, rows_NK: Tensor) -> Tensor:
         return out_ND.to(x_RD.dtype)
     at_NK = rows_NK.clamp(min=0)
     if on_cpu(x_RD):
-        out_ND = F.embedding_bag(at_NK, x_RD.contiguous(), mode="sum", per_sample_weights=there_NK.to(x_RD.dtype))
+        out_ND = F.embedding_bag(at_NK.int(), x_RD.contiguous(), mode="sum", per_sample_weights=there_NK.to(x_RD.dtype))
     else:
         for row_N, there_N in zip(at_NK.unbind(1), there_NK.to(out_ND.dtype).unbind(1)):
             out_ND.addcmul_(x_RD.index_select(0, row_N), there_N[:, None])
@@ -101,6 +101,24 @@ class Permute(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         (rows_NK,) = ctx.saved_tensors
         return sum_of_rows(grad_RD, rows_NK), None, None
+
+
+class PermuteGates(torch.autograd.Function):
+    """The gates of the copies in the same order, fp32 [R], 0 in empty rows."""
+
+    @staticmethod
+    def forward(ctx: Any, gates_NK: Tensor, order_R: Tensor, rows_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_NK)
+        empty = int(len(order_R) > rows_NK.numel())
+        return F.pad(gates_NK.flatten(), (0, empty)).index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        (rows_NK,) = ctx.saved_tensors
+        if len(grad_R) == 0:
+            return grad_R.new_zeros(rows_NK.shape), None, None
+        of_copies = grad_R.index_select(0, rows_NK.clamp(min=0).flatten()).view_as(rows_NK)
+        return of_copies.masked_fill(rows_NK < 0, 0), None, None
 
 
 class Unpermute(torch.autograd.Function):
