@@ -19,9 +19,9 @@ COMPILER = shutil.which("g++")
 def dynamo(monkeypatch):
     """torch.compile, which the suite turns off otherwise."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(disable=False):
+        yield
     compile_all(False)
     torch._dynamo.reset()
 
