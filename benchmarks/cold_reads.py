@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
-from dsv3_lightning.data.batches.index import open_index, prepare_index
+from dsv3_lightning.data.batches.index import Cut, open_index, prepare_index
 from dsv3_lightning.data.batches.loader import Loader
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
-from dsv3_lightning.data.text.build import SPLITS
+from dsv3_lightning.data.text.encoding import SPLITS
 from dsv3_lightning.data.text.store import FORMAT, TokenFile, TokenWriter, token_dtype, write_manifest
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         write_random_tokens(folder, arguments.gigabytes, arguments.median)
-        prepare_index(folder, arguments.sequence_length, 1, False)
+        prepare_index(folder, {"train": Cut(arguments.sequence_length, 1, False)})
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
         print(f"{size:.1f} GB of tokens and index, {arguments.batch_size} samples of {arguments.sequence_length} each")
         for workers in arguments.workers:
@@ -83,7 +83,7 @@ def waiting(folder: Path, workers: int, cold: bool, arguments: argparse.Namespac
     if cold:
         drop_from_cache(folder)
     length = arguments.sequence_length
-    index = open_index(folder, "train", length, 1, False)
+    index = open_index(folder, "train", Cut(length, 1, False))
     assert index is not None
     dataset = PackedDataset(TokenFile(folder, "train"), index, length, 1, pad_id=0, mask_document_ends=False)
     sampler = TrainSampler(len(dataset), Layout(arguments.batch_size), seed=0, max_steps=arguments.batches + 1)

@@ -12,6 +12,7 @@ from dsv3_lightning.callbacks.settings import CLASSES
 if TYPE_CHECKING:
     from dsv3_lightning.callbacks.balance_factor import BalanceFactor as BalanceFactor
     from dsv3_lightning.callbacks.checkpoint import Checkpoint as Checkpoint
+    from dsv3_lightning.callbacks.evaluate import Evaluate as Evaluate
     from dsv3_lightning.callbacks.expert_bias import ExpertBias as ExpertBias
     from dsv3_lightning.callbacks.garbage_collection import GarbageCollection as GarbageCollection
     from dsv3_lightning.callbacks.loss_spike import LossSpike as LossSpike

@@ -13,6 +13,8 @@ QUESTIONS: dict[str, dict[str, str]] = {  # question: {key: title}
         "loss": "training loss (nats per token)",
         "val_loss": "validation loss (nats per token)",
         "bpb": "bits per byte of validation text",
+        "source_loss": "validation loss by source (nats per token)",
+        "source_bpb": "bits per byte of validation text by source",
         "lr": "learning rate",
     },
     "is it balanced": {

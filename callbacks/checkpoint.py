@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,11 +18,18 @@ from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.callbacks.settings import CheckpointSettings
 from dsv3_lightning.common.files import give_name, remove, whole
 from dsv3_lightning.errors import RunStopped
-from dsv3_lightning.parallel.checkpoints.names import best_files, best_name, step_files
+from dsv3_lightning.parallel.checkpoints.names import BEST_FILE, LOSS, best_files, best_name, step_files
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.training.logging import is_last_micro_batch, latest_values, planned_steps, steps_done
+from dsv3_lightning.training.logging import (
+    is_last_micro_batch,
+    latest_values,
+    logged_at,
+    planned_steps,
+    steps_done,
+)
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+VALIDATION_LOSS = "val/loss"
 ASKED = 1 << 16  # above every signal: a callback or a time limit has set trainer.should_stop
 # A step of MANY micro-batches may take longer than the notice before a machine is preempted, so signals are also
 # checked within such steps, after every ASK_EVERY micro-batches.
@@ -36,8 +43,10 @@ class Checkpoint(CheckpointBase):
     every_n_steps: optimizer steps between checkpoints. every_n_minutes: the same by the clock of the first rank, after
     the first step that ends so long after the last checkpoint began. Either may be None, and both may be set.
     keep: number of newest checkpoints to keep. keep_best: number of checkpoints with the lowest validation loss to
-    keep, as best-step=<n>-loss=<x>.ckpt; a missing or non-finite loss never counts. Where step=<n>.ckpt is there
-    already, the best one is a second name of it. With strategy.sharded_checkpoints a checkpoint is a folder.
+    keep, as best-step=<n>-loss=<x>.ckpt, or by another scalar `best_by` that is best when `best_is` lowest or highest,
+    as best-step=<n>-highest=<x>.ckpt, whenever it is logged; a missing or non-finite value never counts. Where
+    step=<n>.ckpt is there already, the best one is a second name of it. With strategy.sharded_checkpoints a checkpoint
+    is a folder.
 
     The folder is the only record of its checkpoints, so a run killed at any moment leaves no state that disagrees.
     Every stop writes a checkpoint and prints one line with the reason: after the last step; after the current step or
@@ -55,10 +64,20 @@ class Checkpoint(CheckpointBase):
         every_n_minutes: float | None = None,
         keep: int = 2,
         keep_best: int = 1,
+        best_by: str = VALIDATION_LOSS,
+        best_is: Literal["lowest", "highest"] = "lowest",
     ) -> None:
-        CheckpointSettings(every_n_steps=every_n_steps, every_n_minutes=every_n_minutes, keep=keep, keep_best=keep_best)
+        CheckpointSettings(
+            every_n_steps=every_n_steps,
+            every_n_minutes=every_n_minutes,
+            keep=keep,
+            keep_best=keep_best,
+            best_by=best_by,
+            best_is=best_is,
+        )
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
-        self.keep, self.keep_best = keep, keep_best
+        self.keep, self.keep_best, self.best_by = keep, keep_best, best_by
+        self.best_kind = LOSS if (best_by, best_is) == (VALIDATION_LOSS, "lowest") else best_is
         self.clock = time.monotonic
         self.begun = self.clock()  # the newest checkpoint, or training
         self.saved: int | None = None  # the step of the newest checkpoint that this process has taken part in
@@ -118,6 +137,9 @@ class Checkpoint(CheckpointBase):
         if stop or last or due or (self.every_n_steps is not None and step % self.every_n_steps == 0):
             self.done = None  # a save that fails isn't retried
             self.save(trainer)
+        if logged_at(trainer, self.best_by) == step:
+            self.done = None
+            self.save_if_best(trainer)
         if stop or last:
             self.stopped_at = step
             self.settle(trainer)
@@ -209,15 +231,16 @@ class Checkpoint(CheckpointBase):
         if newest:
             with whole(folder / "last.ckpt") as beside:
                 beside.symlink_to(newest[0].name)
-        for path in [*newest[self.keep :], *(path for _, path in best_files(folder)[self.keep_best :])]:
+        for path in [*newest[self.keep :], *(path for _, path in best_files(folder, self.best_kind)[self.keep_best :])]:
             remove(path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        done, self.done = self.done, None
-        self.save_if_best(trainer)
-        self.done = done
+        if logged_at(trainer, self.best_by) in (None, steps_done(trainer)):  # None: Lightning alone knows the value
+            done, self.done = self.done, None
+            self.save_if_best(trainer)
+            self.done = done
         if trainer.state.fn == "fit" and trainer.global_step < planned_steps(trainer):
             stop, _ = self.agreed(trainer)
             if stop not in (0, ASKED):
@@ -226,12 +249,12 @@ class Checkpoint(CheckpointBase):
                 raise_if_signal(stop, trainer.global_step)
 
     def save_if_best(self, trainer: Trainer) -> None:
-        loss = latest_values(trainer).get("val/loss", math.nan)
-        if not self.keep_best or not math.isfinite(loss):
+        value = latest_values(trainer).get(self.best_by, math.nan)
+        if not self.keep_best or not math.isfinite(value):
             return
         step, folder = steps_done(trainer), checkpoint_folder(trainer)
-        best, path = best_files(folder), folder / best_name(step, loss)
-        worse = len(best) >= self.keep_best and float(f"{loss:.4f}") >= best[-1][0]  # rounded as in the file name
+        best, path = best_files(folder, self.best_kind), folder / best_name(step, value, self.best_kind)
+        worse = path in [file for _, file in best] or len(best) >= self.keep_best and not better(path, best[-1][1])
         if trainer.strategy.broadcast(worse):  # ranks may see the folder differently while a checkpoint is written
             return
         if trainer.state.fn == "fit" and self.saved == step:
@@ -250,6 +273,13 @@ class Checkpoint(CheckpointBase):
             trainer.strategy.saver.name_again(path, name)
         elif trainer.is_global_zero:
             give_name(path, name)
+
+
+def better(path: Path, other: Path) -> bool:
+    """Whether the first of two best checkpoints of one kind has the better value, as rounded in their names."""
+    matches = (BEST_FILE.fullmatch(one.name) for one in (path, other))
+    first, second = (float(match[3]) for match in matches if match is not None)
+    return first > second if "-highest=" in path.name else first < second
 
 
 class StepDone(Callback):

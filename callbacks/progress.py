@@ -11,6 +11,9 @@ from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, la
 
 COLUMNS = {  # logged name -> (label, format)
     "loss/main": ("loss", "{:.3f}"),
+    "grpo/reward": ("reward", "{:.3f}"),
+    "grpo/length": ("length", "{:.1f}"),
+    "dpo/accuracy": ("preferred", "{:.0%}"),
     "loss/mtp_1": ("mtp", "{:.3f}"),
     "balance/max_vio": ("max_vio", "{:.2f}"),
     "throughput/tokens_per_second": ("tok/s", "{:,.0f}"),
@@ -18,6 +21,8 @@ COLUMNS = {  # logged name -> (label, format)
 VALIDATION = {
     "val/loss": ("loss", "{:.3f}"),
     "val/bpb": ("bits per byte", "{:.3f}"),
+    "val/reward": ("reward", "{:.3f}"),
+    "val/accuracy": ("preferred", "{:.0%}"),
     "val/mtp_1": ("mtp", "{:.3f}"),
     "mtp/acceptance_1": ("accepted", "{:.0%}"),
     "balance/max_vio_global": ("max_vio", "{:.2f}"),

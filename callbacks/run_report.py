@@ -27,6 +27,7 @@ from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.logging import latest_scalars, planned_steps
 
 CURVES = ("loss/main", "loss/mtp_1", "val/loss", "val/mtp_1")
+COMPRESSORS = ("gzip_bpb", "xz_bpb", "gzip_stream_bpb", "xz_stream_bpb")
 PACKAGES = ("torch", "lightning", "torchmetrics", "tokenizers", "omegaconf", "tensorboard")
 
 
@@ -113,6 +114,7 @@ class RunReport(Callback):
             "val_loss": scalars.get("val/loss"),
             "val_bpb": scalars.get("val/bpb"),
             "gzip_bpb": data.gzip_bpb,
+            "sources": by_source(data, scalars, steps),
             "mtp_loss": [scalars.get(f"val/mtp_{k}") for k in range(1, config.mtp_depth + 1)],
             "mtp_acceptance": [scalars.get(f"mtp/acceptance_{k}") for k in range(1, config.mtp_depth + 1)],
             "max_vio_global": router.max_vio_global if router else None,
@@ -125,6 +127,46 @@ class RunReport(Callback):
             "versions": {"dsv3-lightning": __version__, "python": platform.python_version()}
             | {name: version(name) for name in PACKAGES},
         }
+
+
+def by_source(data: Any, scalars: dict[str, float], steps: int) -> dict[str, dict[str, Any]]:
+    """Loss, bits per byte, those of gzip and xz, and passes for each name in data.sources."""
+    names = getattr(data, "source_names", [])
+    passes, compressed = (data.passes_by_source(steps), data.compressed) if names else ({}, {})
+    return {
+        name: {
+            "val_loss": scalars.get(f"sources/loss_{name}"),
+            "val_bpb": scalars.get(f"sources/bpb_{name}"),
+            **{key: compressed.get(name, {}).get(key) for key in COMPRESSORS},
+            "passes": passes.get(name),
+        }
+        for name in names
+    }
+
+
+def source_table(sources: dict[str, dict[str, Any]]) -> str:
+    """The sources in Markdown; empty without any."""
+    if not sources:
+        return ""
+    heads = [
+        "source",
+        "validation loss",
+        "bits per byte",
+        "gzip -9",
+        "xz -6",
+        "gzip, one stream",
+        "xz, one stream",
+        "passes",
+    ]
+    rows = [
+        [name, *("-" if value is None else f"{value:.3f}" for value in values.values())]
+        for name, values in sources.items()
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+    return (
+        f"## By source\n\n{table}\n\nBits per byte of the validation text. gzip and xz get each document alone, as the "
+        "model does, or all of a source in one stream.\n\n"
+    )
 
 
 def find(trainer: Trainer, kind: type) -> Any | None:
@@ -166,7 +208,7 @@ def markdown(report: dict[str, Any], folder: Path, samples: list[str], has_bias:
     pictures = "![loss](loss.png)\n" + ("\n![expert bias](bias.png)\n" if has_bias else "")
     written = "".join(f"```\n{text}\n```\n\n" for text in samples)
     return (
-        f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{pictures}\n"
+        f"# {folder.name}\n\n| | |\n| --- | --- |\n{table}\n\n{source_table(report['sources'])}{pictures}\n"
         + (f"## What it writes\n\n{written}" if samples else "")
         + f"## Next\n\n{command}; `tensorboard --logdir {shlex.quote(str(folder.parent))}` shows every curve.\n"
     )

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dsv3_lightning.callbacks.protocol import require_data, require_model
 from dsv3_lightning.callbacks.settings import PROMPTS, SampleTextSettings
 from dsv3_lightning.inference.generate import generate
+from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.parallel.pipeline.relay import Relay
 from dsv3_lightning.training.logging import is_last_micro_batch, planned_steps
@@ -51,7 +52,7 @@ class SampleText(Callback):
         pipeline, unused = pipeline_of(trainer.strategy), tokenizer.ids_without_text(pl_module.model.config.vocab_size)
         model = pl_module.model if pipeline is None else Relay(pipeline)
         with trainer.precision_plugin.forward_context():
-            new = generate(model, prompts, self.max_new_tokens, self.temperature, tokenizer.eos_id, 0, unused)
+            new = generate(model, prompts, self.max_new_tokens, Sampling(self.temperature), tokenizer.eos_id, 0, unused)
         self.latest = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, new, strict=True)]
         if trainer.is_global_zero:
             self.show(trainer, step)

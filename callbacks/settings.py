@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, Literal
 
+from dsv3_lightning.common.paths import PathText
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.training.schedule import Schedule, check_schedule
 
@@ -109,11 +110,27 @@ class SampleTextSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    tasks: Sequence[PathText]
+    every_n_steps: int = 1000
+    limit: int | None = 100
+
+    def __post_init__(self) -> None:
+        at_least(1, "evaluate.every_n_steps", self.every_n_steps)
+        if self.limit is not None:
+            at_least(1, "evaluate.limit", self.limit, ", or null for all")
+        if not self.tasks:
+            raise ConfigError("callbacks.evaluate.tasks=[]: needs a jsonl file; evaluate=null switches it off")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     every_n_steps: int | None = 100
     every_n_minutes: float | None = None
     keep: int = 2
     keep_best: int = 1
+    best_by: str = "val/loss"
+    best_is: Literal["lowest", "highest"] = "lowest"
 
     def __post_init__(self) -> None:
         if self.every_n_steps is None and self.every_n_minutes is None:
@@ -185,6 +202,7 @@ CALLBACKS: dict[str, type[Any]] = {  # by the name in a YAML, which is also that
     "memory_snapshot": MemorySnapshotSettings,
     "pipeline_trace": PipelineTraceSettings,
     "sample_text": SampleTextSettings,
+    "evaluate": EvaluateSettings,
     "checkpoint": CheckpointSettings,
     "progress": no_settings("Progress"),
     "run_report": no_settings("RunReport"),

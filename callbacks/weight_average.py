@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import from_batch, require_model
@@ -14,7 +13,8 @@ from dsv3_lightning.callbacks.settings import WeightAverageSettings
 from dsv3_lightning.model.transformer import Losses
 from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.parallel.strategy import MeshStrategy
-from dsv3_lightning.parallel.tensors import as_dtensor_like, gather_full, local, local_shard
+from dsv3_lightning.parallel.tensors import as_dtensor_like, local, local_shard
+from dsv3_lightning.parallel.weights import gather_all, own_copy, put, reshard
 from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars
 from dsv3_lightning.training.metrics import TokenLoss
 
@@ -110,30 +110,6 @@ class WeightAverage(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.loaded = state_dict["updates"], state_dict["average"]
         self.average = {}
-
-
-def gather_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: gather_full(tensor) for name, tensor in tensors.items()}
-
-
-def own_copy(weight: Tensor) -> Tensor:
-    """A copy of this rank's shard of a weight: fp32 on the CPU, never a view."""
-    return local(weight.detach()).to("cpu", torch.float32, copy=True)
-
-
-@torch.no_grad()
-def put(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Sets this rank's shards of the weights."""
-    reshard(model)
-    for name, weight in model.named_parameters():
-        local(weight).copy_(values[name])
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees parameters that FSDP has gathered, so that only the shards remain."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def batches(trainer: Trainer) -> Any:

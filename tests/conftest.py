@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.common.history import scalar_history
+from tests.forking import Forked
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
@@ -116,9 +118,12 @@ class Nano:
         with blank_figures():
             return Run(self.base / "runs" / name, main(self.arguments(name, overrides)))
 
-    def start(self, name: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-        """In a process of its own (and its children), which is what a user does."""
-        return subprocess.Popen(
+    def start(
+        self, name: str, *overrides: str, popen: type[subprocess.Popen] = Forked, **environment: str
+    ) -> subprocess.Popen[str]:
+        """In a process of its own (and its children), which is what a user does. popen: subprocess.Popen for one that
+        imports everything itself, as where a locale or an import counts."""
+        return popen(
             [sys.executable, "-m", "dsv3_lightning", *self.arguments(name, overrides)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment,
             cwd=self.base,
@@ -128,8 +133,8 @@ class Nano:
             encoding="utf-8",
         )
 
-    def command(self, name: str, *overrides: str, timeout: float = 240, **environment: str) -> Run:
-        process = self.start(name, *overrides, **environment)
+    def command(self, name: str, *overrides: str, timeout: float = 240, **start: Any) -> Run:
+        process = self.start(name, *overrides, **start)
         try:
             output, _ = process.communicate(timeout=timeout)
         finally:

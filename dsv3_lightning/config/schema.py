@@ -14,10 +14,12 @@ from dsv3_lightning.config.checks import (
     check_together,
     check_trainer,
 )
+from dsv3_lightning.config.tuning import check_tuning
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
+from dsv3_lightning.training.tuning import DPOConfig, GRPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Config:
     (parallel/mesh.py), or a block with `kind` (ours) or `class_path` (any).
 
     init_from: a run's folder or a Hugging Face folder with the initial weights; None: they are random.
+    dpo, grpo: preference or reinforcement learning in place of the language-model loss; None: neither.
     callbacks: by name, None if switched off.
     """
 
@@ -62,6 +65,8 @@ class Config:
     trainer: dict[str, Any]
     strategy: str | dict[str, Any]
     callbacks: dict[str, dict[str, Any] | None]
+    dpo: DPOConfig | None
+    grpo: GRPOConfig | None
 
 
 def check(tree: dict[str, Any], mesh: bool = True) -> Config:
@@ -81,6 +86,7 @@ def check(tree: dict[str, Any], mesh: bool = True) -> Config:
         check_halves(config.strategy, config.data, config.trainer)
     pipelined = check_stages(config.strategy, config.trainer, config.model, config.data)
     check_together(config.model, config.data, config.loss, config.trainer, config.callbacks, pipelined)
+    check_tuning(config.dpo, config.grpo, config.data, config.loss, config.callbacks, pipelined)
     return config
 
 

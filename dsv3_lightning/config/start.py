@@ -1,14 +1,17 @@
-"""A check of the run's starting point before torch is imported."""
+"""A check of the run's starting point and of its tasks before torch is imported."""
 
 from pathlib import Path
 
 from dsv3_lightning.config.schema import Config
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.evaluation.tasks import read_tasks
 from dsv3_lightning.parallel.checkpoints.names import step_files
 
 
 def check_start(config: Config) -> None:
-    """Raises ConfigError for a missing checkpoint, unless the run has newer ones of its own."""
+    """Raises ConfigError for a missing checkpoint, unless the run has newer ones of its own, and for bad tasks."""
+    if (block := config.callbacks.get("evaluate")) is not None and "tasks" in block:
+        read_tasks([Path(path) for path in block["tasks"]])
     wanted = config.run.resume
     if wanted is False or wanted == "auto" or Path(wanted).exists():
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.evaluation.latex import check_library, same_expression
+from dsv3_lightning.evaluation.latex import check_library, same_expression, squeezed
 from dsv3_lightning.evaluation.numerals import numerals, read_number
 
 Verdict = Literal["right", "wrong", "unreadable"]
@@ -209,3 +209,20 @@ class Tally:
     @property
     def total(self) -> int:
         return self.right + self.wrong + self.unreadable
+
+
+def vote(checker: str, text: str) -> str | None:
+    """What a text votes for where the majority of several answers decides; None where it marks no single answer."""
+    found = [text] if CHECKERS[valid_checker(checker)][1] else final_answers(text)
+    keys = {key_of(checker, candidate) for candidate in found}
+    return keys.pop() if len(keys) == 1 else None
+
+
+def key_of(checker: str, candidate: str) -> str | None:
+    """One spelling for equal answers."""
+    value = None if checker in ("exact", "text") else read_number(without_end(candidate))
+    if value is not None or checker in ("integer", "number"):
+        return None if value is None else str(value)
+    if checker == "exact":
+        return candidate.strip() or None
+    return (bare(candidate) if checker == "text" else squeezed(without_end(candidate))) or None

@@ -176,13 +176,6 @@ def clear(text: str) -> str:
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
 
 
-def squeezed(text: str) -> str:
-    """The LaTeX without space and size, for comparing two texts; numbers stay apart."""
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[!,;: ]|[\s~$]", " ", text)
-    text = re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
-    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).removesuffix(".")
-
-
 def literals(text: str) -> list[str]:
     """The numbers written in a text, sorted."""
     return sorted(re.findall(r"[0-9.]*[0-9]", text))

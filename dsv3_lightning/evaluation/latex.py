@@ -9,6 +9,7 @@ import atexit
 import importlib.util
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -99,3 +100,10 @@ atexit.register(SHARED.stop)
 def same_expression(answer: str, expected: str) -> Verdict:
     """Whether the answer means what is expected, by the one process that all callers share. Raises ConfigError."""
     return SHARED.same(answer, expected)
+
+
+def squeezed(text: str) -> str:
+    """The LaTeX without space and size, for comparing two texts; numbers stay apart."""
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[!,;: ]|[\s~$]", " ", text)
+    text = re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
+    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).removesuffix(".")

@@ -32,7 +32,8 @@ def comparison() -> Any:
 
     import math_verify
 
-    from dsv3_lightning.evaluation.expressions import clear, equal_expressions, literals, squeezed
+    from dsv3_lightning.evaluation.expressions import clear, equal_expressions, literals
+    from dsv3_lightning.evaluation.latex import squeezed
 
     logging.disable(logging.CRITICAL)  # it warns that its own time limit, a signal, is off
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]

@@ -8,7 +8,7 @@ from typing import Any
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.json_files import read_json, read_text
 from dsv3_lightning.data.text.conversation import CHAT_TEMPLATE
-from dsv3_lightning.data.text.token_names import FILES_WITH_IDS, existing, id_list
+from dsv3_lightning.data.text.token_names import end_ids
 from dsv3_lightning.data.text.tokenizer import ASSISTANT, USER, Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -46,11 +46,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.end_ids |= end_ids(folder)
     tokenizer.chat_template = chat_template(folder)
     return tokenizer
-
-
-def end_ids(folder: Path) -> set[int]:
-    """The end tokens in the folder's JSON files: instruct models often also have an end of turn."""
-    return {index for file in existing(folder, FILES_WITH_IDS) for index in id_list(read_json(file), file)}
 
 
 def chat_template(folder: Path) -> str | None:

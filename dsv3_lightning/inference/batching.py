@@ -7,7 +7,7 @@ free rows (each prompt is a separate forward pass); then every row advances by a
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +15,8 @@ import torch
 
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
-from dsv3_lightning.inference.decoder import Decoder, check_lengths, context_of
+from dsv3_lightning.inference.decoder import Decoder, check_lengths, context_of, without
+from dsv3_lightning.inference.likely import TokenScore, prompt_scores, text_of, token_scores
 from dsv3_lightning.inference.sampling import Sampling, random_stream
 from dsv3_lightning.inference.text import TextStream
 from dsv3_lightning.model.transformer import Transformer
@@ -29,23 +30,43 @@ class Busy(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """A text to generate. deliver(piece, finish) is called from the engine's thread, with finish None until the last
-    piece, then the reason of the end: `stop` (end token or stop string), `length`, `timeout` or `error`. number: the
-    number of the text in its request, each of which has its own random stream. tokens: the number of new tokens."""
+    """A text to generate. deliver(piece, finish, scores) is called from the engine's thread, with finish None until the
+    last piece, then the reason of the end: `stop` (end token or stop string), `length`, `timeout` or `error`. number:
+    the number of the text in its request, each of which has its own random stream. tokens: the number of new tokens.
+
+    top: how many of the most likely tokens come with the log-probabilities of each, None for no log-probabilities.
+    echo: whether the text begins with its prompt, of which the first `silent` tokens are not shown. scores: of the
+    tokens whose text is not yet delivered, an end token included; those of a stop string and after it never are.
+    """
 
     prompt: list[int]
     max_new_tokens: int
     sampling: Sampling
     seed: int
     stop: tuple[str, ...]
-    deliver: Callable[[str, Finish | None], None]
+    deliver: Callable[[str, Finish | None, list[TokenScore]], None]
     number: int = 0
+    top: int | None = None
+    echo: bool = False
+    silent: int = 0
     tokens: int = 0
     cancelled: bool = False
     last: int = -1
     deadline: float = field(default=0.0)
     stream: TextStream | None = None
     generator: torch.Generator | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    echoed: int = 0  # characters of the prompt
+    delivered: int = 0  # characters in all
+
+    def give(self, piece: str, finish: Finish | None, scores: Sequence[TokenScore] = ()) -> None:
+        """Delivers a piece of the text with the given scores and those of new tokens that begin before its end."""
+        self.delivered += len(piece)
+        ended = finish is not None and not (self.stream is not None and self.stream.stopped)
+        ready = [score for score in self.scores if ended or score.offset < self.delivered]
+        self.scores = self.scores[len(ready) :]
+        if not self.cancelled:
+            self.deliver(piece, finish, [*scores, *ready])
 
 
 class Engine:
@@ -115,9 +136,10 @@ class Engine:
             except Exception as error:  # tell waiting clients, and start cleanly with the next jobs
                 print(f"dsv3: decoding failed: {type(error).__name__}: {error}", flush=True)
                 for job in self.running:
-                    job.deliver("", "error")
+                    job.deliver("", "error", [])
                 self.running = []
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Drops ended texts, admits waiting ones, and advances each by a token."""
         now = time.monotonic()
@@ -136,31 +158,39 @@ class Engine:
             self.begin(job)
         if self.running:
             last = torch.tensor([[job.last] for job in self.running], device=self.decoder.device)
-            logits_BV = self.decoder.logits(self.decoder.extend(last))[:, -1]
+            logits_BV = self.decoder.head(self.decoder.extend(last))[:, -1]
             for row in reversed(range(len(self.running))):
                 self.take(row, logits_BV[row : row + 1])
 
     def over(self, job: Job, now: float) -> bool:
         late = now > job.deadline
         if late and not job.cancelled:
-            job.deliver("", "timeout")
+            job.deliver("", "timeout", [])
         return late or job.cancelled
 
     def begin(self, job: Job) -> None:
         row = len(self.running) - 1
         self.decoder.lengths[row] = 0
-        if not job.max_new_tokens:
-            self.end(row, "length")
-            return
         h_1TD = self.decoder.extend(torch.tensor([job.prompt], device=self.decoder.device), row)
-        self.take(row, self.decoder.logits(h_1TD[:, -1:])[:, -1])
+        if job.echo:
+            text, offsets = text_of(self.tokenizer, job.prompt, job.silent)
+            wanted = job.top is not None and not job.cancelled
+            scores = prompt_scores(self.decoder, h_1TD[0], job.prompt, offsets, job.top or 0) if wanted else []
+            job.echoed = len(text)
+            job.give(text, None, scores)
+        if job.max_new_tokens:
+            self.take(row, self.decoder.head(h_1TD[:, -1:])[:, -1])
+        else:
+            self.end(row, "length")
 
     def take(self, row: int, logits_1V: torch.Tensor) -> None:
-        """Samples and delivers the next token of a row, and ends its text if it was the last."""
+        """Samples and delivers the next token of a row, and ends its text if it was the last. Changes the logits."""
         job = self.running[row]
         assert job.stream is not None and job.generator is not None
-        (job.last,) = job.sampling.pick(logits_1V, [job.generator])
+        whole_1V = logits_1V if job.top is None else logits_1V.clone()
+        (job.last,) = job.sampling.pick(without(logits_1V, self.decoder.unused), [job.generator])
         if job.last in self.tokenizer.end_ids:
+            self.note(job, whole_1V, job.stream.decoded)
             self.end(row, "stop")
             return
         if len(job.prompt) + job.tokens >= self.limit:
@@ -168,18 +198,24 @@ class Engine:
             return
         job.tokens += 1
         piece = job.stream.push(job.last)
-        if piece and not job.cancelled:
-            job.deliver(piece, None)
+        self.note(job, whole_1V, job.stream.start)
+        if piece:
+            job.give(piece, None)
         if job.stream.stopped:
             self.end(row, "stop")
         elif job.tokens >= job.max_new_tokens or len(job.prompt) + job.tokens >= self.limit:
             self.end(row, "length")
 
+    def note(self, job: Job, logits_1V: torch.Tensor, start: int) -> None:
+        """Adds the last token's score, if wanted. start: the characters of the new text before it."""
+        if job.top is not None:
+            unused = self.decoder.unused
+            job.scores += token_scores(logits_1V, [job.last], [job.echoed + start], job.top, unused)
+
     def end(self, row: int, why: Finish) -> None:
         job = self.running[row]
         assert job.stream is not None
-        if not job.cancelled:
-            job.deliver(job.stream.finish(), why)
+        job.give(job.stream.finish(), why)
         self.leave(row)
 
     def leave(self, row: int) -> None:

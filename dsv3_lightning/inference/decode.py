@@ -21,13 +21,14 @@ def decode(
     seed: int,
     on_token: Stop | None = None,
     unused: Sequence[int] = (),
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to the context limit or an end token, which is left out. Raises ConfigError.
 
     Each prompt has its own random stream, from the seed and the prompt's number, so its text doesn't depend on the
     other prompts, and two equal prompts have different texts.
     on_token(prompt's number, token): called for every new token; True ends that text, with this token.
-    unused: ids that no token has, which are never drawn.
+    unused: ids that no token has, which are never drawn. numbers: the prompts' numbers; by default from 0 on.
     """
     limit = model.config.max_position_embeddings
     check_lengths([len(prompt) for prompt in prompts], max_new_tokens, limit)
@@ -35,7 +36,7 @@ def decode(
         return [[] for _ in prompts]
     capacity = min(max(len(prompt) for prompt in prompts) + max_new_tokens, limit)
     decoder = Decoder(model, len(prompts), capacity, unused=unused)
-    generators = [random_stream(seed, number) for number in range(len(prompts))]
+    generators = [random_stream(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
     new: list[list[int]] = [[] for _ in prompts]
     running: list[int] = []  # the prompt of each row
 

@@ -26,21 +26,22 @@ def generate(
     model: Model,
     prompts: list[list[int]],
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     eos_id: int,
     seed: int,
     unused: Sequence[int] = (),
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt (of at least one id), up to the context limit or the end token, which is left out.
 
-    temperature 0 is greedy. Each prompt has its own random stream, from the seed and the prompt's number. Shorter
-    prompts are padded on the right, which causal attention doesn't see.
-    unused: ids that no token has, which are never drawn.
+    Each prompt has its own random stream, from the seed and the prompt's number. Shorter prompts are padded on the
+    right, which causal attention doesn't see.
+    unused: ids that no token has, which are never drawn. numbers: the prompts' numbers; by default from 0 on.
     Raises ConfigError for an impossible argument or a prompt that fills the context.
     """
     limit = model.config.max_position_embeddings
     check_lengths([len(p) for p in prompts], max_new_tokens, limit)
-    sampling, generators = Sampling(temperature), [random_stream(seed, number) for number in range(len(prompts))]
+    generators = [random_stream(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
     device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     start = lengths.tolist()

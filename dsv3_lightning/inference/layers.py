@@ -131,7 +131,9 @@ class Dense:
 
 
 class Mixture:
-    """DeepSeekMoE without training-only computations."""
+    """DeepSeekMoE without training-only computations. chosen: the experts of each pass, [B, T, K], where a list is."""
+
+    chosen: list[Tensor] | None = None
 
     def __init__(self, moe: MoE) -> None:
         self.config, self.experts, self.dispatcher = moe.config, moe.experts, moe.dispatcher
@@ -144,6 +146,8 @@ class Mixture:
         logits_NE = F.linear(u_ND.float(), self.router)
         scores_NE = logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config)
+        if self.chosen is not None:
+            self.chosen.append(experts_NK.unflatten(0, u_BTD.shape[:2]))
         if u_ND.device.type == "cpu" and experts_NK.numel() <= FEW:
             out_ND = self.few_tokens(u_ND, experts_NK, gates_NK)
         else:

@@ -51,7 +51,8 @@ class TextStream:
     """A stream of text from tokens: push(token) returns what is final by then, finish() the rest.
 
     stop: the text ends before the first of these strings; `stopped` is True once one came. An incomplete character at
-    the end becomes a replacement character.
+    the end becomes a replacement character. decoded: the number of characters so far. start: the number of the one that
+    the last token's first byte belongs to.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
@@ -59,9 +60,16 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held = ""
         self.stopped = False
+        self.decoded = self.start = 0
 
     def push(self, token: int) -> str:
-        return self.release(self.decoder.decode(self.tokenizer.bytes_of(token)), last=False)
+        raw = self.tokenizer.bytes_of(token)
+        text = self.decoder.decode(raw[:1])
+        incomplete = not raw or self.decoder.getstate()[0]
+        self.start = self.decoded + len(text) - (0 if incomplete else 1)
+        text += self.decoder.decode(raw[1:])
+        self.decoded += len(text)
+        return self.release(text, last=False)
 
     def finish(self) -> str:
         return self.release(self.decoder.decode(b"", True), last=True)

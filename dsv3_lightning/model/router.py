@@ -25,10 +25,12 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """x [N, D] -> Routing. Changes no state: `expert_bias` (fp32 [E], saved) is moved from outside, once per step.
 
+    replay: int64 [N, K], experts to take in place of the router's own choice, until the backward pass is over.
     Everything from the logits on is fp32, whatever the precision of the rest.
     """
 
     expert_bias: Tensor
+    replay: Tensor | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,14 +52,21 @@ class Router(nn.Module):
             scores_NE = (
                 logits_NE.sigmoid() if self.config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
             )  # eq. 15
-            experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config)
+            experts_NK, gates_NK = route(scores_NE, self.expert_bias, self.config, self.replay)
             return Routing(experts_NK, gates_NK, scores_NE, logits_NE)
 
 
-def route(scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Chosen experts [N, K] int64 and gates [N, K]: the choice is biased (eq. 16), the gates are not (eq. 13)."""
-    choice_NE = biased_scores(scores_NE.detach(), expert_bias_E, config)
-    experts_NK = choice_NE.topk(config.num_experts_per_tok, -1).indices
+def route(
+    scores_NE: Tensor, expert_bias_E: Tensor, config: ModelConfig, chosen_NK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Chosen experts [N, K] int64 and gates [N, K]: the choice is biased (eq. 16), the gates are not (eq. 13).
+
+    chosen_NK: experts that were chosen before, whose gates are those of these scores.
+    """
+    if chosen_NK is None:
+        choice_NE = biased_scores(scores_NE.detach(), expert_bias_E, config)
+        chosen_NK = choice_NE.topk(config.num_experts_per_tok, -1).indices
+    experts_NK = chosen_NK
     gates_NK = scores_NE.gather(-1, experts_NK)
     if config.norm_topk_prob:
         gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)

@@ -28,6 +28,9 @@ CHANGES = (
         ("data.cache_dir", "data.num_workers"), ALWAYS, "where prepared data is stored, and how many workers read it"
     ),
     Change(("data.paths", "data.tokenizer"), SAME_DATA, "where the same texts and the same tokenizer are stored"),
+    Change(
+        ("data.weights_schedule",), NEW_NAME, "the weights of sources from the next step on; earlier ones must stay"
+    ),
     Change(SAME_STEPS, ALWAYS, "the same samples in each step, on other devices"),
     Change(("trainer.accumulate_grad_batches",), ALWAYS, "the same samples in each step, in other micro-batches"),
     Change(("trainer.max_time",), ALWAYS, "the time that one start of the command has"),
@@ -35,6 +38,7 @@ CHANGES = (
     Change(("optimizer.kind",), NEVER, "the optimizer's state is another for each kind"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
     Change(("compute.compile_cache",), ALWAYS, "where compiled functions are stored"),
+    Change(("dpo", "grpo"), NEVER, "the run would optimize something else; `init_from` starts another one"),
     Change(("compute",), NEW_NAME, "the same losses within rounding, of FP8 too"),
     Change(
         ("trainer.max_steps",),

@@ -33,6 +33,7 @@ from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of
 from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
+from dsv3_lightning.runs.objective import build_data, build_module
 from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.runs.returns import free_memory, record_return
 from dsv3_lightning.runs.space import check_space
@@ -185,15 +186,9 @@ def build(
             attempt, trainer.strategy._get_process_group_backend(), trainer.strategy._timeout or default_pg_timeout,
             trainer.strategy.root_device,
         )  # fmt: skip
-    max_steps, accumulate = config.trainer["max_steps"], config.trainer["accumulate_grad_batches"]
-    module = PretrainModule(
-        config.model, config.optimizer, config.loss, config.compute, config.data.sequence_length, max_steps,
-        config.run.seed, start.source,
-    )  # fmt: skip
+    module = build_module(config, start.source)
     module.settings = recorded
-    whole_steps = module.balance.needs_counts and accumulate > 1
-    limit = config.trainer["limit_val_batches"]
-    data = TextDataModule(config.data, config.model.mtp_depth, max_steps, whole_steps, limit, folder.data_inputs())
+    data = build_data(config, module, folder.data_inputs())
     module.ramp = data.micro_batches
     return Parts(trainer, module, data, logger, recorded), reason
 

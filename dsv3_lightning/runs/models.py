@@ -86,7 +86,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def best_checkpoint(run: Path) -> OpenCheckpoint:
-    """The run's checkpoint with the lowest validation loss, else the newest. Raises ConfigError."""
+    """The run's best checkpoint, by default by the lowest validation loss, else the newest. Raises ConfigError."""
     folder = run / "checkpoints"
     found = open_newest([*(best for _, best in best_files(folder)), *step_files(folder)])
     if found is None:

@@ -23,6 +23,8 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int 
     for name in values:
         latest.pop(name, None)
     latest.update(present)
+    now = steps_done(trainer) if step is None else step
+    vars(trainer.lightning_module).setdefault("scalar_steps", {}).update(dict.fromkeys(present, now))
     publish(trainer, present)
 
 
@@ -37,6 +39,11 @@ def publish(trainer: Trainer, values: dict[str, float]) -> None:
 def latest_scalars(trainer: Trainer) -> dict[str, float]:
     """The latest value of each scalar, without those that were None when last logged."""
     return vars(trainer.lightning_module).setdefault("scalars", {})
+
+
+def logged_at(trainer: Trainer, name: str) -> int | None:
+    """The step at which a scalar was last logged by `log_scalars`; None if it never was."""
+    return vars(trainer.lightning_module).get("scalar_steps", {}).get(name)
 
 
 def latest_values(trainer: Trainer) -> dict[str, float]:

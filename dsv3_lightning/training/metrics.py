@@ -57,7 +57,7 @@ def mean_present(values: Iterable[float | None]) -> float | None:
 class TokenLoss(Sums):
     """Mean loss per token of each head, a list of 1 + mtp_depth: Σ nll / Σ valid targets, None without valid targets.
 
-    update: nll_P (sums) and targets_BPT int64 with IGNORE.
+    update: nll_P (sums) and targets_BPT int64 with IGNORE; count_P, int64, where the sums are over something else.
     """
 
     nll_P: Tensor
@@ -68,9 +68,9 @@ class TokenLoss(Sums):
         self.add_sum("nll_P", heads, dtype=torch.float64)
         self.add_sum("count_P", heads, dtype=torch.int64)
 
-    def update(self, nll_P: Tensor, targets_BPT: Tensor) -> None:
+    def update(self, nll_P: Tensor, targets_BPT: Tensor, count_P: Tensor | None = None) -> None:
         self.nll_P += nll_P.detach()
-        self.count_P += (targets_BPT != IGNORE).sum((0, 2))
+        self.count_P += (targets_BPT != IGNORE).sum((0, 2)) if count_P is None else count_P
 
     def compute(self) -> list[float | None]:
         return means(self.nll_P, self.count_P)
@@ -97,6 +97,32 @@ class BitsPerByte(Sums):
 
     def compute(self) -> float | None:
         return means(self.nll[None] / math.log(2), self.bytes[None])[0]
+
+
+class SourceLoss(Sums):
+    """Loss per token and bits per byte of the main head for each of K sources, lists of K; None without valid targets.
+
+    update: source, the number of the source of all samples, int64; nll scalar (a sum, nats), targets_BT int64 with
+    IGNORE, and target_bytes_B int64.
+    """
+
+    nll_K: Tensor
+    count_K: Tensor
+    bytes_K: Tensor
+
+    def __init__(self, sources: int) -> None:
+        super().__init__()
+        self.add_sum("nll_K", sources, dtype=torch.float64)
+        self.add_sum("count_K", sources, dtype=torch.int64)
+        self.add_sum("bytes_K", sources, dtype=torch.int64)
+
+    def update(self, source: Tensor, nll: Tensor, targets_BT: Tensor, target_bytes_B: Tensor) -> None:
+        self.nll_K[source] += nll.detach()
+        self.count_K[source] += (targets_BT != IGNORE).sum()
+        self.bytes_K[source] += target_bytes_B.sum()
+
+    def compute(self) -> tuple[list[float | None], list[float | None]]:
+        return means(self.nll_K, self.count_K), means(self.nll_K / math.log(2), self.bytes_K)
 
 
 class Acceptance(Sums):

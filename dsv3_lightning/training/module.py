@@ -29,7 +29,7 @@ from dsv3_lightning.training.balance import BalanceTerm, count_step
 from dsv3_lightning.training.config import ComputeConfig, LossConfig, OptimizerConfig
 from dsv3_lightning.training.logging import is_last_micro_batch, is_log_step, log_scalars, publish
 from dsv3_lightning.training.loops import loops_at, set_micro_batches
-from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, TokenLoss
+from dsv3_lightning.training.metrics import Acceptance, BitsPerByte, SourceLoss, TokenLoss
 from dsv3_lightning.training.non_finite import describe, find_on_rank, gather_findings
 from dsv3_lightning.training.optimizer import build_optimizer
 from dsv3_lightning.training.pipeline_step import pipeline_step
@@ -78,6 +78,7 @@ class PretrainModule(pl.LightningModule):
         self.val_loss = TokenLoss(1 + model.mtp_depth)
         self.val_bpb = BitsPerByte()
         self.val_acceptance = Acceptance(model.mtp_depth)
+        self.val_sources: SourceLoss | None = None  # where the data have sources
         self.scalars: dict[str, float] = {}
         self.target_counts_P: Tensor | None = None  # of the current step, over all micro-batches and ranks
         self.step_loss: Tensor | float = 0.0  # sum over the current step's micro-batches on this rank
@@ -126,6 +127,8 @@ class PretrainModule(pl.LightningModule):
             "loss": ["loss/main"],
             "val_loss": ["val/loss$"],
             "bpb": ["val/bpb"],
+            "source_loss": [r"sources/loss_.*"] if tree["data"]["sources"] else [],
+            "source_bpb": [r"sources/bpb_.*"] if tree["data"]["sources"] else [],
             "lr": ["optimizer/lr"],
             "balance_loss": ["loss/balance$"] if balanced else [],
             "balance_losses": [r"loss/balance_\w+"] if balanced else [],
@@ -205,10 +208,14 @@ class PretrainModule(pl.LightningModule):
         # Lightning averages over micro-batches and DDP over ranks; the target counts are of all of them.
         parts = ranks * self.trainer.accumulate_grad_batches
         loss = self.head_loss(losses.nll_P, parts) + self.balance.weigh(losses, counts_LE, parts)
-        self.train_loss.update(losses.nll_P, batch["targets"])
+        self.note(losses, batch)
         self.step_loss = self.step_loss + loss.detach()
         self.micro_batches.append((loss.detach(), batch.get("sample_ids")))
         return {"loss": loss, "expert_counts": losses.counts_LE, "tokens": batch["targets"][:, 0].numel()}
+
+    def note(self, losses: Losses, batch: dict[str, Tensor]) -> None:
+        """Adds a micro-batch to the means for the log."""
+        self.train_loss.update(losses.nll_P, batch["targets"])
 
     def losses_of(self, batch: dict[str, Tensor], draft: bool = False) -> Losses:
         """The losses of a batch, without a pipeline with gradients. draft: as in `Transformer.losses`."""
@@ -284,7 +291,11 @@ class PretrainModule(pl.LightningModule):
         if not self.step_skipped:
             values["optimizer/grad_norm"] = norm
         values["optimizer/skipped_steps"] = self.skipped_steps
-        log_scalars(self.trainer, values, step)
+        log_scalars(self.trainer, values | self.own_values(), step)
+
+    def own_values(self) -> dict[str, float | None]:
+        """What a subclass logs beside this; every rank calls it at each logged step."""
+        return {}
 
     def on_train_start(self) -> None:
         """Applies the optimizer settings of this run in place of those in a checkpoint."""
@@ -315,24 +326,46 @@ class PretrainModule(pl.LightningModule):
         if step >= self.max_steps:
             self.trainer.should_stop = True  # Lightning still validates once more before it stops
 
+    def on_validation_epoch_start(self) -> None:
+        if names := self.source_names:
+            self.val_sources = SourceLoss(len(names)).to(self.device)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources of validation batches with a `source`; none if the data are one corpus."""
+        return getattr(self.trainer.datamodule, "source_names", [])  # type: ignore[attr-defined]
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         losses = self.losses_of(batch, draft=self.model.config.mtp_depth > 0)
         if losses.drafts_BPT is not None:
             self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
         self.val_loss.update(losses.nll_P, batch["targets"])
         self.val_bpb.update(losses.nll_P[0], batch["target_bytes"])
+        if self.val_sources is not None:
+            self.val_sources.update(batch["source"], losses.nll_P[0], batch["targets"][:, 0], batch["target_bytes"])
         return {"expert_counts": losses.counts_LE}
 
     def on_validation_epoch_end(self) -> None:
         main, *mtp = self.val_loss.compute()
         values = {"val/loss": main, "val/bpb": self.val_bpb.compute()}
-        values |= {f"val/mtp_{k}": loss for k, loss in enumerate(mtp, start=1)}
-        if mtp:
+        if self.val_sources is not None:
+            for kind, of_sources in zip(("loss", "bpb"), self.val_sources.compute(), strict=True):
+                values |= {f"sources/{kind}_{name}": value for name, value in zip(self.source_names, of_sources)}
+        values |= self.mtp_values(mtp)
+        self.val_loss.reset()
+        self.val_bpb.reset()
+        self.log_validation(values)
+
+    def mtp_values(self, losses: list[float | None]) -> dict[str, float | None]:
+        """Losses of the MTP modules in a validation, and the shares of accepted drafts, which begin anew."""
+        values = {f"val/mtp_{k}": loss for k, loss in enumerate(losses, start=1)}
+        if losses:
             accepted = enumerate(self.val_acceptance.compute(), start=1)
             values |= {f"mtp/acceptance_{k}": share for k, share in accepted}
             self.val_acceptance.reset()
-        self.val_loss.reset()
-        self.val_bpb.reset()
+        return values
+
+    def log_validation(self, values: dict[str, float | None]) -> None:
         if not self.trainer.sanity_checking:
             log_scalars(self.trainer, values)
             self.validated_step = self.steps_done

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from dsv3_lightning.callbacks.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from dsv3_lightning.cli import main
 from dsv3_lightning.common.files import give_name
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.parallel.checkpoints.names import best_files, step_files
+from dsv3_lightning.training.logging import log_scalars
 from tests.callbacks.test_in_other_projects import WIDTH, Regression, fit
 
 
@@ -142,3 +144,31 @@ def test_in_a_long_step_a_signal_stops_between_micro_batches_with_the_step_befor
     (path,) = step_files(tmp_path / "checkpoints")
     assert path.name == f"step={last}.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == last
+
+
+class Logs(pl.Callback):
+    """Logs a value after each step."""
+
+    def __init__(self, name, values):
+        self.name, self.values = name, values
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        log_scalars(trainer, {self.name: self.values[trainer.global_step - 1]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "kept"),
+    [
+        ("highest", [-3.0, -1.5, float("nan"), -2.0, -1.0], {"best-step=5-highest=-1", "best-step=2-highest=-1.5"}),
+        ("lowest", [1e-7, -2e30, 5e-8, 0.0, -3.0], {"best-step=2-lowest=-2e+30", "best-step=5-lowest=-3"}),
+    ],
+)
+def test_the_best_by_any_logged_value_in_either_direction_are_kept(tmp_path, kind, values, kept):
+    checkpoint = Checkpoint(every_n_steps=3, keep_best=2, best_by="eval/x/reward", best_is=kind)
+    used = (Logs("eval/x/reward", values), checkpoint)
+    fit(Regression(), tmp_path, *used, accumulate_grad_batches=1, max_epochs=1, logger=CSVLogger(tmp_path))
+    names = {path.name.removesuffix(".ckpt") for path in (tmp_path / "checkpoints").glob("best-*")}
+    assert names == kept
+    assert [path.name.removesuffix(".ckpt") for _, path in best_files(tmp_path / "checkpoints")][0] == sorted(
+        kept, key=lambda name: "step=5" not in name if kind == "highest" else "step=2" not in name
+    )[0]

@@ -16,6 +16,7 @@ from dsv3_lightning import callbacks
 from dsv3_lightning.callbacks import (
     BalanceFactor,
     Checkpoint,
+    Evaluate,
     ExpertBias,
     GarbageCollection,
     LossSpike,
@@ -195,7 +196,8 @@ LACKING = {
     SkewedStart: "`expert_bias`",
     WeightAverage: "`model`",
 }
-ARGUMENTS = {SkewedStart: {"strength": 0.5}, WeightAverage: {"decay": 0.9}}
+TASKS = [str(Path(__file__).parents[1] / "evaluation/sums.jsonl")]
+ARGUMENTS = {SkewedStart: {"strength": 0.5}, WeightAverage: {"decay": 0.9}, Evaluate: {"tasks": TASKS}}
 
 
 @pytest.mark.parametrize("name", callbacks.__all__)
@@ -222,7 +224,7 @@ def test_what_a_module_lacks_is_one_line_before_the_first_step(tmp_path, kind):
     assert torch.equal(module.layer.weight, before)
 
 
-@pytest.mark.parametrize("kind", [RouterProbe, RunReport, SampleText, WeightAverage])
+@pytest.mark.parametrize("kind", [Evaluate, RouterProbe, RunReport, SampleText, WeightAverage])
 def test_another_kind_of_model_is_named(tmp_path, kind):
     module = Dense()
     module.model = nn.Linear(1, 1)

@@ -77,10 +77,16 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
     config = "-h --help words --print-config"
     sampling = "--max-new-tokens --temperature --top-k --top-p --min-p --stop --seed"
     assert options == {
-        "prepare": config,
+        "prepare": f"{config} --jobs --shard --keep-dropped",
+        "data": "-h --help action path --split --source --documents --sample --characters",
         "run": config,
         "validate": config,
         "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
+        "sample": "-h --help checkpoint prompts out --reward --threshold --samples --keep --temperature"
+        " --max-new-tokens --seed --reward-seconds --pairs",
+        "evaluate": "-h --help checkpoint --tasks --folder --protocol --repeats --shots --max-new-tokens --limit --seed"
+        " --out",
+        "eval": "-h --help action names --folder --wheel --count --seed",
         "chat": f"-h --help checkpoint --system --context {sampling}",
         "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
         " --body-megabytes --api-key --cors-origin --threads",
@@ -88,6 +94,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "import": "-h --help folder --out",
         "trace": "-h --help run --step --png",
         "placement": "-h --help run --gpus --nodes --replicas --loads --out",
+        "demo-corpus": "-h --help folder",
         "needle": "-h --help run --lengths --depths --texts --out",
         "plan": f"{config} --gpus --gpu --inside --between --fp8 --dry-run --sources "
         "--pipeline-parallel --schedule --micro-batches --overlap --times --png",

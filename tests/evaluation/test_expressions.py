@@ -8,7 +8,8 @@ import pytest
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.evaluation import latex
 from dsv3_lightning.evaluation.answers import check, check_expected
-from dsv3_lightning.evaluation.expressions import equal_expressions, squeezed
+from dsv3_lightning.evaluation.expressions import equal_expressions
+from dsv3_lightning.evaluation.latex import squeezed
 
 SAME = [
     (r"\frac{1}{2}", "0.5"),

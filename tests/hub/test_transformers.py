@@ -52,7 +52,7 @@ def test_logits_and_greedy_text_are_equal(name, tmp_path):
     assert (ours - others).abs().amax((0, 2)).max() <= 1e-4
     prompt = tokens[:1, :5]
     new = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)[0, 5:]
-    assert generate(model, prompt.tolist(), 200, 0.0, eos_id=-1, seed=0) == [new.tolist()]
+    assert generate(model, prompt.tolist(), 200, Sampling(), eos_id=-1, seed=0) == [new.tolist()]
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_both_stop_at_the_same_end_token(tmp_path):
 
     model = biased(MODELS["v3"])
     prompt = torch.tensor([[7, 21, 3, 40]])
-    (plain,) = generate(model, prompt.tolist(), 200, 0.0, eos_id=-1, seed=0)
+    (plain,) = generate(model, prompt.tolist(), 200, Sampling(), eos_id=-1, seed=0)
     end = next(token for place, token in enumerate(plain) if place >= 5 and token not in plain[:place])
     folder = exported(model, tmp_path / "out")
     tokenizer = SimpleNamespace(bos_id=1, eos_id=end, pad_id=2)

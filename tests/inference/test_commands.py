@@ -120,7 +120,7 @@ def test_every_end_that_the_folder_names_ends_a_text(name, folder, model, tokeni
     engine.submit([Job(asked[0], 12, Sampling(), 0, (), lambda *piece: pieces.put(piece))])
     written, finish = "", None
     while finish is None:
-        piece, finish = pieces.get(timeout=60)
+        piece, finish, _ = pieces.get(timeout=60)
         written += piece
     engine.close()
     assert (written, finish) == (shown, "stop")

@@ -50,7 +50,7 @@ def test_decoding_and_drafts_draw_ids_with_text_only(model, tokenizer, sampling)
     assert len(bad) > 20, "the model doesn't want to draw them, so this test shows nothing"
     texts = decode(model, prompts, 40, sampling, set(), 0, unused=unused)
     texts += [speculate(model, prompt, 40, sampling, set(), 0, 2, unused=unused)[0] for prompt in prompts]
-    texts += generate(model, prompts, 40, sampling.temperature, ROWS - 1, 0, unused)
+    texts += generate(model, prompts, 40, sampling, ROWS - 1, 0, unused)
     assert all(len(ids) == 40 for ids in texts) and not {token for ids in texts for token in ids} & set(unused)
     if sampling.temperature == 0:
         assert texts[:2] == texts[2:4] == texts[4:]
@@ -75,7 +75,7 @@ def test_server_and_chat_draw_ids_with_text_only(model, tokenizer):
     copy.bytes_of = noting(copy.bytes_of)  # type: ignore[method-assign]
     copy.end_ids = set()
     engine, done = Engine(model, copy, 2, 2, 60.0), threading.Event()
-    job = Job([0, 70], 40, Sampling(5.0), 0, (), lambda _, finish: done.set() if finish else None)
+    job = Job([0, 70], 40, Sampling(5.0), 0, (), lambda _, finish, __: done.set() if finish else None)
     engine.submit([job])
     assert done.wait(60)
     engine.close()

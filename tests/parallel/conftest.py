@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Nano, Run
+from tests.forking import Forked
 
 
 def free_port() -> int:
@@ -38,7 +39,7 @@ def start_ranks(
         with open(folder / f"rank{rank}.log", "w") as log:
             of_node = dict.fromkeys(("NODE_RANK", "GROUP_RANK"), str(rank // node))
             mine = common | of_node | {"RANK": str(rank), "LOCAL_RANK": str(rank % node)}
-            processes.append(subprocess.Popen([sys.executable, "-m", *command], env=mine, cwd=folder, stdout=log,
+            processes.append(Forked([sys.executable, "-m", *command], env=mine, cwd=folder, stdout=log,
                                               stderr=subprocess.STDOUT))  # fmt: skip
     return processes
 
@@ -94,8 +95,11 @@ def under_torchrun(
     """A run whose ranks torchrun starts, and starts again when one has died."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                f"--max-restarts={restarts}", "-m", "dsv3_lightning", *nano.arguments(name, words)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=nano.base, capture_output=True, text=True, timeout=timeout, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    return Run(nano.base / "runs" / name, done.returncode, done.stdout + done.stderr)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with Forked(command, cwd=nano.base, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return Run(nano.base / "runs" / name, process.returncode, output + errors)

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import subprocess
 
 import psutil
 import pytest
@@ -33,7 +34,7 @@ def test_names_and_texts_beyond_ascii_in_a_c_locale(nano, tmp_path):
         "callbacks.sample_text={every_n_steps: 4, prompts: ['Bäume 🌳'], max_new_tokens: 4, temperature: 1.0}",
     ]
     nano.arguments = lambda name, overrides: arguments
-    run = nano.command("实验", **C_LOCALE)
+    run = nano.command("实验", popen=subprocess.Popen, **C_LOCALE)
     assert run.code == 0, run.output
     assert run.report()["steps"] == 4
     assert "Bäume 🌳" in (run.folder / "report.md").read_text(encoding="utf-8")

@@ -18,7 +18,14 @@ from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.dry_run import compute_as_on_a_gpu
 from tests.conftest import Run
 
-OTHERS = {"base", "extend", "instruct"}  # base isn't a run; the others start from one: tests/hub
+OTHERS = {
+    "base",
+    "cleaning",
+    "dpo",
+    "extend",
+    "grpo",
+    "instruct",
+}  # the first two aren't runs; the others start from one: tests/hub
 TRAINED = sorted(set(presets()) - OTHERS)
 MODELS = {name: check(compose([name]).tree).model for name in TRAINED}
 LARGE = [name for name, model in MODELS.items() if count_parameters(model).total > 100_000_000]

@@ -171,6 +171,38 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_not():
     assert gradient.abs().max() > 1e-3
 
 
+def test_a_bandit_of_ten_tokens_is_solved():
+    """The largest reward is found; with a KL term the optimum is known: π_a ∝ π_ref,a / (β + mean reward - r_a)."""
+    rewards_V = torch.linspace(0, 1, 10, dtype=torch.float64)[torch.randperm(10, generator=torch.manual_seed(0))]
+    reference_V = (0.5 * torch.randn(10, dtype=torch.float64)).log_softmax(0)
+    for beta in (0.0, 0.5):
+        head, h = OutputHead(1, 10, bias=False).double(), torch.ones(1, 320, 1, dtype=torch.float64)
+        head.weight.data = (reference_V if beta else torch.zeros(10).double())[:, None].clone()
+        optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+        for _ in range(500):
+            actions = torch.multinomial(head.weight.detach()[:, 0].softmax(0), 320, replacement=True)
+            apart = advantages(rewards_V[actions].view(1, 4, 80), torch.ones(1).double(), "none", each=False)
+            valid, factors = torch.ones(320, 1, dtype=torch.bool), torch.full((320,), 1 / 320, dtype=torch.float64)
+
+            def weigh(log_p, entropy, actions=actions, apart=apart, valid=valid, factors=factors, beta=beta):
+                reference = reference_V[actions][:, None] if beta else None
+                outcome = grpo(log_p.T, log_p.T, reference, valid, apart.flatten(), factors, (0.2, 0.2), beta)
+                return outcome.weights_BT.T
+
+            optimizer.zero_grad()
+            head.loss([h], actions.view(1, 1, 320), weigh).sum().backward()
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.998
+        found = head.weight.detach()[:, 0].softmax(0)
+        if not beta:
+            assert found[rewards_V.argmax()] > 0.95
+            continue
+        mean = float((found * rewards_V).sum())
+        expected = beta * reference_V.exp() / (beta + mean - rewards_V)
+        torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.03)
+        assert (found - reference_V.exp()).abs().max() > 0.05
+
+
 def test_advantages_are_the_distances_from_the_mean_of_the_group():
     rewards = torch.tensor([[[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]]], dtype=torch.float64)
     plain = advantages(rewards, torch.ones(1), "none", each=False)

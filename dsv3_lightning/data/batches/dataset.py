@@ -28,6 +28,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     step_tokens, step_mask (step_documents) [accumulate·B, S], with `whole_steps`, in the first of several micro-batches
         of a training step: the same for all of them.
     target_bytes [B] int64, if `bytes_per_token` [V] int64 is given: bytes of text of the main head's targets.
+    source int64, if the sampler names the one of all samples.
     origins [B, S] int64, if `origins` [documents] are given: the origin of each token's document; 0 for padding.
     """
 
@@ -54,7 +55,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.index)
 
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        samples, of_step = micro_batch
+        samples, of_step, source = micro_batch
         tokens, mask, segment_starts = self.gather(samples)
         targets = targets_of(tokens, segment_starts, self.sequence_length)
         batch: dict[str, Any] = {"tokens": tokens, "mask": mask, "targets": targets, "sample_ids": samples}
@@ -69,6 +70,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if self.bytes_per_token is not None:
             main = targets[:, 0]
             batch["target_bytes"] = np.where(main == IGNORE, 0, self.bytes_per_token[np.maximum(main, 0)]).sum(1)
+        if source is not None:
+            batch["source"] = np.array(source)
         if self.origins is not None:
             batch["origins"] = self.spread(samples, self.origins_of, 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -26,6 +26,7 @@ LARGEST = 1 << 30  # sum of the quotas: its square fits into int64
 NEVER = 1 << 62  # the number of a sample that no run reaches
 
 Numbers = TypeVar("Numbers", int, np.ndarray)  # int64
+Weight = float | Fraction
 
 
 class Phase(NamedTuple):
@@ -96,7 +97,7 @@ class Mixture:
 
 
 def plan(
-    counts: Sequence[int], weights: Sequence[tuple[int, Sequence[float]]], limits: Sequence[int | None]
+    counts: Sequence[int], weights: Sequence[tuple[int, Sequence[Weight]]], limits: Sequence[int | None]
 ) -> tuple[tuple[Phase, ...], int | None]:
     """The phases of a run, and the number of samples after which no source has any left; None: never.
 
@@ -127,7 +128,7 @@ def plan(
     return tuple(phases), None
 
 
-def quotas_of(weights: Sequence[float]) -> list[int]:
+def quotas_of(weights: Sequence[Weight]) -> list[int]:
     """Integers in the ratio of the weights as they are written in decimal, the smallest ones.
 
     If their sum were above LARGEST, it is LARGEST, and they are the nearest ones, but 1 for every positive weight.
@@ -153,7 +154,7 @@ def deal(numbers: np.ndarray, quotas: Sequence[int]) -> tuple[np.ndarray, np.nda
     """The source of each number of a phase, and how many of that source come before it, int64 [n] each.
 
     >>> deal(np.arange(10), [5, 3, 2])[0].tolist()
-    [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]
+    [0, 1, 0, 2, 0, 1, 0, 2, 0, 1]
     """
     source, nth = np.full(numbers.shape, -1, dtype=np.int64), np.zeros(numbers.shape, dtype=np.int64)
     rest, total = numbers.astype(np.int64), sum(quotas)

@@ -1,7 +1,7 @@
 """TextDataModule: batches from prepared text, in the same order for any number of ranks, loaders and resumes."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from dsv3_lightning.data.batches.dataset import PackedDataset
-from dsv3_lightning.data.batches.index import open_index, prepare_index
+from dsv3_lightning.data.batches.index import cuts_of, make_index, open_index, prepare_index, samples_by_origin
 from dsv3_lightning.data.batches.loader import Loader
-from dsv3_lightning.data.batches.packing import pack
+from dsv3_lightning.data.batches.mixture import Mixture
 from dsv3_lightning.data.batches.ramp import batch_sizes
 from dsv3_lightning.data.batches.sampling import ORDER, Layout, TrainSampler, ValidationSampler
-from dsv3_lightning.data.batches.skips import Skip
+from dsv3_lightning.data.batches.shares import mixture_of
+from dsv3_lightning.data.batches.skips import Skip, shifted
 from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.text.compressors import compressed_sources
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.progress import say
 from dsv3_lightning.data.text.store import TokenFile, read_manifest, shards_of
@@ -31,6 +33,9 @@ MANY_PASSES = 4  # up to so many are nearly as good as new text (arXiv 2305.1626
 
 class TextDataModule(LightningDataModule):
     """Serves batches of `PackedDataset`; those of validation have `target_bytes` and `origins`. Raises ConfigError.
+
+    With `data.sources`, a validation batch is of one source, whose number is its `source`. If they have weights, the
+    samples of the training split follow a `Mixture`.
 
     To Lightning the whole run is one epoch of max_steps · accumulate_grad_batches micro-batches; in a pipeline, whose
     micro-batches a strategy names as `pipeline_micro_batches`, of max_steps batches. While `batch_ramp`
@@ -64,6 +69,7 @@ class TextDataModule(LightningDataModule):
         self._folder: Path | None = None
         self._datasets: dict[str, PackedDataset] = {}
         self._index_hash = ""
+        self._mixture: Mixture | None = None
         self._layout = Layout(config.batch_size)
         self._first_step, self._first_sample, self._restored = 0, 0, False
         self.skips: list[Skip] = []  # what the run leaves out; LossSpike sets those that are newer than a checkpoint
@@ -75,7 +81,9 @@ class TextDataModule(LightningDataModule):
         return self._folder
 
     def prepare_data(self) -> None:
-        prepare_index(self.prepare_tokens(), *self._shape)
+        prepare_index(self.prepare_tokens(), cuts_of(self.config, self.mtp_depth))
+        if self.config.sources is not None:
+            compressed_sources(self.prepared, self.tokenizer)  # which the report shows
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer is not None:  # one rank per node has prepared; the others needn't read the corpus to find it
@@ -89,8 +97,9 @@ class TextDataModule(LightningDataModule):
                 self._layout.of_step(int(size))  # refuses a batch that can't be dealt out
             self._first_step, self._first_sample, self._restored = 0, 0, False
             self._datasets["train"] = self._dataset("train")
-            self._index_hash = data_hash(self._datasets["train"], self.manifest, self.config.seed)
-            rank_zero_only(say)(length_note(self.passes(self.max_steps), self.train_tokens))
+            self._mixture = self._mix() if self.config.is_mixed else None
+            self._index_hash = self._hash()
+            rank_zero_only(say)(self.length_note())
 
     def train_dataloader(self) -> "Loader":
         layout, step = self._layout, self.trainer.global_step if self.trainer is not None else 0
@@ -107,6 +116,7 @@ class TextDataModule(LightningDataModule):
             first_sample=self._first_sample,
             sizes=self.batch_sizes,
             skips=self.skips,
+            mixture=self._mixture,
         )
         return Loader(dataset, sampler, self.config.num_workers)
 
@@ -116,7 +126,8 @@ class TextDataModule(LightningDataModule):
             fraction = self.config.validation_fraction
             rank_zero_only(say)(f"validation is off: data.validation_fraction={fraction} holds out no document")
             return []
-        sampler = ValidationSampler(len(dataset), self._layout, self.limit_val_batches)
+        sources = self._samples_of_sources("validation") if self.config.sources is not None else None
+        sampler = ValidationSampler(len(dataset), self._layout, self.limit_val_batches, sources)
         return Loader(dataset, sampler, self.config.num_workers)
 
     def transfer_batch_to_device(
@@ -129,7 +140,14 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         step = self.trainer.global_step if self.trainer is not None else 0
-        return {"next_sample": self.position(step), "skips": self.skips, "index": self._index_hash}
+        position = self.position(step)
+        return {"next_sample": position, "skips": self.skips, "index": self._hash_before(position, self.skips)}
+
+    def _hash_before(self, position: int, skips: Sequence[Skip]) -> str:
+        """A hash of what determines the run's samples before this position; of all of them without weights."""
+        if self._mixture is None:
+            return self._index_hash
+        return hash_of(self._index_hash, self._mixture.digest(shifted(position, skips)))
 
     def position(self, step: int) -> int:
         """The number of samples that the run has drawn in its first `step` optimizer steps."""
@@ -141,11 +159,13 @@ class TextDataModule(LightningDataModule):
             return
         if missing := {"next_sample", "skips", "index"} - state_dict.keys():
             raise ConfigError(f"checkpoint: the position in the data lacks {', '.join(sorted(missing))}")
-        if state_dict["index"] != self._index_hash:
+        expected = self._hash_before(state_dict["next_sample"], state_dict["skips"])
+        if state_dict["index"] != expected:
+            mixed = "; and the same weights and epochs so far" if self._mixture is not None else ""
             raise ConfigError(
-                f"checkpoint: its samples are {state_dict['index']}, these are {self._index_hash}; "
+                f"checkpoint: its samples are {state_dict['index']}, these are {expected}; "
                 "resuming needs the same data.paths, tokenizer, sequence_length, seed and MTP depth, "
-                "and a version that orders samples alike"
+                f"and a version that orders samples alike{mixed}"
             )
         self._first_sample, self._restored = state_dict["next_sample"], True
         self.skips = self.skips or [(at, length) for at, length in state_dict["skips"]]
@@ -178,6 +198,11 @@ class TextDataModule(LightningDataModule):
         return names
 
     @property
+    def source_names(self) -> list[str]:
+        """The names in data.sources; a validation batch's `source` is an index into them."""
+        return list(self.config.sources or ())
+
+    @property
     def train_tokens(self) -> int:
         return int(self.manifest["splits"]["train"]["tokens"])
 
@@ -205,6 +230,40 @@ class TextDataModule(LightningDataModule):
         return int(self.batch_sizes[:step].sum()) / self.train_samples
 
     @property
+    def compressed(self) -> dict[str, dict[str, Any]]:
+        """What gzip and xz need for the validation text of each source."""
+        return compressed_sources(self.prepared, self.tokenizer) if self.config.sources is not None else {}
+
+    def passes_by_source(self, step: int) -> dict[str, float]:
+        """Passes over each source with a share of the run in its first `step` optimizer steps."""
+        if self._mixture is None:
+            return {}
+        given = self._mixture.given(int(self.batch_sizes[:step].sum()))
+        return {
+            name: drawn / count
+            for name, drawn, count in zip(self.source_names, given, self._mixture.counts, strict=True)
+        }
+
+    def length_note(self) -> str:
+        if by_source := self.passes_by_source(self.max_steps):
+            return mixed_note(by_source)
+        return length_note(self.passes(self.max_steps), self.train_tokens)
+
+    def _mix(self) -> Mixture:
+        sizes, full = self.batch_sizes, self.config.batch_size
+
+        def first_of(step: int) -> int:
+            return int(sizes[:step].sum()) + max(0, step - len(sizes)) * full
+
+        return mixture_of(self.config, self._samples_of_sources("train"), int(sizes.sum()), first_of)
+
+    def _samples_of_sources(self, split: str) -> list[tuple[int, int]]:
+        """The first sample of each source in the index, and how many it has."""
+        dataset = self._datasets[split]
+        places = {self.origins[k]: place for k, place in samples_by_origin(dataset.file, dataset.index).items()}
+        return [places.get(name, (0, 0)) for name in self.source_names]
+
+    @property
     def validation_bytes(self) -> int:
         """Bytes of the validation split's targets; the sum of `target_bytes` over its batches."""
         split = self.manifest["splits"]["validation"]
@@ -215,16 +274,15 @@ class TextDataModule(LightningDataModule):
         length, depth = self.config.sequence_length, self.mtp_depth
         mask, pad_id, isolate = self.config.mask_document_ends, self.tokenizer.pad_id, self.config.isolate_documents
         per_token, origins = (None, None) if split == "train" else (self.tokenizer.bytes_per_token(), file.origins())
-        found = open_index(self.prepared, split, *self._shape)  # None where the folder can't be written
-        index = pack(file.offsets(), *self._shape, file.loss_spans()) if found is None else found
+        cut = cuts_of(self.config, self.mtp_depth)[split]
+        found = open_index(self.prepared, split, cut)  # None where the folder can't be written
+        index = make_index(file, cut) if found is None else found
         return PackedDataset(
             file, index, length, depth, pad_id, mask, isolate, file.loss_spans(), per_token, origins, self.whole_steps
         )
 
-    @property
-    def _shape(self) -> tuple[int, int, bool]:
-        """The settings that determine the packed index for given tokens."""
-        return self.config.sequence_length, self.mtp_depth, self.config.mask_document_ends
+    def _hash(self) -> str:
+        return data_hash(self._datasets["train"], self.manifest, self.config.seed)
 
     def _full_layout(self) -> Layout:
         """The division of steps of `batch_size` samples. Raises ConfigError."""
@@ -250,8 +308,26 @@ def length_note(passes: float, tokens: int) -> str:
     return f"warning: {note}; beyond {MANY_PASSES} passes it learns little more, and memorizes short data"
 
 
+def mixed_note(passes: dict[str, float]) -> str:
+    """
+    >>> mixed_note({"english": 0.5, "chinese": 2})
+    'data: the run makes 0.5 passes over english, 2 over chinese'
+    >>> mixed_note({"english": 5, "chinese": 2})
+    'warning: the run makes 5 passes over english, 2 over chinese; beyond 4 passes over a source it learns little more'
+    """
+    note = "the run makes " + ", ".join(
+        f"{number:,.3g}{' passes' * (not place)} over {name}" for place, (name, number) in enumerate(passes.items())
+    )
+    if max(passes.values()) <= MANY_PASSES:
+        return f"data: {note}"
+    return f"warning: {note}; beyond {MANY_PASSES} passes over a source it learns little more"
+
+
+def hash_of(*parts: Any) -> str:
+    return hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+
+
 def data_hash(dataset: PackedDataset, manifest: dict[str, Any], seed: int) -> str:
     """A hash of the tokens, the packed samples and their order, as 16 hexadecimal digits."""
     shards = [manifest["files"][f"{name}.bin"]["sha256"] for name in shards_of(manifest, "train")]
-    parts = *shards, dataset.index.digest(), ORDER, seed
-    return hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+    return hash_of(*shards, dataset.index.digest(), ORDER, seed)

@@ -6,14 +6,19 @@ only the MTP modules predict. Every token of a document but its first is the mai
 - A document of more than T + 1 tokens is cut with stride T. Each piece but the last fills a whole sample.
 - Last pieces and whole documents are packed best-fit-decreasing into T + 1 positions (arXiv 2404.10830), untruncated.
 
+The other way, concatenation, is in concatenation.py. In both, the documents may be in groups, the sources of a mixture:
+no sample has documents of two groups, and the samples of a group follow each other.
+
 Arrays that grow with the number of documents, tens of gigabytes for a billion, are allocated by the caller and may be
 files. Memory holds one or two numbers per sample and a chunk of pieces.
 """
 
 import hashlib
+from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,11 +68,13 @@ def pack(
     mask_document_ends: bool = False,
     loss_spans: np.ndarray | None = None,
     make: Make = in_memory,
+    groups: Sequence[int] = (),
 ) -> PackedIndex:
     """Packs the documents that begin at offsets [documents + 1] into samples, deterministically.
 
     mask_document_ends, loss_spans: decide which targets are valid (see `segment_start`, TokenFile).
     make: also called for temporary arrays that are not part of the index.
+    groups: the documents at which all groups but the first begin, rising.
     """
     offsets = np.asarray(offsets).astype(np.int64, copy=False)
     tails, pieces, documents = make("tails", (len(offsets) - 1,), np.int32), 0, 0
@@ -75,7 +82,9 @@ def pack(
         ends = lengths[~whole]
         tails[documents : documents + len(ends)] = ends
         pieces, documents = pieces + len(lengths), documents + len(ends)
-    bins = best_fit_decreasing(tails[:documents], sequence_length + 1, make)
+    bins, opened = make("bins", (documents,), np.int64), 0
+    for low, high in pairwise([0, *(with_tokens(offsets, group) for group in groups), documents]):
+        opened = place_best_fit(tails[low:high], sequence_length + 1, bins[low:high], opened, make)
 
     cuts = cut_in_chunks(offsets, sequence_length, mtp_depth)
     sample = make("sample", (pieces,), np.int64)
@@ -101,14 +110,34 @@ def pack(
         sums = running_sum(sizes)
         index.positions[numbers] = sums[:-1] + np.repeat(filled[of[first]] - sums[first], count)
         filled[of[first]] += np.diff(np.append(sums[first], sums[-1])).astype(np.int32)
+    fill_target_counts(index, sequence_length, mtp_depth, mask_document_ends, loss_spans)
+    return index
 
-    begin = 0
+
+def fill_target_counts(
+    index: PackedIndex, sequence_length: int, mtp_depth: int, mask_document_ends: bool, loss_spans: np.ndarray | None
+) -> None:
+    """Fills in `target_counts` from the other arrays."""
+    samples, begin = index.samples, 0
     while begin < len(index):
         end = max(begin + 1, int(np.searchsorted(samples, samples[begin] + CHUNK, "right")) - 1)
         counts = count_targets(index, begin, end, sequence_length, mtp_depth, mask_document_ends, loss_spans)
         index.target_counts[begin:end] = counts
         begin = end
-    return index
+
+
+def with_tokens(offsets: np.ndarray, documents: int) -> int:
+    """How many of the first `documents` have a token."""
+    starts = range(0, documents, CHUNK)
+    return sum(int(np.count_nonzero(np.diff(offsets[a : min(a + CHUNK, documents) + 1]))) for a in starts)
+
+
+def first_sample(index: PackedIndex, token: int) -> int:
+    """The first sample whose tokens are at this place in the file or later: the first one of a group.
+
+    Reads a few numbers of the index, whatever its size.
+    """
+    return bisect_left(range(len(index)), token, key=lambda sample: int(index.starts[index.samples[sample]]))
 
 
 def cut_in_chunks(
@@ -139,13 +168,21 @@ def cut_documents(
 def best_fit_decreasing(lengths: np.ndarray, capacity: int, make: Make = in_memory) -> np.ndarray:
     """A bin for each item, int64 [n], bins numbered from 0: longest items first, each into the fullest bin it fits in.
 
-    Items of equal length are placed together and bins with equal space are interchangeable, so the work grows with the
-    number of different lengths: a million documents take about a second. lengths [n], each from 1 to `capacity`.
+    lengths [n], each from 1 to `capacity`.
     """
     bins = make("bins", (len(lengths),), np.int64)
+    place_best_fit(lengths, capacity, bins, 0, make)
+    return bins
+
+
+def place_best_fit(lengths: np.ndarray, capacity: int, bins: np.ndarray, opened: int, make: Make) -> int:
+    """Fills in the bins of `best_fit_decreasing`, numbered from `opened`; returns the number after the last.
+
+    Items of equal length are placed together and bins with equal space are interchangeable, so the work grows with the
+    number of different lengths: a million documents take about a second.
+    """
     by_space: dict[int, deque[np.ndarray]] = defaultdict(deque)  # free space -> bins, in arrays of some
     some = np.zeros(capacity + 1, dtype=bool)  # whether by_space has any
-    opened = 0
 
     def put(chosen: np.ndarray, space: int) -> None:
         if len(chosen):
@@ -172,7 +209,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, make: Make = in_memo
                 by_space[space].appendleft(candidates[used:])
             some[space] = bool(by_space[space])
             items = items[len(placed) :]
-    return bins
+    return opened
 
 
 def longest_first(lengths: np.ndarray, capacity: int, make: Make) -> Iterator[tuple[int, np.ndarray]]:

@@ -23,10 +23,12 @@ ORDER = "feistel"  # another name for another order: checkpoints of the old one 
 class MicroBatch(NamedTuple):
     """A micro-batch on one rank. samples [B] int64: positions in the packed index, -1 for none.
     step_samples: in the first micro-batch of a training step, the samples of all its micro-batches on this rank.
+    source: in validation, the number of the source that all samples are from, if there are sources.
     """
 
     samples: np.ndarray
     step_samples: np.ndarray | None = None
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,24 +133,42 @@ class ValidationSampler:
     if no sample is left.
     limit: maximum number of batches of `layout.batch_size` samples, or a share of them. The samples don't depend on the
     number of ranks and micro-batches.
+    sources: first sample and number of samples of each source; then no micro-batch has samples of two, and the limit
+    is a share of every source, at least one sample.
     """
 
-    def __init__(self, count: int, layout: Layout, limit: int | float = 1.0) -> None:
-        self.count, self.layout = count, layout
+    def __init__(
+        self,
+        count: int,
+        layout: Layout,
+        limit: int | float = 1.0,
+        sources: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.count, self.layout, self.sources = count, layout, sources
         size = layout.batch_size
         batches = limit if isinstance(limit, int) else max(1, int(limit * -(-count // size)))
         self.samples = min(count, batches * size)
 
+    def parts(self) -> list[tuple[int | None, int, int, int]]:
+        """Source, first sample, number of samples and how many of them are drawn, of each part that is drawn apart."""
+        if self.sources is None:
+            return [(None, 0, self.count, self.samples)]
+        return [
+            (source, first, count, -(-count * self.samples // self.count))
+            for source, (first, count) in enumerate(self.sources)
+        ]
+
     def __len__(self) -> int:
-        return -(-self.samples // (self.layout.ranks * self.layout.drawn_at_once))
+        return sum(-(-drawn // (self.layout.ranks * self.layout.drawn_at_once)) for *_, drawn in self.parts())
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size, ranks = self.layout.drawn_at_once, self.layout.ranks
-        for first in range(0, len(self) * size * ranks, size * ranks):
-            own = np.arange(first, min(first + size * ranks, self.samples))[self.layout.rank :: ranks]
-            samples = np.full(size, -1, dtype=np.int64)
-            samples[: len(own)] = permuted(own, self.count, seed=0, epoch=0)
-            yield MicroBatch(samples)
+        for source, start, count, drawn in self.parts():
+            for first in range(0, drawn, size * ranks):
+                own = np.arange(first, min(first + size * ranks, drawn))[self.layout.rank :: ranks]
+                samples = np.full(size, -1, dtype=np.int64)
+                samples[: len(own)] = start + permuted(own, count, seed=0, epoch=0)
+                yield MicroBatch(samples, source=source)
 
 
 def order(numbers: np.ndarray, count: int, seed: int) -> np.ndarray:

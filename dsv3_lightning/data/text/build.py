@@ -1,213 +1,223 @@
-"""Preparation in three passes over a corpus of any size: survey, train the tokenizer, encode. Imports no torch."""
+"""Preparation of a corpus of any size in stages of resumable tasks. Imports no torch.
 
-import hashlib
-import json
+WORK/survey     how many documents and bytes there are, and the hashes that decide about the split
+WORK/sample     the texts that the tokenizer learns from, and WORK/tokenizer: the tokenizer
+WORK/encoding   both splits' tokens, by tasks
+WORK/shards     the same, put together to shards
+"""
+
+import functools
 import zlib
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dsv3_lightning.common.files import utf8_path
+from dsv3_lightning.common.files import FileRecord, blocks, link_or_copy, remove, utf8_path
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.conversation import Message, conversation
-from dsv3_lightning.data.text.corpus import read_documents
+from dsv3_lightning.data.stages.tasks import ALL, Advance, Counts, Shard, Task, Work, run_tasks, task_folder
+from dsv3_lightning.data.text.documents import Corpus
+from dsv3_lightning.data.text.encoder import Encoder, best_encoder
+from dsv3_lightning.data.text.encoding import HELD_OUT, SPLITS, EncodingPlan, encode_task
+from dsv3_lightning.data.text.merging import merge_task, merge_tasks
 from dsv3_lightning.data.text.progress import progress
-from dsv3_lightning.data.text.sources import Source, main_origins
-from dsv3_lightning.data.text.store import FORMAT, TokenWriter, token_dtype, write_manifest
-from dsv3_lightning.data.text.tally import ReadStats, notes
+from dsv3_lightning.data.text.rewriting import Marks, Rewriting
+from dsv3_lightning.data.text.store import FORMAT, token_dtype, write_manifest
+from dsv3_lightning.data.text.survey import (
+    CHECK,
+    CHECKED,
+    SAMPLE,
+    Survey,
+    added,
+    read_texts,
+    sample_task,
+    shares,
+    survey_of,
+    survey_task,
+    validation_threshold,
+)
+from dsv3_lightning.data.text.tally import notes
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.errors import ConfigError
-
-SPLITS = ("train", "validation")
-HASHES = 1 << 64
-BATCH = 1 << 22  # bytes of text that are encoded together
-TRAINING_BYTES = 1 << 31  # the tokenizer learns from so much at most: the library's 32-bit pair counts would overflow
+from dsv3_lightning.errors import ConfigError, RunStopped
 
 
-class Document(NamedTuple):
-    """A text or a conversation with its hash below HASHES, which is the same in every process and on every machine.
+class Encoded(NamedTuple):
+    """What the stages have done. counts: of the encoding's tasks. merged: of those that make the shards."""
 
-    texts: the text, or that of each message. learned: the messages that are trained on. size: UTF-8 bytes of all texts.
-    loss_text: UTF-8 bytes that are trained on. origin: index into the manifest's `origins`.
+    survey: Survey
+    encoder: Encoder
+    counts: list[Counts]
+    merged: list[Counts]
+
+
+class Build:
+    """The preparation of a corpus in a work folder, by one of the jobs that share it.
+
+    tokenizer: None trains one. jobs: processes of this one. Raises ConfigError without text.
     """
 
-    roles: list[str] | None
-    texts: list[str]
-    learned: list[bool]
-    size: int
-    loss_text: bytes
-    hash: int
-    origin: int
+    def __init__(
+        self,
+        work: Path,
+        config: DataConfig,
+        corpus: Corpus,
+        tokenizer: Tokenizer | None,
+        jobs: int = 1,
+        shard: Shard = ALL,
+    ) -> None:
+        self.work, self.config, self.corpus, self.given = work, config, corpus, tokenizer
+        self.jobs, self.shard = jobs, shard
+        self.rewriting = Rewriting(config.fim_rate, config.split_rate, config.seed)
+        if tokenizer is not None:
+            Marks(tokenizer, self.rewriting)  # refuses one without the tokens to fill in with
 
-    @classmethod
-    def of(cls, found: str | list[Message], origin: int) -> "Document":
-        if isinstance(found, str):
-            utf8 = found.encode()
-            return cls(None, [found], [], len(utf8), utf8, hash_of(utf8), origin)
-        roles, texts = [message.role for message in found], [message.text for message in found]
-        learned = [message.learned for message in found if message.role == "assistant"]
-        loss_text = "".join(message.text for message in found if message.learned).encode()
-        size = sum(len(text.encode()) for text in texts)
-        said = json.dumps(list(zip(roles, texts)))  # without `learned`, so that it stays on the same side of the split
-        return cls(roles, texts, learned, size, loss_text, hash_of(said.encode()), origin)
+    def stage(
+        self, name: str, tasks: list[Task], work: Work, label: str, total: int | None, take_over: bool = True
+    ) -> list[Counts]:
+        """What each task counted. Raises RunStopped with code 0 if other jobs have tasks left to do."""
+        with progress(label, total) as advance:
+            counts = run_tasks(
+                self.work / name, tasks, work, self.jobs, self.shard, take_over=take_over, advance=advance
+            )
+        if counts is None:
+            raise others_have_work(label, self.shard)
+        return counts
+
+    def encode(self, files_read: int) -> "Encoded":
+        """Does all stages, or this job's part of them."""
+        tasks = self.corpus.tasks()
+        survey = self.survey(tasks, files_read)
+        last_validation = validation_threshold(survey.hashes, self.config.validation_fraction)
+        tokenizer = self.given or self.train_tokenizer(tasks, survey, last_validation)
+        checks = (text for number in range(len(tasks)) for text in read_texts(self.of("survey", number) / CHECK))
+        encoder = best_encoder(tokenizer, checks, survey.size)
+        plan = EncodingPlan(last_validation, self.config.shard_bytes, self.rewriting)
+        work = functools.partial(encode_task, corpus=self.corpus, encoder=encoder, plan=plan)
+        encoded = self.stage("encoding", tasks, work, "encoding", survey.size)
+        merge = functools.partial(
+            merge_task, encoded=self.work / "encoding", dtype=token_dtype(tokenizer.vocab_size)
+        )  # fmt: skip
+        merged = run_tasks(
+            self.work / "shards", merge_tasks(encoded, self.config.shard_bytes), merge, self.jobs, self.shard
+        )
+        assert merged is not None  # it takes over what other jobs don't do
+        return Encoded(survey, encoder, encoded, merged)
+
+    def put_together(
+        self, folder: Path, encoded: "Encoded", files_read: int, left_out: Mapping[str, int], inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Writes token files, tokenizer and manifest to the folder; returns the manifest.
+
+        left_out: numbers of unread files by suffix, for the manifest.
+        """
+        folder.mkdir()
+        files: dict[str, FileRecord] = {}
+        for number, counts in enumerate(encoded.merged):
+            for name in counts["files"]:
+                (folder / name).parent.mkdir(exist_ok=True)
+                link_or_copy(self.of("shards", number) / name, folder / name)
+            files |= counts["files"]
+        tokenizer = encoded.encoder.tokenizer
+        manifest = {
+            "format": FORMAT,
+            "dtype": token_dtype(tokenizer.vocab_size),
+            "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
+            "encoder": encoded.encoder.name,
+            **encoded.survey.read,
+            "files_read": files_read,
+            "files_left_out": dict(left_out),
+            "origins": self.corpus.origins,
+            **split_facts(encoded.counts),
+            **self.gzip_facts(encoded.counts),
+            "files": files | tokenizer.save(folder),
+            "inputs": inputs,
+        }
+        write_manifest(folder, manifest)
+        return manifest
+
+    def of(self, stage: str, number: int) -> Path:
+        return task_folder(self.work / stage, number)
+
+    def survey(self, tasks: list[Task], files_read: int) -> Survey:
+        work = functools.partial(survey_task, corpus=self.corpus, checked=CHECKED // len(tasks) + 1)
+        survey = survey_of(self.stage("survey", tasks, work, "reading", None, take_over=False))
+        if not survey.hashes:
+            remove(self.work)
+            config = self.config
+            given = config.paths or (config.sources and f"of {', '.join(config.sources)}") or "the standard library"
+            why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(survey.read, files_read, {}))
+            raise ConfigError(f"data.paths={given}: no text in {files_read} files{why}")
+        return survey
+
+    def train_tokenizer(self, tasks: list[Task], survey: Survey, last_validation: int) -> Tokenizer:
+        config = self.config
+        given = config.tokenizer_weights
+        weights = (
+            None if given is None else {origin: given[self.corpus.origins[origin]] for origin in survey.text_bytes}
+        )
+        share = shares(survey.text_bytes, weights, config.tokenizer_bytes)
+        sample = functools.partial(sample_task, corpus=self.corpus, last_validation=last_validation, shares=share)
+        self.stage("sample", tasks, sample, "choosing texts for the tokenizer", survey.size)
+        train = functools.partial(
+            train_task,
+            samples=[self.of("sample", number) / SAMPLE for number in range(len(tasks))],
+            vocab_size=config.vocab_size,
+            pretokenization=config.pretokenization,
+        )
+        self.stage("tokenizer", [{"tasks": len(tasks)}], train, "learning the tokenizer", None)
+        return Tokenizer.from_file(self.of("tokenizer", 0)).ending_with(config.end_token)
+
+    def gzip_facts(self, encoded: list[Counts]) -> dict[str, Any]:
+        """The size of the validation text under gzip -9."""
+        paths = [self.of("encoding", number) / HELD_OUT for number in range(len(encoded))]
+        size = sum(path.stat().st_size for path in paths)
+        gzip_bytes = compressed(block for path in paths for block in blocks(path))
+        return {"gzip_bytes": gzip_bytes if size else None, "gzip_bpb": 8 * gzip_bytes / size if size else None}
 
 
-def build(
-    folder: Path,
-    config: DataConfig,
-    sources: list[Source],
-    left_out: Mapping[str, int],
-    tokenizer: Tokenizer | None,
-    inputs: dict[str, Any],
-) -> dict[str, Any]:
-    """Writes token files, tokenizer and manifest to the folder; returns the manifest. Raises ConfigError without text.
+def train_task(
+    task: Task, folder: Path, advance: Advance, *, samples: list[Path], vocab_size: int, pretokenization: str
+) -> Counts:
+    """Trains the tokenizer on the sampled texts of all tasks."""
 
-    left_out: numbers of unread files by suffix, for the manifest.
+    def texts() -> Iterable[str]:
+        for path in samples:
+            for text in read_texts(path):
+                advance(len(text.encode()))
+                yield text
+
+    Tokenizer.train(texts(), vocab_size, pretokenization).save(folder)
+    return {}
+
+
+def compressed(blocks: Iterable[bytes]) -> int:
+    """The size of the bytes under gzip -9."""
+    gzip = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: with gzip's header and trailer
+    return sum(len(gzip.compress(block)) for block in blocks) + len(gzip.flush())
+
+
+def split_facts(encoded: list[Counts]) -> dict[str, Any]:
+    """Documents, tokens and bytes of each split, and of each source in it.
+
+    Bytes of answers only with conversations, in which they are less than those of the text.
     """
-    folder.mkdir()
-    stats = ReadStats()
-    with progress("reading", None) as advance:
-        hashes, text_bytes = survey(read_hashed(sources, config, stats), advance)
-    if not hashes:
-        given = config.paths or (config.sources and f"of {', '.join(config.sources)}") or "the standard library"
-        why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(stats.facts(), len(sources), {}))
-        raise ConfigError(f"data.paths={given}: no text in {len(sources)} files{why}")
-    last_validation = validation_threshold(hashes, config.validation_fraction)
-
-    if tokenizer is None:
-        with progress("learning the tokenizer", text_bytes) as advance:
-            documents = read_hashed(sources, config)
-            texts = training_texts(documents, last_validation, TRAINING_BYTES / max(text_bytes, 1), advance)
-            tokenizer = Tokenizer.train(texts, config.vocab_size).ending_with(config.end_token)
-    with progress("encoding", text_bytes) as advance:
-        encoded = encode(read_hashed(sources, config), last_validation, tokenizer, folder, advance)
-    manifest = {
-        "format": FORMAT,
-        "dtype": token_dtype(tokenizer.vocab_size),
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
-        **stats.facts(),
-        "files_read": len(sources),
-        "files_left_out": dict(left_out),
-        "origins": origin_names(sources),
-        **encoded,
-        "inputs": inputs,
-    }
-    manifest["files"] |= tokenizer.save(folder)
-    write_manifest(folder, manifest)
-    return manifest
+    splits = {split: added([counts["splits"][split]["all"] for counts in encoded]) for split in SPLITS}
+    origins: dict[str, dict[str, dict[str, int]]] = {split: {} for split in SPLITS}
+    for counts in encoded:
+        for split in SPLITS:
+            for name, numbers in counts["splits"][split]["origins"].items():
+                origins[split][name] = added([origins[split].get(name, {}), numbers])
+    if all(numbers["answer_bytes"] == numbers["text_bytes"] for numbers in splits.values()):
+        for numbers in [*splits.values(), *(found for of_split in origins.values() for found in of_split.values())]:
+            del numbers["answer_bytes"]
+    return {"splits": splits, "splits_by_origin": origins}
 
 
-def read_hashed(sources: list[Source], config: DataConfig, stats: ReadStats | None = None) -> Iterator[Document]:
-    names, numbers = main_origins(sources), {name: number for number, name in enumerate(origin_names(sources))}
-    for source in sources:
-        for found in read_documents([source], config.text_key, stats, config.skip_bad_lines):
-            yield Document.of(found, numbers[names[source.origin]])
-
-
-def hash_of(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def origin_names(sources: list[Source]) -> list[str]:
-    """Names of the origins, the largest first and `others` last."""
-    return list(dict.fromkeys(main_origins(sources).values()))
-
-
-def survey(documents: Iterable[Document], advance: Callable[[int], None]) -> tuple[Sequence[int], int]:
-    """The hash of each document, and the total bytes."""
-    hashes, text_bytes = array("Q"), 0
-    for document in documents:
-        hashes.append(document.hash)
-        text_bytes += document.size
-        advance(document.size)
-    return hashes, text_bytes
-
-
-def validation_threshold(hashes: Iterable[int], fraction: float) -> int:
-    """The largest hash of a validation document, so that equal texts stay together; -1 for fraction 0.
-
-    About `fraction` of the documents are at or below it. With at least two different documents, each split has one.
-    """
-    if not fraction:
-        return -1
-    return min(max(int(fraction * HASHES) - 1, min(hashes)), max(hashes) - 1)
-
-
-def training_texts(
-    documents: Iterable[Document], last_validation: int, share: float, advance: Callable[[int], None]
-) -> Iterator[str]:
-    """The training split's texts, or about `share` of them, chosen by a hash independent of the split's."""
-    for document in documents:
-        advance(document.size)
-        chosen = document.hash * 0x9E3779B97F4A7C15 % HASHES < share * HASHES
-        if document.hash > last_validation and chosen:
-            yield from document.texts
-
-
-def encode(
-    documents: Iterable[Document],
-    last_validation: int,
-    tokenizer: Tokenizer,
-    folder: Path,
-    advance: Callable[[int], None],
-) -> dict[str, Any]:
-    """Writes both splits; returns their entries for the manifest and the size of the validation text under gzip -9.
-
-    In conversations gzip compresses only the assistant's text, on which bits per byte are measured.
-    """
-    writers = {
-        split: TokenWriter(folder, split, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) for split in SPLITS
-    }
-    text_bytes, answer_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    gzip, gzip_bytes = zlib.compressobj(9, zlib.DEFLATED, 31), 0  # 31: with gzip's header and trailer
-    for batch in batches(documents, BATCH):
-        words = iter(tokenizer.encode_batch([text for document in batch for text in document.texts]))
-        for document in batch:
-            split = SPLITS[document.hash <= last_validation]
-            if document.roles is None:
-                writers[split].add(next(words), document.origin)
-            else:
-                written = conversation(tokenizer, [(role, next(words).tolist()) for role in document.roles])
-                loss_spans = [span for span, learned in zip(written.assistant_spans, document.learned) if learned]
-                writers[split].add_whole(np.array(written.ids), loss_spans, document.origin)
-            text_bytes[split] += document.size
-            answer_bytes[split] += len(document.loss_text)
-            if split == "validation":
-                gzip_bytes += len(gzip.compress(document.loss_text))
-        advance(sum(document.size for document in batch))
-    gzip_bytes += len(gzip.flush())
-    held_out = answer_bytes["validation"]
-    return {
-        "gzip_bytes": gzip_bytes if held_out else None,
-        "gzip_bpb": 8 * gzip_bytes / held_out if held_out else None,
-        "splits": {
-            split: {
-                "documents": writer.documents,
-                "tokens": writer.tokens,
-                "text_bytes": text_bytes[split],
-                **({"answer_bytes": answer_bytes[split]} if answer_bytes != text_bytes else {}),
-            }
-            for split, writer in writers.items()
-        },
-        "files": {name: file for writer in writers.values() for name, file in writer.close().items()},
-    }
-
-
-def batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    """Yields lists of documents of at least `size` bytes in total; the last may be smaller."""
-    batch: list[Document] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += document.size
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+def others_have_work(label: str, shard: Shard) -> RunStopped:
+    return RunStopped(
+        f"data: job {shard} has done its part of {label}; the other jobs have theirs left to do, and the last of them "
+        "goes on",
+        code=0,
+    )
 
 
 def summary(manifest: dict[str, Any], folder: Path, seconds: float) -> str:

@@ -4,16 +4,26 @@ A document is a text, or a conversation: a jsonl line whose field `text_key` hol
 """
 
 import gzip
+import itertools
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import zstandard
 
-from dsv3_lightning.common.files import blocks, utf8_path
+try:
+    import orjson
+except ImportError:  # of the extra `data`
+    orjson = None  # type: ignore[assignment]
+
+from dsv3_lightning.common.files import BLOCK, blocks, utf8_path
+from dsv3_lightning.data.config import DEFAULTS
+from dsv3_lightning.data.readers.documents import read_page, read_pages, read_rows, read_tokens
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.messages import holds_messages, parse, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
@@ -25,27 +35,45 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
+ZST_PIECE = 1 << 13  # bytes decompressed at a time: at the best ratio they become a quarter of a gigabyte
+CONVERSATION_BEGINS = ("", "[", "{")  # of texts that may be conversations as JSON, and the empty one
 MOST_BAD_LINES = 10  # named in one message
 CONVERSATIONS = ("messages", "conversations")  # the usual names of their field
 
 
+class TooLong(NamedTuple):
+    """In place of a line of so many bytes that it isn't held in memory."""
+
+    size: int
+
+
 def read_documents(
-    sources: Sequence[Source], text_key: str, stats: ReadStats | None = None, skip_bad_lines: bool = False
+    sources: Sequence[Source],
+    text_key: str,
+    stats: ReadStats | None = None,
+    skip_bad_lines: bool = False,
+    most_bytes: int = DEFAULTS["max_document_bytes"],
 ) -> Iterator[str | list[Message]]:
     """Yields documents, one per file or jsonl line, never empty. Keeps line ends and removes a byte order mark.
 
-    skip_bad_lines: skip and count unusable lines. Raises ConfigError that names the file, and the numbers of its bad
+    skip_bad_lines: skip and count unusable lines. most_bytes: of a line or a file of text; larger ones are left out and
+    counted. Raises ConfigError that names the file, and the numbers of its bad
     lines, if something can't be read.
     """
     stats = stats if stats is not None else ReadStats()
     for source in sources:
-        lines = source.path.name.lower().endswith(LINE_SUFFIXES)
+        lines = source.kind == "jsonl" or source.kind is None and source.path.name.lower().endswith(LINE_SUFFIXES)
+        key = source.text_key or text_key
         try:
-            found = (
-                read_lines(source, source.text_key or text_key, stats, skip_bad_lines)
-                if lines
-                else read_text(source, stats)
-            )
+            most = most_bytes if source.marks is None else sys.maxsize  # which are numbered by all documents
+            if (other := read_other(source, key, stats)) is not None:
+                found = other
+            elif lines:
+                found = read_lines(source, key, stats, skip_bad_lines, most)
+            else:
+                found = read_text(source, stats, most)
+            if source.marks is not None:
+                found = itertools.compress(found, np.load(source.marks) == 0)
             for document in found:
                 if not document:
                     stats.empty += 1
@@ -58,8 +86,32 @@ def read_documents(
             raise unreadable(source.where, error) from error
 
 
-def read_text(source: Source, stats: ReadStats) -> Iterator[str]:
-    content = b"".join(content_of(source.path)).removeprefix(BOM)
+def read_other(source: Source, key: str, stats: ReadStats) -> Iterator[str | list[Message]] | None:
+    """The documents of a kind that isn't text or jsonl; None for those."""
+    if source.kind == "parquet":
+        return read_rows(source.path, key, source.where, stats.unread)
+    if source.kind == "warc":
+        return read_pages(source.path, opened)
+    if source.kind == "html":
+        return read_page(b"".join(content_of(source.path)))
+    if source.kind == "megatron":
+        return read_tokens(source.path, source.tokenizer, source.where)
+    return None
+
+
+def read_text(source: Source, stats: ReadStats, most_bytes: int) -> Iterator[str]:
+    parts, size = [], 0
+    for block in content_of(source.path):
+        size += len(block)
+        if size <= most_bytes:
+            parts.append(block)
+        else:  # counts the rest
+            parts.clear()
+    if size > most_bytes:
+        stats.too_long[source.name] += size
+        return
+    content = b"".join(parts).removeprefix(BOM)
+    parts.clear()
     where = source.where
     refuse_no_text(where, content)
     text = decode(content, source.name, stats)
@@ -103,19 +155,28 @@ class BadLines:
         )
 
 
-def read_lines(source: Source, text_key: str, stats: ReadStats, skip_bad_lines: bool) -> Iterator[str | list[Message]]:
+def read_lines(
+    source: Source, text_key: str, stats: ReadStats, skip_bad_lines: bool, most_bytes: int
+) -> Iterator[str | list[Message]]:
     bad, first = BadLines(source), True
-    for number, line in enumerate(lines_of(source.path), 1):
-        line = line.removeprefix(BOM) if number == 1 else line
+    for number, line in enumerate(lines_of(source.path, most_bytes, source.begin, source.end), 1):
+        if isinstance(line, TooLong):
+            stats.too_long[f"{source.name}, line {lines_before(source) + number}"] += line.size
+            continue
+        line = line.removeprefix(BOM) if number == 1 and not source.begin else line
         if not line.strip():
             continue
-        if first:
+        if first and not source.begin:
             refuse_other_layouts(source, line)
         first = False
         try:
-            document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
+            document: str | list[Message]
+            if (text := plain_text(line, text_key)) is not None:
+                document = text
+            else:
+                document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
         except ConfigError as error:
-            bad.add(number, str(error))
+            bad.add(lines_before(source) + number, str(error))
             if skip_bad_lines:
                 stats.skipped[source.name] += 1
             elif bad.count == MOST_BAD_LINES:
@@ -124,6 +185,36 @@ def read_lines(source: Source, text_key: str, stats: ReadStats, skip_bad_lines: 
         yield document
     if bad.count and not skip_bad_lines:
         raise bad.error()
+
+
+def plain_text(line: bytes, text_key: str) -> str | None:
+    """The text of a line without anything unusual, by orjson if it is installed; None: `parse_line` reads the line.
+
+    It is None for conversations, invalid UTF-8, lone surrogates and whatever isn't JSON, which orjson refuses.
+    """
+    if orjson is None:
+        return None
+    try:
+        record = orjson.loads(line)
+    except ValueError:
+        return None
+    text = record.get(text_key) if isinstance(record, dict) else None
+    return text if isinstance(text, str) and text[:1] not in CONVERSATION_BEGINS and not text[:1].isspace() else None
+
+
+def lines_before(source: Source) -> int:
+    """The number of the file's lines before those of this part."""
+    if not source.begin:
+        return 0
+    with open(source.path, "rb") as file:
+        start = first_line(file, source.begin, source.end) or 0
+    left, count = start, 0
+    for block in blocks(source.path):
+        count += block[:left].count(b"\n")
+        left -= len(block)
+        if left <= 0:
+            break
+    return count
 
 
 def refuse_other_layouts(source: Source, line: bytes) -> None:
@@ -198,13 +289,40 @@ def decode(data: bytes, file: str, stats: ReadStats) -> str:
         return text
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
-    """The lines of a plain, gzip or zstandard file."""
-    if path.name.lower().endswith(".zst"):
-        yield from split_lines(zstandard_blocks(path))
-    else:
-        with opened(path) as stream:
-            yield from stream
+def lines_of(
+    path: Path, most_bytes: int = DEFAULTS["max_document_bytes"], begin: int = 0, end: int | None = None
+) -> Iterator[bytes | TooLong]:
+    """The lines of a plain, gzip or zstandard file, without their newlines.
+
+    begin, end: of a plain file, the lines that begin in these bytes.
+    """
+    if begin == 0 and end is None:
+        yield from split_lines(content_of(path), most_bytes)
+        return
+    with open(path, "rb") as file:
+        place = first_line(file, begin, end)
+        if place is None:
+            return
+        file.seek(place)
+        for line in split_lines(iter(lambda: file.read(BLOCK), b""), most_bytes):
+            if end is not None and place >= end:
+                return
+            place += 1 + (line.size if isinstance(line, TooLong) else len(line))
+            yield line
+
+
+def first_line(file: BinaryIO, begin: int, end: int | None) -> int | None:
+    """Where the first line begins at or after `begin`; None if that isn't before `end`."""
+    if begin == 0:
+        return 0
+    place = begin - 1
+    file.seek(place)
+    while (end is None or place < end) and (block := file.read(BLOCK)):
+        if (found := block.find(b"\n")) >= 0:
+            place += found + 1
+            return place if end is None or place < end else None
+        place += len(block)
+    return None
 
 
 def content_of(path: Path) -> Iterator[bytes]:
@@ -213,7 +331,8 @@ def content_of(path: Path) -> Iterator[bytes]:
         yield from zstandard_blocks(path)
     else:
         with opened(path) as stream:
-            yield stream.read()
+            while block := stream.read(BLOCK):
+                yield block
 
 
 def opened(path: Path) -> Any:
@@ -223,7 +342,8 @@ def opened(path: Path) -> Any:
 def zstandard_blocks(path: Path) -> Iterator[bytes]:
     """Yields the content of all frames. Raises EOFError for a truncated file, which the library's reader accepts."""
     frame = None
-    for block in blocks(path):
+    pieces = (block[begin : begin + ZST_PIECE] for block in blocks(path) for begin in range(0, len(block), ZST_PIECE))
+    for block in pieces:
         while block:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             yield frame.decompress(block)
@@ -233,14 +353,21 @@ def zstandard_blocks(path: Path) -> Iterator[bytes]:
         raise EOFError("compressed file ended before its end-of-stream marker was reached")
 
 
-def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields lines without their newline, in linear time even for a line that spans thousands of chunks."""
+def split_lines(chunks: Iterator[bytes], most_bytes: int) -> Iterator[bytes | TooLong]:
+    """Yields lines without their newline, in linear time even for a line that spans thousands of chunks.
+
+    No more than `most_bytes` of a line are held; longer ones are only counted.
+    """
     rest: list[bytes] = []
+    size = 0
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        if others:
-            yield b"".join(rest)
-            yield from others[:-1]
-            rest = [others[-1]]
-    yield b"".join(rest)
+        for number, line in enumerate(chunk.split(b"\n")):
+            if number:  # the end of the one before
+                yield b"".join(rest) if size <= most_bytes else TooLong(size)
+                rest, size = [], 0
+            size += len(line)
+            if size <= most_bytes:
+                rest.append(line)
+            else:
+                rest.clear()
+    yield b"".join(rest) if size <= most_bytes else TooLong(size)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.data.config import PACKAGE, DataConfig
+from dsv3_lightning.data.config import PACKAGE, DataConfig, is_pattern, is_url
 from dsv3_lightning.data.text.store import MANIFEST, read_manifest
 
 SHOWN = 3  # changes that a message names
@@ -16,11 +16,16 @@ def key_of(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_here(path: str) -> bool:
+    """Whether a path of the settings is one of this machine's files, not an installed package, a pattern or a URL."""
+    return not (path.startswith(PACKAGE) or is_url(path) or is_pattern(path))
+
+
 def gone(config: DataConfig) -> str | None:
     """The first text of a config, or its tokenizer, that no longer exists, with the setting's name."""
     paths = {"data.paths": config.paths}
     paths |= {f"data.sources.{name}.paths": source.paths for name, source in (config.sources or {}).items()}
-    given = [(key, path) for key, found in paths.items() for path in found if not path.startswith(PACKAGE)]
+    given = [(key, path) for key, found in paths.items() for path in found if is_here(path)]
     given += [("data.tokenizer", config.tokenizer)] if config.tokenizer is not None else []
     return next((f"{key}: {path}" for key, path in given if not Path(path).exists()), None)
 

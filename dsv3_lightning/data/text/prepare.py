@@ -7,32 +7,44 @@ It is built under another name and renamed when everything is on disk, so a fold
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsv3_lightning.common.files import remove_leftovers, utf8_path, whole
+from dsv3_lightning.common.files import digest, remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text.build import build, summary
-from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.cleaning.corpus import Plan, clean, plan
+from dsv3_lightning.data.config import DEFAULTS, DataConfig
+from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
+from dsv3_lightning.data.text.build import Build, others_have_work, summary
+from dsv3_lightning.data.text.digests import Digests, described
+from dsv3_lightning.data.text.documents import Files
 from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.sources import Source, sources_of, unreadable
+from dsv3_lightning.data.text.sources import Source, sources_of
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
-from dsv3_lightning.data.text.tally import notes
+from dsv3_lightning.data.text.tally import listed, notes
 from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
 from dsv3_lightning.errors import ConfigError
 
 
-def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Callable[[str], None] | None = say) -> Path:
+def prepare(
+    config: DataConfig,
+    known: dict[str, Any] | None = None,
+    tell: Callable[[str], None] | None = say,
+    jobs: int = 1,
+    shard: Shard = ALL,
+    keep_dropped: bool = False,
+) -> Path:
     """The folder with the token files, built if need be; several processes may call it at the same time.
 
     known: what the data of a run that resumes were made of, as a manifest's `inputs`. Others are refused before
     anything is written. If texts or tokenizer are gone, the tokens prepared from them are used.
     tell: called with one line for each kind of input that isn't in the token files.
+    jobs: processes that work at the same time. shard: the part of the work that is this call's; RunStopped with code 0
+        says that the other parts are still to be done. keep_dropped: write what cleaning drops beside what stays.
     Raises ConfigError for inputs that can't be read, hold no text, or need ids at or above `data.vocab_size`.
     """
     if known is not None and (lost := gone(config)) is not None:
@@ -54,21 +66,44 @@ def prepare(config: DataConfig, known: dict[str, Any] | None = None, tell: Calla
     left_out: Counter[str] = Counter()
     sources = sources_of(config, left_out)
     inputs = describe_inputs(config, sources, tokenizer)
+    cleaning = plan(config, sources) if config.cleaning is not None else None
+    if cleaning is not None:
+        inputs["cleaning"] = cleaning.key
     if known is not None and (differing := changes(known, inputs)):
         raise ConfigError(f"data: this run's were made of other inputs ({differing}); choose another run.name")
     folder = user_path(config.cache_dir) / key_of(inputs)
     if not is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(folder):
+            with locked(folder) if shard == ALL else nullcontext():
                 if not is_complete(folder):  # another process may have finished it in the meantime
-                    build_whole(folder, config, sources, left_out, tokenizer, inputs)
+                    kept = sources if cleaning is None else cleaned_files(cleaning, jobs, shard, keep_dropped)
+                    work = work_folder(folder)
+                    build = Build(work, config, Files.of(kept, config), tokenizer, jobs, shard)
+                    build_whole(folder, build, len(sources), left_out, inputs)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
     if tell is not None:
         for line in notes(read_manifest(folder), len(sources), left_out):
             tell(line)
     return folder
+
+
+def cleaned_files(cleaning: Plan, jobs: int, shard: Shard, keep_dropped: bool) -> list[Source]:
+    """The files of what stays of each source. Raises ConfigError if nothing stays of one.
+
+    Raises RunStopped with code 0 if other jobs have tasks left to do.
+    """
+    cleaned = clean(cleaning, jobs, shard, keep_dropped)
+    if cleaned is None:
+        raise others_have_work("cleaning", shard)
+    for name, counts in cleaned.counts.items():
+        if not counts["join"]["documents"].get("stays"):
+            reasons: Counter[str] = Counter(counts["join"]["documents"])
+            for part in counts["clean"]:
+                reasons.update({reason: n for reason, n in part["documents"].items() if reason not in ("read", "kept")})
+            raise ConfigError(f"data.cleaning: no document of {name} is left ({listed(reasons) or 'it has none'})")
+    return cleaned.files
 
 
 def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: Callable[[str], None] | None) -> Path:
@@ -84,22 +119,29 @@ def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: 
     return folder
 
 
+def work_folder(folder: Path) -> Path:
+    """Where the stages of a folder's preparation keep what they have done until it is complete."""
+    return folder.with_name(f"{folder.name}.work")
+
+
 def build_whole(
-    folder: Path,
-    config: DataConfig,
-    sources: list[Source],
-    left_out: Mapping[str, int],
-    tokenizer: Tokenizer | None,
-    inputs: dict[str, Any],
+    folder: Path, build: Build, files_read: int, left_out: Mapping[str, int], inputs: dict[str, Any]
 ) -> None:
-    """Builds the folder, which appears only when complete. Only one process at a time may call this."""
+    """Builds the folder, which appears only when complete. Only one process at a time may call this for each shard."""
     begun = time.monotonic()
-    if reason := why_again(folder, inputs):
+    if not build.work.exists() and (reason := why_again(folder, inputs)):
         say(f"data are prepared again, {reason}")
-    remove_leftovers(folder.parent, folder.name)
-    with whole(folder) as beside:
-        manifest = build(beside, config, sources, left_out, tokenizer, inputs)
-    say(summary(manifest, folder, time.monotonic() - begun))
+    build.work.mkdir(parents=True, exist_ok=True)
+    with present(build.work, build.shard):
+        encoded = build.encode(files_read)
+        with locked(folder) if build.shard != ALL else nullcontext():
+            if not is_complete(folder):  # another job may have put it together in the meantime
+                remove_leftovers(folder.parent, folder.name)
+                with whole(folder) as beside:
+                    manifest = build.put_together(beside, encoded, files_read, left_out, inputs)
+                say(summary(manifest, folder, time.monotonic() - begun))
+    if not any(is_held(path) for path in build.work.glob("job-*.lock")):
+        remove(build.work)
 
 
 def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -107,21 +149,32 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
     files = []
     digests = Digests(user_path(config.cache_dir) / "digests.json")
     for source in sources:
-        try:
-            files.append([source.name, source.origin, source.path.stat().st_size, digests.of(source.path)])
-        except OSError as error:
-            raise unreadable(source.where, error) from error
+        name, size, sha256 = described(source, digests)
+        files.append([name, source.origin, size, sha256])
     digests.save()
     trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
     keys = {name: source.text_key for name, source in (config.sources or {}).items() if source.text_key is not None}
+    kinds = {
+        name: [source.kind, source.tokenizer and digest(Path(source.tokenizer))]
+        for name, source in (config.sources or {}).items()
+        if source.kind != "auto" or source.tokenizer
+    }
+    made: dict[str, Any] = {}  # without settings at their defaults, so that what older versions made is found
+    if config.fim_rate or config.split_rate:
+        made["rewriting"] = [config.fim_rate, config.split_rate, config.seed]
+    names = ["shard_bytes", "max_document_bytes"]
+    names += ["tokenizer_bytes", "tokenizer_weights", "pretokenization"] if tokenizer is None else []
+    made |= {name: getattr(config, name) for name in names if getattr(config, name) != DEFAULTS[name]}
     return {
         "format": FORMAT,
         "files": files,
         "text_key": config.text_key,
         **({"text_keys": keys} if keys else {}),
+        **({"kinds": kinds} if kinds else {}),
         "skip_bad_lines": config.skip_bad_lines,
         "validation_fraction": config.validation_fraction,
         "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,
+        **made,
     }
 
 

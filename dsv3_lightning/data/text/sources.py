@@ -1,5 +1,6 @@
 """The files of a corpus: which files of `data.paths` are read and which are left out. Imports no torch."""
 
+import glob
 import importlib.util
 import os
 import re
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 from dsv3_lightning.common.files import utf8_path
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.config import PACKAGE, DataConfig
+from dsv3_lightning.data.config import PACKAGE, DataConfig, is_pattern, is_url
+from dsv3_lightning.data.readers.kinds import kind_of, suffixes_of
 from dsv3_lightning.data.text.tally import HIDDEN, listed
 from dsv3_lightning.errors import ConfigError
 
@@ -43,7 +45,9 @@ class Source(NamedTuple):
 
     origin: the source of its text, for metrics by origin: its name in data.sources; or the given path, or if that is a
     single folder (or the standard library), the first folder below it.
-    text_key: as in SourceConfig. setting: the one that names it, for messages.
+    text_key: as in SourceConfig. setting: the one that names it, for messages. marks: a .npy file, uint8 [documents], 0
+    for the documents that are read; None: all are. kind: as in SourceConfig; None: by the name's ending. tokenizer: as
+    there. begin, end: of a plain file of lines, only those that begin in these bytes; None: up to the file's end.
     """
 
     name: str
@@ -51,6 +55,11 @@ class Source(NamedTuple):
     origin: str = ""
     text_key: str | None = None
     setting: str = "data.paths"
+    begin: int = 0
+    end: int | None = None
+    marks: Path | None = None
+    kind: str | None = None
+    tokenizer: str | None = None
 
     @property
     def where(self) -> str:
@@ -66,26 +75,47 @@ def sources_of(config: DataConfig, left_out: Counter[str] | None = None) -> list
         return find_sources(config.paths, left_out)
     found = []
     for name, given in config.sources.items():
-        setting = f"data.sources.{name}.paths"
-        for source in find_sources(given.paths, left_out, setting):
-            found.append(source._replace(origin=name, text_key=given.text_key, setting=setting))
+        setting, cache = f"data.sources.{name}.paths", user_path(config.cache_dir)
+        for path in given.paths:
+            for source in find_named(path, given.kind, left_out, setting, cache):
+                kind = (kind_of(source.name) or "text") if given.kind == "auto" else given.kind
+                found.append(
+                    source._replace(
+                        origin=name, text_key=given.text_key, setting=setting, kind=kind, tokenizer=given.tokenizer
+                    )
+                )
     return found
 
 
+def find_named(path: str, kind: str, left_out: Counter[str] | None, setting: str, cache: Path) -> list[Source]:
+    """The files of one of a source's paths: a file, a folder, a pattern, package:NAME or a URL. Raises ConfigError."""
+    if is_url(path):
+        from dsv3_lightning.data.readers.remote import fetched  # loads fsspec
+
+        return [Source(name, local) for name, local in fetched(path, suffixes_of(kind), cache, setting)]
+    if not is_pattern(path):
+        return find_sources([path], left_out, setting, kind)
+    matching = sorted(glob.glob(path, recursive=True))
+    if not matching:
+        raise ConfigError(f"{setting}: {path} matches no file")
+    return [source for one in matching for source in find_sources([one], left_out, setting, kind)]
+
+
 def find_sources(
-    paths: Sequence[str], left_out: Counter[str] | None = None, setting: str = "data.paths"
+    paths: Sequence[str], left_out: Counter[str] | None = None, setting: str = "data.paths", kind: str | None = None
 ) -> list[Source]:
     """The files of `DataConfig.paths` in the order given, folders sorted by path; [] is the standard library, and
     package:NAME the Python files of an installed package.
 
     left_out: counts the files of given folders that aren't read, by suffix, and those that are hidden.
-    setting: the one that names the paths, for messages.
+    setting: the one that names the paths, for messages. kind: of a source's files; None: those of `data.paths`.
     Raises ConfigError for a path that doesn't exist, a suffix that isn't read, and a folder without any text, or whose
     only text describes data that can't be read.
     """
     if not paths:
         return by_folder(walk(Path(sysconfig.get_paths()["stdlib"]), (".py",), LEFT_OUT_FOLDERS))
     sources: list[Source] = []
+    read = READ if kind is None else suffixes_of(kind)
     for given in paths:
         if given.startswith(PACKAGE):
             found = walk(package_folder(given, setting), (".py",), LEFT_OUT_FOLDERS)
@@ -96,12 +126,17 @@ def find_sources(
             raise ConfigError(f"{setting}: {given} does not exist")
         unread: Counter[str] = Counter()
         if path.is_dir():
-            found = walk(path, READ, unread=unread, setting=setting)
+            found = walk(path, read, unread=unread, setting=setting)
         else:
-            found = [Source(utf8_path(path.name), path)] if path.name.lower().endswith(READ) else []
+            found = (
+                [Source(utf8_path(path.name), path)]
+                if path.name.lower().endswith(read) or kind not in (None, "auto")
+                else []
+            )
         if not found:
+            shown = READ_SHOWN if kind is None else " ".join(read)
             holds = f" (it holds {listed(unread)})" if unread else ""
-            raise ConfigError(f"{setting}: {given} is no text; read are {READ_SHOWN}{holds}")
+            raise ConfigError(f"{setting}: {given} is no text; read are {shown}{holds}")
         if path.is_dir():
             refuse_cards_alone(f"{setting}: {given}", path, found, unread)
         if left_out is not None:

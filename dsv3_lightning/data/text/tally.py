@@ -15,7 +15,8 @@ class ReadStats:
 
     documents: those read. empty: documents without text. unlearned: conversations whose fields exclude everything from
     training. replaced: characters by file that replace invalid UTF-8. skipped: bad lines by file
-    (data.skip_bad_lines). unread: fields of conversations and of their lines without a meaning for training.
+    (data.skip_bad_lines). too_long: bytes by file, or by file and line, that are above data.max_document_bytes.
+    unread: fields of conversations and of their lines without a meaning for training.
     """
 
     documents: int = 0
@@ -23,6 +24,7 @@ class ReadStats:
     unlearned: int = 0
     replaced: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    too_long: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
 
     def facts(self) -> dict[str, Any]:
@@ -32,6 +34,7 @@ class ReadStats:
             "unlearned_conversations": self.unlearned,
             "replaced_characters": dict(self.replaced),
             "skipped_lines": dict(self.skipped),
+            "too_long": dict(self.too_long),
             "unread_fields": dict(self.unread),
         }
 
@@ -55,6 +58,10 @@ def notes(manifest: Mapping[str, Any], files_read: int, left_out: Mapping[str, i
         lines.append(f"left out: {unlearned} conversations of which, by their own marks, nothing is learned")
     if skipped := manifest["skipped_lines"]:
         lines.append(f"left out (data.skip_bad_lines): {sum(skipped.values())} bad lines: {by_file(skipped)}")
+    if long := manifest.get("too_long"):  # absent from older manifests
+        shown = [f"{name} ({size / 1e6:,.1f} MB)" for name, size in list(long.items())[:SHOWN]]
+        more = [f"{len(long) - SHOWN} others"] if len(long) > SHOWN else []
+        lines.append(f"left out (data.max_document_bytes): {len(long)} too long: {'; '.join([*shown, *more])}")
     if replaced := manifest["replaced_characters"]:
         lines.append(f"not UTF-8: U+FFFD stands for {sum(replaced.values())} characters: {by_file(replaced)}")
     if unread := manifest["unread_fields"]:

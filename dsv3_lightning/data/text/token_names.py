@@ -97,3 +97,8 @@ def id_list(content: dict[str, Any], file: Path) -> list[int]:
     if not all(type(index) is int or type(index) is float and index.is_integer() for index in ids):
         raise ConfigError(f"{file}: eos_token_id={shown(given)}: must be a whole number, or a list of them")
     return [int(index) for index in ids]
+
+
+def end_ids(folder: Path) -> set[int]:
+    """The end tokens in the folder's JSON files: instruct models often also have an end of turn."""
+    return {index for file in existing(folder, FILES_WITH_IDS) for index in id_list(read_json(file), file)}

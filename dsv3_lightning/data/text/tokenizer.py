@@ -34,6 +34,18 @@ SPLITS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
+# Those of DeepSeek LLM (arXiv 2401.02954, §2.1): line ends, words of scripts with two cases, punctuation, spaces at the
+# end, Chinese and other scripts without cases, single digits. The third has the range from : to ~ as published,
+# with the ASCII letters in it, and therefore cuts words at other letters.
+LLM_SPLITS = (
+    r"[\r\n]",
+    r"\s?[\p{Ll}\p{Lu}\p{Lt}]+",
+    "\\s?[!-/:-~！-／：-～\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"\p{N}",
+)
+PRETOKENIZATIONS = {"v3": SPLITS, "llm": LLM_SPLITS}
 PIECE = 1 << 18  # characters encoded at a time: linear time for huge documents, and work for every core
 GROUP = 1 << 22  # characters per call of the library, whose result takes some 150 bytes per token
 SEAM = re.compile(r"\n(?=\w)|\w(?= \w)")  # SPLITS always begins a new token after a match
@@ -98,10 +110,14 @@ class Tokenizer:
             raise ConfigError(str(error) if named else f"{file}: {error}") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Trains merges until there are `vocab_size` entries, special tokens included, or nothing is left to merge."""
+    def train(cls, texts: Iterable[str], vocab_size: int, pretokenization: str = "v3") -> "Tokenizer":
+        """Trains merges until there are `vocab_size` entries, special tokens included, or nothing is left to merge.
+
+        pretokenization: a name in PRETOKENIZATIONS.
+        """
         backend = Backend(models.BPE())
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
+        patterns = PRETOKENIZATIONS[pretokenization]
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )

@@ -1,4 +1,4 @@
-"""The endpoints of the server: /v1/models, /v1/completions, /v1/chat/completions and /health.
+"""The endpoints of the server: /v1/models, /v1/completions, /v1/chat/completions, /health, and those of tokens.py.
 
 Work that grows with the length of a request (JSON, fields, tokenization) runs in a thread, since all clients share the
 event loop. Invalid requests get a 4xx status and the reason, in OpenAI's error format.
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,13 +25,23 @@ from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.batching import Busy, Engine
 from dsv3_lightning.inference.chat import chat_prompt
-from dsv3_lightning.inference.server.answers import Answers, ChatForm, CompletionForm, Form, collect, stream
+from dsv3_lightning.inference.server.answers import (
+    Answers,
+    ChatForm,
+    CompletionForm,
+    Form,
+    Prompt,
+    collect,
+    stream,
+)
 from dsv3_lightning.inference.server.bodies import MEGABYTE, parse, read_body
 from dsv3_lightning.inference.server.fields import CHAT, COMPLETION, Wanted, wanted
 from dsv3_lightning.inference.server.handlers import read_fields
 from dsv3_lightning.inference.server.refusals import Json, Refused
+from dsv3_lightning.inference.server.tokens import DETOKENIZE, TOKENIZE, tokenize, tokenizer_info
 from dsv3_lightning.inference.text import longest_token, prompt_ids
 
+T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 
@@ -63,44 +73,82 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         asked, prompts = await self.read(request, self.completion_prompts)
-        return await self.answer(request, asked, prompts, COMPLETION_TOKENS, CompletionForm())
+        return await self.answer(request, asked, prompts, COMPLETION_TOKENS, CompletionForm(self.tokenizer))
 
     async def chat_completions(self, request: Request) -> Response:
         asked, prompts = await self.read(request, self.chat_prompts)
-        room = max(self.engine.limit - len(prompts[0]), 1)
-        return await self.answer(request, asked, prompts, room, ChatForm())
+        room = max(self.engine.limit - len(prompts[0].ids), 1)
+        return await self.answer(request, asked, prompts, room, ChatForm(self.tokenizer))
 
-    async def read(
-        self, request: Request, prompts_of: Callable[[Any], tuple[Wanted, list[list[int]]]]
-    ) -> tuple[Wanted, list[list[int]]]:
-        """The parsed request and the token ids of its prompts, made by prompts_of(JSON) outside the event loop."""
+    async def tokenize(self, request: Request) -> Response:
+        return Json(await self.read(request, self.tokens_of_text))
+
+    async def detokenize(self, request: Request) -> Response:
+        return Json({"prompt": await self.read(request, self.text_of_tokens)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        return Json(tokenizer_info(self.tokenizer, self.engine.limit))
+
+    async def read(self, request: Request, made_of: Callable[[Any], T]) -> T:
+        """What made_of(JSON) makes of the request's body, outside the event loop."""
         body = await read_body(request, self.body_bytes)
-        return await asyncio.to_thread(lambda: prompts_of(parse(body)))
+        return await asyncio.to_thread(lambda: made_of(parse(body)))
 
-    def completion_prompts(self, body: Any) -> tuple[Wanted, list[list[int]]]:
+    def tokens_of_text(self, body: Any) -> dict[str, Any]:
+        fields = read_fields(body, TOKENIZE, ("prompt",))
+        self.check_model(fields.get("model", self.name))
+        return tokenize(self.tokenizer, fields, self.engine.limit)
+
+    def text_of_tokens(self, body: Any) -> str:
+        fields = read_fields(body, DETOKENIZE, ("tokens",))
+        self.check_model(fields.get("model", self.name))
+        return self.tokenizer.decode(self.known("tokens", fields["tokens"]))
+
+    def completion_prompts(self, body: Any) -> tuple[Wanted, list[Prompt]]:
         fields = read_fields(body, COMPLETION, ("model", "prompt"))
         asked = wanted(fields)
         self.check_model(asked.model)
         self.engine.check_count(len(fields["prompt"]) * asked.copies)
         marks = fields.get("parse_special", False)
-        return asked, [self.ids(prompt, marks) for prompt in fields["prompt"]]
+        prompts = [self.prompt(prompt, marks) for prompt in fields["prompt"]]
+        if asked.echo and asked.top is not None:
+            self.check_room(prompts, COMPLETION_TOKENS if asked.max_new_tokens is None else asked.max_new_tokens)
+        return asked, prompts
 
-    def ids(self, prompt: str | list[int], marks: bool) -> list[int]:
-        if isinstance(prompt, str):
-            self.check_size("prompt", 0 if marks else 1, [prompt])
-            return prompt_ids(self.tokenizer, prompt, marks)
+    def prompt(self, prompt: str | list[int], marks: bool) -> Prompt:
+        if not isinstance(prompt, str):
+            return Prompt(self.known("prompt", prompt))
+        self.check_size("prompt", 0 if marks else 1, [prompt])
+        ids = prompt_ids(self.tokenizer, prompt, marks)
+        return Prompt(ids, silent=0 if marks and prompt.startswith(self.tokenizer.names[0]) else 1)
+
+    def known(self, name: str, tokens: list[int]) -> list[int]:
+        """The token ids. Raises Refused if the model does not have them all."""
         size = self.engine.model.config.vocab_size
-        if any(not 0 <= token < size for token in prompt):
-            raise Refused(400, f"prompt: a token lies outside 0 to {size - 1}", param="prompt")
-        return prompt
+        if any(not 0 <= token < size for token in tokens):
+            raise Refused(400, f"{name}: a token lies outside 0 to {size - 1}", param=name)
+        return tokens
 
-    def chat_prompts(self, body: Any) -> tuple[Wanted, list[list[int]]]:
+    def check_room(self, prompts: list[Prompt], count: int) -> None:
+        """Refuses prompts that leave no room for all new tokens: who reads log-probabilities by position counts on
+        every one of them."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if longest + count > self.engine.limit:
+            raise Refused(
+                400,
+                f"max_tokens={count}: with echo and logprobs {longest:,} tokens of prompt and {count:,} new ones must "
+                f"fit the context of {self.engine.limit:,} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def chat_prompts(self, body: Any) -> tuple[Wanted, list[Prompt]]:
         fields = read_fields(body, CHAT, ("model", "messages"))
         asked = wanted(fields)
         self.check_model(asked.model)
         messages = fields["messages"]
         self.check_size("messages", len(messages), [text for _, text in messages])
-        return asked, [chat_prompt(self.tokenizer, messages)]
+        return asked, [Prompt(chat_prompt(self.tokenizer, messages))]
 
     def check_size(self, name: str, marks: int, texts: list[str]) -> None:
         """Refuses, without tokenization, texts that exceed the context even if all their tokens were the longest.
@@ -125,14 +173,14 @@ class Service:
             )
 
     async def answer(
-        self, request: Request, asked: Wanted, prompts: list[list[int]], max_new_tokens: int, form: Form
+        self, request: Request, asked: Wanted, prompts: list[Prompt], max_new_tokens: int, form: Form
     ) -> Response:
         answers = Answers(self.engine, asked, prompts, max_new_tokens)
         if not asked.stream:
             return Json(await collect(answers, request, form, self.name))
         if isinstance(form, ChatForm):
             for index in range(asked.copies):  # as OpenAI starts a stream; its client expects choice 0 first
-                answers.events.put_nowait((index, "", None))
+                answers.events.put_nowait((index, "", None, []))
         return stream(answers, request, form, self.name, asked.include_usage)
 
 
@@ -153,6 +201,9 @@ def build_app(
         "/v1/models/{name:path}": (service.one_model, "GET"),
         "/v1/completions": (service.completions, "POST"),
         "/v1/chat/completions": (service.chat_completions, "POST"),
+        "/tokenize": (service.tokenize, "POST"),
+        "/detokenize": (service.detokenize, "POST"),
+        "/tokenizer_info": (service.tokenizer_info, "GET"),
     }
 
     async def refused(request: Request, error: Exception) -> Response:

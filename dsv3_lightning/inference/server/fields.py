@@ -14,6 +14,7 @@ from dsv3_lightning.inference.server.handlers import (
     Handler,
     anything,
     flag,
+    is_token,
     number,
     only,
     read_fields,
@@ -26,6 +27,7 @@ from dsv3_lightning.inference.server.handlers import (
 from dsv3_lightning.inference.server.refusals import Refused
 
 TOKENS = whole(0, 2**53)
+MOST_LIKELY = 20  # OpenAI's limit for chats, and vLLM's
 STREAM_OPTIONS: dict[str, Handler] = {
     "include_usage": flag,
     "include_obfuscation": anything,
@@ -129,16 +131,12 @@ def prompts(name: str, value: Any) -> list[str | list[int]]:
     return given
 
 
-def is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 COMPLETION = COMMON | {
     "prompt": prompts,
     "parse_special": flag,
-    "logprobs": only(),
+    "logprobs": whole(0, MOST_LIKELY),
     "suffix": only(""),
-    "echo": only(False),
+    "echo": flag,
     "add_special_tokens": only(True),
 }
 PART: dict[str, Handler] = {
@@ -200,8 +198,8 @@ CHAT = COMMON | {
     "messages": messages,
     "max_completion_tokens": TOKENS,
     # OpenAI
-    "logprobs": only(False),
-    "top_logprobs": only(0),
+    "logprobs": flag,
+    "top_logprobs": whole(0, MOST_LIKELY),
     "modalities": only(["text"]),
     "tools": only([]),
     "tool_choice": only("none", "auto"),
@@ -228,7 +226,8 @@ CHAT = COMMON | {
 
 @dataclass(frozen=True)
 class Wanted:
-    """The settings common to both kinds of requests. max_new_tokens: None for the default of the kind."""
+    """The settings common to both kinds of requests. max_new_tokens: None for the default of the kind. top: the number
+    of most likely tokens to list beside each token's log-probability, None for no log-probabilities."""
 
     model: str
     sampling: Sampling
@@ -238,6 +237,8 @@ class Wanted:
     seed: int | None
     stream: bool
     include_usage: bool
+    top: int | None
+    echo: bool
 
 
 def wanted(fields: Mapping[str, Any]) -> Wanted:
@@ -256,4 +257,21 @@ def wanted(fields: Mapping[str, Any]) -> Wanted:
         seed=fields.get("seed"),
         stream=fields.get("stream", False),
         include_usage=fields.get("stream_options", {}).get("include_usage", False),
+        top=most_likely(fields),
+        echo=fields.get("echo") or False,
     )
+
+
+def most_likely(fields: Mapping[str, Any]) -> int | None:
+    """How many of the most likely tokens a request asks for; None for no log-probabilities.
+
+    A completion has the number in `logprobs`, a chat in `top_logprobs` beside `logprobs: true`. Raises Refused.
+    """
+    asked = fields.get("logprobs")
+    if "messages" not in fields:
+        return asked
+    if asked:
+        return fields.get("top_logprobs", 0)
+    if fields.get("top_logprobs"):
+        raise Refused(400, f"top_logprobs={fields['top_logprobs']}: needs logprobs=true", param="top_logprobs")
+    return None

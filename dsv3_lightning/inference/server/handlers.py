@@ -87,6 +87,17 @@ def whole(least: int, most: int) -> Handler:
     return read
 
 
+def token_ids(name: str, value: Any) -> list[int]:
+    """Handler for a list of token ids; the model's vocabulary is checked later."""
+    if not isinstance(value, list) or not all(map(is_token, value)):
+        raise wrong(name, value, "must be a list of token ids")
+    return value
+
+
+def is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def stop_strings(name: str, value: Any) -> tuple[str, ...]:
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list) or not all(isinstance(word, str) for word in given):

@@ -1,4 +1,4 @@
-"""Names of checkpoints, which hold the step and, for the best ones, the validation loss. Imports no torch."""
+"""Names of checkpoints, which hold the step and, for the best ones, the value they are best by. Imports no torch."""
 
 import math
 import re
@@ -8,7 +8,8 @@ from dsv3_lightning.common.files import BESIDE, OLD, remove
 
 SHARDS, REST = "shards", "rest.pt"  # in the folder of a sharded checkpoint
 STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
-BEST_FILE = re.compile(r"best-step=(\d+)-loss=(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\.ckpt")  # any finite number
+LOSS = "loss"  # in the name of a best checkpoint: the lowest validation loss; or the lowest or highest of another value
+BEST_FILE = re.compile(r"best-step=(\d+)-(loss|lowest|highest)=(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\.ckpt")
 
 
 def step_files(folder: Path, until: float = math.inf) -> list[Path]:
@@ -17,17 +18,19 @@ def step_files(folder: Path, until: float = math.inf) -> list[Path]:
     return [path for step, path in sorted(found, reverse=True) if step <= until]
 
 
-def best_name(step: int, loss: float) -> str:
-    """The name of a best checkpoint, from which `best_files` reads the loss back with four decimals."""
-    return f"best-step={step}-loss={loss:.4f}.ckpt"
+def best_name(step: int, value: float, kind: str = LOSS) -> str:
+    """The name of a best checkpoint, from which `best_files` reads the value back: a loss with four decimals, another
+    one with nine digits. kind: loss, lowest or highest."""
+    return f"best-step={step}-{kind}={value:{'.4f' if kind == LOSS else '.9g'}}.ckpt"
 
 
-def best_files(folder: Path) -> list[tuple[float, Path]]:
-    """The best checkpoints with their validation losses, lowest first."""
-    found = [
-        (float(match[2]), path) for path in folder.glob("best-*.ckpt") if (match := BEST_FILE.fullmatch(path.name))
+def best_files(folder: Path, kind: str | None = None) -> list[tuple[float, Path]]:
+    """The best checkpoints with their values, best first. kind: as in `best_name`; None: all."""
+    matches = [(BEST_FILE.fullmatch(path.name), path) for path in folder.glob("best-*.ckpt")]
+    found = [(m[2], float(m[3]), path) for m, path in matches if m is not None and kind in (None, m[2])]
+    return [
+        (value, path) for _, value, path in sorted(found, key=lambda one: -one[1] if one[0] == "highest" else one[1])
     ]
-    return sorted(found)
 
 
 def resumable_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ PARTS = (
     "validated",
     "settings",
 )
-POSITION = ("TextDataModule", "next_sample")
+POSITION = ("DataModule", "next_sample")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from dsv3_lightning.model.scores import Scores
 from dsv3_lightning.parallel.pipeline.pipeline import Pipeline
 
 
@@ -25,7 +26,7 @@ class Relay:
 
     @torch.no_grad()
     def __call__(self, tokens_BT: Tensor, positions_B: Tensor) -> Tensor:
-        """Logits at one position of each row, fp32 [B, V]."""
+        """Logits at one position of each row, fp32 [B, V]; or at rows and positions [2, N], fp32 [N, V]."""
         group, device = self.pipeline.group, self.pipeline.device
         own = {stage.chunk.number: stage for stage in self.pipeline.stages}
         owners = self.pipeline.owners
@@ -42,9 +43,16 @@ class Relay:
             if owner == group.rank() != following:
                 dist.send(x.contiguous(), group=group, group_dst=following)
         if owners[-1] != group.rank():
-            x = torch.empty(len(tokens_BT), self.config.vocab_size, device=device)
+            x = torch.empty(positions_B.shape[-1], self.config.vocab_size, device=device)
         dist.broadcast(x, group=group, group_src=owners[-1])
         return x
+
+    def token_scores(self, tokens_BT: Tensor, mask_BT: Tensor, places_N: Tensor, wanted_N: Tensor) -> Scores:
+        """As `Transformer.token_scores`, with the logits of all places at a time. Padding counts as tokens."""
+        T = tokens_BT.shape[1]
+        logits_NV = self(tokens_BT, torch.stack([places_N // T, places_N % T]))
+        log_p_N = logits_NV.gather(1, wanted_N[:, None]).squeeze(1) - logits_NV.logsumexp(1)
+        return Scores(log_p_N, logits_NV.max(1).indices)
 
 
 def free(stage: nn.Module) -> None:

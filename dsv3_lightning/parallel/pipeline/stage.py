@@ -113,7 +113,8 @@ class Stage(Transformer):
 
         inputs: tokens [B, S] for the first stage, else what the stage before returns. mask: [B, S]. targets: as in
         `Transformer.losses`. documents: [B, S] or None.
-        positions: [B]; the last stage then returns the logits at these, fp32 [B, V], of tokens [B, T] without targets.
+        positions: [B], or rows and positions [2, N]; the last stage then returns the logits at these, fp32 [B, V] or
+        [N, V], of tokens [B, T] without targets.
         """
         with self.autocast():
             start = self.begin(inputs, mask, targets, documents)
@@ -141,7 +142,9 @@ class Stage(Transformer):
             return h_BTD if targets is None else self.pass_on(h_BTD, start.embedding, stats)
         trunk_BTD = self.norm(h_BTD)
         if positions is not None:
-            return self.lm_head(trunk_BTD[torch.arange(len(positions), device=positions.device), positions]).float()
+            if positions.dim() == 1:
+                positions = torch.stack([torch.arange(len(positions), device=positions.device), positions])
+            return self.lm_head(trunk_BTD[positions[0], positions[1]]).float()
         assert targets is not None
         heads, more = self.head_inputs(trunk_BTD, start.embedding, mask, start.documents)
         return self.finish(heads, targets, [*stats, *more])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsv3_lightning.data.batches import index
-from dsv3_lightning.data.batches.index import ARRAYS, MappedIndex, index_folder, open_index, prepare_index
+from dsv3_lightning.data.batches.index import ARRAYS, Cut, MappedIndex, open_index, prepare_index
 from dsv3_lightning.data.batches.module import TextDataModule
 from dsv3_lightning.data.batches.packing import pack
 from dsv3_lightning.data.batches.sampling import Layout, TrainSampler
@@ -66,7 +66,7 @@ def test_the_second_start_uses_what_the_first_made(
 def test_a_damaged_one_is_made_again(own: DataConfig, make_module: Make, name: str, damage: str) -> None:
     first = make_module(own)
     batches, state = batches_of(first), first.state_dict()
-    path = index_folder(first.prepared, "train", own.sequence_length, 1, False) / name
+    path = Cut(own.sequence_length, 1, False).folder(first.prepared, "train") / name
     whole = path.read_bytes()
     path.unlink()  # the file that `first` has mapped stays what it was
     if damage == "other" and name == "digest":
@@ -122,7 +122,7 @@ def test_where_it_cannot_be_written_every_process_packs(
 ) -> None:
     first = make_module(own)
     batches, state = batches_of(first), first.state_dict()
-    folder = index_folder(first.prepared, "train", own.sequence_length, 1, False)
+    folder = Cut(own.sequence_length, 1, False).folder(first.prepared, "train")
     (folder / "starts.npy").unlink()
     monkeypatch.setattr("os.posix_fallocate", full)
     capsys.readouterr()
@@ -160,11 +160,11 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, kind: str) -> N
     write_manifest(tmp_path, {"format": FORMAT, "dtype": "<u2", "files": files})
 
     tracemalloc.start()
-    prepare_index(tmp_path, 4096, 1, False)
+    prepare_index(tmp_path, {"train": Cut(4096, 1, False)})
     built = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    found = open_index(tmp_path, "train", 4096, 1, False)
+    found = open_index(tmp_path, "train", Cut(4096, 1, False))
     kept = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.reset_peak()
     assert found is not None
@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, kind: str) -> N
     chunk = 40e6  # of pieces, whatever the corpus
     assert built < chunk + 24 * len(found) and kept < 100_000 and drawn < 1e6
     print(f"{kind}: {built / documents:.1f} B per document at the peak, {kept} B kept, {len(found)} samples")
-    names = {path.name for path in index_folder(tmp_path, "train", 4096, 1, False).iterdir()}
+    names = {path.name for path in Cut(4096, 1, False).folder(tmp_path, "train").iterdir()}
     assert names == {f"{name}.npy" for name in ARRAYS} | {index.DIGEST}
     expected = pack(offsets, 4096, 1)
     assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ARRAYS)

@@ -1,5 +1,6 @@
-"""Every token is predicted once, and packing is the best fit that it claims to be."""
+"""Every token is predicted once, packing is the best fit that it claims to be, and groups of documents stay apart."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from unittest import mock
 
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_lightning.data.batches import packing
+from dsv3_lightning.data.batches.concatenation import concatenate
 from dsv3_lightning.data.batches.dataset import targets_of
-from dsv3_lightning.data.batches.packing import PackedIndex, best_fit_decreasing, pack, segment_start
+from dsv3_lightning.data.batches.packing import PackedIndex, best_fit_decreasing, first_sample, pack, segment_start
 
+Pack = Callable[..., PackedIndex]
 LENGTHS = st.lists(st.one_of(st.integers(1, 12), st.integers(0, 70)), min_size=1, max_size=40)
 
 
@@ -113,3 +116,58 @@ def test_packing_is_deterministic_and_wide() -> None:
         assert np.array_equal(getattr(first, name), getattr(second, name))
     far = pack(offsets_of(lengths) + np.uint64(1 << 40), 512, 1)  # a corpus beyond 32-bit offsets
     assert np.array_equal(far.starts - (1 << 40), first.starts) and far.starts.dtype == np.int64
+
+
+@given(LENGTHS, st.integers(1, 16), st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_every_token_of_the_stream_is_a_main_target_once(lengths: list[int], length: int, depth: int) -> None:
+    offsets = offsets_of(lengths)
+    total, begins = sum(lengths), {int(offset) for offset, size in zip(offsets, lengths) if size}
+    index = concatenate(offsets, length, depth)
+    assert sorted(main_targets(index, length, depth, mask_ends=False).tolist()) == list(range(1, total))
+    filled = np.add.reduceat(index.lengths, index.samples[:-1]) if len(index) else np.zeros(0)
+    assert (filled[:-1] >= min(length + 1, total)).all()  # nothing is padded but the end
+    index = concatenate(offsets, length, depth, mask_document_ends=True)
+    predicted = sorted(main_targets(index, length, depth, mask_ends=True).tolist())
+    assert predicted == [token for token in range(total) if token not in begins]
+
+
+@given(LENGTHS, st.integers(1, 16), st.integers(0, 3), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_chunks_change_nothing_in_a_stream(lengths: list[int], length: int, depth: int, chunk: int) -> None:
+    groups = [len(lengths) // 3, len(lengths) // 2]
+    whole = concatenate(offsets_of(lengths), length, depth, groups=groups)
+    with mock.patch.object(packing, "CHUNK", chunk):
+        parts = concatenate(offsets_of(lengths), length, depth, groups=groups)
+    for field in fields(PackedIndex):
+        assert np.array_equal(getattr(whole, field.name), getattr(parts, field.name))
+
+
+def test_a_stream_is_cut_with_stride_t() -> None:
+    # T = 4, D = 1: samples of up to 6 places begin at 0, 4, 8 of the stream 0-2 | 3-9 | 10-11
+    index = concatenate(offsets_of([3, 7, 2]), 4, 1)
+    samples = [
+        list(zip(index.starts[a:b].tolist(), index.lengths[a:b].tolist()))
+        for a, b in zip(index.samples, index.samples[1:])
+    ]
+    assert samples == [[(0, 3), (3, 3)], [(4, 6)], [(8, 2), (10, 2)]]
+    assert index.continues.tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("make", [pack, concatenate])
+@given(LENGTHS, st.integers(1, 16), st.lists(st.integers(0, 40), max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_no_sample_has_documents_of_two_groups(make: Pack, lengths: list[int], length: int, cuts: list[int]) -> None:
+    offsets, groups = offsets_of(lengths), sorted(min(cut, len(lengths)) for cut in cuts)
+    together = make(offsets, length, 1, groups=groups)
+    begin = 0
+    for first, last in zip([0, *groups], [*groups, len(lengths)]):
+        alone = make(offsets[first : last + 1], length, 1)
+        end = begin + len(alone)
+        assert first_sample(together, int(offsets[first])) == begin
+        pieces = slice(together.samples[begin], together.samples[end])
+        for name in ("starts", "lengths", "positions", "continues"):
+            assert np.array_equal(getattr(together, name)[pieces], getattr(alone, name))
+        assert np.array_equal(together.target_counts[begin:end], alone.target_counts)
+        begin = end
+    assert begin == len(together)

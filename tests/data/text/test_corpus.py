@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from dsv3_lightning.data.config import DEFAULTS
+from dsv3_lightning.data.text import corpus
 from dsv3_lightning.data.text.corpus import read_documents, split_lines
-from dsv3_lightning.data.text.sources import find_sources, main_origins
+from dsv3_lightning.data.text.sources import Source, find_sources, main_origins
 from dsv3_lightning.data.text.tally import ReadStats, notes
 from dsv3_lightning.errors import ConfigError
 
@@ -253,11 +255,53 @@ def test_a_missing_path_is_named() -> None:
         find_sources(["/nope/数据.txt"])
 
 
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_a_line_above_the_limit_is_left_out_and_reported_with_its_number(tmp_path: Path, packed: str) -> None:
+    lines = [json.dumps({"text": text}) for text in ("a", "b" * 3_000_000, "c", "d" * 88, "e" * 90)]
+    content = "\n".join(lines).encode()
+    name = f"x.jsonl{packed}"
+    if packed == ".zst":
+        content = zstandard.compress(content)
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed == ".gz" else content)
+    stats = ReadStats()
+    assert list(read_documents([Source(name, tmp_path / name)], "text", stats, most_bytes=100)) == ["a", "c", "d" * 88]
+    assert stats.too_long == Counter({f"{name}, line 2": 3_000_012, f"{name}, line 5": 102})
+    assert notes(stats.facts(), 1, {}) == [
+        f"data.paths: left out (data.max_document_bytes): 2 too long: {name}, line 2 (3.0 MB); {name}, line 5 (0.0 MB)"
+    ]
+
+
+def test_a_text_above_the_limit_is_left_out_and_reported(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a" * 101)
+    (tmp_path / "y.txt").write_text("a" * 100)
+    sources, stats = [Source(name, tmp_path / name) for name in ("x.txt", "y.txt")], ReadStats()
+    assert list(read_documents(sources, "text", stats, most_bytes=100)) == ["a" * 100]
+    assert stats.too_long == Counter({"x.txt": 101})
+
+
+def test_parts_of_a_file_have_each_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"text": "é" * size}, ensure_ascii=False) for size in (1, 50, 3, 200, 2, 7)]
+    path.write_text("\n".join(["", *lines, "", "bad", lines[0]]) + "\n", encoding="utf-8")
+    size = path.stat().st_size
+    for step in (1, 2, 7, 60, size):
+        cuts = [*range(0, size, step), None]
+        found: list[str] = []
+        stats = ReadStats()
+        for begin, end in zip(cuts, cuts[1:]):
+            part = Source("x.jsonl", path, begin=begin or 0, end=end)
+            found += map(str, read_documents([part], "text", stats, skip_bad_lines=True))
+        assert found == ["é" * size for size in (1, 50, 3, 200, 2, 7, 1)] and stats.skipped["x.jsonl"] == 1
+    begin = path.read_bytes().index(b"bad") - 5
+    with pytest.raises(ConfigError, match="x.jsonl, line 9: not JSON"):
+        list(read_documents([Source("x.jsonl", path, begin=begin)], "text"))
+
+
 def test_lines_are_split_across_chunks() -> None:
     text = b"ab\n\ncde\nf"
     for size in range(1, 10):
         chunks = (text[start : start + size] for start in range(0, len(text), size))
-        assert list(split_lines(chunks)) == text.split(b"\n")
+        assert list(split_lines(chunks, 100)) == text.split(b"\n")
 
 
 def test_the_locale_does_not_matter(tmp_path: Path) -> None:
@@ -277,11 +321,13 @@ text = Tokenizer.from_file(folder).decode(TokenFile(folder, "train").tokens.toli
 print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["inputs"]["files"][0][0]]))
 """
     settings = {
-        "paths": [str(folder / "ü b.txt"), str(folder)], "sources": None, "text_key": "text", "skip_bad_lines": False,
+        "paths": [str(folder / "ü b.txt"), str(folder)], "sources": None, "cleaning": None,
+        "text_key": "text", "skip_bad_lines": False,
         "cache_dir": str(tmp_path / "实验"),
         "tokenizer": None, "vocab_size": 300, "sequence_length": 8, "batch_size": 1, "validation_fraction": 0.0,
         "mask_document_ends": False, "end_token": None,
         "isolate_documents": False, "seed": 0, "num_workers": 0, "batch_ramp": None,
+        "packing": "best_fit", "weights_schedule": None, "fim_rate": 0.0, "split_rate": 0.0, **DEFAULTS,
     }  # fmt: skip
     found = []
     for changes in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}):
@@ -292,3 +338,38 @@ print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["input
         found.append(eval(result.stdout))
     assert found == [["— ü", "ascii", "ü b.txt"], ["— ü", "utf-8", "ü b.txt"]]
     assert len(list((tmp_path / "实验").glob("*/manifest.json"))) == 1  # the second process found the first one's
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "plain \\u00e9 数据"}',
+        '{"text": "x", "n": NaN, "big": 123456789012345678901234567890}',
+        '{"text": "x", "text": "y"}',
+        '{"text": "\\ud83d"}',
+        '{"text": ""}',
+        '{"text": " \\n[x"}',
+        '{"text": null}',
+        '{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"other": "x"}',
+        '{"text": "[{\\"role\\": \\"user\\", \\"content\\": \\"a\\"}]"}',
+        "[1]",
+        '{"text": "x"} y',
+        '"text"',
+    ],
+)
+def test_lines_mean_the_same_with_and_without_orjson(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    pytest.importorskip("orjson")
+    (tmp_path / "x.jsonl").write_text('{"text": "first"}\n' + line, encoding="utf-8")
+    found = []
+    for library in (corpus.orjson, None):
+        monkeypatch.setattr(corpus, "orjson", library)
+        stats = ReadStats()
+        try:
+            documents = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "text", stats))
+            found.append((documents, stats.facts()))
+        except ConfigError as error:
+            found.append((str(error), {}))
+    assert found[0] == found[1]

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from dsv3_lightning.data.config import DataConfig
-from dsv3_lightning.data.text import build, digests
+from dsv3_lightning.data.text import digests, encoding
 from dsv3_lightning.data.text import prepare as prepare_module
-from dsv3_lightning.data.text.build import HASHES, validation_threshold
+from dsv3_lightning.data.text.documents import HASHES
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.store import TokenFile, TokenWriter, read_manifest
+from dsv3_lightning.data.text.survey import validation_threshold
 from dsv3_lightning.data.text.tokenizer import BOS, EOS, Tokenizer
 from dsv3_lightning.errors import ConfigError
 
@@ -85,13 +86,13 @@ def test_a_corpus_larger_than_a_batch_keeps_its_order(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = documents(prepare(config), "train")
-    monkeypatch.setattr(build, "BATCH", 700)
+    monkeypatch.setattr(encoding, "BATCH", 700)
     assert documents(prepare(dataclasses.replace(config, cache_dir=str(tmp_path))), "train") == expected
 
 
 def test_what_is_there_is_not_built_again(small: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = prepare(small)
-    monkeypatch.setattr(prepare_module, "build", no_build)
+    monkeypatch.setattr(prepare_module, "build_whole", no_build)
     other: dict[str, Any] = {
         "sequence_length": 7,
         "batch_size": 3,
@@ -203,7 +204,7 @@ def test_a_killed_preparation_is_started_again(small: DataConfig) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     cache = Path(small.cache_dir)
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [".new"]
+    assert {path.suffix for path in cache.iterdir() if path.is_dir()} == {".new", ".work"}
     folder = prepare(small)  # the lock died with its holder
     assert len(documents(folder, "train")) > 10 and [path for path in cache.iterdir() if path.is_dir()] == [folder]
 

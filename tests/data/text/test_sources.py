@@ -71,7 +71,6 @@ def test_messages_name_the_source(two: DataConfig, make_config: MakeConfig, tmp_
         ({}, "must name a source"),
         ({"a b": SourceConfig(paths=["x"])}, "data.sources.a b: a source's name holds"),
         ({"a": SourceConfig(paths=[])}, "data.sources.a.paths=.*must name"),
-        ({"a": SourceConfig(paths=["x"], weight=1.0, epochs=2.0)}, "data.sources.a: weight=1.0 and epochs=2.0"),
         ({"a": SourceConfig(paths=["x"], weight=0.0)}, "data.sources.a.weight=0.0: must be above 0"),
         (
             {"a": SourceConfig(paths=["x"], weight=1.0), "b": SourceConfig(paths=["x"])},

@@ -314,3 +314,17 @@ def test_gaps_in_the_ids_count(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     read = Tokenizer.from_file(write(tmp_path, tokenizer, shift))
     assert read.vocab_size == 70_001 and len(read.bytes_per_token()) == 70_001
+
+
+def test_the_pretokenization_of_deepseek_llm_has_single_digits_and_line_ends_apart() -> None:
+    """Worked out by hand from the published patterns. Their third, [:-~] in it, cuts "ö" out of ASCII letters."""
+    text = "Wörter 1234 sagt!\n\n(x) 数据は ok \u3000。"
+    llm, v3 = (Tokenizer.train([text], 300, name) for name in ("llm", "v3"))
+    words = [[text[begin:end] for _, (begin, end) in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+             for tokenizer in (llm, v3)]  # fmt: skip
+    assert words[0] == [
+        "W", "ö", "rter", " ", "1", "2", "3", "4", " sagt", "!", "\n", "\n", "(", "x", ")", " ", "数据は", " ok", " ",
+        "\u3000。",
+    ]  # fmt: skip
+    assert words[1][:7] == ["Wörter", " ", "123", "4", " sagt", "!\n\n", "(x"]
+    assert llm.decode(llm.encode(text)) == text and llm.sha256 != v3.sha256
