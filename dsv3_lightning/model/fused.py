@@ -22,7 +22,8 @@ class Fused:
     all: ClassVar[list["Fused"]] = []
 
     def __init__(self, function: Callable[..., Any], examples: Examples) -> None:
-        self.function, self.examples, self.compiled = function, examples, None
+        self.function, self.examples = function, examples
+        self.compiled: Callable[..., Any] | None = None
         self.__doc__, self.__name__ = function.__doc__, function.__name__
         Fused.all.append(self)
 
