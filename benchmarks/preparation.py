@@ -1,8 +1,8 @@
 """Preparation of data: killed at random, its speed beside the bare library's, and its memory.
 
-    python benchmarks/preparation.py kills [TIMES] [SEED]   the files after TIMES random kills against an uninterrupted run's
-    python benchmarks/preparation.py rates [MEGABYTES]      MB/s of one core for encoding, and tokens/s of packed reading
-    python benchmarks/preparation.py memory [MEGABYTES]     the peak memory of each process of `dsv3 prepare`
+    python benchmarks/preparation.py kills [TIMES] [SEED]   the files after so many random kills, and of an unbroken run
+    python benchmarks/preparation.py rates [MEGABYTES]      MB/s of one core in encoding, tokens/s in packed reading
+    python benchmarks/preparation.py memory [MEGABYTES]     peak memory of a process of `dsv3 prepare`
 
 The text is Python's own library, English documentation and made-up Chinese, from a fixed seed. CPU seconds of the
 process are measured, so other processes on the machine matter little.
@@ -138,8 +138,8 @@ def rates(megabytes: float = 60) -> None:
             begun = time.process_time()
             encode_task({}, folder / f"{turn}", lambda size: None, corpus=InMemory(), encoder=encoder, plan=plan)
             whole.append(size / 1e6 / (time.process_time() - begun))
-        print(f"fastokens alone {max(library):.1f} MB/s of one core; encoding to synced, hashed files {max(whole):.1f}, "
-              f"{max(whole) / max(library):.0%}")  # fmt: skip
+        share = max(whole) / max(library)
+        print(f"fastokens alone {max(library):.1f} MB/s of one core; encoding to files {max(whole):.1f}, {share:.0%}")
         reading(folder)
 
 
