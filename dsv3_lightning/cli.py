@@ -107,6 +107,7 @@ VERBS = {
     "serve": Verb("dsv3_lightning.commands.serve", "Serve a trained model to OpenAI clients."),
     "sample": Verb("dsv3_lightning.commands.sample", "Sample answers, and write the right ones as tuning data."),
     "evaluate": Verb("dsv3_lightning.commands.evaluate", "Score a model on tasks with ranked or generated answers."),
+    "eval": Verb("dsv3_lightning.commands.eval", "Fetch or generate tasks for evaluation and decontamination."),
     "export": Verb("dsv3_lightning.commands.export", "Write a run's model as a Hugging Face folder."),
     "import": Verb("dsv3_lightning.commands.import_folder", "Check a Hugging Face folder to start runs from."),
     "checkpoint": Verb("dsv3_lightning.commands.checkpoint", "Inspect, verify or consolidate a checkpoint."),

@@ -14,6 +14,7 @@ Other commands, and all commands on systems other than Linux, are started as usu
 
 import ctypes
 import faulthandler
+import fcntl
 import gc
 import importlib
 import json
@@ -69,7 +70,7 @@ def fork(request: bytes, descriptors: list[int]) -> int:
             code = f"import tests.forking; tests.forking.main({there.fileno()})"
             started = subprocess.Popen(
                 [sys.executable, "-c", code], cwd=ROOT, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             started.returncode = 0  # it ends with this process, which need not wait for it
             there.close()
@@ -129,17 +130,19 @@ def serve(requests: socket.socket) -> tuple[dict, list[int]]:
 
 def become(request: dict, descriptors: list[int], requests: socket.socket) -> None:
     """Tells the owner that this is the process that it asked for, and runs the module."""
+    global spare
     if request["new_session"]:
         os.setsid()
     requests.send(str(os.getpid()).encode())
     requests.close()
-    above = max(*descriptors, *request["targets"]) + 1
-    for at, number in enumerate(descriptors):
-        os.dup2(number, above + at)
+    above = max(request["targets"]) + 1  # where nothing has to be put
+    with spare:
+        spare = socket.socket(fileno=fcntl.fcntl(spare, fcntl.F_DUPFD_CLOEXEC, above))
+    high = [fcntl.fcntl(number, fcntl.F_DUPFD, above) for number in descriptors]
+    for number, target in zip(high, request["targets"], strict=True):
+        os.dup2(number, target)
+    for number in (*high, *(number for number in descriptors if number not in request["targets"])):
         os.close(number)
-    for at, target in enumerate(request["targets"]):
-        os.dup2(above + at, target)
-        os.close(above + at)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

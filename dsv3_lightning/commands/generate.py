@@ -39,6 +39,7 @@ def run(
     from dsv3_lightning.inference.decode import decode
     from dsv3_lightning.inference.decoder import check_lengths
     from dsv3_lightning.inference.sampling import Sampling
+    from dsv3_lightning.inference.single import fits
     from dsv3_lightning.inference.speculative import Drafts, check_depth, speculate
     from dsv3_lightning.inference.terminal import TerminalWriter, acceptance_line
     from dsv3_lightning.inference.text import prompt_ids
@@ -50,6 +51,8 @@ def run(
     check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
     if draft:
         check_depth(model, draft)
+        if fits(model):
+            print("dsv3: on this CPU --draft takes longer than plain decoding; the text is the same", file=sys.stderr)
     texts, ends = TerminalWriter(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
     unused = tokenizer.ids_without_text(model.config.vocab_size)
     if not draft:

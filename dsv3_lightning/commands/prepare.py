@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from dsv3_lightning.commands import settings
 from dsv3_lightning.common.flags import positive
@@ -34,9 +35,11 @@ def cores() -> int:
 def run(given: settings.Settings, jobs: int, shard: str, keep_dropped: bool) -> int:
     from dsv3_lightning.data.batches.index import cuts_of, prepare_index
     from dsv3_lightning.data.stages.tasks import Shard
+    from dsv3_lightning.data.text.compressors import compressed_sources
     from dsv3_lightning.data.text.prepare import prepare
     from dsv3_lightning.data.text.report import report
     from dsv3_lightning.data.text.store import read_manifest
+    from dsv3_lightning.data.text.tokenizer import Tokenizer
 
     config = given.config
     if keep_dropped and config.data.cleaning is None:
@@ -54,6 +57,8 @@ def run(given: settings.Settings, jobs: int, shard: str, keep_dropped: bool) -> 
         whose = "what the assistant says there"
     if manifest["gzip_bpb"]:
         print(f"gzip -9 takes {manifest['gzip_bpb']:.3f} bits per byte of {whose}")
+    if config.data.sources is not None:
+        print(table(compressed_rows(compressed_sources(folder, Tokenizer.from_file(folder)))))
     print(folder)
     print(report(folder, config.data, jobs, keep_dropped))
     return 0
@@ -62,3 +67,11 @@ def run(given: settings.Settings, jobs: int, shard: str, keep_dropped: bool) -> 
 def counts(split: dict[str, int]) -> tuple[str, str, str, str]:
     tokens, size = split["tokens"], split["text_bytes"]
     return f"{split['documents']:,}", si(size, "B"), f"{tokens:,}", f"{size / tokens:.2f}" if tokens else "-"
+
+
+def compressed_rows(sources: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What gzip and xz need for the validation text of each source."""
+    keys = ("gzip_bpb", "xz_bpb", "gzip_stream_bpb", "xz_stream_bpb")
+    return [("bits per byte", "gzip -9", "xz -6", "gzip, one stream", "xz, one stream")] + [
+        (name, *("-" if facts[key] is None else f"{facts[key]:.3f}" for key in keys)) for name, facts in sources.items()
+    ]

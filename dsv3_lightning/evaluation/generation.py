@@ -120,13 +120,15 @@ def gold_bits(
 
 
 def generation_metrics(answers: Sequence[Answer]) -> dict[str, Estimate]:
-    """The means over questions.
+    """The means over questions; of the bits per byte alone where nothing was generated.
 
     pass@1 is the share of right answers; spread is the standard deviation of the accuracy between the runs.
     """
     known = [answer["bits_per_byte"] for answer in answers if answer["bits_per_byte"] is not None]
     metrics = {"gold_bits_per_byte": estimate(known)}
     rows: list[list[dict[str, Any]]] = [answer["answers"] for answer in answers]
+    if not rows[0]:
+        return metrics
     right = [[one["verdict"] == "right" for one in row] for row in rows]
     repeats = len(rows[0])
     for k in powers_to(repeats):

@@ -9,6 +9,7 @@ from torch import Tensor
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
 from dsv3_lightning.inference.layers import DraftModule, Layer, Norm
+from dsv3_lightning.inference.single import Scale, SingleDraft, SingleLayer, fits
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
@@ -40,6 +41,12 @@ class Decoder:
         with torch.no_grad():
             self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
             self.draft_modules = [DraftModule(module) for module in model.mtp[:mtp_depth]]
+            self.single = rows == 1 and fits(model)
+            if self.single:
+                self.single_layers = [SingleLayer(block) for block in model.layers]
+                self.single_drafts = [SingleDraft(module) for module in model.mtp[:mtp_depth]]
+                self.single_norm = Scale(model.norm)
+                self.turns = [both.repeat(1, 2).unbind() for both in self.rotations]  # cos and sin by position, [rope]
         self.unused = torch.tensor(unused, dtype=torch.int64, device=self.device)
         self.lengths = [0] * rows
         self.mtp_lengths = [[0] * rows for _ in range(mtp_depth)]
@@ -51,11 +58,28 @@ class Decoder:
     @torch.inference_mode()
     def extend(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
         """Appends T tokens to each of B rows from `first` on; returns hidden states after the final norm, [B, T, D]."""
+        if self.single and tokens_BT.shape[1] == 1:
+            return self.extend_one(int(tokens_BT))
         step = self.step(self.lengths, first, tokens_BT.shape[1], len(tokens_BT))
         h_BTD = self.model.embed_tokens(tokens_BT)
         for layer, entries_BUC in zip(self.layers, self.entries):
             h_BTD = layer(h_BTD, entries_BUC, step)
         return self.norm(h_BTD)
+
+    def extend_one(self, token: int) -> Tensor:
+        """`extend` by one token of a single text."""
+        place = self.take_place(self.lengths)
+        cos, sin = self.turns[0][place], self.turns[1][place]
+        x_D = self.model.embed_tokens.weight[token].clone()
+        for layer, entries_BUC in zip(self.single_layers, self.entries):
+            layer(x_D, entries_BUC[0], place, cos, sin)
+        return self.single_norm(x_D, torch.empty_like(x_D))[None, None]
+
+    def take_place(self, lengths: list[int]) -> int:
+        """The next position of a single text."""
+        assert lengths[0] < self.capacity, "the cache is full"
+        lengths[0] += 1
+        return lengths[0] - 1
 
     @torch.inference_mode()
     def extend_mtp(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, first: int = 0, only_last: bool = False) -> Tensor:
@@ -63,8 +87,13 @@ class Decoder:
 
         Returns h_k before its norm, [B, T, D]. only_last: of the last position, if no other module needs the rest.
         """
-        step = self.step(self.mtp_lengths[k - 1], first, tokens_BT.shape[1], len(tokens_BT))
         entries_BUC = self.entries[len(self.layers) + k - 1]
+        if self.single and tokens_BT.shape[1] == 1:
+            place = self.take_place(self.mtp_lengths[k - 1])
+            embedding_D = self.model.embed_tokens.weight[int(tokens_BT)]
+            turn = self.turns[0][place], self.turns[1][place]
+            return self.single_drafts[k - 1](embedding_D, h_BTD[0, 0], entries_BUC[0], place, *turn)[None, None]
+        step = self.step(self.mtp_lengths[k - 1], first, tokens_BT.shape[1], len(tokens_BT))
         return self.draft_modules[k - 1](self.model.embed_tokens(tokens_BT), h_BTD, entries_BUC, step, only_last)
 
     def step(self, lengths: list[int], first: int, T: int, rows: int) -> Step:

@@ -86,6 +86,7 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         " --max-new-tokens --seed --reward-seconds --pairs",
         "evaluate": "-h --help checkpoint --tasks --folder --protocol --repeats --shots --max-new-tokens --limit --seed"
         " --out",
+        "eval": "-h --help action names --folder --wheel --count --seed",
         "chat": f"-h --help checkpoint --system --context {sampling}",
         "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
         " --body-megabytes --api-key --cors-origin --threads",

@@ -24,6 +24,7 @@ TEXTS = {
     "plan": {"gpu", "times"},  # numbers, or a run
     "generate": {"prompt"},
     "chat": {"system"},
+    "eval": {"names"},
     "evaluate": {"tasks"},  # files, or names in a folder, which evaluation/tasks.py finds
     "serve": {"name", "host", "api_key", "cors_origin"},
     "generate, chat": {"stop"},

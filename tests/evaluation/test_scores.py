@@ -149,6 +149,16 @@ def test_a_text_that_reaches_the_limit_never_ended(model, tokenizer, tmp_path):
     assert all("\\" not in one["answers"][0]["text"] for one in run(model, tokenizer, stopped).answers)
 
 
+def test_programs_are_measured_and_not_generated(model, tokenizer, tmp_path):
+    task = read_task(write(tmp_path / "x.jsonl", {"task": "x", "protocol": "bits"}, *AIME))
+    result = run(model, tokenizer, task, writer=lambda *_: lambda requests: [1 / 0 for _ in requests])
+    assert list(result.metrics) == ["gold_bits_per_byte"] and not result.answers[0]["answers"]
+    text = AIME[0]["prompt"]
+    expected = -log_p(model, tokenizer, text, " " + AIME[0]["answer"]) / math.log(2) / len(" " + AIME[0]["answer"])
+    assert result.answers[0]["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+    assert "x" in results_table([result])
+
+
 def test_a_context_is_split_where_its_own_tokens_end_and_keeps_its_end(tokenizer):
     pair = pair_ids(tokenizer, "The cat ", "sat")
     assert pair.context == [tokenizer.bos_id, *tokenizer.encode("The cat")]

@@ -12,6 +12,7 @@ from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.generate import generate
 from dsv3_lightning.inference.sampling import Sampling
+from dsv3_lightning.inference.single import choose
 from dsv3_lightning.inference.speculative import speculate
 from dsv3_lightning.model.config import Yarn
 from dsv3_lightning.model.router import route
@@ -33,6 +34,8 @@ MODELS = {
         )
         for a, b in ((1.0, 0.7), (0.0, 0.0))
     },
+    "long latents": small_config(kv_lora_rank=40),
+    "short latents, multiplied biases": small_config(kv_lora_rank=4, expert_bias_kind="multiplicative"),
     "v2": small_config(**V2_GROUPS),
     "v2-lite": small_config(**V2_LITE),
     "gqa": small_config(**LLAMA),
@@ -169,3 +172,18 @@ def test_an_impossible_request_is_one_line(prompts, count, message):
 
 def test_none_new_is_none():
     assert decode(biased(MODELS["v3"]), [[1], [2]], 0, GREEDY, set(), seed=0) == [[], []]
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "v2-lite", "short latents, multiplied biases"])
+def test_the_experts_of_a_single_token_are_those_of_the_router(name):
+    config, generator = MODELS[name], torch.Generator().manual_seed(0)
+    for _ in range(50):
+        logits = torch.randn(config.n_routed_experts, generator=generator)
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+        bias = torch.randn(config.n_routed_experts, generator=generator) - 0.5
+        biased = scores + bias if config.expert_bias_kind == "additive" else scores * (1 + bias)
+        experts, gates = choose(scores.tolist(), biased.tolist(), config)
+        wanted, weights = route(scores[None], bias, config)
+        assert dict(zip(experts, gates, strict=True)) == pytest.approx(
+            dict(zip(wanted[0].tolist(), weights[0].tolist(), strict=True)), rel=1e-5
+        )

@@ -13,10 +13,10 @@ from dsv3_lightning.data.cleaning import join, stage
 from dsv3_lightning.data.cleaning.config import CleaningConfig
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, DONE, Counts, Shard, Task, run_tasks, task_folder
-from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.text.digests import Digests, described
 from dsv3_lightning.data.text.identity import key_of
 from dsv3_lightning.data.text.progress import progress
-from dsv3_lightning.data.text.sources import Source, unreadable
+from dsv3_lightning.data.text.sources import Source
 from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.errors import ConfigError
 
@@ -131,13 +131,6 @@ def run(
     size = sum(file[2] for task in tasks for file in task.get("files", []))
     with progress(label, size or None) as advance:
         return run_tasks(folder, tasks, work, jobs, shard, take_over=take_over, advance=advance)
-
-
-def described(source: Source, digests: Digests) -> tuple[str, int, str]:
-    try:
-        return source.name, source.path.stat().st_size, digests.of(source.path)
-    except OSError as error:
-        raise unreadable(source.where, error) from error
 
 
 def digests_of_sets(cleaning: CleaningConfig) -> list[str]:

@@ -16,6 +16,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import zstandard
 
+try:
+    import orjson
+except ImportError:  # of the extra `data`
+    orjson = None  # type: ignore[assignment]
+
 from dsv3_lightning.common.files import BLOCK, blocks, utf8_path
 from dsv3_lightning.data.config import DEFAULTS
 from dsv3_lightning.data.readers.documents import read_page, read_pages, read_rows, read_tokens
@@ -31,6 +36,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
 ZST_PIECE = 1 << 13  # bytes decompressed at a time: at the best ratio they become a quarter of a gigabyte
+CONVERSATION_BEGINS = ("", "[", "{")  # of texts that may be conversations as JSON, and the empty one
 MOST_BAD_LINES = 10  # named in one message
 CONVERSATIONS = ("messages", "conversations")  # the usual names of their field
 
@@ -164,7 +170,11 @@ def read_lines(
             refuse_other_layouts(source, line)
         first = False
         try:
-            document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
+            document: str | list[Message]
+            if (text := plain_text(line, text_key)) is not None:
+                document = text
+            else:
+                document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
         except ConfigError as error:
             bad.add(lines_before(source) + number, str(error))
             if skip_bad_lines:
@@ -175,6 +185,21 @@ def read_lines(
         yield document
     if bad.count and not skip_bad_lines:
         raise bad.error()
+
+
+def plain_text(line: bytes, text_key: str) -> str | None:
+    """The text of a line without anything unusual, by orjson if it is installed; None: `parse_line` reads the line.
+
+    It is None for conversations, invalid UTF-8, lone surrogates and whatever isn't JSON, which orjson refuses.
+    """
+    if orjson is None:
+        return None
+    try:
+        record = orjson.loads(line)
+    except ValueError:
+        return None
+    text = record.get(text_key) if isinstance(record, dict) else None
+    return text if isinstance(text, str) and text[:1] not in CONVERSATION_BEGINS and not text[:1].isspace() else None
 
 
 def lines_before(source: Source) -> int:

@@ -5,15 +5,29 @@ changed files aren't cached, since they could change again within the clock's re
 """
 
 import contextlib
+import hashlib
 import json
 import time
 from pathlib import Path
 
 from dsv3_lightning.common.files import digest, utf8_path, write_file
+from dsv3_lightning.data.text.sources import Source, unreadable
 from dsv3_lightning.errors import WriteError
 
 LARGE = 1 << 20  # bytes; smaller files are read in no time
 SETTLED = 60.0  # seconds
+
+
+def described(source: Source, digests: "Digests") -> tuple[str, int, str]:
+    """Name, bytes and sha256 of a source's file; of Megatron's token files, both together. Raises ConfigError."""
+    data = source.path.with_suffix(".bin")
+    files = [source.path, data] if source.kind == "megatron" and data.exists() else [source.path]
+    try:
+        found = [digests.of(path) for path in files]
+        size = sum(path.stat().st_size for path in files)
+    except OSError as error:
+        raise unreadable(source.where, error) from error
+    return source.name, size, found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 class Digests:

@@ -13,17 +13,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dsv3_lightning.common.files import remove, remove_leftovers, utf8_path, whole
+from dsv3_lightning.common.files import digest, remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.cleaning.corpus import Plan, clean, plan
 from dsv3_lightning.data.config import DEFAULTS, DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
 from dsv3_lightning.data.text.build import Build, others_have_work, summary
-from dsv3_lightning.data.text.digests import Digests
+from dsv3_lightning.data.text.digests import Digests, described
 from dsv3_lightning.data.text.documents import Files
 from dsv3_lightning.data.text.identity import changes, gone, key_of, why_again
 from dsv3_lightning.data.text.progress import say
-from dsv3_lightning.data.text.sources import Source, sources_of, unreadable
+from dsv3_lightning.data.text.sources import Source, sources_of
 from dsv3_lightning.data.text.store import FORMAT, is_complete, read_manifest
 from dsv3_lightning.data.text.tally import listed, notes
 from dsv3_lightning.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer, check_end
@@ -149,13 +149,16 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
     files = []
     digests = Digests(user_path(config.cache_dir) / "digests.json")
     for source in sources:
-        try:
-            files.append([source.name, source.origin, source.path.stat().st_size, digests.of(source.path)])
-        except OSError as error:
-            raise unreadable(source.where, error) from error
+        name, size, sha256 = described(source, digests)
+        files.append([name, source.origin, size, sha256])
     digests.save()
     trained = config.vocab_size if config.end_token is None else [config.vocab_size, config.end_token]
     keys = {name: source.text_key for name, source in (config.sources or {}).items() if source.text_key is not None}
+    kinds = {
+        name: [source.kind, source.tokenizer and digest(Path(source.tokenizer))]
+        for name, source in (config.sources or {}).items()
+        if source.kind != "auto" or source.tokenizer
+    }
     made: dict[str, Any] = {}  # without settings at their defaults, so that what older versions made is found
     if config.fim_rate or config.split_rate:
         made["rewriting"] = [config.fim_rate, config.split_rate, config.seed]
@@ -167,6 +170,7 @@ def describe_inputs(config: DataConfig, sources: list[Source], tokenizer: Tokeni
         "files": files,
         "text_key": config.text_key,
         **({"text_keys": keys} if keys else {}),
+        **({"kinds": kinds} if kinds else {}),
         "skip_bad_lines": config.skip_bad_lines,
         "validation_fraction": config.validation_fraction,
         "tokenizer": [*tokenizer.names, tokenizer.sha256, *tokenizer.text_tokens()] if tokenizer else trained,

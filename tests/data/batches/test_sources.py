@@ -74,9 +74,14 @@ def test_two_resumes_on_other_ranks_keep_the_mixed_order(
             make_module(config, max_steps=STEPS, rank=rank, ranks=size, state=state, step=start) for rank in range(size)
         ]
         seen += drawn(modules, stop - start)
-        modules[0].trainer.global_step = stop  # type: ignore[misc, union-attr]
-        state = json.loads(json.dumps(modules[0].state_dict()))
-        assert state is not None and state["next_sample"] == stop * SIZE
+        assert (
+            drawn(modules, 1) == seen[start * SIZE : (start + 1) * SIZE]
+        )  # a second loader begins where the first did
+        for module in modules:
+            module.trainer.global_step = stop  # type: ignore[misc, union-attr]
+        states = [json.loads(json.dumps(module.state_dict())) for module in modules]
+        state = states[0]
+        assert states == [state] * size and state["next_sample"] == stop * SIZE  # of any rank, for any number of them
     assert seen == whole
     names = sources_of(make_module(config, max_steps=STEPS), whole)
     for first, last, shares in ((0, 7, (4, 2, 2)), (7, 19, (3.2, 3.2, 1.6)), (19, 30, (0, 3.2, 4.8))):

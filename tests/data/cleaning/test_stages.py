@@ -1,6 +1,7 @@
 """Both stages of cleaning on a small corpus with planted faults: what stays, what is counted, what is done again."""
 
 import dataclasses
+import errno
 import json
 import random
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dsv3_lightning.data.cleaning import stage
 from dsv3_lightning.data.cleaning.config import CleaningConfig
 from dsv3_lightning.data.cleaning.corpus import Cleaned, clean, plan
 from dsv3_lightning.data.config import DataConfig, SourceConfig
+from dsv3_lightning.data.stages.tasks import Shard
 from dsv3_lightning.data.text.corpus import lines_of, read_documents
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.report import report
@@ -141,6 +143,30 @@ def test_the_result_does_not_depend_on_tasks_or_interruptions(corpus: DataConfig
     first = {path: path.read_bytes() for path in Path(other.cache_dir).rglob("*.npy")}
     assert texts(other) == whole
     assert first and all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_two_jobs_write_what_one_does(corpus: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "TASK_BYTES", 2000)
+    one = cleaned(corpus)
+    other = dataclasses.replace(corpus, cache_dir=corpus.cache_dir + "-2")
+    assert clean(plan(other, sources_of(other)), shard=Shard(0, 2)) is None
+    two = clean(plan(other, sources_of(other)), shard=Shard(1, 2))
+    assert two is not None and two.counts == one.counts
+    for left, right in zip(one.files, two.files, strict=True):
+        assert left.path.read_bytes() == right.path.read_bytes()
+        assert left.marks is not None and right.marks is not None
+        assert left.marks.read_bytes() == right.marks.read_bytes()
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_half_written(
+    corpus: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.np, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(ConfigError, match=r"clean-books-\w+/00000: can't be written \(No space left"):
+            prepare(corpus)
+    assert not list(Path(corpus.cache_dir).rglob("documents.jsonl.zst"))
+    assert len(texts(corpus)) == 13
 
 
 def test_tokens_are_those_of_the_cleaned_documents(corpus: DataConfig) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from dsv3_lightning.data.config import DataConfig, SourceConfig
 from dsv3_lightning.data.text.corpus import read_documents
+from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.sources import sources_of
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -110,6 +111,18 @@ def test_token_files_of_megatron_are_read_as_text(token_files: Path, read: Any) 
     token_files.write_bytes(token_files.read_bytes()[:-8])
     with pytest.raises(ConfigError, match=r"t.idx: has \d+ bytes in place of \d+"):
         read(token_files, tokenizer=tokenizer)
+
+
+def test_other_tokens_behind_the_same_index_are_prepared_again(
+    token_files: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    tokenizer = str(token_files.with_name("tokenizer.json"))
+    sources = {"s": SourceConfig(paths=[str(token_files)], tokenizer=tokenizer)}
+    config = make_config(tmp_path, paths=[], sources=sources, tokenizer=tokenizer, validation_fraction=0.0)
+    before = prepare(config)
+    data = token_files.with_suffix(".bin")
+    data.write_bytes(data.read_bytes()[2:] + data.read_bytes()[:2])
+    assert prepare(config) != before
 
 
 def test_a_source_tree_is_read_by_the_endings_of_code(tmp_path: Path, read: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from dsv3_lightning.data.config import DEFAULTS
+from dsv3_lightning.data.text import corpus
 from dsv3_lightning.data.text.corpus import read_documents, split_lines
 from dsv3_lightning.data.text.sources import Source, find_sources, main_origins
 from dsv3_lightning.data.text.tally import ReadStats, notes
@@ -337,3 +338,38 @@ print(ascii([text[:3], sys.getfilesystemencoding(), read_manifest(folder)["input
         found.append(eval(result.stdout))
     assert found == [["— ü", "ascii", "ü b.txt"], ["— ü", "utf-8", "ü b.txt"]]
     assert len(list((tmp_path / "实验").glob("*/manifest.json"))) == 1  # the second process found the first one's
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "plain \\u00e9 数据"}',
+        '{"text": "x", "n": NaN, "big": 123456789012345678901234567890}',
+        '{"text": "x", "text": "y"}',
+        '{"text": "\\ud83d"}',
+        '{"text": ""}',
+        '{"text": " \\n[x"}',
+        '{"text": null}',
+        '{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"other": "x"}',
+        '{"text": "[{\\"role\\": \\"user\\", \\"content\\": \\"a\\"}]"}',
+        "[1]",
+        '{"text": "x"} y',
+        '"text"',
+    ],
+)
+def test_lines_mean_the_same_with_and_without_orjson(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    pytest.importorskip("orjson")
+    (tmp_path / "x.jsonl").write_text('{"text": "first"}\n' + line, encoding="utf-8")
+    found = []
+    for library in (corpus.orjson, None):
+        monkeypatch.setattr(corpus, "orjson", library)
+        stats = ReadStats()
+        try:
+            documents = list(read_documents(find_sources([str(tmp_path / "x.jsonl")]), "text", stats))
+            found.append((documents, stats.facts()))
+        except ConfigError as error:
+            found.append((str(error), {}))
+    assert found[0] == found[1]

@@ -25,12 +25,20 @@ MODELS = {
     "depth1": ("loss={balance: [sequence, batch], balance_factor: [0.01, 0.01]}",),
     "depth2": ("model.num_nextn_predict_layers=2", "loss={balance: sequence, balance_factor: 0.01}"),
     "dense": (
-        "model.attention=gqa", "model.kv_lora_rank=0", "model.q_lora_rank=null", "model.num_key_value_heads=2",
-        "model.first_k_dense_replace=8", "model.num_nextn_predict_layers=0", "loss.balance=none",
-        "callbacks.expert_bias=null", "callbacks.router_monitor=null", "callbacks.router_probe=null",
-        "optimizer.kind=muon",  # here, where rounding can turn no near tie of a router
+        "model.attention=gqa",
+        "model.kv_lora_rank=0",
+        "model.q_lora_rank=null",
+        "model.num_key_value_heads=2",
+        "model.first_k_dense_replace=8",
+        "model.num_nextn_predict_layers=0",
+        "loss.balance=none",
+        "callbacks.expert_bias=null",
+        "callbacks.router_monitor=null",
+        "callbacks.router_probe=null",
+        "optimizer.kind=muon",
     ),
-}  # fmt: skip
+}
+MODELS["muon"] = (*MODELS["depth1"], "optimizer.kind=muon")  # fmt: skip
 SCHEDULES = ("zbv", "dualpipev", "interleaved_zero_bubble", "interleaved_1f1b", "1f1b")
 MESHES = {"fsdp2": "kind: fsdp2", "ep2": "kind: fsdp2_ep, expert_parallel: 2", "hsdp": "kind: hsdp, dp_shard: 1"}
 PAIRS = {"ep2 in pairs": "kind: fsdp2_ep, expert_parallel: 2, overlap: pairs"}  # of dualpipev

@@ -23,7 +23,7 @@ BOTH = (("depth1", "none"), ("depth2", "selective"), ("dense", "full"), ("depth1
 def gradient_cases() -> dict[str, Case]:
     found = {
         f"{schedule} on {ranks} {model} {kept}": case(ranks, schedule, model, kept)
-        for ranks, schedule, (model, kept) in product((2, 4), SCHEDULES, BOTH)
+        for ranks, schedule, (model, kept) in product((2, 4), SCHEDULES, (*BOTH, ("muon", "none")))
     }
     for schedule, mesh in product(SCHEDULES, MESHES):
         found[f"{schedule} on 2 x {mesh} depth1"] = case(4, schedule, mesh=mesh, stages=2)
