@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
 from throughput import our_step, their_step
+
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import Config, check
@@ -76,7 +76,7 @@ def rates(dtype: torch.dtype) -> tuple[float, float]:
     ) * 1e3
 
 
-def differentiated(module: torch.nn.Module, run: Callable[[], torch.Tensor], dtype: torch.dtype) -> Callable[[], None]:
+def passes(module: torch.nn.Module, run: Callable[[], torch.Tensor], dtype: torch.dtype) -> Callable[[], None]:
     """The forward and backward pass of `run`, from gradients of ones."""
 
     def both() -> None:
@@ -132,18 +132,18 @@ def parts_of(config: Config, dtype: torch.dtype) -> list[Part]:
     numbers = sum(p.numel() for p in model.parameters())
     of_experts = sum(p.numel() for p in moe.experts.parameters())
     return [
-        Part("attention", differentiated(model, lambda: attention(x_BTD, rope), dtype), 6 * N * (weights + scores),
+        Part("attention", passes(model, lambda: attention(x_BTD, rope), dtype), 6 * N * (weights + scores),
              3 * (2 * N * D * wide + weights * wide), layers),
-        Part("norms", differentiated(model, lambda: block.input_layernorm(x_BTD), dtype), 0, 3 * N * D * (wide + narrow),
+        Part("norms", passes(model, lambda: block.input_layernorm(x_BTD), dtype), 0, 3 * N * D * (wide + narrow),
              2 * layers + 1),
-        Part("router", differentiated(model, lambda: moe.gate(x_ND).gates_NK, dtype), 6 * N * D * shape.n_routed_experts,
+        Part("router", passes(model, lambda: moe.gate(x_ND).gates_NK, dtype), 6 * N * D * shape.n_routed_experts,
              3 * N * (D * narrow + shape.n_routed_experts * wide), moe_layers),
-        Part("dispatch and combine", differentiated(model, there_and_back, dtype), 0, 8 * N * K * D * narrow, moe_layers),
-        Part("experts", differentiated(model, lambda: moe.experts(*inputs), dtype), 6 * N * experts,
+        Part("dispatch and combine", passes(model, there_and_back, dtype), 0, 8 * N * K * D * narrow, moe_layers),
+        Part("experts", passes(model, lambda: moe.experts(*inputs), dtype), 6 * N * experts,
              3 * (2 * N * K * D * narrow + of_experts * wide), moe_layers),
-        Part("shared experts", differentiated(model, lambda: moe.shared_experts(x_ND), dtype),
+        Part("shared experts", passes(model, lambda: moe.shared_experts(x_ND), dtype),
              6 * N * 3 * D * shape.moe_intermediate_size * shape.n_shared_experts, 6 * N * D * narrow, moe_layers),
-        Part("head and loss", differentiated(model, loss, dtype), 6 * N * D * V, 3 * D * V * wide, 1 + shape.mtp_depth),
+        Part("head and loss", passes(model, loss, dtype), 6 * N * D * V, 3 * D * V * wide, 1 + shape.mtp_depth),
         Part("optimizer", update, 0, 7 * numbers * wide),
     ]  # fmt: skip
 
