@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 GPU_PYTHON := python3
 
-.PHONY: help setup shell train corpus bilingual check test lint docs board bench gpu-check reproduce clean
+.PHONY: help setup shell train assistant check test lint docs board bench gpu-check reproduce clean corpus bilingual
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -14,6 +14,14 @@ setup: $(INSTALLED) ## make .venv and install everything into it, once
 
 train: $(INSTALLED) ## train configs/laptop.yaml: minutes on two cores, no download, no account
 	$(PYTHON) -m dsv3_lightning run configs/laptop.yaml
+
+assistant: $(INSTALLED) ## from nothing to a model that answers: pre-train, tune, reinforce, evaluate each, chat
+	$(PYTHON) -m dsv3_lightning.data.text.sums runs/assistant
+	for stage in text tuned reinforced; do \
+	  $(PYTHON) -m dsv3_lightning run configs/assistant/$$stage.yaml || exit 1; \
+	  $(PYTHON) -m dsv3_lightning evaluate runs/assistant/$$stage --tasks runs/assistant/task.jsonl --protocol aime || exit 1; \
+	done
+	printf '3 7 + 4 8\n1 9 + 0 2\n' | $(PYTHON) -m dsv3_lightning chat runs/assistant/reinforced --temperature 0 --max-new-tokens 8
 
 corpus: $(INSTALLED) ## fetch the demo corpus of English, Chinese and code, and prepare it for `make bilingual`
 	$(PYTHON) -m pip install -q -e '.[dev,data]' -c constraints.txt
@@ -44,8 +52,8 @@ docs: $(INSTALLED) ## build the documentation site into site/, with every warnin
 board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 	$(VENV)/bin/tensorboard --logdir runs
 
-bench: $(INSTALLED) ## measure training speed against transformers' model of the same shape
-	$(PYTHON) benchmarks/throughput.py
+bench: $(INSTALLED) ## measure a training step by part, against transformers and an earlier commit, start-up and memory
+	PYTHONPATH=. $(PYTHON) benchmarks/bench.py
 
 gpu-check: ## check kernels, runs and speed on this machine's CUDA GPU with its own Python; WHEELS=FOLDER: what that lacks
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))

@@ -64,7 +64,7 @@ def measure(path: Path, held_out: list[tuple[str, str]], most: int = SAMPLES) ->
             "greedy": float(scores["greedy"].mean())}  # fmt: skip
 
 
-def one_seed(folder: Path, seed: int, tuning_steps: int, steps: int, lr: float) -> dict[str, Any]:
+def one_seed(folder: Path, seed: int, tuning_steps: int, steps: int, lr: float, prompts: int) -> dict[str, Any]:
     held_out = make_data(folder, seed)
     common = [f"run.dir={folder}", f"run.seed={seed}", f"data.tokenizer={folder}", *QUIET]
     begun = time.process_time()
@@ -89,11 +89,11 @@ def one_seed(folder: Path, seed: int, tuning_steps: int, steps: int, lr: float) 
     begun = time.process_time()
     reinforce = [
         "run.name=grpo", f"init_from={folder / 'start'}", f"data.paths=[{folder / 'prompts.jsonl'}]",
-        "data.batch_size=32", "data.sequence_length=16", f"trainer.max_steps={steps}", "loss.balance=none",
+        f"data.batch_size={prompts}", "data.sequence_length=16", f"trainer.max_steps={steps}", "loss.balance=none",
         "grpo={rewards: ['dsv3_lightning.evaluation.rewards:exact'], group_size: 16, max_new_tokens: 5, scale: none, "
         "validation_samples: 4}", f"optimizer.lr={lr}", "optimizer.weight_decay=0", "optimizer.warmup_steps=5",
         "optimizer.phases=[{until: 1.0, shape: linear, to: 0.0}]", f"trainer.val_check_interval={max(1, steps // 4)}",
-        "trainer.limit_val_batches=3", "callbacks.checkpoint={every_n_steps: 50, keep: 1, keep_best: 0}",
+        f"trainer.limit_val_batches={96 // prompts}", "callbacks.checkpoint={every_n_steps: 50, keep: 1, keep_best: 0}",
     ]  # fmt: skip
     assert dsv3(["run", "nano", *common, *reinforce]) == 0
     curves = scalar_history(folder / "grpo")
@@ -113,6 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--tuning-steps", type=int, default=800, help="of the tuning and of the control")
     parser.add_argument("--steps", type=int, default=200, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=32, help="of a step, 16 answers each (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-4, help="of GRPO, falling to 0 (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def main() -> None:
     gains = []
     for seed in arguments.seeds:
         folder = arguments.dir.resolve() / f"seed{seed}"
-        result = one_seed(folder, seed, arguments.tuning_steps, arguments.steps, arguments.lr)
+        result = one_seed(folder, seed, arguments.tuning_steps, arguments.steps, arguments.lr, arguments.prompts)
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         before, after, control = (result[name] for name in ("before", "after", "control"))
         gains.append(after["pass@1"] - before["pass@1"])

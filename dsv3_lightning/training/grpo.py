@@ -51,7 +51,7 @@ class GRPOModule(WeightedModule):
         self.step_factors = (1.0, 1.0)  # answers and tokens of the step, over all ranks
         self.reference: dict[str, Tensor] = {}  # this rank's shards of the reference's weights, on the CPU
         self.loaded: dict[str, Tensor] | None = None
-        self.sampler: Transformer | None = None
+        self.samplers: tuple[Transformer, ...] = ()  # a whole copy of a sharded model; in a tuple, it is no submodule
         self.complained = False
         self.val_rewards = torch.zeros(4, dtype=torch.float64)
 
@@ -129,13 +129,12 @@ class GRPOModule(WeightedModule):
     ) -> list[Sampled]:
         """Answers to prompts of the data, by their numbers in the split that is in use."""
         lines = self.data.lines("train" if self.in_training else "validation")
-        self.sampler = whole_model(self.model, self.device, self.sampler)
+        sampler = whole_model(self.model, self.device, *self.samplers)
+        self.samplers = () if sampler is self.model else (sampler,)
         prompts = [lines.parts(sample)[0].tolist() for sample in samples]
         with torch.autocast(self.device.type, enabled=False):
-            found = sample_answers(self.sampler, prompts, keys, answers, self.grpo.max_new_tokens, temperature,
+            found = sample_answers(sampler, prompts, keys, answers, self.grpo.max_new_tokens, temperature,
                                    self.data.tokenizer.end_ids, routes) if prompts else []  # fmt: skip
-        if self.sampler is self.model:
-            self.sampler = None
         return found
 
     def judged(self, samples: list[int], sampled: list[Sampled], where: str = "") -> np.ndarray:

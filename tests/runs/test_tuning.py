@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,16 @@ import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.common.history import scalar_history
-from tests.conftest import QUIET, blank_figures
+from dsv3_lightning.training.grpo import GRPOModule
+from tests.conftest import QUIET, ROOT, blank_figures
 
 JUDGES = """
-import os, time
+import os, signal
+def kills(completion_ids, **others):
+    if "KILL_AT" in os.environ:
+        with open("kill_calls", "a+") as calls:
+            if calls.write("x") and calls.tell() == int(os.environ["KILL_AT"]): os.kill(os.getppid(), signal.SIGKILL)
+    return [(ids[0] % 10) / 9 for ids in completion_ids]
 def last_digit(completion_ids, **others):
     return [(ids[0] % 10) / 9 for ids in completion_ids]  # ten arms, of which 9 is the best
 def breaks(completions, **others):
@@ -191,3 +200,62 @@ def test_settings_that_mean_nothing_are_refused_in_one_line(base, capsys, settin
     kind = "grpo" if settings[0].startswith("grpo") else "dpo"
     assert tuned(base, "refused", kind, "trainer.max_steps=2", *settings) == 2
     assert why in capsys.readouterr().err
+
+
+KEPT = ["trainer.max_steps=4", "callbacks.checkpoint={every_n_steps: 1, keep: 9}", "data.batch_size=4",
+        "optimizer.lr=1e-3", "trainer.val_check_interval=4"]  # fmt: skip
+KILLS = "{rewards: ['judges:kills'], group_size: 4, max_new_tokens: 6, updates: 2, beta: 0.1}"
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """The run that others, which are broken off, end like."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        assert tuned(base, "whole", "grpo", f"grpo={KILLS}", *KEPT) == 0
+    return weights(base, "whole", 4)
+
+
+def test_a_run_that_is_killed_while_answers_are_judged_ends_with_the_same_bits(base, whole):
+    words = ["run", "nano", f"run.dir={base / 'runs'}", "run.name=killed", *SMALL, f"init_from={base / 'runs/start'}",
+             f"data.paths=[{base / 'prompts.jsonl'}]", f"grpo={KILLS}", *KEPT]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL_AT": "3"}
+    command = [sys.executable, "-m", "dsv3_lightning", *words]
+    died = subprocess.run(command, env=environment, cwd=base, capture_output=True, timeout=240)
+    assert died.returncode == -9
+    assert tuned(base, "killed", "grpo", f"grpo={KILLS}", *KEPT) == 0
+    assert_equal(whole, weights(base, "killed", 4))
+
+
+@pytest.mark.parametrize("place", ["sampling", "update"])
+def test_a_run_that_breaks_off_while_it_samples_or_updates_ends_with_the_same_bits(base, whole, place, monkeypatch):
+    owner, name = {"sampling": (GRPOModule, "sample"), "update": (torch.optim.AdamW, "step")}[place]
+    original, calls = getattr(owner, name), []
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError("the power is gone")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, breaks)
+        with pytest.raises(OSError, match="the power is gone"):
+            tuned(base, f"broken_{place}", "grpo", f"grpo={KILLS}", *KEPT)
+    assert tuned(base, f"broken_{place}", "grpo", f"grpo={KILLS}", *KEPT) == 0
+    assert_equal(whole, weights(base, f"broken_{place}", 4))
+
+
+def test_two_ranks_with_experts_spread_over_them_take_the_same_steps(base, whole):
+    words = ["run", "nano", f"run.dir={base / 'runs'}", "run.name=ranks", *SMALL, f"init_from={base / 'runs/start'}",
+             f"data.paths=[{base / 'prompts.jsonl'}]", f"grpo={KILLS}", *KEPT, "trainer.devices=2",
+             "strategy={kind: fsdp2_ep, expert_parallel: 2}"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dsv3_lightning", *words]
+    done = subprocess.run(command, env=environment, cwd=base, capture_output=True, timeout=300, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in (1, 2):
+        assert_equal(weights(base, "whole", step), weights(base, "ranks", step), tolerance=3e-4)
+    ours, theirs = scalars(base, "whole"), scalars(base, "ranks")
+    assert ours["grpo/length"] == theirs["grpo/length"]
+    assert ours["val/reward"][1] == pytest.approx(theirs["val/reward"][1], abs=1e-6)

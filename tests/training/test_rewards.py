@@ -6,6 +6,7 @@ import time
 import pytest
 
 from dsv3_lightning.errors import ConfigError
+from dsv3_lightning.evaluation.rewards import exact, repeats
 from dsv3_lightning.training.rewards import RewardFailed, Rewards
 
 FUNCTIONS = """
@@ -81,3 +82,15 @@ def test_a_function_that_hangs_is_ended_with_its_process(functions):
 def test_a_function_that_is_not_there_is_found_before_the_run(functions, name):
     with pytest.raises(ConfigError, match=f"grpo.rewards={name}: (AttributeError|ModuleNotFoundError): "):
         Rewards([name], 30).check()
+
+
+def test_an_empty_or_half_right_text_is_not_the_exact_answer():
+    texts = ["", " ", "42", " 42 \n", "42 or 43", "142", [{"role": "assistant", "content": "42"}]]
+    found = exact(completions=texts, answer=["", "42", "42", "42", "42", "42", "42"], prompts=[], completion_ids=[])
+    assert found == [0, 0, 1, 1, 0, 0, 1]
+
+
+def test_repetition_costs_more_the_longer_it_goes_on():
+    none, some, loop = repeats(completions=[], completion_ids=[[1, 2, 3, 4], [1, 2, 1, 2, 3], [1, 2] * 50])
+    assert none == 0 and -1 < loop < some < 0
+    assert repeats(completions=[], completion_ids=[[5], []]) == [0, 0]
