@@ -41,7 +41,7 @@ def encode_task(
         )
         for split in SPLITS
     }  # fmt: skip
-    counts = {split: Count(split, corpus.origins) for split in SPLITS}
+    counts = {split: Count(corpus.origins) for split in SPLITS}
     with open(folder / HELD_OUT, "wb") as held_out:
         for batch in batches(corpus.read(task), BATCH):
             splits = [SPLITS[document.hash <= plan.last_validation] for document in batch]
@@ -73,25 +73,24 @@ def encode_task(
 class Count:
     """Numbers of documents, tokens, and bytes of text and of answers, of a split and of each origin in it."""
 
-    def __init__(self, split: str, origins: list[str]) -> None:
-        self.split, self.origins = split, origins
-        self.all = dict.fromkeys(("documents", "tokens", "text_bytes", "answer_bytes"), 0)
-        self.by_origin: dict[str, dict[str, int]] = {}
+    NAMES = ("documents", "tokens", "text_bytes", "answer_bytes")
+
+    def __init__(self, origins: list[str]) -> None:
+        self.origins = origins
+        self.numbers = [[0, 0, 0, 0] for _ in origins]
 
     def add(self, document: Document, tokens: int) -> None:
-        numbers = {
-            "documents": 1,
-            "tokens": tokens,
-            "text_bytes": document.size,
-            "answer_bytes": len(document.loss_text),
-        }
-        of_origin = self.by_origin.setdefault(self.origins[document.origin], dict.fromkeys(numbers, 0))
-        for name, number in numbers.items():
-            self.all[name] += number
-            of_origin[name] += number
+        numbers = self.numbers[document.origin]
+        numbers[0] += 1
+        numbers[1] += tokens
+        numbers[2] += document.size
+        numbers[3] += len(document.loss_text)
 
     def facts(self) -> dict[str, Any]:
-        return {"all": self.all, "origins": self.by_origin}
+        total = [sum(numbers) for numbers in zip(*self.numbers)]
+        origins = {name: dict(zip(self.NAMES, numbers)) for name, numbers in zip(self.origins, self.numbers)
+                   if numbers[0]}  # fmt: skip
+        return {"all": dict(zip(self.NAMES, total)), "origins": origins}
 
 
 def parts_of(document: Document, split: str, rewriting: Rewriting) -> list[str]:

@@ -30,6 +30,7 @@ from dsv3_lightning.errors import ConfigError
 FORMAT = 3
 MANIFEST = "manifest.json"
 OPEN_SHARDS = 256
+FLUSH = 1 << 18  # tokens that are written together
 
 
 class TokenWriter:
@@ -43,8 +44,11 @@ class TokenWriter:
     ) -> None:
         (folder / split).mkdir()
         self.folder, self.split, self.vocab_size, self.shard_bytes = folder, split, vocab_size, shard_bytes
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos, self.eos = np.array([bos_id], np.uint32), np.array([eos_id], np.uint32)
         self.dtype = token_dtype(vocab_size)
+        self.width = np.dtype(self.dtype).itemsize
+        self.waiting: list[np.ndarray] = []
+        self.waiting_tokens = 0
         self.documents = self.tokens = 0
         self.files: dict[str, FileRecord] = {}
         self.shards = 0
@@ -52,26 +56,40 @@ class TokenWriter:
 
     def add(self, ids: np.ndarray, origin: int = 0) -> None:
         """Adds a document's ids [n], any integer type, without BOS and EOS. origin: index of its origin."""
-        document = np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]])
-        self.add_whole(document, [(0, len(document))], origin)
+        self._add([self.bos, ids, self.eos], len(ids) + 2, [(0, len(ids) + 2)], origin)
 
     def add_whole(self, document: np.ndarray, loss_spans: list[tuple[int, int]], origin: int) -> None:
         """Adds a document including BOS and EOS. loss_spans: (begin, end) of the spans that are trained on."""
-        if document.min() < 0 or document.max() >= self.vocab_size:  # a cast would wrap silently
-            wrong = document.max() if document.min() >= 0 else document.min()
-            raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
-        content = document.astype(self.dtype).tobytes()
-        held = self.offsets[-1] * np.dtype(self.dtype).itemsize
-        if self.shard_bytes is not None and held and held + len(content) > self.shard_bytes:
+        self._add([document], len(document), loss_spans, origin)
+
+    def _add(self, parts: list[np.ndarray], size: int, loss_spans: list[tuple[int, int]], origin: int) -> None:
+        held = self.offsets[-1]
+        if self.shard_bytes is not None and held and (held + size) * self.width > self.shard_bytes:
             self._end_shard()
             self._begin_shard()
+            held = 0
+        self.waiting += parts
+        self.waiting_tokens += size
+        if self.waiting_tokens >= FLUSH:
+            self._write()
+        for begin, end in loss_spans:
+            join_span(self.loss_spans, held + begin, held + end)
+        self.offsets.append(held + size)
+        self.origins.append(origin)
+        self.documents, self.tokens = self.documents + 1, self.tokens + size
+
+    def _write(self) -> None:
+        """Writes the ids that wait. Raises ConfigError."""
+        if not self.waiting:
+            return
+        ids = np.concatenate(self.waiting)
+        if ids.min() < 0 or ids.max() >= self.vocab_size:  # a cast would wrap silently
+            wrong = ids.max() if ids.min() >= 0 else ids.min()
+            raise ConfigError(f"data.tokenizer: token id {wrong} is not below the vocabulary's size {self.vocab_size}")
+        content = ids.astype(self.dtype).tobytes()
         self.file.write(content)
         self.sha256.update(content)
-        for begin, end in loss_spans:
-            join_span(self.loss_spans, self.offsets[-1] + begin, self.offsets[-1] + end)
-        self.offsets.append(self.offsets[-1] + len(document))
-        self.origins.append(origin)
-        self.documents, self.tokens = self.documents + 1, self.tokens + len(document)
+        self.waiting, self.waiting_tokens = [], 0
 
     def close(self) -> dict[str, FileRecord]:
         """Syncs everything to disk; returns the split's files by their path below the folder."""
@@ -86,6 +104,7 @@ class TokenWriter:
         self.shards += 1
 
     def _end_shard(self) -> None:
+        self._write()
         self.file.flush()
         os.fsync(self.file.fileno())
         size = self.file.tell()
@@ -200,16 +219,17 @@ class ShardedTokens:
     def __getitem__(self, where: slice | np.ndarray) -> np.ndarray:
         if isinstance(where, slice):
             where = np.arange(*where.indices(len(self)))
-        shard = (np.searchsorted(self.begins, where, "right") - 1).astype(np.uint16)
-        if len(where) and shard[0] == shard[-1] and (shard == shard[0]).all():
-            number = int(shard[0])
-            return self.shard(number)[where - self.begins[number]]
-        order = np.argsort(shard, kind="stable")  # a radix sort for 16 bits
         ids = np.empty(len(where), self.dtype)
-        cuts = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=len(self.paths)))])
-        for number in np.flatnonzero(np.diff(cuts)).tolist():
-            of_shard = order[cuts[number] : cuts[number + 1]]
-            ids[of_shard] = self.shard(number)[where[of_shard] - self.begins[number]]
+        breaks = np.flatnonzero(np.diff(where) != 1) + 1  # between runs of consecutive positions, such as documents
+        firsts = np.concatenate([[0], breaks]) if len(where) else breaks
+        shards = np.searchsorted(self.begins, where[firsts], "right") - 1
+        ends = [*breaks.tolist(), len(where)]
+        for begin, end, place, number in zip(firsts.tolist(), ends, where[firsts].tolist(), shards.tolist()):
+            while begin < end:  # a run of several documents may cross shards
+                offset = place - int(self.begins[number])
+                part = self.shard(number)[offset : offset + end - begin]
+                ids[begin : begin + len(part)] = part
+                begin, place, number = begin + len(part), place + len(part), number + 1
         return ids
 
 
