@@ -28,7 +28,7 @@ from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import check
 from dsv3_lightning.model.autocast import compute_dtype
 from dsv3_lightning.model.init import fill
-from dsv3_lightning.model.permute import Order, Permute, WeightedUnpermute, sort_by_expert
+from dsv3_lightning.model.permute import Order, Permute, Unpermute, sort_by_expert
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll
 from dsv3_lightning.parallel.groups import build_meshes
@@ -99,7 +99,9 @@ class AllGather:
 
     def combine(self, returning: Gathered) -> Tensor:
         order = returning.order
-        return WeightedUnpermute.apply(returning.x_WRD, returning.gates_NK, order.order_R, order.rows_NK)
+        gates_R1 = Permute.apply(returning.gates_NK.reshape(-1, 1), order.order_R, order.rows_NK.view(-1, 1))
+        y_RD = (returning.x_WRD * gates_R1).to(returning.x_WRD.dtype)
+        return Unpermute.apply(y_RD, order.order_R, order.rows_NK)
 
 
 class Model(nn.Module):

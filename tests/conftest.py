@@ -34,6 +34,9 @@ MODULES = (
 # A process that a test starts and that dies of a signal then prints the Python stack of each of its threads.
 os.environ["PYTHONFAULTHANDLER"] = "1"
 
+# Compiling takes half a minute of a core; tests/training/test_compiling.py has what tests of it need.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 QUIET = ["trainer.precision=32", "trainer.log_every_n_steps=1", "callbacks.throughput.peak_flops=1e11"]
 
 LONGEST = ("parallel", "runs", "examples", "studies")  # folders of tests, by the time that a file of theirs takes

@@ -38,6 +38,8 @@ OFF: dict[str, Any] = {
     "loss.mtp_weight": None,
     "compute.activation_checkpointing": "none",
     "compute.fp8": False,
+    "compute.compile": False,
+    "compute.compile_cache": "runs/compiled",
     "trainer.num_nodes": 1,
     "trainer.accumulate_grad_batches": 1,
     "trainer.gradient_clip_val": None,

@@ -258,8 +258,6 @@ class DataConfig:
             )
         if self.vocab_size < 300:
             raise ConfigError(f"data.vocab_size={self.vocab_size}: 256 bytes and the special tokens need at least 300")
-        if self.tokenizer is None and self.vocab_size > LARGEST_VOCABULARY:
-            raise ConfigError(f"data.vocab_size={self.vocab_size}: a tokenizer is trained up to {LARGEST_VOCABULARY:,}")
         for name in ("tokenizer_bytes", "shard_bytes", "max_document_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)}: must be at least 1")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from dsv3_lightning.model.cpu import on_cpu
 from dsv3_lightning.model.devices import Device, device_of
 from dsv3_lightning.model.short_attention import is_short, short_attention
 
@@ -130,7 +131,8 @@ def causal_attention(
     Positions need not restart with a document, since rotary embeddings depend on distances only.
     """
     qk, v_width, T = q_BHTC.shape[-1], v_BHTC.shape[-1], q_BHTC.shape[2]
-    kernel = choose_kernel(device_of(q_BHTC.device), qk, v_width, q_BHTC.dtype, T, documents is not None)
+    device = device_of(q_BHTC.device) if q_BHTC.is_cuda or on_cpu(q_BHTC) else Device("fake")
+    kernel = choose_kernel(device, qk, v_width, q_BHTC.dtype, T, documents is not None)
     if kernel.short:
         return short_attention(q_BHTC, k_BHTC, v_BHTC, scale, None if documents is None else documents.cu_seqlens)
     q, k, v = (padded(x, kernel.width) for x in (q_BHTC, k_BHTC, v_BHTC))

@@ -1,12 +1,10 @@
-"""What the model does for CPUs only.
-
-Every function takes its size as an argument; None chooses it by the device that computes.
-"""
+"""What the model does for CPUs only."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 MAX_LOGITS = 2**27  # logits that exist in fp32 at a time: 512 MiB
 LOSS_PRODUCT = 4096  # fewest tokens of a product with the head, whose gradient is read and written once per product
@@ -35,11 +33,14 @@ def loss_chunks(device_type: str, vocab_size: int) -> LossChunks:
     return LossChunks(max(softmax, LOSS_PRODUCT), softmax)
 
 
-def row_multiple(x: Tensor, chosen: int | None) -> int:
+def on_cpu(x: Tensor) -> bool:
+    """Whether a CPU computes x. Fake tensors, as of a dry run, stand for those of a GPU."""
+    return x.device.type == "cpu" and active_fake_mode() is None
+
+
+def row_multiple(x: Tensor) -> int:
     """The number to a multiple of which each expert's rows are padded; 1 where shapes cost nothing."""
-    if chosen is not None:
-        return chosen
-    return ROW_MULTIPLE_CPU if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+    return ROW_MULTIPLE_CPU if x.dtype == torch.bfloat16 and on_cpu(x) else 1
 
 
 def padded_rows(offsets_E: Tensor, multiple: int) -> tuple[Tensor, Tensor]:

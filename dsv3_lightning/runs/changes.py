@@ -37,6 +37,7 @@ CHANGES = (
     Change(("optimizer",), NEW_NAME, "holds from the first step that follows; Adam's moments are kept"),
     Change(("optimizer.kind",), NEVER, "the optimizer's state is another for each kind"),
     Change(("loss",), NEW_NAME, "holds from the first step that follows"),
+    Change(("compute.compile_cache",), ALWAYS, "where compiled functions are stored"),
     Change(("dpo", "grpo"), NEVER, "the run would optimize something else; `init_from` starts another one"),
     Change(("compute",), NEW_NAME, "the same losses within rounding, of FP8 too"),
     Change(
@@ -100,8 +101,8 @@ def changed_arguments(stored: Tree, stateful: set[str], callbacks: Tree) -> dict
 
 
 def differences(old: Any, new: Any, free: Callable[[str], bool], key: str = "") -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old, new)} for every leaf that differs and isn't free; `trainer.precision: auto` fits all."""
-    if old == new or (key == "trainer.precision" and new == "auto"):
+    """{dotted key: (old, new)} for every leaf that differs and isn't free; `auto` of what a run keeps fits all."""
+    if old == new or (key in ("trainer.precision", "compute.compile") and new == "auto"):
         return {}
     if isinstance(old, dict) and isinstance(new, dict):
         return {

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dsv3_lightning.callbacks.dashboard import RunLogger
 from dsv3_lightning.callbacks.loss_spike import LossSpiked
-from dsv3_lightning.common.paths import display_path
+from dsv3_lightning.common.paths import display_path, user_path
 from dsv3_lightning.config.compose import PRESETS, read_yaml
 from dsv3_lightning.config.ecosystem import check_fresh
 from dsv3_lightning.config.instantiate import build_callbacks
@@ -25,6 +25,7 @@ from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.hub.folder import WeightSource, check_same_model
 from dsv3_lightning.hub.tokens import vocabulary_note
 from dsv3_lightning.model.devices import device_of
+from dsv3_lightning.model.fused import compile_all
 from dsv3_lightning.parallel.checkpoints.one_file import made_with
 from dsv3_lightning.parallel.environment import RECORDER, added, make_folder_of, run_environment, several_processes
 from dsv3_lightning.parallel.groups import init_in_launchers_store
@@ -47,26 +48,29 @@ from dsv3_lightning.runs.trainer import (
     resolve_precision,
     run_device,
 )
+from dsv3_lightning.training.compiling import Compiler, choose, obstacle_here
 from dsv3_lightning.training.hardware import FP8_LINES, hardware_lines
 from dsv3_lightning.training.module import PretrainModule
 
 
 class Decision(NamedTuple):
-    """What the first rank has found in the run's folder. precision: of the checkpoint's run."""
+    """What the first rank has found in the run's folder. precision, compiled: of the checkpoint's run."""
 
     finished: bool = False
     checkpoint: tuple[Path, int] | None = None
     precision: str | None = None
+    compiled: bool | None = None
 
 
 class Start(NamedTuple):
     """What a run starts from: a checkpoint and its step, or a folder of weights, or neither; and notes to print.
 
-    precision: what the checkpoint was made with.
+    precision, compiled: what the checkpoint was made with.
     """
 
     checkpoint: tuple[Path, int] | None
     precision: str | None
+    compiled: bool | None
     source: WeightSource | None
     notes: list[str | None]
 
@@ -116,7 +120,12 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
     start = find_start(decision, config)
     parts, reason = build(folder, config, tree, start, first.attempt)
     doing = "prepares the run's data (`dsv3 prepare CONFIG` does that once, before a run)"
-    first.decides("data", lambda: prepare_once(folder, config, sources, start, parts, reason), doing)
+    compiler = Compiler(user_path(config.compute.compile_cache), compute_dtype_of(parts.tree))
+    compiled = first.decides(
+        "data", lambda: prepare_once(folder, config, sources, start, parts, reason, compiler), doing
+    )
+    parts.tree["compute"]["compile"] = compiled
+    compiler.load() if compiled else compile_all(False)
     make_folder_of(os.environ.get(RECORDER))
     try:
         return train(parts, start)
@@ -137,7 +146,7 @@ def open_run(first: FirstRank, folder: RunFolder, tree: dict[str, Any]) -> Decis
     if decided["checkpoint"] is None:
         return Decision()
     path, step = decided["checkpoint"]
-    return Decision(False, (Path(path), step), decided["precision"])
+    return Decision(False, (Path(path), step), decided["precision"], decided["compiled"])
 
 
 def look(folder: RunFolder, tree: dict[str, Any]) -> dict[str, Any]:
@@ -149,15 +158,16 @@ def look(folder: RunFolder, tree: dict[str, Any]) -> dict[str, Any]:
     if (checkpoint := folder.resume_from(tree)) is None:
         return {"finished": False, "checkpoint": None}
     path, step = checkpoint
-    precision = str(made_with(path)[0]["trainer"]["precision"])
-    return {"finished": False, "checkpoint": [str(path), step], "precision": precision}
+    settings = made_with(path)[0]
+    begun = {"precision": str(settings["trainer"]["precision"]), "compiled": settings["compute"].get("compile") is True}
+    return {"finished": False, "checkpoint": [str(path), step], **begun}
 
 
 def find_start(decision: Decision, config: Config) -> Start:
     """Checks what the run starts from, before anything is built. Raises ConfigError."""
     if decision.checkpoint is not None:  # the folder that the run began from is of no use to it any more
-        return Start(decision.checkpoint, decision.precision, None, [])
-    return Start(None, None, *open_source(config))
+        return Start(decision.checkpoint, decision.precision, decision.compiled, None, [])
+    return Start(None, None, None, *open_source(config))
 
 
 def build(
@@ -168,7 +178,7 @@ def build(
     if start.checkpoint is None:
         check_fresh(callbacks)
     precision, reason = resolve_precision(config, folder, start.precision)
-    recorded = tree | {"trainer": tree["trainer"] | {"precision": precision}}
+    recorded = tree | {"trainer": tree["trainer"] | {"precision": precision}, "compute": dict(tree["compute"])}
     logger = RunLogger(str(folder.path), start.checkpoint[1] if start.checkpoint else None)
     trainer = build_trainer(config, folder, logger, callbacks, precision)
     if isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):  # ours is one of the second kind
@@ -184,18 +194,24 @@ def build(
 
 
 def prepare_once(
-    folder: RunFolder, config: Config, sources: list[Path], start: Start, parts: Parts, reason: str
-) -> None:
+    folder: RunFolder, config: Config, sources: list[Path], start: Start, parts: Parts, reason: str, compiler: Compiler
+) -> bool:
     """Prepares the data, makes the run's folder if it isn't there, and says what is about to happen: first rank only.
+    Returns whether functions are compiled.
 
     The folder is made once everything has been checked, so that settings that fail don't block its name.
     """
     said: list[str] = []
+    blocked = obstacle_here(run_device(config).type)
+    if blocked is None and config.compute.compile and start.compiled is not False:
+        compiler.start()
     prepared = parts.data.prepare_tokens(tell=said.append)
     if start.checkpoint is None or start.checkpoint[1] < config.trainer["max_steps"]:
         space = check_space(config, folder.path, parts.tree["trainer"]["precision"])
         said += [space] if space is not None else []
     note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
+    choice = choose(config.compute.compile, start.compiled, blocked, compiler.wait)
+    parts.tree["compute"]["compile"] = choice.on
     folder.create(parts.tree, sources)
     folder.keep_data(prepared)
     banner(config, folder, start.checkpoint, reason, str(parts.tree["trainer"]["precision"]))
@@ -207,8 +223,13 @@ def prepare_once(
         parts.logger.rewind({})  # of a session that left no checkpoint
         defaults = read_yaml(Path(str(PRESETS / "base.yaml")))
         parts.logger.describe(parts.tree, len(parts.data.origins), defaults)
-    for line in said:
+    for line in [*said, *([choice.line] if choice.line else [])]:
         say(line)
+    return choice.on
+
+
+def compute_dtype_of(tree: dict[str, Any]) -> torch.dtype:
+    return torch.float32 if str(tree["trainer"]["precision"]) == "32" else torch.bfloat16
 
 
 def train(parts: Parts, start: Start) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from dsv3_lightning.common.paths import PathText
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.balance_table import BALANCE_LOSSES
 
@@ -114,7 +115,11 @@ class ComputeConfig:
         up-projections in the backward pass (V3 §3.2.3); `full` recomputes whole blocks.
     fp8: `emulated` rounds the operands of the blocks' products to FP8 and multiplies in fp32 (V3 §3.3); True takes the
         device's FP8 products, without those of routed experts.
+    compile: whether torch.compile fuses element-wise functions; `auto` where that is cached or takes less than 15 s.
+    compile_cache: the folder with what was compiled, which may be read-only.
     """
 
     activation_checkpointing: Literal["none", "selective", "full"]
     fp8: Literal[False, True, "emulated"]
+    compile: Literal["auto", True, False]
+    compile_cache: PathText

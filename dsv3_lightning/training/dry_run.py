@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_lightning.model import cpu
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.model.experts import Experts
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.dispatch import AllToAll, Splits
 from dsv3_lightning.parallel.groups import build_meshes
@@ -92,12 +91,9 @@ def fake_process_group(ranks: int, rank: int = 0) -> Iterator[None]:
 
 
 def compute_as_on_a_gpu(model: Transformer) -> None:
-    """Turns off the model's CPU-specific code paths."""
+    """Gives the loss a GPU's chunks. Other code for CPUs leaves fake tensors alone: see `cpu.on_cpu`."""
     if hasattr(model, "lm_head"):  # not in every stage of a pipeline
         model.lm_head.chunks = cpu.loss_chunks("cuda", model.config.vocab_size)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.row_multiple = 1
 
 
 class EvenLoads(AllToAll):

@@ -77,7 +77,7 @@ NAMES = ", ".join(CALLBACKS)
         # unknown and missing keys
         (["model.hiden_size=3"], "model.hiden_size: no such key; did you mean model.hidden_size?"),
         (["modle.hidden_size=3"], "modle: no such key; did you mean model?"),
-        (["compute.x=3"], "compute.x: no such key; valid: activation_checkpointing, fp8"),
+        (["compute.x=3"], "compute.x: no such key; valid: activation_checkpointing, fp8, compile, compile_cache"),
         (
             ["optimizer.phases=[{unti: 1}]"],
             "optimizer.phases[0].unti: no such key; did you mean optimizer.phases[0].until?",

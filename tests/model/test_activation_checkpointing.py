@@ -136,13 +136,14 @@ def test_selective_makes_norms_and_activations_again_but_no_product_and_no_choic
     for product in ("mm", "_grouped_mm", "bmm", "topk"):
         assert selective[product] == plain[product]
     assert attention(selective) == attention(plain) == 0
-    assert selective["silu"] == forward["silu"] == BLOCKS + MOE_BLOCKS  # one in each shared expert, too
+    # One in each shared expert, too. The experts' backward pass has another of its own.
+    assert selective["silu"] - plain["silu"] == forward["silu"] == BLOCKS + MOE_BLOCKS
     assert selective["sigmoid"] == forward["sigmoid"] == MOE_BLOCKS
     # Four norms in a block, two more before a module's projection; final norms lie outside.
     assert norms(selective) == 4 * BLOCKS + 2 * 2
 
     # Full makes the products again too, but for those whose result nothing in the backward pass needs.
-    assert full["_grouped_mm"] == plain["_grouped_mm"] + forward["_grouped_mm"]
+    assert full["_grouped_mm"] == plain["_grouped_mm"] + forward["_grouped_mm"] // 2
     assert attention(full) == attention(forward)
     assert full["topk"] == plain["topk"] == 0  # but no choice is made twice
     assert full["mm"] > plain["mm"] + 40

@@ -9,7 +9,6 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import LocalDispatcher
 from dsv3_lightning.model.experts import Experts, grouped_linear
 from dsv3_lightning.model.moe import MoE
-from dsv3_lightning.model.permute import Permute, Unpermute
 
 from .small import routers, small_batch, small_config, small_model
 
@@ -31,20 +30,9 @@ def expert_loop(x_ND, experts_NK, gates_NK, gate_up, down) -> Tensor:
     return torch.stack(rows)
 
 
-class GatesTravel(LocalDispatcher):
-    """Gates go to the experts with the tokens, as between ranks."""
-
-    def receive(self, sent):
-        gates_R1 = Permute.apply(sent.gates_NK.view(-1, 1), sent.order_R, sent.rows_NK.view(-1, 1))
-        return *super().receive(sent), gates_R1.squeeze(1)
-
-    def combine(self, returning):
-        return Unpermute.apply(returning.x_RD, returning.order_R, returning.rows_NK)
-
-
-def routed(module: Experts, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor, gates_travel: bool = False) -> Tensor:
+def routed(module: Experts, x_ND: Tensor, experts_NK: Tensor, gates_NK: Tensor) -> Tensor:
     """What MoE.forward does between the router and the shared experts."""
-    dispatcher = (GatesTravel if gates_travel else LocalDispatcher)(module.num_experts)
+    dispatcher = LocalDispatcher(module.num_experts)
     sent = dispatcher.dispatch(x_ND, experts_NK, gates_NK)
     return dispatcher.combine(dispatcher.send_back(module(*dispatcher.receive(sent)), sent))
 
@@ -71,11 +59,9 @@ LOADS = {
 }
 
 
-@pytest.mark.parametrize("gates_travel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("load", LOADS)
-def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype, gates_travel):
-    """With gates on the experts' outputs and on the narrow side of SwiGLU."""
+def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype):
     experts_NK = LOADS[load]
     tokens, chosen = experts_NK.shape
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +75,7 @@ def test_outputs_and_gradients_equal_a_loop_over_experts(load, dtype, gates_trav
 
     inputs = [x_ND, gates_NK, module.gate_up_proj, module.down_proj]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        out_ND = routed(module, x_ND, experts_NK, gates_NK, gates_travel)
+        out_ND = routed(module, x_ND, experts_NK, gates_NK)
     assert out_ND.dtype == dtype
     out_ND = out_ND.float()
     gradients = torch.autograd.grad(out_ND, inputs, grad_ND)
@@ -164,9 +150,9 @@ class Counting(LocalDispatcher):
         self.received, self.combined = [], []
 
     def receive(self, sent):
-        x_RD, offsets_E = super().receive(sent)
+        x_RD, offsets_E, gates_R = super().receive(sent)
         self.received.append((len(x_RD), offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()))
-        return x_RD, offsets_E
+        return x_RD, offsets_E, gates_R
 
     def send_back(self, y_RD, sent):
         self.combined.append(int(y_RD.detach().abs().amax(1).gt(0).sum()))  # what comes back is not nothing
@@ -228,9 +214,8 @@ def test_any_size_works_or_is_refused_by_the_configuration(sizes):
     moe(torch.zeros(1, 2, config.hidden_size), torch.ones(1, 2, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("gates_travel", [False, True])
 @pytest.mark.parametrize("real", [0, 7])
-def test_what_is_computed_for_padding_reaches_nothing(real, gates_travel):
+def test_what_is_computed_for_padding_reaches_nothing(real):
     """Rows that no expert computes hold whatever the memory held: here it holds NaN."""
     module = Experts(small_config())
     with torch.no_grad():
@@ -241,7 +226,7 @@ def test_what_is_computed_for_padding_reaches_nothing(real, gates_travel):
     experts_NK = random_experts(K).masked_fill(torch.arange(N)[:, None] >= real, -1)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        out_ND = routed(module, x_ND, experts_NK, gates_NK, gates_travel)
+        out_ND = routed(module, x_ND, experts_NK, gates_NK)
         out_ND.square().sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)

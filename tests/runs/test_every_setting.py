@@ -111,6 +111,8 @@ LEAVES = {
     "loss.mtp_weight": (0.5, REFUSED),
     "compute.activation_checkpointing": ("full", "elsewhere: tests/model/test_activation_checkpointing.py"),
     "compute.fp8": ("emulated", NUMBERS),
+    "compute.compile": (True, "elsewhere: tests/training/test_compiling.py"),
+    "compute.compile_cache": ("elsewhere", "elsewhere: tests/training/test_compiling.py"),
     "trainer.max_steps": (3, NUMBERS),
     "trainer.precision": ("bf16-mixed", NUMBERS),
     "trainer.accelerator": ("nope", REFUSED),

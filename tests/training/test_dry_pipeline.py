@@ -55,4 +55,4 @@ def test_the_rank_with_heads_holds_what_is_planned_and_as_many_chunks_as_the_for
     grown = counted(schedule, middle, 8) - counted(schedule, middle, 4)
     chunk = max(chunk_bytes(CONFIG.model, WORK, share).total for share in chunk_shares(CONFIG.model, layers(schedule)))
     formula = formulas(RANKS, 1, 2, 1, 3)[FORMULA_OF[schedule]].activations * SCHEDULES[schedule].chunks
-    assert grown / chunk == pytest.approx(formula, rel=0.2)
+    assert grown / chunk == pytest.approx(formula, rel=0.25)

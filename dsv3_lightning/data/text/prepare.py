@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from dsv3_lightning.common.files import digest, remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.data.cleaning.corpus import Plan, clean, plan
-from dsv3_lightning.data.config import DEFAULTS, DataConfig
+from dsv3_lightning.data.config import DEFAULTS, LARGEST_VOCABULARY, DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
 from dsv3_lightning.data.text.build import Build, others_have_work, summary
 from dsv3_lightning.data.text.digests import Digests, described
@@ -58,6 +58,11 @@ def prepare(
         tokenizer = tokenizer.ending_with(config.end_token)
     elif config.end_token is not None:
         check_end(config.end_token, SPECIAL_TOKENS)
+    if tokenizer is None and config.vocab_size > LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"data.vocab_size={config.vocab_size}: a tokenizer is trained up to {LARGEST_VOCABULARY:,}; data.tokenizer "
+            "names a larger one"
+        )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"data.vocab_size={config.vocab_size}: the ids of data.tokenizer={config.tokenizer} go up to "

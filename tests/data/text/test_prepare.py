@@ -325,3 +325,10 @@ def test_one_huge_line_takes_linear_time(tmp_path: Path, make_config: MakeConfig
     line = "".join(chr(97 + int(digit)) for digit in np.random.default_rng(0).integers(0, 26, 3_000_000))
     (tmp_path / "corpus" / "line.txt").write_text(line)  # one word without end; quadratic work would take minutes
     assert documents(prepare(make_config(tmp_path, vocab_size=300)), "train") == [line]
+
+
+def test_a_larger_vocabulary_needs_a_tokenizer_that_exists(config: DataConfig) -> None:
+    with pytest.raises(
+        ConfigError, match="^data.vocab_size=163840: .* up to 129,280; data.tokenizer names a larger one$"
+    ):
+        prepare(dataclasses.replace(config, vocab_size=163840))  # a plan of such a model needs none
