@@ -81,7 +81,7 @@ class Events(TorchDispatchMode):
             self.sent += 1
         elif name == "wait_tensor" and args[0].data_ptr() in self.under_way:
             self.note(f"wait {self.under_way.pop(args[0].data_ptr())}")
-        elif "dot_product" in name:
+        elif "dot_product" in name or name in ("baddbmm", "bmm"):  # of long sequences, of short ones
             self.note("attention")
         elif name == "_grouped_mm":
             self.note("experts")
