@@ -1,6 +1,6 @@
 """Speed and memory in one command: training by part, peers, an earlier commit, start-up, and the other benchmarks.
 
-    python benchmarks/bench.py [--rounds 8] [--batch-size 16] [--precision bf16] [--reference cd9e6bc] [--json FILE]
+    python -m benchmarks.bench [--rounds 8] [--batch-size 16] [--precision bf16] [--reference cd9e6bc] [--json FILE]
                                [--only PART ...]
 
 All times but those of the other benchmarks are CPU times of one thread, so that other work on the machine matters
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from throughput import our_step, their_step
 
+from benchmarks.throughput import our_step, their_step
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import Config, check
