@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.common.flags import context_argument, model_argument, sampling_arguments
+from dsv3_lightning.common.flags import context_argument, model_argument, sampling_arguments, weights_argument
 from dsv3_lightning.errors import ConfigError
 
 
@@ -15,6 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     model_argument(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
     context_argument(parser)
+    weights_argument(parser)
     sampling_arguments(parser)
 
 
@@ -22,6 +23,7 @@ def run(
     checkpoint: Path,
     system: str,
     context: int | None,
+    weights: str,
     max_new_tokens: int,
     stop: list[str],
     seed: int,
@@ -38,7 +40,7 @@ def run(
 
     how = Sampling(**sampling)
     model, tokenizer = load(checkpoint, chat=True)
-    talk = Chat(model, tokenizer, how, seed, system, context)
+    talk = Chat(model, tokenizer, how, seed, system, context, weights)
     terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # so that check_encoding can report the line of a wrong byte

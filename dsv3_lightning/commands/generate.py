@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsv3_lightning.common.flags import model_argument, sampling_arguments
+from dsv3_lightning.common.flags import model_argument, sampling_arguments, weights_argument
+from dsv3_lightning.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", type=int, default=0, metavar="N", help="let N MTP modules draft tokens; the text stays the same"
     )
+    weights_argument(parser)
     sampling_arguments(parser)
 
 
@@ -27,6 +29,7 @@ def run(
     prompt: list[str],
     parse_special: bool,
     draft: int,
+    weights: str,
     max_new_tokens: int,
     stop: list[str],
     seed: int,
@@ -46,6 +49,8 @@ def run(
     from dsv3_lightning.runs.models import load
 
     how = Sampling(**sampling)
+    if draft and weights != "fp32":
+        raise ConfigError(f"--weights {weights}: can't be combined with --draft {draft}")
     model, tokenizer = load(checkpoint)
     prompts = [prompt_ids(tokenizer, text, parse_special) for text in prompt]
     check_lengths([len(ids) for ids in prompts], max_new_tokens, model.config.max_position_embeddings)
@@ -56,7 +61,7 @@ def run(
     texts, ends = TerminalWriter(tokenizer, prompt, tuple(stop)), tokenizer.end_ids
     unused = tokenizer.ids_without_text(model.config.vocab_size)
     if not draft:
-        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push, unused)
+        decode(model, prompts, max_new_tokens, how, ends, seed, texts.push, unused, weights=weights)
         for _ in prompts:
             texts.finish()
         return 0

@@ -42,6 +42,11 @@ def context_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive, metavar="N", help=help)
 
 
+def weights_argument(parser: argparse.ArgumentParser) -> None:
+    help = "int8: experts, feed-forward networks and head in int8, for one text on a CPU; default %(default)s"
+    parser.add_argument("--weights", choices=("fp32", "int8"), default="fp32", help=help)
+
+
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-new-tokens", type=not_negative, default=128, metavar="N", help="default %(default)s")

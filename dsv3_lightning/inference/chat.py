@@ -39,12 +39,13 @@ class Chat:
         seed: int,
         system: str,
         context: int | None = None,
+        weights: str = "fp32",
     ) -> None:
         self.tokenizer, self.sampling = tokenizer, sampling
         _, self.assistant = turn_ids(tokenizer)
         self.limit = context_of(model.config, context)
         unused = tokenizer.ids_without_text(model.config.vocab_size)
-        self.decoder = Decoder(model, 1, self.limit, lower="--context", unused=unused)
+        self.decoder = Decoder(model, 1, self.limit, lower="--context", unused=unused, weights=weights)
         self.generator = random_stream(seed)
         self.head = conversation(tokenizer, [("system", encode(tokenizer, system))]).ids
         self.turns: list[list[int]] = []

@@ -22,6 +22,7 @@ def decode(
     on_token: Stop | None = None,
     unused: Sequence[int] = (),
     numbers: Sequence[int] | None = None,
+    weights: str = "fp32",
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to the context limit or an end token, which is left out. Raises ConfigError.
 
@@ -29,13 +30,14 @@ def decode(
     other prompts, and two equal prompts have different texts.
     on_token(prompt's number, token): called for every new token; True ends that text, with this token.
     unused: ids that no token has, which are never drawn. numbers: the prompts' numbers; by default from 0 on.
+    weights: see `Decoder`.
     """
     limit = model.config.max_position_embeddings
     check_lengths([len(prompt) for prompt in prompts], max_new_tokens, limit)
     if not max_new_tokens:
         return [[] for _ in prompts]
     capacity = min(max(len(prompt) for prompt in prompts) + max_new_tokens, limit)
-    decoder = Decoder(model, len(prompts), capacity, unused=unused)
+    decoder = Decoder(model, len(prompts), capacity, unused=unused, weights=weights)
     generators = [random_stream(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
     new: list[list[int]] = [[] for _ in prompts]
     running: list[int] = []  # the prompt of each row

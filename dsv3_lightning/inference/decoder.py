@@ -1,6 +1,7 @@
 """Incremental decoding: a model with its cache, which takes tokens and returns their hidden states."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.inference.cache import Cache, Step
+from dsv3_lightning.inference.int8 import Int8, int8_feed_forward
 from dsv3_lightning.inference.layers import DraftModule, Layer, Norm
 from dsv3_lightning.inference.single import Scale, SingleDraft, SingleLayer, fits
+from dsv3_lightning.model.block import Block
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.rope import cos_sin
 from dsv3_lightning.model.transformer import Transformer
@@ -22,6 +25,7 @@ class Decoder:
     MTP modules' caches, by module and row. Rows never contain padding: a forward pass has equally many new tokens in
     each row, and prompts are separate passes. lower: the settings to name in the ConfigError for insufficient memory.
     unused: ids that no token has; their logits are -inf, also those of MTP modules, so none is ever drawn.
+    weights: `int8` for single tokens of one text on a CPU, see int8.py. Raises ConfigError where that can't be.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Decoder:
         mtp_depth: int = 0,
         lower: str = "the number of texts, or their length",
         unused: Sequence[int] = (),
+        weights: str = "fp32",
     ) -> None:
         self.model, self.config, self.capacity = model, model.config, capacity
         layers = self.config.num_hidden_layers + mtp_depth
@@ -47,9 +52,19 @@ class Decoder:
                 self.single_drafts = [SingleDraft(module) for module in model.mtp[:mtp_depth]]
                 self.single_norm = Scale(model.norm)
                 self.turns = [both.repeat(1, 2).unbind() for both in self.rotations]  # cos and sin by position, [rope]
+            self.int8_head: Int8 | None = None
+            if weights == "int8":
+                self.use_int8()
         self.unused = torch.tensor(unused, dtype=torch.int64, device=self.device)
         self.lengths = [0] * rows
         self.mtp_lengths = [[0] * rows for _ in range(mtp_depth)]
+
+    def use_int8(self) -> None:
+        if not self.single:
+            raise ConfigError("--weights int8: is for one text at a time, of a model with MLA in fp32 on a CPU")
+        for layer, block in zip(self.single_layers, self.model.layers):
+            layer.mlp = int8_feed_forward(cast(Block, block).mlp)
+        self.int8_head = Int8(self.model.lm_head.weight)
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +126,8 @@ class Decoder:
     @torch.inference_mode()
     def head(self, h_BTD: Tensor) -> Tensor:
         """The output head alone: fp32 [B, T, V], unused ids included."""
+        if self.int8_head is not None and h_BTD.shape[-2] == 1:
+            return self.int8_head(h_BTD.flatten(0, -2).bfloat16()).float().view(*h_BTD.shape[:-1], -1)
         return F.linear(h_BTD, self.model.lm_head.weight).float()
 
     @torch.inference_mode()

@@ -146,13 +146,16 @@ class Experts:
         scores_E = logits_E.sigmoid_() if self.config.scoring_func == "sigmoid" else logits_E.softmax(-1)
         biased_E = scores_E + self.bias if self.additive else scores_E * (1 + self.bias)
         experts, gates = choose(scores_E.tolist(), biased_E.tolist(), self.config)
+        self.products(x_D, h_D, experts, gates)
+        if self.shared is not None:
+            self.shared(x_D, h_D)
+
+    def products(self, x_D: Tensor, h_D: Tensor, experts: list[int], gates: list[float]) -> None:
         for expert, row_F in zip(experts, self.rows):
             torch.mv(self.gate_up[expert], h_D, out=row_F)
         inner_KF = torch.nn.functional.silu(self.gate_KF).mul_(self.up_KF)
         for expert, gate, inner_F in zip(experts, gates, inner_KF.unbind()):
             x_D.addmv_(self.down[expert], inner_F, alpha=gate)
-        if self.shared is not None:
-            self.shared(x_D, h_D)
 
 
 def choose(scores: list[float], biased: list[float], config: ModelConfig) -> tuple[list[int], list[float]]:

@@ -81,13 +81,13 @@ def test_the_options_are_these_and_no_more(capsys: pytest.CaptureFixture[str]):
         "data": "-h --help action path --split --source --documents --sample --characters",
         "run": config,
         "validate": config,
-        "generate": f"-h --help checkpoint --prompt --parse-special --draft {sampling}",
+        "generate": f"-h --help checkpoint --prompt --parse-special --draft --weights {sampling}",
         "sample": "-h --help checkpoint prompts out --reward --threshold --samples --keep --temperature"
         " --max-new-tokens --seed --reward-seconds --pairs",
         "evaluate": "-h --help checkpoint --tasks --folder --protocol --repeats --shots --max-new-tokens --limit --seed"
         " --out",
         "eval": "-h --help action names --folder --wheel --count --seed",
-        "chat": f"-h --help checkpoint --system --context {sampling}",
+        "chat": f"-h --help checkpoint --system --context --weights {sampling}",
         "serve": "-h --help checkpoint --name --host --port --slots --context --max-waiting --timeout"
         " --body-megabytes --api-key --cors-origin --threads",
         "export": "-h --help run out --dtype --verify --file-gigabytes",
@@ -170,6 +170,7 @@ def test_generate_gets_its_arguments_by_name(monkeypatch: pytest.MonkeyPatch):
             "prompt": ["def "],
             "parse_special": False,
             "draft": 0,
+            "weights": "fp32",
             "max_new_tokens": 128,
         }
         | sampling

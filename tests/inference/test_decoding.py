@@ -11,6 +11,7 @@ from dsv3_lightning.inference import layers
 from dsv3_lightning.inference.decode import decode
 from dsv3_lightning.inference.decoder import Decoder
 from dsv3_lightning.inference.generate import generate
+from dsv3_lightning.inference.int8 import Int8, int8_feed_forward
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.single import choose
 from dsv3_lightning.inference.speculative import speculate
@@ -187,3 +188,42 @@ def test_the_experts_of_a_single_token_are_those_of_the_router(name):
         assert dict(zip(experts, gates, strict=True)) == pytest.approx(
             dict(zip(wanted[0].tolist(), weights[0].tolist(), strict=True)), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("changes", [{}, V2_LITE], ids=["v3", "v2-lite"])
+@torch.no_grad()
+def test_int8_weights_are_rounded_row_by_row_to_255_numbers(changes):
+    """With the products of bf16: experts, a dense layer and the head, each alone, so that no other expert is chosen."""
+    model = biased(small_config(**changes, intermediate_size=64, moe_intermediate_size=32))
+    inputs_ND = torch.randn(30, 32, generator=torch.Generator().manual_seed(0))
+    parts = [int8_feed_forward(block.mlp) for block in model.layers[:2]]
+    got = [torch.zeros_like(inputs_ND) for _ in parts]
+    for part, out_ND in zip(parts, got, strict=True):
+        for x_D, h_D in zip(out_ND, inputs_ND, strict=True):
+            part(x_D, h_D)
+    got.append(Int8(model.lm_head.weight)(inputs_ND.bfloat16()).float())
+
+    def rounded(weight, dim):
+        step = (weight.abs().amax(dim, keepdim=True) / 127).bfloat16().float()
+        return (weight / step).round().clamp(-127, 127) * step
+
+    mask = torch.ones(1, 30, dtype=torch.bool)
+    exact = [*(block.mlp(inputs_ND[None], mask)[0][0] for block in model.layers[:2]), model.lm_head(inputs_ND)]
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            parameter.copy_(rounded(parameter, 1))  # [E, inputs, outputs]
+    for where, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (".mlp." in where or where == "lm_head"):
+            module.weight.copy_(rounded(module.weight, 1))
+    wanted = [*(block.mlp(inputs_ND[None], mask)[0][0] for block in model.layers[:2]), model.lm_head(inputs_ND)]
+    for one, rounded_one, exact_one in zip(got, wanted, exact, strict=True):
+        assert (one - rounded_one).square().mean().sqrt() < 0.01 * exact_one.std()
+        assert 0 < (rounded_one - exact_one).square().mean().sqrt() < 0.02 * exact_one.std()
+
+
+def test_int8_weights_where_they_cannot_be_are_one_line():
+    for name, rows in (("v3", 2), ("gqa", 1)):
+        with pytest.raises(ConfigError, match="--weights int8: is for one text at a time"):
+            Decoder(biased(MODELS[name]), rows, 8, weights="int8")
+    with pytest.raises(ConfigError, match="--weights int8: every width must be a multiple of 32; the model has one of"):
+        Decoder(biased(MODELS["v3"]), 1, 8, weights="int8")
