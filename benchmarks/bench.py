@@ -1,6 +1,6 @@
 """Speed and memory in one command: training by part, peers, an earlier commit, start-up, and the other benchmarks.
 
-    python -m benchmarks.bench [--rounds 8] [--batch-size 16] [--precision bf16] [--reference cd9e6bc] [--json FILE]
+    python benchmarks/bench.py [--rounds 8] [--batch-size 16] [--precision bf16] [--reference cd9e6bc] [--json FILE]
                                [--only PART ...]
 
 All times but those of the other benchmarks are CPU times of one thread, so that other work on the machine matters
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.throughput import our_step, their_step
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import Config, check
@@ -238,6 +237,8 @@ def reference(commit: str, batch_size: int, dtype: torch.dtype, rounds: int) -> 
 
 def peers(batch_size: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
     """transformers' implementations of the same shape without MTP."""
+    from throughput import our_step, their_step  # beside this file, and it imports transformers
+
     config = check(compose(["laptop"], ["model.num_nextn_predict_layers=0"]).tree)
     tokens = torch.randint(config.model.vocab_size, (16, batch_size, config.data.sequence_length + 1))
     ours = our_step(config.model, tokens, dtype)
