@@ -76,14 +76,19 @@ def one_seed(folder: Path, seed: int, tuning_steps: int, steps: int, lr: float, 
     ]  # fmt: skip
     assert dsv3(["run", "nano", *common, *tune]) == 0
     tuning_seconds = time.process_time() - begun
-    start, before = None, {}
-    for path in sorted(step_files(folder / "tuned/checkpoints"), key=step_in):
+    start: Path | None = None
+    stored = folder / "start.json"  # an earlier call, which was ended during GRPO, has found it
+    if stored.exists():
+        start = folder / f"tuned/checkpoints/step={json.loads(stored.read_text(encoding='utf-8'))}.ckpt"
+    for path in [] if start else sorted(step_files(folder / "tuned/checkpoints"), key=step_in):
         sampled = measure(path, held_out, 4)["pass@1"]
         print(f"seed {seed}: step {step_in(path)} of tuning: pass@1 {sampled:.3f}", flush=True)
         if sampled >= 0.45:
-            start, before = path, measure(path, held_out)
+            start = path
+            stored.write_text(json.dumps(step_in(path)), encoding="utf-8")
             break
     assert start is not None, "the tuning never reached pass@1 of 0.45"
+    before = measure(start, held_out)
     if not (folder / "start").exists():
         assert dsv3(["export", str(start), str(folder / "start")]) == 0
     begun = time.process_time()

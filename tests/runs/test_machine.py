@@ -60,7 +60,7 @@ def test_a_port_in_use_is_one_line(nano):
 
 @pytest.mark.parametrize("victim", ["child", "parent"])
 def test_a_rank_that_dies_takes_the_others_with_it(nano, victim):
-    process = nano.start("dying", "trainer.devices=2", "trainer.max_steps=5000")
+    process = nano.start("dying", "trainer.devices=2", "trainer.max_steps=5000", popen=subprocess.Popen)
     wait_for(process, "step 3/")
     parent = psutil.Process(process.pid)
     family = [parent, *parent.children(recursive=True)]

@@ -8,14 +8,14 @@ from dsv3_lightning.common.table import si, table
 # MB/s per core of UTF-8 text (of HTML for `html`): harmonic means of English, Chinese and code by
 # benchmarks/preparation.py on one core of an AMD EPYC with AVX2, 2026-11-28.
 RATES = {
-    "html": 34.0,
-    "repair": 139.6,
-    "language": 9.6,
-    "quality": 9.3,
-    "pii": 32.6,
-    "exact": 114.1,
-    "near": 67.8,
-    "write": 80.8,
+    "html": 33.9,
+    "repair": 137.8,
+    "language": 8.9,
+    "quality": 9.0,
+    "pii": 32.9,
+    "exact": 111.9,
+    "near": 52.4,
+    "write": 83.7,
 }
 
 

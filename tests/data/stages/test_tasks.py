@@ -89,6 +89,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert log.read_text() == "bcdefg"
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_process_is_the_same_error_and_keeps_what_the_others_did(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^data.paths: c is bad$"):
         run_tasks(tmp_path, TASKS[:3], fail_at_c, jobs=2)
@@ -101,6 +102,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["tasks.json"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_reported_and_the_rest_is_done_by_the_next_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a process was killed, usually for want of memory"):
         run_tasks(tmp_path / "killed", TASKS, die_at_c, jobs=2)
@@ -165,6 +167,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     (pids := tmp_path / "pids").mkdir()

@@ -79,6 +79,7 @@ def test_many_tasks_and_shards_hold_the_same_tokens_as_one(many: DataConfig, mon
     }
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_gives(many: DataConfig) -> None:
     assert contents(prepare(many)) == contents(prepare(elsewhere(many, "two"), jobs=2))
 

@@ -38,7 +38,8 @@ MODELS = {
         "optimizer.kind=muon",
     ),
 }
-MODELS["muon"] = (*MODELS["depth1"], "optimizer.kind=muon")  # fmt: skip
+MODELS["muon"] = (*MODELS["depth1"], "optimizer.kind=muon")
+MODELS["short"] = (*MODELS["depth2"], "model.num_hidden_layers=4")  # for two stages
 SCHEDULES = ("zbv", "dualpipev", "interleaved_zero_bubble", "interleaved_1f1b", "1f1b")
 MESHES = {"fsdp2": "kind: fsdp2", "ep2": "kind: fsdp2_ep, expert_parallel: 2", "hsdp": "kind: hsdp, dp_shard: 1"}
 PAIRS = {"ep2 in pairs": "kind: fsdp2_ep, expert_parallel: 2, overlap: pairs"}  # of dualpipev
@@ -56,9 +57,9 @@ def case(
     ranks: int, schedule: str, model: str = "depth1", checkpointing: str = "none", mesh: str = "fsdp2", stages: int = 0,
     sharded: bool = False,
 ) -> Case:  # fmt: skip
-    """stages: the pipeline's ranks; 0: all. A micro-batch has one sample. sharded: as strategy.sharded_checkpoints."""
+    """stages: the pipeline's ranks; 0: all. sharded: as strategy.sharded_checkpoints."""
     stages = stages or ranks
-    block = f"pipeline_parallel: {stages}, schedule: {schedule}, micro_batches: {8 * stages // ranks}"
+    block = f"pipeline_parallel: {stages}, schedule: {schedule}, micro_batches: {2 * stages}"  # DualPipeV's least
     words = (
         f"strategy={{{(MESHES | PAIRS)[mesh]}, {block}, sharded_checkpoints: {str(sharded).lower()}}}",
         f"compute.activation_checkpointing={checkpointing}",
