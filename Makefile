@@ -53,7 +53,7 @@ board: $(INSTALLED) ## open the dashboard of all runs in TensorBoard
 	$(VENV)/bin/tensorboard --logdir runs
 
 bench: $(INSTALLED) ## measure a training step by part, against transformers and an earlier commit, start-up and memory
-	PYTHONPATH=. $(PYTHON) benchmarks/bench.py
+	$(PYTHON) benchmarks/bench.py
 
 gpu-check: ## check kernels, runs and speed on this machine's CUDA GPU with its own Python; WHEELS=FOLDER: what that lacks
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))

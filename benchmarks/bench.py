@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from throughput import our_step, their_step
 
 from dsv3_lightning.common.table import table
 from dsv3_lightning.config.compose import compose
@@ -238,6 +237,8 @@ def reference(commit: str, batch_size: int, dtype: torch.dtype, rounds: int) -> 
 
 def peers(batch_size: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
     """transformers' implementations of the same shape without MTP."""
+    from throughput import our_step, their_step  # beside this file, and it imports transformers
+
     config = check(compose(["laptop"], ["model.num_nextn_predict_layers=0"]).tree)
     tokens = torch.randint(config.model.vocab_size, (16, batch_size, config.data.sequence_length + 1))
     ours = our_step(config.model, tokens, dtype)

@@ -86,8 +86,7 @@ class Widths:
     def moe(self, policy: str) -> int:
         model, c = self.model, self.computed
         D, K, E, F = model.hidden_size, model.num_experts_per_tok, model.n_routed_experts, model.moe_intermediate_size
-        # Sorted tokens, gate and up, and the weighted product.
-        routed = K * (c * (D + 3 * F) if policy == "none" else self.swiglu(F, policy))
+        routed = K * (self.swiglu(F, policy) + (c * D if policy == "none" else 0))  # sorted
         shared = self.swiglu(model.n_shared_experts * F, policy) if model.n_shared_experts else 0
         router = 4 * E if policy == "selective" else 16 * E + (4 * D if c == 2 else 0)  # scores; the input in fp32
         return routed + shared + router

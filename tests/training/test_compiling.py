@@ -54,8 +54,6 @@ def test_changing_token_counts_compile_nothing_after_the_warm_up(dynamo, policy)
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 model.losses(*small_batch(model.config, B, T + 1))
         assert said == [] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen
-        Fused.all[0](torch.ones(4, 6, dtype=torch.float64), torch.ones(4))  # another dtype does
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen + 1
     finally:
         log.removeHandler(handler)
         torch._logging.set_logs()
