@@ -4,22 +4,19 @@ A document is a text, or a conversation: a jsonl line whose field `text_key` hol
 """
 
 import gzip
+import importlib
 import itertools
 import json
 import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import zstandard
-
-try:
-    import orjson
-except ImportError:  # of the extra `data`
-    orjson = None  # type: ignore[assignment]
 
 from dsv3_lightning.common.files import BLOCK, blocks, utf8_path
 from dsv3_lightning.data.config import DEFAULTS
@@ -29,6 +26,8 @@ from dsv3_lightning.data.text.messages import holds_messages, parse, short
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
 from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.errors import ConfigError
+
+orjson: Any = importlib.import_module("orjson") if find_spec("orjson") else None  # of the extra `data`
 
 BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
