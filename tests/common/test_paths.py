@@ -122,7 +122,15 @@ def test_every_setting_that_is_text_is_a_path_or_known_to_be_none():
     found = leaves(Config, "")
     assert {key for key, hint in found if hint is str and "." in key} == TEXT_SETTINGS
     marked = {key for key, hint in found if get_origin(hint) is Annotated}
-    assert marked == {"run.dir", "run.resume", "init_from", "data.paths", "data.cache_dir", "data.tokenizer"}
+    assert marked == {
+        "run.dir",
+        "run.resume",
+        "init_from",
+        "data.paths",
+        "data.cache_dir",
+        "data.tokenizer",
+        "compute.compile_cache",
+    }
 
 
 def test_settings_are_resolved_and_stay_as_they_are_when_read_again(home: Path):

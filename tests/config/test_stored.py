@@ -12,7 +12,7 @@ from dsv3_lightning.runs.changes import ALWAYS, rule
 from dsv3_lightning.runs.changes import differences as all_differences
 
 FIRST = Path(__file__).with_name("stored_0.1.0.yaml")  # the config.yaml of a run of nano, made by version 0.1.0
-SAME = ["run.dir=/runs", "data.cache_dir=/runs/data"]
+SAME = ["run.dir=/runs", "data.cache_dir=/runs/data", "compute.compile=false", "compute.compile_cache=runs/compiled"]
 
 
 def nano(*overrides: str) -> dict[str, Any]:
