@@ -8,6 +8,7 @@ The text is Python's own library, English documentation and made-up Chinese, fro
 process are measured, so other processes on the machine matter little.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -188,5 +189,8 @@ def memory(megabytes: float = 1000) -> None:
 
 
 if __name__ == "__main__":
-    what, *numbers = sys.argv[1:] or ["rates"]
-    {"kills": kills, "rates": rates, "memory": memory}[what](*map(int, numbers))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("kills", "rates", "memory"), default="rates")
+    parser.add_argument("number", nargs="?", type=int, help="kills, or megabytes")
+    given = parser.parse_args()
+    {"kills": kills, "rates": rates, "memory": memory}[given.what](*([] if given.number is None else [given.number]))

@@ -16,23 +16,24 @@ WIDTH = 32
 
 
 class Int8:
-    """W [N, I] as int8. x, bf16 [R, I] -> bf16 [R, N]. torch's product reads 32 numbers at a time, so rows of zeros
-    fill N up. Raises ConfigError for another I."""
+    """A weight [outputs, inputs] as int8. x, bf16 [rows, inputs] -> bf16 [rows, outputs].
 
-    def __init__(self, weight_NI: Tensor) -> None:
-        self.size, inputs = weight_NI.shape
+    torch's product reads 32 numbers at a time, so rows of zeros fill the outputs up. Raises ConfigError for inputs of
+    another width.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.size, inputs = weight.shape
         if inputs % WIDTH:
             raise ConfigError(
                 f"--weights int8: every width must be a multiple of {WIDTH}; the model has one of {inputs}"
             )
-        weight_NI = F.pad(weight_NI, (0, 0, 0, -self.size % WIDTH))
-        self.scale_N = (weight_NI.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
-        self.weight_NI = (
-            (weight_NI / self.scale_N.float()[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
-        )
+        weight = F.pad(weight, (0, 0, 0, -self.size % WIDTH))
+        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
+        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
 
-    def __call__(self, x_RI: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x_RI, self.weight_NI, self.scale_N)[:, : self.size]
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x, self.weight, self.scale)[:, : self.size]
 
 
 def int8_feed_forward(mlp: nn.Module) -> "FeedForward | Int8Experts":

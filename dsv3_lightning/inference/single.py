@@ -61,9 +61,9 @@ class Attention:
         order, swapped = torch.tensor([*first, *second]), torch.tensor([*second, *first])
         sign = torch.ones(rope).index_fill(0, torch.arange(rope // 2), -1.0)[:, None]
 
-        def turned(rows_RI: Tensor) -> Tensor:
-            """Rows for the rotated channels in the cache's order, then those for their partners: [..., 2 rope, I]."""
-            return torch.cat((rows_RI[..., order, :], rows_RI[..., swapped, :] * sign), -2)
+        def turned(rows: Tensor) -> Tensor:
+            """Rows [..., 2 rope, inputs] for the rotated channels in the cache's order, then for their partners."""
+            return torch.cat((rows[..., order, :], rows[..., swapped, :] * sign), -2)
 
         self.compressed = attention.compresses_queries
         w_q = (attention.q_b_proj if self.compressed else attention.q_proj).weight.unflatten(0, (H, -1))

@@ -24,6 +24,7 @@ TEXTS = {
     "plan": {"gpu", "times"},  # numbers, or a run
     "generate": {"prompt"},
     "chat": {"system"},
+    "prepare": {"shard"},
     "eval": {"names"},
     "evaluate": {"tasks"},  # files, or names in a folder, which evaluation/tasks.py finds
     "serve": {"name", "host", "api_key", "cors_origin"},
@@ -31,7 +32,11 @@ TEXTS = {
     "sweep": {"words"},
     "reproduce": {"overrides"},
 }
-TEXT_SETTINGS = {"run.name", "data.text_key", "data.end_token"}
+TEXT_SETTINGS = {
+    "run.name", "data.text_key", "data.end_token", "data.cleaning.quality", "data.sources", "data.sources.filters",
+    "data.sources.language", "data.sources.license", "data.sources.text_key", "data.tokenizer_weights",
+    "data.weights_schedule.weights", "grpo.rewards",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -129,6 +134,9 @@ def test_every_setting_that_is_text_is_a_path_or_known_to_be_none():
         "data.paths",
         "data.cache_dir",
         "data.tokenizer",
+        "data.sources.paths",
+        "data.sources.tokenizer",
+        "data.cleaning.decontaminate.paths",
         "compute.compile_cache",
     }
 
