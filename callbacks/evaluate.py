@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dsv3_lightning.callbacks.charts import Charts
 from dsv3_lightning.callbacks.protocol import require_data, require_model
 from dsv3_lightning.callbacks.settings import EvaluateSettings
+from dsv3_lightning.common.paths import user_path
 from dsv3_lightning.evaluation.evaluate import Result, evaluate, write_answers
 from dsv3_lightning.evaluation.tasks import read_tasks
 from dsv3_lightning.evaluation.writers import cached_writer, called_writer
@@ -39,7 +40,7 @@ class Evaluate(Callback):
     def __init__(self, *, tasks: Sequence[str], every_n_steps: int = 1000, limit: int | None = 100) -> None:
         EvaluateSettings(tasks=tasks, every_n_steps=every_n_steps, limit=limit)
         self.every_n_steps, self.limit = every_n_steps, limit
-        self.tasks = read_tasks([Path(path) for path in tasks])
+        self.tasks = read_tasks([user_path(path) for path in tasks])
 
     @staticmethod
     def charts(tree: dict[str, Any], origins: int) -> Charts:

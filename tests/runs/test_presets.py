@@ -16,7 +16,7 @@ from dsv3_lightning.model.losses import IGNORE
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.training.dry_run import compute_as_on_a_gpu
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 
 OTHERS = {
     "base",
@@ -62,10 +62,27 @@ def shrunken(name: str) -> list[str]:
     return [*SMALL, "model.q_lora_rank=16", ramp] if name == "v3" else [*SMALL]
 
 
+def corpus(name: str, data_cache: list[str]) -> list[str]:
+    """Settings of a small corpus: for bilingual, whose own is fetched, other texts of its three sources, uncleaned."""
+    if name != "bilingual":
+        return data_cache
+    paths, *rest = data_cache
+    sources = {"english": f"[{ROOT / 'docs'}]", "chinese": f"[{ROOT / 'tests/model'}]", "code": paths.split("=")[1]}
+    return [*rest, "data.cleaning=null", *(f"data.sources.{name}.paths={given}" for name, given in sources.items())]
+
+
 def two_steps(base, data_cache, name, *overrides) -> Run:
     words = ["trainer.max_steps=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=2"]
     code = main(
-        ["run", name, f"run.dir={base}", *data_cache, "callbacks.throughput.peak_flops=1e11", *words, *overrides]
+        [
+            "run",
+            name,
+            f"run.dir={base}",
+            *corpus(name, data_cache),
+            "callbacks.throughput.peak_flops=1e11",
+            *words,
+            *overrides,
+        ]
     )
     return Run(base / name, code)
 
