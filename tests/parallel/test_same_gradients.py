@@ -55,17 +55,13 @@ NAMES = [name for ways in WAYS.values() for name in ways]
 
 RESUMED = {  # on so many ranks, with that strategy, from that run's checkpoint of that step
     "1 -> 2 fsdp": (2, "{kind: fsdp2, sharded_checkpoints: true}", "one", 10),
-    "2 ep -> 2 fsdp": (2, "fsdp2", "ep2", 10),
     "2 fsdp -> 2 ep": (2, "fsdp2_ep", "fsdp2_of_2", 10),
     "1 -> 2 fsdp -> 4 ep": (4, "{kind: fsdp2_ep, expert_parallel: 4, deduplicate: false}", "1 -> 2 fsdp", 15),
-    "1 -> 4 ep": (4, "{kind: fsdp2_ep, expert_parallel: 4}", "one", 10),
     "2 ep -> 4 hsdp": (4, "{kind: hsdp, dp_shard: 2}", "ep2", 10),
     "4 ep x fsdp -> 4 fsdp": (4, "fsdp2", "ep2_fsdp2", 10),
     "4 fsdp -> 4 ep x fsdp": (4, "{kind: fsdp2_ep, expert_parallel: 2, sharded_checkpoints: true}", "fsdp2", 10),
     "4 fsdp -> 2 ep": (2, "{kind: fsdp2_ep, sharded_checkpoints: true}", "fsdp2", 10),
-    "4 ep x fsdp -> 2 fsdp": (2, "fsdp2", "ep2_fsdp2", 10),
     "2 ep -> 1": (1, "auto", "ep2", 10),
-    "4 fsdp -> 1": (1, "auto", "fsdp2", 10),
     "4 hsdp -> 1": (1, "auto", "hsdp22", 10),
     "4 ep x fsdp -> 1": (1, "auto", "ep2_fsdp2", 10),
     "4 fsdp -> 2 ep -> 1": (1, "auto", "4 fsdp -> 2 ep", 15),
