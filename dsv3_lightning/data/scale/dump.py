@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dsv3_lightning.common.table import si, table
 
 # MB/s per core of UTF-8 text (of HTML for `html`): harmonic means of English, Chinese and code by
-# benchmarks/preparation.py on one core of an AMD EPYC with AVX2, 2026-11-28.
+# benchmarks/cleaning.py on one core of an AMD EPYC with AVX2, 2026-11-28.
 RATES = {
     "html": 33.9,
     "repair": 137.8,

@@ -101,7 +101,7 @@ def written(
             "## One dump of Common Crawl",
             "",
             "What cleaning one dump (2.7 billion pages, 386 TiB of HTML) takes at the rates that "
-            "benchmarks/preparation.py measured:",
+            "benchmarks/cleaning.py measured:",
             "",
             *(f"    {line}".rstrip() for line in shown(Dump(), RATES).splitlines()),
         ]

@@ -1,6 +1,6 @@
-"""Preparation of text: MB/s per core by step beside bare libraries, memory, and whether planted faults are found.
+"""Cleaning of text: MB/s per core by step beside bare libraries, memory, and whether planted faults are found.
 
-    python benchmarks/preparation.py english=FOLDER chinese=FOLDER code=FOLDER [--mb 20]
+    python benchmarks/cleaning.py english=FOLDER chinese=FOLDER code=FOLDER [--mb 20]
 
 The folders hold anything that data.sources reads; without any, Python's own sources are the only corpus. Rates are of
 UTF-8 bytes of text by the processor's time of this process, so that other load doesn't count. Near duplicates are
@@ -43,7 +43,6 @@ from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.sources import Source, find_named
 
 PUBLISHED = read_yaml(PRESETS / "cleaning.yaml")["data"]["cleaning"]  # type: ignore[arg-type]
-LANGUAGES = {"english": "en", "chinese": "zh", "code": "code"}
 FILTERS = {"english": "web_en", "chinese": "web_zh", "code": "code"}
 
 
