@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from dsv3_lightning.data.batches import packing
-from dsv3_lightning.data.batches.packing import Make, PackedIndex, fill_target_counts, in_memory, ranges
+from dsv3_lightning.data.batches.packing import Make, PackedIndex, allocate, fill_target_counts, in_memory, ranges
 
 
 def concatenate(
@@ -31,15 +31,7 @@ def concatenate(
     for first, last, (*_, row) in cut_in_chunks(offsets, begins, sequence_length, mtp_depth):
         counts = np.bincount(row, minlength=last - first)
         samples[first + 1 : last + 1] = samples[first] + np.cumsum(counts)
-    pieces = int(samples[-1])
-    index = PackedIndex(
-        samples,
-        starts=make("starts", (pieces,), np.int64),
-        lengths=make("lengths", (pieces,), np.int64),
-        positions=make("positions", (pieces,), np.int64),
-        continues=make("continues", (pieces,), np.bool_),
-        target_counts=make("target_counts", (len(begins), 1 + mtp_depth), np.int64),
-    )
+    index = allocate(samples, mtp_depth, make)
     for first, last, (starts, lengths, continues, row) in cut_in_chunks(offsets, begins, sequence_length, mtp_depth):
         of = slice(samples[first], samples[last])
         index.starts[of], index.lengths[of], index.continues[of] = starts, lengths, continues

@@ -90,14 +90,7 @@ def pack(
     sample = make("sample", (pieces,), np.int64)
     samples = number_samples((whole for *_, whole in cuts), bins, sample, make)
 
-    index = PackedIndex(
-        samples,
-        starts=make("starts", (pieces,), np.int64),
-        lengths=make("lengths", (pieces,), np.int64),
-        positions=make("positions", (pieces,), np.int64),
-        continues=make("continues", (pieces,), np.bool_),
-        target_counts=make("target_counts", (len(samples) - 1, 1 + mtp_depth), np.int64),
-    )
+    index = allocate(samples, mtp_depth, make)
     free, filled = samples[:-1].copy(), np.zeros(len(index), dtype=np.int32)  # the next piece's number and position
     begin = 0
     for starts, lengths, continues, _ in cut_in_chunks(offsets, sequence_length, mtp_depth):
@@ -112,6 +105,19 @@ def pack(
         filled[of[first]] += np.diff(np.append(sums[first], sums[-1])).astype(np.int32)
     fill_target_counts(index, sequence_length, mtp_depth, mask_document_ends, loss_spans)
     return index
+
+
+def allocate(samples: np.ndarray, mtp_depth: int, make: Make) -> PackedIndex:
+    """An index of these samples, int64 [samples + 1], whose other arrays are still to be filled."""
+    pieces = int(samples[-1])
+    return PackedIndex(
+        samples,
+        starts=make("starts", (pieces,), np.int64),
+        lengths=make("lengths", (pieces,), np.int64),
+        positions=make("positions", (pieces,), np.int64),
+        continues=make("continues", (pieces,), np.bool_),
+        target_counts=make("target_counts", (len(samples) - 1, 1 + mtp_depth), np.int64),
+    )
 
 
 def fill_target_counts(
