@@ -21,7 +21,7 @@ from dsv3_lightning.evaluation.writers import cached_writer, called_writer
 from dsv3_lightning.inference.scoring import score
 from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.parallel.pipeline.relay import Relay
-from dsv3_lightning.training.logging import is_last_micro_batch, log_scalars, planned_steps
+from dsv3_lightning.training.logging import is_due, log_scalars
 
 QUESTION = "is it learning"
 CURVES = re.compile(r"gold_bits_per_byte|accuracy_.*|(pass|majority)@\d+|wrong|unreadable|never_ended")
@@ -57,12 +57,9 @@ class Evaluate(Callback):
         require_data(trainer, self, "tokenizer")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if not is_last_micro_batch(trainer, batch_idx) or (
-            step % self.every_n_steps and step != planned_steps(trainer)
-        ):
+        if not is_due(trainer, batch_idx, self.every_n_steps):
             return
-        was_training = pl_module.training
+        step, was_training = trainer.global_step, pl_module.training
         pl_module.eval()
         with trainer.precision_plugin.forward_context():
             results = [self.evaluate(trainer, pl_module, task) for task in self.tasks]

@@ -12,7 +12,7 @@ from dsv3_lightning.inference.generate import generate
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.parallel.data_ranks import pipeline_of
 from dsv3_lightning.parallel.pipeline.relay import Relay
-from dsv3_lightning.training.logging import is_last_micro_batch, planned_steps
+from dsv3_lightning.training.logging import is_due
 
 
 class SampleText(Callback):
@@ -41,10 +41,7 @@ class SampleText(Callback):
         require_data(trainer, self, "tokenizer")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if not is_last_micro_batch(trainer, batch_idx) or (
-            step % self.every_n_steps and step != planned_steps(trainer)
-        ):
+        if not is_due(trainer, batch_idx, self.every_n_steps):
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         limit = pl_module.model.config.max_position_embeddings
@@ -55,7 +52,7 @@ class SampleText(Callback):
             new = generate(model, prompts, self.max_new_tokens, Sampling(self.temperature), tokenizer.eos_id, 0, unused)
         self.latest = [prompt + tokenizer.decode(ids) for prompt, ids in zip(self.prompts, new, strict=True)]
         if trainer.is_global_zero:
-            self.show(trainer, step)
+            self.show(trainer, trainer.global_step)
 
     def show(self, trainer: Trainer, step: int) -> None:
         for number, text in enumerate(self.latest):

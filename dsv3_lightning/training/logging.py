@@ -16,14 +16,14 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float | None], step: int 
     adds no point to its curve, and `latest_scalars` has no value until the next one.
     """
     present = {name: value for name, value in values.items() if value is not None}
+    now = steps_done(trainer) if step is None else step
     for logger in trainer.loggers if present else []:
-        logger.log_metrics(present, step=steps_done(trainer) if step is None else step)
+        logger.log_metrics(present, step=now)
     latest = latest_scalars(trainer)
     vars(trainer.lightning_module).setdefault("scalar_names", set()).update(values)
     for name in values:
         latest.pop(name, None)
     latest.update(present)
-    now = steps_done(trainer) if step is None else step
     vars(trainer.lightning_module).setdefault("scalar_steps", {}).update(dict.fromkeys(present, now))
     publish(trainer, present)
 
@@ -71,3 +71,9 @@ def planned_steps(trainer: Trainer) -> float:
     """Optimizer steps of the whole training: `max_steps`, or those of all epochs; inf where it is unknown."""
     steps = trainer.estimated_stepping_batches
     return math.inf if steps == -1 else steps
+
+
+def is_due(trainer: Trainer, batch_idx: int, every_n_steps: int) -> bool:
+    """True after the steps that an interval names and after the last one, with their last micro-batch."""
+    step = trainer.global_step
+    return is_last_micro_batch(trainer, batch_idx) and (step % every_n_steps == 0 or step == planned_steps(trainer))
