@@ -92,15 +92,10 @@ class DPOModule(WeightedModule):
             own = np.arange(first, first + size * ranks).reshape(size, ranks)[:, rank]
             own = np.where(own < len(dataset), own, -1)
             batch = {name: value.to(self.device) for name, value in dataset[MicroBatch(own)].items()}
-
-            def keep(log_p_BT: Tensor, entropy_BT: Tensor, numbers: Tensor = batch["sample_ids"]) -> Tensor:
-                there = numbers >= 0
-                sums[numbers[there]] = log_p_BT.sum(1).view(2, -1).T[there].float()
-                return torch.zeros_like(log_p_BT)
-
             with self.trainer.precision_plugin.val_step_context():
-                self.model.losses(batch["tokens"], batch["mask"], batch["targets"], weigh=keep)
-        torch.clear_autocast_cache()
+                log_p_BT = self.target_log_probabilities(batch)
+            numbers, there = batch["sample_ids"], batch["sample_ids"] >= 0
+            sums[numbers[there]] = log_p_BT.sum(1).view(2, -1).T[there].float()
         return sum_over_data(self.trainer.strategy, sums).cpu()
 
     def readings(self, sums: dict[str, float]) -> dict[str, float | None]:

@@ -170,20 +170,12 @@ class GRPOModule(WeightedModule):
             found += [(group.number, group, [next(rows) for _ in group.answers]) for group in some]
         return found
 
-    @torch.no_grad()
     def log_probabilities_of(self, batch: dict[str, Tensor]) -> list[np.ndarray]:
         """log π of each answer's tokens."""
-        kept: list[Tensor] = []
-
-        def keep(log_p_BT: Tensor, entropy_BT: Tensor) -> Tensor:
-            kept.append(log_p_BT)
-            return torch.zeros_like(log_p_BT)
-
         self.set_routes(batch)
-        self.model.losses(batch["tokens"], batch["mask"], batch["targets"], weigh=keep)
-        torch.clear_autocast_cache()
+        log_p_BT = self.target_log_probabilities(batch).cpu()
         valid_BT = (batch["targets"][:, 0] != IGNORE).cpu()
-        return [row[valid].numpy() for row, valid in zip(kept[0].cpu(), valid_BT, strict=True)]
+        return [row[valid].numpy() for row, valid in zip(log_p_BT, valid_BT, strict=True)]
 
     def batch_of(self, groups: list[Group]) -> dict[str, Tensor]:
         """A micro-batch of the groups' answers, a sequence each, with what the objective needs of them."""

@@ -335,11 +335,16 @@ class PretrainModule(pl.LightningModule):
         """The sources of validation batches with a `source`; none if the data are one corpus."""
         return getattr(self.trainer.datamodule, "source_names", [])  # type: ignore[attr-defined]
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def validated(self, batch: dict[str, Tensor]) -> Losses:
+        """The losses of a validation batch; those of all heads, and accepted drafts, are added to their means."""
         losses = self.losses_of(batch, draft=self.model.config.mtp_depth > 0)
         if losses.drafts_BPT is not None:
             self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
         self.val_loss.update(losses.nll_P, batch["targets"])
+        return losses
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        losses = self.validated(batch)
         self.val_bpb.update(losses.nll_P[0], batch["target_bytes"])
         if self.val_sources is not None:
             self.val_sources.update(batch["source"], losses.nll_P[0], batch["targets"][:, 0], batch["target_bytes"])

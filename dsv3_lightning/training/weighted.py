@@ -91,6 +91,19 @@ class WeightedModule(PretrainModule):
 
         return self.model.losses(batch["tokens"], batch["mask"], batch["targets"], draft, None, weigh)
 
+    @torch.no_grad()
+    def target_log_probabilities(self, batch: dict[str, Tensor]) -> Tensor:
+        """log π of the main head's targets at `temperature`, fp32 [B, T], 0 where there is none."""
+        found: list[Tensor] = []
+
+        def keep(log_p_BT: Tensor, entropy_BT: Tensor) -> Tensor:
+            found.append(log_p_BT)
+            return torch.zeros_like(log_p_BT)
+
+        self.model.losses(batch["tokens"], batch["mask"], batch["targets"], weigh=keep)
+        torch.clear_autocast_cache()  # it would keep weights that were cast without gradient
+        return found[0]
+
     def head_loss(self, nll_P: Tensor, parts: int) -> Tensor:
         """The objective's value with the gradient of Σ w · -log π, and λ times the mean of the MTP modules' losses."""
         assert self.target_counts_P is not None
@@ -140,14 +153,6 @@ class WeightedModule(PretrainModule):
         if self.trainer.is_global_zero:
             shown = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
             print(f"validation before step 1:  {shown}", flush=True)
-
-    def validated(self, batch: dict[str, Tensor]) -> Losses:
-        """The losses of a validation batch, whose drafts and MTP losses are noted."""
-        losses = self.losses_of(batch, draft=self.model.config.mtp_depth > 0)
-        if losses.drafts_BPT is not None:
-            self.val_acceptance.update(losses.drafts_BPT, batch["targets"])
-        self.val_loss.update(losses.nll_P, batch["targets"])
-        return losses
 
     def validated_mtp(self) -> dict[str, float | None]:
         values = self.mtp_values(self.val_loss.compute()[1:])
