@@ -65,7 +65,7 @@ class Runner:
         made = OneForwardOneBackward if schedule == "1f1b" else getattr(schedules, name)
         loss: dict[str, Any] = {"loss_fn": lambda output, target: output} if trains else {}
         self.schedule = made(self.stages, shape.micro_batches, scale_grads=False, **loss)
-        if overlap is None:
+        if schedule == "dualpipev" and overlap is None:
             part_pairs(self.schedule)
         if not trains:
             order = self.schedule.pipeline_order_with_comms
