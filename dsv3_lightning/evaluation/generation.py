@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.evaluation.answers import Tally, check, vote
+from dsv3_lightning.evaluation.answers import Tally, check_all, vote
 from dsv3_lightning.evaluation.options import Answer, Score, bits_per_byte
 from dsv3_lightning.evaluation.protocols import Protocol, protocol_of
 from dsv3_lightning.evaluation.requests import Pair, context_text, fit, fit_prompt, gap, pair_ids, prompt_of
@@ -73,7 +73,7 @@ def answer_questions(
     answers = []
     for sample, (_, cut), gold in zip(samples, prompts, bits):
         generated = [next(texts) for _ in range(protocol.repeats)]
-        verdicts = [check(task.settings.checker, one.text, sample.answers) for one in generated]
+        verdicts = check_all(task.settings.checker, [one.text for one in generated], [sample.answers] * len(generated))
         answers.append(
             {
                 "line": sample.number,

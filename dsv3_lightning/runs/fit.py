@@ -51,6 +51,7 @@ from dsv3_lightning.runs.trainer import (
 from dsv3_lightning.training.compiling import Compiler, choose, obstacle_here
 from dsv3_lightning.training.hardware import FP8_LINES, hardware_lines
 from dsv3_lightning.training.module import PretrainModule
+from dsv3_lightning.training.precision import product_dtype
 
 
 class Decision(NamedTuple):
@@ -120,7 +121,7 @@ def train_once(folder: RunFolder, config: Config, tree: dict[str, Any], sources:
     start = find_start(decision, config)
     parts, reason = build(folder, config, tree, start, first.attempt)
     doing = "prepares the run's data (`dsv3 prepare CONFIG` does that once, before a run)"
-    compiler = Compiler(user_path(config.compute.compile_cache), compute_dtype_of(parts.tree))
+    compiler = Compiler(user_path(config.compute.compile_cache), product_dtype(str(parts.tree["trainer"]["precision"])))
     compiled = first.decides(
         "data", lambda: prepare_once(folder, config, sources, start, parts, reason, compiler), doing
     )
@@ -226,10 +227,6 @@ def prepare_once(
     for line in [*said, *([choice.line] if choice.line else [])]:
         say(line)
     return choice.on
-
-
-def compute_dtype_of(tree: dict[str, Any]) -> torch.dtype:
-    return torch.float32 if str(tree["trainer"]["precision"]) == "32" else torch.bfloat16
 
 
 def train(parts: Parts, start: Start) -> int:

@@ -1,10 +1,9 @@
 """What the device does with attention and experts, in lines for the start of a run."""
 
-import torch
-
 from dsv3_lightning.model.attention_kernels import choose_kernel, describe_kernel
 from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.model.devices import Device, empty_experts_get_gradients, grouped_products_loop
+from dsv3_lightning.training.precision import product_dtype
 
 FP8_LINES = {  # by compute.fp8
     "emulated": "FP8, emulated: linear layers of blocks and experts; numbers in tiles, products in fp32",
@@ -19,7 +18,7 @@ def hardware_lines(
 
     precision: one of `precision.PRECISIONS` but auto. isolate: whether documents of a sample do not see each other.
     """
-    dtype = torch.float32 if precision == "32" else torch.bfloat16
+    dtype = product_dtype(precision)
     qk, v = model.qk_head_dim, model.v_head_dim
     lines = [describe_kernel(choose_kernel(device, qk, v, dtype, sequence_length, isolate), device, qk, v, dtype)]
     capability, name = ".".join(map(str, device.capability)), str(dtype).split(".")[-1]

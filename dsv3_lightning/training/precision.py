@@ -26,6 +26,11 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
     return chosen, f"precision {chosen}, chosen by measurement ({rates})"
 
 
+def product_dtype(name: str) -> torch.dtype:
+    """The type of matrix products in a precision, which isn't auto."""
+    return torch.float32 if name == "32" else torch.bfloat16
+
+
 def precision_plugin(name: str, device: torch.device) -> Precision:
     """Lightning's plugin for `32` and `bf16-mixed`, ours for `bf16`."""
     if name == "bf16":
