@@ -23,8 +23,9 @@ GPUS_OF_RUN, HARDWARE = 2048, Hardware(GPUS["h800"])
 FILE = "configs/cluster/v3-2048.yaml"
 # Four copies of the model, each sharded over 512 ranks.
 WITHOUT_PIPELINE = (
-    "strategy.pipeline_parallel=1", "strategy.micro_batches=auto", "strategy.overlap=none", "strategy.dp_replicate=4",
-    "data.batch_size=16384", "data.batch_ramp=null", "trainer.accumulate_grad_batches=2",
+    "strategy.pipeline_parallel=1", "strategy.micro_batches=auto", "strategy.waiting_weights=null",
+    "strategy.overlap=none", "strategy.dp_replicate=4", "data.batch_size=16384", "data.batch_ramp=null",
+    "trainer.accumulate_grad_batches=2",
 )  # fmt: skip
 FP8 = replace(BY_NODE, fp8=True)
 FUSED = replace(FP8, fused=True)

@@ -41,7 +41,7 @@ class Work:
     """The work of an optimizer step. tokens: per micro-batch and rank. micro_batches: per rank and step.
 
     documents: the mean length of the documents that tokens attend within; None: of the whole sequence.
-    moment: bytes of a number in the optimizer's moments. kind: the optimizer's.
+    moment: bytes of a number in the optimizer's moments. kind: the optimizer's. fp8: compute.fp8.
     """
 
     tokens: int
@@ -52,6 +52,7 @@ class Work:
     documents: float | None = None
     moment: int = 4
     kind: str = "adamw"
+    fp8: bool | str = False
 
     @property
     def computed(self) -> int:
