@@ -82,7 +82,14 @@ class Pipeline:
         shape = Shape(micro_batches, samples, positions)
         if (shape, trains) not in self.runners:
             self.runners[shape, trains] = Runner(
-                self.stages, shape, self.schedule, trains, self.group, self.device, self.dtype, self.overlap,
+                self.stages,
+                shape,
+                self.schedule,
+                trains,
+                self.group,
+                self.device,
+                self.dtype,
+                self.overlap,
                 self.waiting,
             )
         for stage in self.stages:

@@ -149,8 +149,7 @@ def split_part(slot: Slot) -> tuple[str, tuple[int, int]] | None:
 def schedule_slots(
     name: str, ranks: int, micro_batches: int, chunks: int | None = None, waiting: int | None = None
 ) -> list[list[Slot]]:
-    """The slots of each rank. chunks: of a rank; None: the schedule's own number. waiting: see strategy.waiting_weights.
-    """
+    """The slots of each rank. chunks: of a rank; None: the schedule's own number. waiting: strategy.waiting_weights."""
     schedule = SCHEDULES[name]
     chunks = chunks or schedule.chunks
     assert valid_chunks(schedule, chunks)

@@ -104,9 +104,9 @@ def test_activations_are_those_of_live_chunks():
     assert each[3].waiting == each[4].waiting == 4096 * 8 * 2 * (attention + shared + 8 * expert)
     again = widths_of(V3, "bf16", 64).micro_batch(shares[3], 4096, "full").made_again
     of_ranks = placement(SCHEDULES["zbv"], 4)
-    found = pipeline_memory(V3, MESH, WORK, shares, of_ranks, planned("zbv").timeline)
-    # rank 3 holds 8 of them at a time, and computes a weight part right after each input part, whose last of 8 layers
-    # computes again
+    timeline = pipeline_step(V3, HARDWARE, LAYOUT, Pipeline("zbv", 4, LAYERS, waiting=1)).timeline
+    found = pipeline_memory(V3, MESH, WORK, shares, of_ranks, timeline)
+    # rank 3 holds 8 of them at a time, one of which is in its input part, whose last of 8 layers computes again
     assert found[3].activations == pytest.approx(7 * each[3].total + each[3].waiting * 7 / 8 + again)
 
 

@@ -5,7 +5,15 @@ import pytest
 from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.planning.pipeline.actions import Action, schedule_slots
 from dsv3_lightning.planning.pipeline.formulas import FORMULA_OF, formulas
-from dsv3_lightning.planning.pipeline.timeline import ChunkTimes, Event, Held, Timeline, peak_chunks, peak_live, simulate
+from dsv3_lightning.planning.pipeline.timeline import (
+    ChunkTimes,
+    Event,
+    Held,
+    Timeline,
+    peak_chunks,
+    peak_live,
+    simulate,
+)
 
 
 def timeline(name: str, ranks: int, micro_batches: int, transfer: float = 0.0, **times: float) -> Timeline:
