@@ -89,7 +89,8 @@ def pipeline_work(config: Config, strategy: StrategyConfig, data_ranks: int) -> 
     T, policy = data.sequence_length, config.compute.activation_checkpointing
     tokens = data.batch_size // (data_ranks * micro_batches) * T
     optimizer = config.optimizer
-    return Work(tokens, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind)
+    return Work(tokens, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind,
+                fp8=config.compute.fp8)  # fmt: skip
 
 
 def plan_pipeline(

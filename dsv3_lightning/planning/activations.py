@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3_lightning.model.config import ModelConfig
-from dsv3_lightning.planning.parameters import attention_shapes, attention_weights, moe_parts, swiglu
-from dsv3_lightning.planning.share import Share, whole_share
+from dsv3_lightning.planning.parameters import attention_shapes, moe_parts
+from dsv3_lightning.planning.share import Share, linear_weights, whole_share
 
 TILED = 1 + 4 / 128  # bytes of a number in FP8, with its share of a tile's scale
 BLOCKED = 1 + 4 / 128**2  # of a weight
@@ -193,11 +193,8 @@ class Widths:
         """Bytes of weights in FP8, which a micro-batch keeps beside its inputs until its backward pass."""
         if not self.fp8:
             return 0
-        model, parts = self.model, moe_parts(self.model)
-        moe = parts["shared experts"].total
-        moe += parts["routed experts"].total // self.ep if self.rounds(experts=True) else 0
-        dense = swiglu(model.hidden_size, model.intermediate_size)
-        return BLOCKED * (share.layers * attention_weights(model) + share.dense * dense + share.moe_layers * moe)
+        routed = moe_parts(self.model)["routed experts"].total // self.ep if self.rounds(experts=True) else 0
+        return BLOCKED * (linear_weights(self.model, share) + share.moe_layers * routed)
 
 
 def norm(size: int) -> int:
