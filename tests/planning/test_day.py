@@ -57,7 +57,7 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     assert contexts.longest(needed, 1e9) == 0
 
 
-@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 138.0), (131072, 511.3)])
+@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 119.8), (131072, 438.8)])
 def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, gigabytes: float, capsys):
     words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
     long = [f"data.sequence_length={length}", f"model.max_position_embeddings={length}"]

@@ -30,9 +30,9 @@ class ChunkBytes(NamedTuple):
         return self.activations + self.between + self.loss
 
     def held(self, layers: int, again: float) -> Held:
-        """Beside `again`, the bytes that one of its layers computes again for its backward pass, and then gives up."""
-        before_the_last = self.waiting * (1 - 1 / layers)
-        return Held(self.total, max(self.total, before_the_last, self.waiting - again), self.waiting)
+        """layers: of the chunk. again: bytes that a layer computes again for its backward pass, and then gives up."""
+        last = max(self.total, self.waiting * (1 - 1 / layers)) + again
+        return Held(self.total, self.total + again, max(last, self.waiting), self.waiting)
 
 
 def chunk_bytes(model: ModelConfig, work: Work, share: Share, ep: int) -> ChunkBytes:
@@ -64,7 +64,7 @@ def pipeline_memory(
             gradient = 4 * model.vocab_size * model.hidden_size
             again = max(gradient, again - own.heads * gradient)
         parts = [each.held(share.layers, again) for each, share in zip(live, shares, strict=True)]
-        held = peak_live(events, parts) + again
+        held = peak_live(events, parts)
         found.append(stage_memory(model, mesh, work, own, held))
     return found
 

@@ -143,10 +143,14 @@ def needs(action: Action, chunks: int) -> list[tuple[Action, ...]]:
 
 
 class Held(NamedTuple):
-    """What a chunk holds of one micro-batch. kept: from the start of the forward pass on. splitting: at the most during
-    the input part of the backward pass, which gives up the one for the other. waiting: until the weight part ends."""
+    """What a chunk holds of one micro-batch. kept: from the start of the forward to that of the backward pass.
+
+    backward, splitting: at the most during a whole backward pass, or its input part. waiting: from there to the end of
+    the weight part.
+    """
 
     kept: float
+    backward: float
     splitting: float
     waiting: float
 
@@ -157,15 +161,14 @@ def peak_live(events: Sequence[Event], held: Sequence[Held]) -> float:
     changes = []
     for slot, start, end in events:
         for action in slot:
-            before, both, after = held[action.chunk]
+            kept, backward, splitting, waiting = held[action.chunk]
             if action.kind == "F":
-                changes.append((start, 1, before))
-            elif action.kind == "B":
-                changes.append((end, 0, -before))
-            elif action.kind == "I":
-                changes += [(start, 1, both - before), (end, 0, after - both)]
+                changes.append((start, 1, kept))
+            elif action.kind == "W":
+                changes.append((end, 0, -waiting))
             else:
-                changes.append((end, 0, -after))
+                during, after = (backward, 0.0) if action.kind == "B" else (splitting, waiting)
+                changes += [(start, 1, during - kept), (end, 0, after - during)]
     now = most = 0.0
     for _, _, change in sorted(changes):  # at the same moment what ends is freed first
         now += change
@@ -176,4 +179,4 @@ def peak_live(events: Sequence[Event], held: Sequence[Held]) -> float:
 def peak_chunks(events: Sequence[Event]) -> float:
     """The most chunks of a micro-batch that a rank has begun and not ended, as the published formulas count them."""
     chunks = 1 + max(action.chunk for event in events for action in event.slot)
-    return peak_live(events, [Held(1.0, 1.0, 1.0)] * chunks)
+    return peak_live(events, [Held(1.0, 1.0, 1.0, 1.0)] * chunks)

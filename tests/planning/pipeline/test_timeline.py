@@ -95,9 +95,13 @@ def test_what_is_live_becomes_what_waits_for_the_weight_part():
         Event((Action(kind, chunk, 0),), float(i), i + 1.0)
         for i, (kind, chunk) in enumerate([("F", 0), ("F", 1), ("I", 1), ("I", 0), ("W", 1), ("W", 0)])
     ]
-    same = [Held(2, 2, 2), Held(5, 5, 5)]
+    same = [Held(2, 2, 2, 2), Held(5, 5, 5, 5)]
     assert peak_live(events, same) == 7
     assert peak_live([*events, Event((Action("F", 0, 1),), 6.0, 7.0)], same) == 7
-    assert peak_live(events, [Held(2, 9, 9), Held(5, 5, 4)]) == 13  # 7, then 2 + 4, then 9 + 4
-    assert peak_live(events[:3], [Held(2, 2, 1), Held(5, 8, 6)]) == 10  # an input part holds 8 while it makes 6 of 5
-    assert peak_live([Event((Action("F", 0, m), Action("B", 0, m)), m, m + 1.0) for m in (0, 1)], [Held(3, 9, 9)]) == 3
+    assert peak_live(events, [Held(2, 2, 9, 9), Held(5, 5, 5, 4)]) == 13  # 7, then 2 + 4, then 9 + 4
+    assert (
+        peak_live(events[:3], [Held(2, 2, 2, 1), Held(5, 5, 8, 6)]) == 10
+    )  # an input part holds 8 while it makes 6 of 5
+    assert (
+        peak_live([Event((Action("F", 0, m), Action("B", 0, m)), m, m + 1.0) for m in (0, 1)], [Held(3, 4, 9, 9)]) == 4
+    )
