@@ -12,6 +12,12 @@ import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.common.history import scalar_history
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.planning.memory import checkpoint_bytes
+from dsv3_lightning.runs.generating import generation_notes
+from dsv3_lightning.runs.record import stored_config
+from dsv3_lightning.runs.space import copies
 from tests.conftest import QUIET, ROOT, blank_figures
 from tests.forking import Forked
 
@@ -167,6 +173,10 @@ def test_grpo_goes_on_to_the_same_bits_in_the_middle_of_what_it_sampled(base):
     parts = [*settings, "trainer.accumulate_grad_batches=4"]
     assert tuned(base, "grpo_parts", "grpo", *parts) == 0
     assert_equal(weights(base, "grpo", 2), weights(base, "grpo_parts", 2), tolerance=2e-4)
+    # what the disk must hold is known before the first step: the reference is a copy of the weights
+    config = stored_config(base / "runs/grpo")
+    size = (base / "runs/grpo/checkpoints/step=6.ckpt").stat().st_size  # without answers still to learn from
+    assert 0 < size - checkpoint_bytes(config.model, "32", False, 4, copies(config)) < 300_000
     found = scalars(base, "grpo")
     kl = dict(zip(*found["grpo/kl"]))
     assert kl[1] == pytest.approx(0, abs=1e-7) and kl[2] > 0  # the model is its own reference at first
@@ -220,6 +230,14 @@ def test_sampling_writes_right_answers_as_conversations_and_wrong_ones_as_pairs(
     assert run(base, "from_pairs", f"init_from={base / 'runs/start'}", f"data.paths=[{base / 'pairs_made.jsonl'}]",
                "dpo={beta: 0.1}", "trainer.max_steps=1", "data.batch_size=2", "trainer.limit_val_batches=0",
                "data.validation_fraction=0") == 0  # fmt: skip
+
+
+def test_what_generating_from_sharded_weights_takes_is_said_before_the_first_step():
+    words = ["callbacks.evaluate={tasks: [x.jsonl]}"]
+    assert generation_notes(check(compose(["grpo"], words).tree)) == []
+    first, second = generation_notes(check(compose(["grpo"], [*words, "strategy=fsdp2"]).tree))
+    assert "gathers a whole fp32 copy of the model to sample from, 0.0407 GB" in first
+    assert "callbacks.evaluate: a sharded model generates without a cache" in second
 
 
 def test_rewards_that_are_all_0_are_explained_in_words(base, capsys):
