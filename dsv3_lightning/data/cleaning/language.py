@@ -30,7 +30,7 @@ def identify(text: str) -> Language:
     """The most probable language of the text's beginning. Raises ConfigError without the packages.
 
     Markup, numbers and names of code make the model unsure. The words alone are then judged, too, and where they give
-    the same language, the larger probability counts. Code is called English; its documents must be known by their source.
+    the same language, the larger probability counts. Code is called English, so its source must say so.
     """
     first = most_probable(text[:CHARACTERS])
     if first.probability > SURE:
