@@ -123,7 +123,7 @@ heap_page_items
     ("sentence", "code"),
     [
         ("The module provides functions that allow you to inspect the contents of pages at a low level.", "en"),
-        ("Das Modul enthält Funktionen, mit denen man den Inhalt von Seiten auf niedriger Ebene ansehen kann.", "de"),
+        ("Das Buch enthält Geschichten, mit denen man Kinder am Abend zum Schlafen bringen kann, und Lieder.", "de"),
     ],
 )
 def test_tables_and_names_of_code_do_not_hide_the_language_of_the_sentences(sentence: str, code: str) -> None:
