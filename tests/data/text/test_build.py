@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_kept(
     assert len(list(work.glob("survey/*/done.json"))) >= 5 and not list(work.glob("*/.*"))
     (corpus / "e9.txt.gz").unlink()  # so these are other files
     prepare(many)
-    assert f"{work.name} is an unfinished preparation of other files or settings" in capsys.readouterr().out
+    assert f"{work.name} is an unfinished preparation of other files or settings" in capsys.readouterr().err
 
 
 def test_tasks_are_cut_by_bytes_and_only_plain_lines_within_a_file() -> None:
