@@ -27,10 +27,10 @@ def rank_options(
     pairs: list[Pair] = []
     for sample in samples:
         options = range(len(sample.continuations))
-        befores = [context_text(task, sample.before(option), seed) for option in options]
+        contexts = [context_text(task, sample.before(option), seed) for option in options]
         bare = task.settings.unconditional if sample.unconditional is None else sample.unconditional
-        for contexts in (befores, [bare for _ in options]):
-            for before, option in zip(contexts, sample.continuations, strict=True):
+        for texts in (contexts, [bare for _ in options]):
+            for before, option in zip(texts, sample.continuations, strict=True):
                 pairs.append(fit(pair_ids(tokenizer, before, option), limit))
                 if len(pairs[-1].continuation) > limit:
                     raise ConfigError(

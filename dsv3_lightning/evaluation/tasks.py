@@ -164,11 +164,11 @@ def read_sample(content: dict[str, Any], number: int, settings: Settings) -> Sam
     if given is not None and not isinstance(given, str):
         raise ConfigError(f"unconditional={shown(given)}: must be text")
     if "contexts" in content:
-        befores, label = read_options(content, "contexts")
+        contexts, label = read_options(content, "contexts")
         text = text_of(content, "continuation")
         if not text:
             raise ConfigError("continuation: must not be empty")
-        return Sample(number, befores[label], text, (text,) * len(befores), label, (), given, befores)
+        return Sample(number, contexts[label], text, (text,) * len(contexts), label, (), given, contexts)
     if "continuations" in content:
         options, label = read_options(content, "continuations")
         return Sample(number, text_of(content, "context"), options[label], options, label, (), given)
