@@ -207,7 +207,9 @@ class GRPOModule(WeightedModule):
                 spread_BT = torch.zeros(valid_BT.shape)
                 spread_BT[valid_BT] = torch.from_numpy(np.concatenate(rows))
                 batch[field] = spread_BT
-        routes = [route for group in groups for route in group.routes or [None] * len(group.answers)]
+        routes: list[np.ndarray | None] = []
+        for group in groups:
+            routes += group.routes or [None] * len(group.answers)
         if any(route is not None for route in routes):
             batch["routes"] = spread_routes(routes, valid_BT.shape[1])
         return {name: value.to(self.device) for name, value in batch.items()}
