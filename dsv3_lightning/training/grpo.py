@@ -209,7 +209,7 @@ class GRPOModule(WeightedModule):
                 batch[field] = spread_BT
         routes: list[np.ndarray | None] = []
         for group in groups:
-            routes += group.routes or [None] * len(group.answers)
+            routes += [None] * len(group.answers) if group.routes is None else group.routes
         if any(route is not None for route in routes):
             batch["routes"] = spread_routes(routes, valid_BT.shape[1])
         return {name: value.to(self.device) for name, value in batch.items()}
