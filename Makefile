@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 GPU_PYTHON := python3
+# Bytecode is kept also where the environment says not to: each worker would compile the package and all tests anew.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup shell train assistant check test lint docs board bench gpu-check reproduce clean corpus bilingual
 .DEFAULT_GOAL := help
@@ -35,10 +37,10 @@ shell: $(INSTALLED) ## start a shell in which `dsv3`, `lightning` and `pytest` a
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" "$${SHELL:-/bin/sh}"
 
 check: lint ## lint, types and the fast tests: two minutes on two cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q -m "not slow"
+	$(PYTEST) -q -m "not slow"
 
 test: $(INSTALLED) ## run the whole test suite
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 lint: $(INSTALLED) ## check style, spelling and types
 	$(VENV)/bin/ruff check .

@@ -66,6 +66,7 @@ def test_what_goes_wrong_is_one_line_that_names_the_function(functions, name, wh
     assert rewards.process is None
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_is_ended_with_its_process_and_its_limit_is_named(functions):
     rewards = Rewards(["judges:hangs"], 1.5, ("--reward", "--reward-seconds"))
     rewards.check()
