@@ -94,6 +94,7 @@ GENERATION_COLUMNS = {
     "pass@1": "pass@1",
     "pass@k": "pass@k",
     "majority": "majority",
+    "F1": "f1",
     "wrong": "wrong",
     "unreadable": "unreadable",
     "never ended": "never_ended",

@@ -12,6 +12,7 @@ from dsv3_lightning.studies import reproduce as command
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, MISSING, NOT, REPRODUCED, UNDECIDED, verdict
 from dsv3_lightning.studies.compare import COLUMNS
 from dsv3_lightning.studies.experiment import Experiment
+from dsv3_lightning.studies.measured import Measured, write_measured
 from tests.conftest import ROOT
 
 REPORT = json.loads("""{"steps": 240, "tokens": 983040, "val_loss": 4.5, "val_bpb": 1.8, "max_vio_global": [0.1, 0.3],
@@ -55,6 +56,9 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
         "sequence": {seed: {"val_loss": loss + 0.01 + seed / 1000} for seed, loss in losses.items()},
         "batch": {1: {}},
     }, "optimizer.lr=1e-3")  # fmt: skip
+    sides = {"low": 0.1, "high": [0.3, 0.35, 0.25], "form": "{:.2f}"}
+    made = {"command": "python benchmarks/x.py", "date": "2026-01-02", "device": "1 x cpu"}
+    write_measured(tmp_path / "other", [Measured("It learns", "a paper", "no number", **sides, **made)])
     out = tmp_path / "docs/report.md"
     assert main(["reproduce", "--dir", str(tmp_path), "--report", "--out", str(out), "optimizer.lr=1e-3"]) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
@@ -65,6 +69,8 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert row(text, "A batch-wise loss costs less")[4] == f"**{UNDECIDED}**"  # one seed
     assert row(text, "Predicting one more token")[3:] == ["-", f"**{MISSING}**"]
     assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens per run." in text
+    assert row(text, "It learns")[1:] == ["a paper", "no number", "0.10 against 0.30 ± 0.05", f"**{REPRODUCED}**"]
+    assert "- `python benchmarks/x.py`, 2026-01-02, on 1 x cpu\n" in text
     assert "10 of 18 runs are finished." in text and text.index("| none | 3") < text.index("| loss_free | 3")
     assert "Does loss-free balancing balance" in text and "## mtp" not in text
     assert "Their verdicts mean nothing" not in text

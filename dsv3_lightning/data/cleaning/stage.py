@@ -37,7 +37,7 @@ from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.sources import Source
 from dsv3_lightning.data.text.tally import ReadStats
 
-FORMAT = 1
+FORMAT = 2  # of the files, and of what the steps decide
 TASK_BYTES = 32 << 20  # of input files
 BATCH = 1 << 20  # characters that are cleaned together
 LEVEL = 3  # of zstandard
