@@ -1,4 +1,4 @@
-"""Calls of reward functions, in a process of their own with a time limit. What goes wrong is one line with the name."""
+"""Calls of reward functions in a process of their own with a time limit. A failure is one line naming the function."""
 
 import contextlib
 import math
