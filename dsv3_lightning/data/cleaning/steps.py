@@ -86,7 +86,7 @@ def kept(documents: Sequence[Document]) -> list[Document]:
 
 def choose_language(document: Document, wanted: str | None, threshold: float) -> None:
     """Notes the document's language, and drops it if its source's is another."""
-    code, probability = identify(document.text)
+    code, probability = identify(document.text, threshold)
     if wanted is None:
         document.language = code if probability >= threshold else None
     elif code != wanted or probability < threshold:
