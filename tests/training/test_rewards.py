@@ -68,14 +68,13 @@ def test_what_goes_wrong_is_one_line_that_names_the_function(functions, name, wh
     assert rewards.process is None
 
 
-def test_a_function_that_hangs_is_ended_with_its_process(functions):
-    rewards = Rewards(["judges:hangs"], 1.5)
+@pytest.mark.slow
+def test_a_function_that_hangs_is_ended_with_its_process_and_its_limit_is_named(functions):
+    rewards = Rewards(["judges:hangs"], 1.5, ("--reward", "--reward-seconds"))
     rewards.check()
     process = rewards.process
     begun = time.monotonic()
-    with pytest.raises(
-        RewardFailed, match=r"grpo.rewards=judges:hangs: took longer than 1.5 s \(grpo.reward_seconds\)"
-    ):
+    with pytest.raises(RewardFailed, match=r"--reward=judges:hangs: took longer than 1.5 s \(--reward-seconds\)"):
         rewards(ASKED, 2)
     assert process.returncode is not None and time.monotonic() - begun < 60
 
