@@ -14,19 +14,21 @@ from typing import Any
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.training.reward_worker import LENGTH, send
 
+SETTINGS = ("grpo.rewards", "grpo.reward_seconds")
+
 
 class RewardFailed(RunStopped):
     """A reward function that raised, took too long, or returned something else than a number or None per answer."""
 
 
 class Rewards:
-    """Reward functions module:name, called as TRL's are. seconds: the limit of a call.
+    """Reward functions module:name, called as TRL's are. seconds: the limit of a call. settings: what sets the two.
 
     The process starts with the first call, and again after a failure. Raises RewardFailed.
     """
 
-    def __init__(self, names: Sequence[str], seconds: float, setting: str = "grpo.rewards") -> None:
-        self.names, self.seconds, self.setting = list(names), seconds, setting
+    def __init__(self, names: Sequence[str], seconds: float, settings: tuple[str, str] = SETTINGS) -> None:
+        self.names, self.seconds, self.settings = list(names), seconds, settings
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, arguments: dict[str, Any], answers: int) -> list[list[float]]:
@@ -70,7 +72,7 @@ class Rewards:
             selector.register(handle, selectors.EVENT_READ)
             while len(found) < size:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise self.failed(name, f"took longer than {self.seconds:g} s (grpo.reward_seconds)")
+                    raise self.failed(name, f"took longer than {self.seconds:g} s ({self.settings[1]})")
                 part = os.read(handle, size - len(found))
                 if not part:
                     raise self.failed(name, f"ended its process (exit status {self.process.wait()})")
@@ -88,7 +90,7 @@ class Rewards:
         return rewards
 
     def failed(self, name: str, why: str) -> RewardFailed:
-        return RewardFailed(f"{self.setting}={name}: {why}")
+        return RewardFailed(f"{self.settings[0]}={name}: {why}")
 
     def close(self) -> None:
         """Ends the process, whatever it does."""

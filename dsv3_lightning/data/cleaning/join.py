@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.cleaning.config import CleaningConfig
 from dsv3_lightning.data.cleaning.duplicates import repeated, similar
 from dsv3_lightning.data.cleaning.minhash import bucket_keys
 from dsv3_lightning.data.cleaning.stage import EXAMPLES, documents_writer, written
 from dsv3_lightning.data.stages.tasks import Advance, Counts, Task
 from dsv3_lightning.data.text.corpus import read_documents
-from dsv3_lightning.data.text.messages import short
 from dsv3_lightning.data.text.sources import Source
 
 FORMAT = 1
@@ -88,7 +88,7 @@ def add_examples(part: Part, mark: np.ndarray, examples: dict[str, list[str]]) -
         known = examples.setdefault(REASONS[code], []) if code != STAYS else []
         if code != STAYS and len(known) < EXAMPLES:
             text = document if isinstance(document, str) else "\n".join(message.text for message in document)
-            known.append(short(text[:400], 200))
+            known.append(shown(text[:400], 200))
 
 
 def documents_of(part: Part, keep: Path | None = None) -> Source:
