@@ -108,7 +108,12 @@ def kills(times: int = 20, seed: int = 0) -> None:
                 print(f"kill {killed}: {done[0]} tasks cleaned, {done[1]} compared, {more} others done", flush=True)
                 continue
             assert code == 0, code
-            same = digests(cache) == expected
+            found = digests(cache)
+            same = found == expected
+            for path in sorted(
+                path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path)
+            ):
+                print(f"{path}: {'differs' if path in found and path in expected else 'in one of the two'}")
             print(
                 f"complete after {killed} kills, {'identical; from the start again' if same else 'DIFFERENT'}",
                 flush=True,

@@ -7,7 +7,6 @@ text whose bits per byte are measured (default: the answer). The first line may 
 """
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv3_lightning.common.json_files import read_text, shown, type_name
+from dsv3_lightning.common.json_files import parse_object, read_text, shown
 from dsv3_lightning.common.paths import display_path, user_path
 from dsv3_lightning.common.wording import nearest
 from dsv3_lightning.errors import ConfigError
@@ -96,15 +95,14 @@ def read_task(path: Path, **changes: Any) -> Task:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{display_path(path)}:{number}"
-        content = parse_line(line, where)
-        if "task" in content and not samples and not examples:
-            settings = read_settings(content, settings, where)
-            continue
         try:
+            content = parse_object(line)
+            if "task" in content and not samples and not examples:
+                settings = read_settings(content, settings)
+                continue
             sample = read_sample(content, number, settings)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{display_path(path)}:{number}: {error}") from error
         kinds.add("options" if sample.continuations else "generation")
         (examples if content.get("example") is True else samples).append(sample)
     if not samples:
@@ -123,33 +121,21 @@ def read_task(path: Path, **changes: Any) -> Task:
     return Task(settings, kind, tuple(samples), pool, hashlib.sha256(text.encode()).hexdigest())
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where}: must be a JSON object, is {type_name(content)}")
-    return content
-
-
-def read_settings(content: dict[str, Any], settings: Settings, where: str) -> Settings:
+def read_settings(content: dict[str, Any], settings: Settings) -> Settings:
     """The settings of a first line. A single stop text stands for a list of one. Raises ConfigError."""
     known = {field.name: type(getattr(settings, field.name)) for field in fields(Settings)}
     for name, value in content.items():
         if name not in known:
-            raise ConfigError(f"{where}: {name}: no such setting{nearest(name, known)}")
+            raise ConfigError(f"{name}: no such setting{nearest(name, known)}")
         if name == "stop":
             value = [value] if isinstance(value, str) else value
             if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-                raise ConfigError(f"{where}: stop={shown(value)}: must be a list of texts that aren't empty")
+                raise ConfigError(f"stop={shown(value)}: must be a list of texts that aren't empty")
             value = tuple(value)
         if type(value) is not known[name] or isinstance(value, int) and value < 0:
-            raise ConfigError(f"{where}: {name}={shown(value)}: must be {wanted(known[name])}")
+            raise ConfigError(f"{name}={shown(value)}: must be {wanted(known[name])}")
         if name == "task" and not re.fullmatch(r"[\w.-]+", value):
-            raise ConfigError(
-                f"{where}: task={shown(value)}: must be letters, digits, _, . and -, as results are files"
-            )
+            raise ConfigError(f"task={shown(value)}: must be letters, digits, _, . and -, as results are files")
         settings = replace(settings, **{name: value})
     return settings
 

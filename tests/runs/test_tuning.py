@@ -18,48 +18,13 @@ from dsv3_lightning.planning.memory import checkpoint_bytes
 from dsv3_lightning.runs.generating import generation_notes
 from dsv3_lightning.runs.record import stored_config
 from dsv3_lightning.runs.space import copies
-from tests.conftest import QUIET, ROOT, blank_figures
+from tests.conftest import ROOT, blank_figures
 from tests.forking import Forked
+from tests.runs.tuning_files import SMALL, write_files
 
-JUDGES = """
-import os, signal
-def kills(completion_ids, **others):
-    if os.environ.get("KILLED") == "judging":
-        with open("kill_calls", "a+") as calls:
-            if calls.write("x") and calls.tell() == 4: os.kill(os.getppid(), signal.SIGKILL)
-    return [(ids[0] % 10) / 9 for ids in completion_ids]
-def last_digit(completion_ids, **others):
-    return [(ids[0] % 10) / 9 for ids in completion_ids]  # ten arms, of which 9 is the best
-def breaks(completions, **others):
-    with open("calls", "a+") as calls:
-        if calls.write("x") and calls.tell() == 3: raise ValueError("the judge is ill")
-    return [float(len(text)) for text in completions]
-def nothing(completions, **others):
-    return [0.0] * len(completions)
-"""
-KILLER = """
-import os, signal
-import torch
-from lightning.pytorch import Callback
-from dsv3_lightning.inference import rollout
-PLACES = {"sampling": (rollout.Batch, "take", 40), "update": (torch.optim.AdamW, "step", 4)}
-class Killer(Callback):
-    def __init__(self):
-        owner, name, last = PLACES.get(os.environ.get("KILLED"), (None, "", 0))
-        original, calls = getattr(owner, name, None), []
-        def dies(*args, **settings):
-            calls.append(1)
-            if len(calls) == last: os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **settings)
-        if owner is not None: setattr(owner, name, dies)
-"""
-SMALL = [
-    *QUIET, "callbacks.sample_text=null", "callbacks.router_probe=null", "callbacks.router_monitor=null",
-    "data.sequence_length=32", "data.validation_fraction=0.2", "callbacks.run_report=null",
-]  # fmt: skip
 GRPO = (
     "{rewards: ['judges:last_digit'], group_size: 4, max_new_tokens: 6, beta: 0.05, reference_steps: 4, updates: 2, "
-    "temperature: 0.7}"
+    "temperature: 0.7, clip: [1.0e-3, 1.0e-3]}"
 )
 
 
@@ -67,14 +32,7 @@ GRPO = (
 def base(tmp_path_factory, data_cache):
     """A folder with a run to start from, pairs, prompts and judges."""
     base = tmp_path_factory.mktemp("tuning")
-    numbers = [(a, b) for a in range(5) for b in range(4)]
-    pairs = [{"messages": [{"role": "user", "content": f"{a} + {b}"}], "chosen": str(a + b), "rejected": "I won't say"}
-             for a, b in numbers]  # fmt: skip
-    prompts = [{"prompt": f"{a} + {b} =", "answer": a + b} for a, b in numbers]
-    for name, lines in (("pairs", pairs), ("prompts", prompts)):
-        (base / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (base / "judges.py").write_text(JUDGES, encoding="utf-8")
-    (base / "killer.py").write_text(KILLER, encoding="utf-8")
+    write_files(base)
     assert run(base, "start", *data_cache, "trainer.max_steps=2", "data.sequence_length=32") == 0
     return base
 
@@ -165,8 +123,10 @@ def test_two_ranks_with_experts_spread_over_them_prefer_by_the_same_steps(base, 
 
 def test_grpo_goes_on_to_the_same_bits_in_the_middle_of_what_it_sampled(base):
     settings = [f"grpo={GRPO}", "trainer.max_steps=6", "optimizer.lr=1e-3", "trainer.val_check_interval=6",
-                "callbacks.checkpoint={every_n_steps: 1, keep: 9}", "data.batch_size=4"]  # fmt: skip
+                "callbacks.checkpoint={every_n_steps: 1, keep: 9, best_by: val/reward, best_is: highest}",
+                "data.batch_size=4"]  # fmt: skip
     assert tuned(base, "grpo", "grpo", *settings) == 0
+    assert list((base / "runs/grpo/checkpoints").glob("best*"))  # by reward
     assert tuned(base, "grpo_again", "grpo", *settings,
                  f"run.resume={base / 'runs/grpo/checkpoints/step=5.ckpt'}") == 0  # fmt: skip
     assert_equal(weights(base, "grpo", 6), weights(base, "grpo_again", 6))
@@ -183,6 +143,9 @@ def test_grpo_goes_on_to_the_same_bits_in_the_middle_of_what_it_sampled(base):
     assert kl[5] < kl[4]  # replaced after step 4
     assert found["loss/main"][1][0] == pytest.approx(0, abs=1e-6) and found["optimizer/grad_norm"][1][0] > 0
     assert found["val/reward"][0] == [0, 6]
+    # the second step of a sampling has another model than sampled: its ratios differ from 1, and are clipped
+    low, high = (dict(zip(*found[f"grpo/clipped_{side}"])) for side in ("low", "high"))
+    assert all(low[step] + high[step] == 0 for step in (1, 3, 5)) and low[2] + high[2] > 0 < low[4] + high[4]
     # log-probabilities have the temperature that tokens were drawn with; they are compared where the model is the same
     assert found["grpo/log_p_gap"][0] == found["grpo/same_experts"][0] == [1, 3, 5]
     assert 0 < max(found["grpo/log_p_gap"][1]) < max(found["grpo/log_p_gap_largest"][1]) < 1e-4

@@ -78,6 +78,7 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert (tmp_path / "docs/report/balance.png").stat().st_size > 5_000 and "(report/balance.png)" in text
 
 
+@pytest.mark.slow
 def test_all_experiments_are_swept_and_a_failure_is_reported(tmp_path, monkeypatch):
     calls = []
     finish(tmp_path, "moe", {"fine_grained": {1: {}}}, *command.QUICK, "data.batch_size=8")
@@ -94,6 +95,7 @@ def test_all_experiments_are_swept_and_a_failure_is_reported(tmp_path, monkeypat
     assert "Their verdicts mean nothing" in text and "`make reproduce`" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made_with", "words", "reported"),
     [
@@ -110,6 +112,7 @@ def test_a_command_that_did_not_make_the_runs_is_not_printed_as_theirs(tmp_path,
     assert not (tmp_path / "reproduction.md").exists()
 
 
+@pytest.mark.slow
 def test_a_report_writes_nothing_beside_the_runs(tmp_path):
     finish(tmp_path, "moe", {"gshard_like": {2: {}}})
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -122,18 +125,24 @@ def test_nothing_to_report_is_said(tmp_path, capsys):
     assert "holds no finished run of balance, bias_speed" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """What each experiment's file holds, by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: Experiment(name, [f"run.dir={folder}"]).plan for name in EXPERIMENTS}
+
+
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
-def test_what_a_claim_compares_exists(tmp_path, claim):
-    plan = Experiment(claim.experiment, [f"run.dir={tmp_path}"]).plan
+def test_what_a_claim_compares_exists(plans, claim):
+    plan = plans[claim.experiment]
     assert claim.column in COLUMNS and claim.experiment in EXPERIMENTS and len(plan.seeds) >= 3
     assert {side for side in (claim.low, claim.high) if isinstance(side, str)} <= plan.variants.keys()
 
 
-def test_every_variant_is_in_a_verdict(tmp_path):
+def test_every_variant_is_in_a_verdict(plans):
     """But for the report's own mixture and the limit to a single group, of which no paper says anything."""
     judged = {(claim.experiment, side) for claim in CLAIMS for side in (claim.low, claim.high)}
-    plans = {name: Experiment(name, [f"run.dir={tmp_path}"]).plan.variants for name in EXPERIMENTS}
-    left = {(name, variant) for name, variants in plans.items() for variant in variants} - judged
+    left = {(name, variant) for name, plan in plans.items() for variant in plan.variants} - judged
     assert left == {("balance", "loss_free_and_sequence"), ("routing", "sigmoid_1_of_4_groups")}
 
 

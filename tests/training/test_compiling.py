@@ -36,6 +36,7 @@ def train(model, dtype, batch):
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 def test_changing_token_counts_compile_nothing_after_the_warm_up(dynamo, policy):
     """By torch's own log. Without a compiler, since what is compiled for whom is decided before."""

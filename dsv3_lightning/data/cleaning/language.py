@@ -11,7 +11,6 @@ from dsv3_lightning.data.extras import needed
 BY = "data.cleaning.languages"
 CHARACTERS = 2000  # of a text are judged; more is slower and hardly better
 LABELS = 5  # of the model are looked at; the others together have little
-SURE = 0.9  # a probability above which nothing else is asked
 CHINESE = ("zh", "yue", "wuu")  # labels of the model that count as zh
 NEIGHBORS = ("ja", "ko")  # labels that the model gives to Chinese verse and sayings
 HAN = re.compile("[㐀-鿿]")
@@ -26,14 +25,15 @@ class Language(NamedTuple):
     probability: float
 
 
-def identify(text: str) -> Language:
+def identify(text: str, threshold: float) -> Language:
     """The most probable language of the text's beginning. Raises ConfigError without the packages.
 
-    Markup, numbers and names of code make the model unsure. The words alone are then judged, too, and where they give
-    the same language, the larger probability counts. Code is called English, so its source must say so.
+    Markup, numbers and names of code make the model unsure. Below the threshold the words alone are judged, too, and
+    where they give the same language, the larger probability counts. The model takes code for English, so a source of
+    code must be declared as such.
     """
     first = most_probable(text[:CHARACTERS])
-    if first.probability > SURE:
+    if first.probability >= threshold:
         return first
     words = " ".join(WORD.findall(text[: 4 * CHARACTERS]))[:CHARACTERS]
     again = most_probable(words)
@@ -41,7 +41,7 @@ def identify(text: str) -> Language:
 
 
 def most_probable(text: str) -> Language:
-    """The language of all of the text. Han without kana and hangul is Chinese, whatever else the model says of it."""
+    """The language of the whole text. Han characters without kana and hangul are Chinese, whatever the model says."""
     if not (line := " ".join(text.split())):
         return Language("", 0.0)
     chinese = CHINESE + NEIGHBORS if HAN.search(line) and not KANA_OR_HANGUL.search(line) else CHINESE

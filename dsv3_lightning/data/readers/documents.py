@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.readers import html, megatron, parquet, warc
 from dsv3_lightning.data.text.conversation import Message
-from dsv3_lightning.data.text.messages import parse, short
+from dsv3_lightning.data.text.messages import parse
 from dsv3_lightning.data.text.sources import Source
 from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.data.text.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ def row_of(value: Any, key: str, unread: Counter[str]) -> Found:
             for message in value
         ]  # columns that a message lacks are null
         return parse({key: messages}, key, unread)
-    raise ConfigError(f"{key}={short(value)}: must be text, or a list of messages")
+    raise ConfigError(f"{key}={shown(value)}: must be text, or a list of messages")
 
 
 def read_pages(source: Source, opened: Callable[[Path], Any], stats: ReadStats, most_bytes: int) -> Iterator[str]:

@@ -18,10 +18,11 @@ import numpy as np
 import zstandard
 
 from dsv3_lightning.common.files import BLOCK, blocks, utf8_path
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.config import DEFAULTS
 from dsv3_lightning.data.readers.documents import read_page, read_pages, read_rows, read_tokens
 from dsv3_lightning.data.text.conversation import Message
-from dsv3_lightning.data.text.messages import holds_messages, parse, short
+from dsv3_lightning.data.text.messages import holds_messages, parse
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
 from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.data.text.utf8 import decode, whole
@@ -245,7 +246,7 @@ def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | l
     except (ValueError, RecursionError) as error:  # too many digits, nested too deep
         raise ConfigError(f"not JSON: {error}") from None
     if not isinstance(record, dict) or text_key not in record:
-        found = ", ".join(record) if isinstance(record, dict) else f"not an object but {short(record)}"
+        found = ", ".join(record) if isinstance(record, dict) else f"not an object but {shown(record)}"
         raise ConfigError(
             f"no text under data.text_key={text_key}, nor a list of messages; the line has {found or 'no keys'}"
             f"{advice(record)}"
@@ -261,7 +262,7 @@ def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | l
     if isinstance(text, list):
         messages = parse(record, text_key, stats.unread)
         return [message._replace(text=whole(message.text, file, stats)) for message in messages]
-    raise ConfigError(f"{text_key}={short(text)}: must be text, or a list of messages")
+    raise ConfigError(f"{text_key}={shown(text)}: must be text, or a list of messages")
 
 
 def advice(record: Any) -> str:

@@ -98,13 +98,13 @@ def test_masking_long_words_takes_linear_time() -> None:
     ],
 )
 def test_a_language_is_identified(text: str, code: str) -> None:
-    found = identify(text)
+    found = identify(text, 0.65)
     assert found.code == code and (found.probability > 0.65 or not text)
 
 
 @needs_model
 def test_more_than_the_first_line_is_judged() -> None:
-    assert identify("README\n\n" + "数据处理的管道首先读取文件。\n" * 5).code == "zh"
+    assert identify("README\n\n" + "数据处理的管道首先读取文件。\n" * 5, 0.65).code == "zh"
 
 
 REFERENCE = """F.25. pageinspect
@@ -129,7 +129,7 @@ heap_page_items
 def test_tables_and_names_of_code_do_not_hide_the_language_of_the_sentences(sentence: str, code: str) -> None:
     text = REFERENCE.format(sentence, "x_" * 40)
     assert most_probable(text).probability < 0.65 or most_probable(text).code != code
-    assert identify(text).code == code and identify(text).probability > 0.65
+    assert identify(text, 0.65).code == code and identify(text, 0.65).probability > 0.65
 
 
 @needs_model
@@ -142,11 +142,11 @@ def test_tables_and_names_of_code_do_not_hide_the_language_of_the_sentences(sent
     ],
 )
 def test_chinese_without_kana_is_not_called_japanese_or_korean(text: str) -> None:
-    found = identify(text)
+    found = identify(text, 0.65)
     assert found.code == "zh" and found.probability > 0.65
 
 
 @needs_model
 def test_japanese_and_korean_stay_what_they_are() -> None:
-    assert identify("吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。").code == "ja"
-    assert identify("모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.").code == "ko"
+    assert identify("吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。", 0.65).code == "ja"
+    assert identify("모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.", 0.65).code == "ko"
