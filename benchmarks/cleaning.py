@@ -152,7 +152,7 @@ def by_step(name: str, texts: list[str], path: Path) -> dict[str, float]:
             pass
     if name != "code":
         found["repair"] = rate(total, lambda: [repair(text) for text in texts])
-        found["language"] = rate(total, lambda: [identify(text) for text in texts])
+        found["language"] = rate(total, lambda: [identify(text, 0.65) for text in texts])
     rules = PUBLISHED["quality"][FILTERS.get(name, "web")]
     batches = list(in_batches(texts))
     found["quality"] = rate(total, lambda: [judge(batch, rules) for batch in batches])

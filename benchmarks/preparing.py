@@ -1,43 +1,53 @@
 """Preparation of data: killed at random, its speed beside the bare library's, and its memory.
 
-    python benchmarks/preparing.py kills [TIMES] [SEED]   the files after so many random kills, and of an unbroken run
-    python benchmarks/preparing.py rates [MEGABYTES]      MB/s of one core in encoding, tokens/s in packed reading
-    python benchmarks/preparing.py memory [MEGABYTES]     peak memory of a process of `dsv3 prepare`
+    python benchmarks/preparing.py kills [TIMES]        the files after so many random kills, and of an unbroken run
+    python benchmarks/preparing.py rates [MEGABYTES]    MB/s of one core in encoding, tokens/s in packed reading
+    python benchmarks/preparing.py memory [MEGABYTES]   peak memory of `dsv3 prepare` with cleaning
+    python benchmarks/preparing.py tokenizer            peak memory of learning a tokenizer, and its time
 
-The text is Python's own library, English documentation and made-up Chinese, from a fixed seed. CPU seconds of the
-process are measured, so other processes on the machine matter little.
+The text is Python's own library and made-up Chinese, from a fixed seed; for `memory` and `tokenizer` the demo corpus,
+which `dsv3 demo-corpus` has written into the working folder. CPU seconds of the process are measured, so other
+processes on the machine matter little.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 CHILD = """
-import sys
+import re, sys
+from pathlib import Path
 from dsv3_lightning.cli import main
+from dsv3_lightning.data.cleaning import stage
 from dsv3_lightning.data.text import documents
-documents.TASK_BYTES = int(sys.argv[1])
-sys.exit(main(sys.argv[2:]))
+if sys.argv[1] != "0":
+    documents.TASK_BYTES = stage.TASK_BYTES = int(sys.argv[1])
+code = main(sys.argv[2:])
+print("peak", re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+sys.exit(code)
 """
 TASK_BYTES = 1 << 18
+SOURCES = ("english", "chinese", "code")
 
 
-def write_corpus(folder: Path, megabytes: float) -> None:
+def write_corpus(folder: Path, megabytes: float, seed: int = 0) -> None:
     """Lines of jsonl: modules of the standard library and Chinese, repeated with changes up to the size."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     library = sorted(Path(os.__file__).parent.glob("*.py"))
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in library]
-    folder.mkdir()
+    folder.mkdir(parents=True)
     written = number = 0
     while written < megabytes * 1e6:
         with open(folder / f"{number:03}.jsonl", "w", encoding="utf-8") as file:
@@ -51,17 +61,24 @@ def write_corpus(folder: Path, megabytes: float) -> None:
         number += 1
 
 
-def command(corpus: Path, cache: Path, task_bytes: int, *more: str) -> list[str]:
-    settings = [f"data.paths=[{corpus}]", f"data.cache_dir={cache}", "data.shard_bytes=300000"]
-    return [sys.executable, "-c", CHILD, str(task_bytes), "prepare", "nano", *settings, *more]
+def command(cache: Path, task_bytes: int, *settings: str) -> list[str]:
+    return [sys.executable, "-c", CHILD, str(task_bytes), "prepare", *settings, f"data.cache_dir={cache}"]
+
+
+def cleaned(corpus: Path, cache: Path) -> list[str]:
+    """A preparation by two processes of two sources, which share documents, with all steps of cleaning."""
+    languages = {"first": "null, filters: prose", "second": "code, filters: code"}
+    sources = ", ".join(f"{name}: {{paths: [{corpus / name}], language: {more}}}" for name, more in languages.items())
+    return command(cache, TASK_BYTES, "nano", "cleaning", "--jobs", "2", "data.shard_bytes=300000",
+                   "data.cleaning.languages=null", f"data.sources={{{sources}}}")  # fmt: skip
 
 
 def digests(cache: Path) -> dict[str, str]:
-    (folder,) = (path.parent for path in cache.glob("*/manifest.json"))
+    """Of all files, those of the tasks of cleaning and comparing and of the tokens."""
     return {
         path.relative_to(cache).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path.suffix != ".lock" and path.name != "digests.json"
     }
 
 
@@ -69,34 +86,40 @@ def kills(times: int = 20, seed: int = 0) -> None:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "corpus", 8)
+        write_corpus(folder / "corpus/first", 4)
+        write_corpus(folder / "corpus/second/shared", 1)
+        write_corpus(folder / "corpus/second/own", 1, seed=1)
         begun = time.monotonic()
-        subprocess.run(command(folder / "corpus", folder / "whole", TASK_BYTES, "--jobs", "2"), check=True,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(cleaned(folder / "corpus", folder / "whole"), check=True, capture_output=True)
         seconds, expected = time.monotonic() - begun, digests(folder / "whole")
-        killed, cache = 0, folder / "killed"
-        while killed < times:
+        killed, cache, same = 0, folder / "killed", True
+        while same and (killed < times or cache.exists()):
             process = subprocess.Popen(
-                command(folder / "corpus", cache, TASK_BYTES, "--jobs", "2"),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                cleaned(folder / "corpus", cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
-                code = process.wait(timeout=rng.uniform(0.5, seconds * 0.6))
+                code = process.wait(timeout=rng.uniform(2, seconds * 0.6) if killed < times else None)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 killed += 1
-                done = len(list(cache.glob("*.work/*/*/done.json")))
-                print(f"kill {killed}: {done} tasks done", flush=True)
+                done = [len(list(cache.glob(f"{stage}*/**/done.json"))) for stage in ("clean-", "join-")]
+                more = len(list(cache.glob("*.work/**/done.json")))
+                print(f"kill {killed}: {done[0]} tasks cleaned, {done[1]} compared, {more} others done", flush=True)
                 continue
             assert code == 0, code
-            if digests(cache) != expected:
-                break
-            print(f"complete after {killed} kills, identical; from the start again", flush=True)
-            subprocess.run(["rm", "-r", str(cache)], check=True)
-        subprocess.run(command(folder / "corpus", cache, TASK_BYTES, "--jobs", "2"), check=True, capture_output=True)
-        same = digests(cache) == expected
+            found = digests(cache)
+            same = found == expected
+            for path in sorted(
+                path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path)
+            ):
+                print(f"{path}: {'differs' if path in found and path in expected else 'in one of the two'}")
+            print(
+                f"complete after {killed} kills, {'identical; from the start again' if same else 'DIFFERENT'}",
+                flush=True,
+            )
+            if same:
+                subprocess.run(["rm", "-r", str(cache)], check=True)
         print(f"{len(expected)} files after {killed} kills: {'identical' if same else 'DIFFERENT'}")
         sys.exit(0 if same else 1)
 
@@ -173,24 +196,86 @@ def reading(folder: Path) -> None:
                   "of one core")  # fmt: skip
 
 
+def demo_documents(source: str) -> Iterator[str]:
+    from dsv3_lightning.data.text.corpus import read_documents
+    from dsv3_lightning.data.text.sources import find_sources
+
+    for text in read_documents(find_sources([f"demo_corpus/{source}"]), "text"):
+        assert isinstance(text, str)
+        yield text
+
+
+def write_large_corpus(folder: Path, megabytes: float) -> None:
+    """The demo corpus, enlarged: documents of paragraphs of the source in another order, half of it English."""
+    rng = random.Random(0)
+    for source in SOURCES:
+        found = [part for text in demo_documents(source) for part in text.split("\n\n") if len(part) > 40]
+        wanted = megabytes * 1e6 / (2 if source == "english" else 4)
+        (folder / source).mkdir(parents=True)
+        written = number = 0
+        while written < wanted:
+            with open(folder / source / f"{number:03}.jsonl", "w", encoding="utf-8") as file:
+                for _ in range(2000):
+                    text = "\n\n".join(rng.choice(found) for _ in range(rng.randint(3, 20)))
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    written += len(text.encode())
+            number += 1
+
+
 def memory(megabytes: float = 1000) -> None:
+    from dsv3_lightning.data.text.tokenizer import Tokenizer
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "corpus", megabytes)
-        for jobs in ("1", "2"):
-            given = command(folder / "corpus", folder / f"cache{jobs}", 1 << 26, "--jobs", jobs)
-            more = ["model.vocab_size=32768", "data.tokenizer_bytes=100000000", "data.shard_bytes=268435456"]
+        some = (text for source in SOURCES for text in itertools.islice(demo_documents(source), 500))
+        Tokenizer.train(some, 32_768).save(folder)
+        for size in (megabytes / 10, megabytes):
+            corpus, cache = folder / f"corpus{size:.0f}", folder / f"cache{size:.0f}"
+            write_large_corpus(corpus, size)
+            sources = [f"data.sources.{source}.paths=[{corpus / source}]" for source in SOURCES]
+            more = ["data.fim_rate=0", "data.tokenizer_weights=null", f"data.tokenizer={folder / 'tokenizer.json'}"]
             begun = time.monotonic()
-            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            subprocess.run([*given, *more], check=True, capture_output=True)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            print(f"--jobs {jobs}: largest process {peak / 1e6:.2f} GB (at least {before / 1e6:.2f}), "
-                  f"{time.monotonic() - begun:.0f} s for {megabytes:.0f} MB", flush=True)  # fmt: skip
+            given = command(cache, 0, "bilingual", "model.vocab_size=32768", *more, *sources, "--jobs", "1")
+            done = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True)
+            peak = int(done.stdout.split()[-1]) / 1e6
+            print(f"cleaning, comparing and encoding {size:.0f} MB by one process: {peak:.2f} GB, "
+                  f"{time.monotonic() - begun:.0f} s", flush=True)  # fmt: skip
+            shutil.rmtree(corpus)
+
+
+LEARN = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+from preparing import limited
+from dsv3_lightning.data.text.tokenizer import Tokenizer
+Tokenizer.train(limited(sys.argv[2], float(sys.argv[3])), int(sys.argv[4]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, time.process_time())
+"""
+
+
+def limited(source: str, megabytes: float) -> Iterator[str]:
+    """The documents of a source, or of all in turns, up to the size."""
+    left = megabytes * 1e6
+    for texts in itertools.zip_longest(*map(demo_documents, SOURCES if source == "all" else [source])):
+        for text in texts:
+            if text is not None and left > 0:
+                left -= len(text.encode())
+                yield text
+
+
+def tokenizer() -> None:
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    cases = [(source, mb, 8192) for source in SOURCES for mb in (5, 10)] + [("all", 1000, 102_400)]
+    for source, mb, entries in cases:
+        given = [sys.executable, "-c", LEARN, str(Path(__file__).parent), source, str(mb), str(entries)]
+        peak, seconds = map(float, subprocess.run(given, check=True, stdout=subprocess.PIPE).stdout.split())
+        print(f"{source}, at most {mb} MB, {entries:,} entries: {peak:.2f} GB, {seconds:.0f} s of one core", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("kills", "rates", "memory"), default="rates")
+    parser.add_argument("what", nargs="?", choices=("kills", "rates", "memory", "tokenizer"), default="rates")
     parser.add_argument("number", nargs="?", type=int, help="kills, or megabytes")
     given = parser.parse_args()
-    {"kills": kills, "rates": rates, "memory": memory}[given.what](*([] if given.number is None else [given.number]))
+    chosen = {"kills": kills, "rates": rates, "memory": memory, "tokenizer": tokenizer}[given.what]
+    chosen(*([] if given.number is None else [given.number]))

@@ -92,7 +92,7 @@ def read_names_as_utf8() -> None:
 
 
 def verb_list() -> str:
-    return "verbs:\n" + "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    return "verbs:\n" + "\n".join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())
 
 
 VERBS = {

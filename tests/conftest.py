@@ -41,6 +41,8 @@ QUIET = ["trainer.precision=32", "trainer.log_every_n_steps=1", "callbacks.throu
 
 LONGEST = ("parallel", "runs", "examples", "studies")  # folders of tests, by the time that a file of theirs takes
 
+SLOW = ("parallel", "runs", "examples")  # folders of tests of which each trains runs or starts ranks
+
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
 
 
@@ -65,6 +67,12 @@ def blank_figures() -> Iterator[None]:
         yield
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make check` needn't import the folders of which it runs no test."""
+    skipped = config.option.markexpr == "not slow" and collection_path in [ROOT / "tests" / name for name in SLOW]
+    return True if skipped else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What trains runs or starts ranks is slow, and `make check` leaves it out; other slow tests carry the marker.
 
@@ -72,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     folders = {item: item.path.relative_to(ROOT / "tests").parts[0] for item in items}
     for item, folder in folders.items():
-        if "nano" in getattr(item, "fixturenames", ()) or folder in ("parallel", "runs", "examples"):
+        if "nano" in getattr(item, "fixturenames", ()) or folder in SLOW:
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: LONGEST.index(folders[item]) if folders[item] in LONGEST else len(LONGEST))

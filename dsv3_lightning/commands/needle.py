@@ -8,6 +8,7 @@ from dsv3_lightning.common.flags import positive, run_argument
 from dsv3_lightning.common.paths import display_path, path_argument
 from dsv3_lightning.common.plots import heat_map, save_figure
 from dsv3_lightning.common.strict_json import strict_json
+from dsv3_lightning.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,11 @@ def run(run: Path, lengths: list[int] | None, depths: int, texts: int, out: Path
 
     checkpoint, folder, config, tokenizer, _ = find_checkpoint(run)
     target = folder / "needle" if out is None else out
-    make_folder("--out", target)
     limit = config.model.max_position_embeddings
     lengths = lengths or [limit // part for part in (4, 2, 1)]
+    if max(lengths) > limit:
+        raise ConfigError(f"--lengths {max(lengths)}: the model's context has {limit} positions")
+    make_folder("--out", target)
     places = [place / max(depths - 1, 1) for place in range(depths)]
     filler: list[int] = []
     for batch in validation_batches(config, folder):

@@ -46,7 +46,7 @@ def run(
     from dsv3_lightning.training.rewards import Rewards
     from dsv3_lightning.training.rollouts import arguments_of
 
-    rewards = Rewards(reward, reward_seconds, "--reward")
+    rewards = Rewards(reward, reward_seconds, ("--reward", "--reward-seconds"))
     try:
         rewards.check()
         model, tokenizer = load(checkpoint)

@@ -27,20 +27,24 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: can't be read (byte {error.start} is not UTF-8)") from error
 
 
-def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file's text. Raises ConfigError."""
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text. Raises ConfigError, which doesn't say where the text is from."""
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: can't be read, it is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, holds {type_name(content)}")
+        raise ConfigError(f"not an object but {shown(content)}")
     return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError."""
-    return parse_object(read_text(path), path)
+    text = read_text(path)
+    try:
+        return parse_object(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def type_name(value: Any) -> str:

@@ -23,7 +23,7 @@ OFF: dict[str, Any] = {
     "data.packing": "best_fit",
     "data.weights_schedule": None,
     "data.pretokenization": "v3",
-    "data.tokenizer_bytes": 1 << 31,
+    "data.tokenizer_bytes": 1 << 27,
     "data.tokenizer_weights": None,
     "data.fim_rate": 0.0,
     "data.split_rate": 0.0,

@@ -16,7 +16,7 @@ from dsv3_lightning.errors import ConfigError
 DEFAULTS: dict[str, Any] = {
     "shard_bytes": 1 << 28,
     "max_document_bytes": 1 << 30,
-    "tokenizer_bytes": 1 << 31,
+    "tokenizer_bytes": 1 << 27,
     "tokenizer_weights": None,
     "pretokenization": "v3",
 }
@@ -274,6 +274,11 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers}: must be at least 0")
+
+    @property
+    def setting(self) -> str:
+        """The setting that names the files."""
+        return "data.paths" if self.sources is None else "data.sources"
 
     @property
     def is_mixed(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.evaluation.latex import check_library, same_expression, squeezed
 from dsv3_lightning.evaluation.numerals import numerals, read_number
+from dsv3_lightning.evaluation.words import normalized
 
 Verdict = Literal["right", "wrong", "unreadable"]
 Compare = Callable[[str, str], Verdict]
@@ -64,7 +65,7 @@ def all_right(verdicts: list[Verdict]) -> Verdict:
 
 
 def final_answers(text: str) -> list[str]:
-    r"""The answers that a text marks as final, after its reasoning; none if it marks none or never stops to reason.
+    r"""The answers that a text marks as final, after its reasoning; none if it marks none or its reasoning never ends.
 
     By the first of these that occurs: every \boxed{...}; the line of the first ####, since models run on after it; the
     line of the last "Answer:" or "answer is", since reasoning may hold others; the whole text, if it is one line.
@@ -148,6 +149,11 @@ def bare(text: str) -> str:
     return text
 
 
+def same_words(answer: str, expected: str) -> Verdict:
+    """Whether two short texts are equal but for letter case, punctuation, articles and spacing."""
+    return "right" if normalized(answer) == normalized(expected) != "" else "wrong"
+
+
 def equal_text(answer: str, expected: str) -> Verdict:
     """Whether two texts are equal but for the space around them."""
     return "right" if answer.strip() == expected.strip() else "wrong"
@@ -166,6 +172,7 @@ CHECKERS: dict[str, tuple[Compare, bool]] = {
     "integer": (same_integer, False),
     "number": (same_number, False),
     "text": (same_text, False),
+    "words": (same_words, False),
     "exact": (equal_text, True),
     "math": (same_math, False),
 }
@@ -220,9 +227,10 @@ def vote(checker: str, text: str) -> str | None:
 
 def key_of(checker: str, candidate: str) -> str | None:
     """One spelling for equal answers."""
-    value = None if checker in ("exact", "text") else read_number(without_end(candidate))
+    value = None if checker in ("exact", "text", "words") else read_number(without_end(candidate))
     if value is not None or checker in ("integer", "number"):
         return None if value is None else str(value)
     if checker == "exact":
         return candidate.strip() or None
-    return (bare(candidate) if checker == "text" else squeezed(without_end(candidate))) or None
+    spelling = {"text": bare, "words": normalized}.get(checker, lambda text: squeezed(without_end(text)))
+    return spelling(candidate) or None

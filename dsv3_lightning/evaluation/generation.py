@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dsv3_lightning.data.text.tokenizer import Tokenizer
-from dsv3_lightning.evaluation.answers import Tally, check_all, vote
+from dsv3_lightning.evaluation.answers import Tally, check_all, final_answers, vote
 from dsv3_lightning.evaluation.options import Answer, Score, bits_per_byte
 from dsv3_lightning.evaluation.protocols import Protocol, protocol_of
 from dsv3_lightning.evaluation.requests import Pair, context_text, fit, fit_prompt, gap, pair_ids, prompt_of
 from dsv3_lightning.evaluation.statistics import Estimate, estimate, majority, pass_at, powers_to
 from dsv3_lightning.evaluation.tasks import Sample, Task
+from dsv3_lightning.evaluation.words import best_common_words
 from dsv3_lightning.inference.sampling import Sampling
 from dsv3_lightning.inference.text import encode
 
@@ -70,7 +71,7 @@ def answer_questions(
     ]
     texts = iter(write(requests))
     bits = gold_bits(task, samples, tokenizer, score, limit, seed)
-    answers = []
+    answers, in_words = [], task.settings.checker == "words"
     for sample, (_, cut), gold in zip(samples, prompts, bits):
         generated = [next(texts) for _ in range(protocol.repeats)]
         verdicts = check_all(task.settings.checker, [one.text for one in generated], [sample.answers] * len(generated))
@@ -85,6 +86,7 @@ def answer_questions(
                     {
                         "text": one.text,
                         "verdict": verdict,
+                        **({"f1": best_common_words(final_answers(one.text), sample.answers)} if in_words else {}),
                         "vote": vote(task.settings.checker, one.text),
                         "ended": one.ended,
                         "tokens": one.tokens,
@@ -141,5 +143,7 @@ def generation_metrics(answers: Sequence[Answer]) -> dict[str, Estimate]:
     tallies = [Tally.of(one["verdict"] for one in row) for row in rows]
     for verdict in ("right", "wrong", "unreadable"):
         metrics[verdict] = estimate([getattr(tally, verdict) / tally.total for tally in tallies])
+    if "f1" in rows[0][0]:
+        metrics["f1"] = estimate([statistics.fmean(one["f1"] for one in row) for row in rows])
     metrics["never_ended"] = estimate([sum(not one["ended"] for one in row) / len(row) for row in rows])
     return metrics

@@ -26,10 +26,11 @@ def rank_options(
     """
     pairs: list[Pair] = []
     for sample in samples:
-        context = context_text(task, sample, seed)
+        options = range(len(sample.continuations))
+        contexts = [context_text(task, sample.before(option), seed) for option in options]
         bare = task.settings.unconditional if sample.unconditional is None else sample.unconditional
-        for before in (context, bare):
-            for option in sample.continuations:
+        for texts in (contexts, [bare for _ in options]):
+            for before, option in zip(texts, sample.continuations, strict=True):
                 pairs.append(fit(pair_ids(tokenizer, before, option), limit))
                 if len(pairs[-1].continuation) > limit:
                     raise ConfigError(
@@ -66,7 +67,7 @@ def record(sample: Sample, given: list[Scored], bare: list[Scored], cut: bool, c
         "chosen": {measure: best_places(scores[measure]) for measure in MEASURES},
         "options": [
             {"text": text, "log_p": log_p[i], "log_p_unconditional": unconditional[i], "tokens": len(given[i].log_p_C),
-             "greedy": given[i].greedy}
+             "greedy": given[i].greedy} | ({"context": sample.contexts[i]} if sample.contexts else {})
             for i, text in enumerate(texts)
         ],
     }  # fmt: skip
@@ -85,7 +86,7 @@ def best_places(scores: Sequence[float]) -> list[int]:
 
 
 def option_metrics(answers: Sequence[Answer]) -> dict[str, Estimate]:
-    """The means over questions. Of options with the same score, one would be drawn."""
+    """The means over questions. Options with the same score share the credit, as if one of them were drawn."""
     metrics = {"gold_bits_per_byte": estimate([answer["bits_per_byte"] for answer in answers])}
     chance = estimate([1 / len(answer["options"]) for answer in answers]).value
     for measure in MEASURES:

@@ -1,12 +1,12 @@
 """Tasks: jsonl files of questions with ranked options, or with answers to generate. Imports no torch.
 
-A line is {"context", "continuations", "label"}, or {"prompt", "answer"} with an optional "gold", the text whose bits
-per byte are measured (default: the answer). The first line may hold the task's settings, {"task": NAME, ...}.
-Lines with "example": true are few-shot examples only; without such lines, the other questions are the examples.
+A line is {"context", "continuations", "label"}; or {"contexts", "continuation", "label"}, where the options are what
+stands before the same text (partial evaluation, as in WinoGrande); or {"prompt", "answer"} with an optional "gold", the
+text whose bits per byte are measured (default: the answer). The first line may hold the task's settings, {"task": NAME,
+...}. Lines with "example": true are few-shot examples only; without such lines, the other questions are the examples.
 """
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv3_lightning.common.json_files import read_text, shown, type_name
+from dsv3_lightning.common.json_files import parse_object, read_text, shown
 from dsv3_lightning.common.paths import display_path, user_path
 from dsv3_lightning.common.wording import nearest
 from dsv3_lightning.errors import ConfigError
@@ -47,6 +47,7 @@ class Settings:
 class Sample:
     """A question. number: its place in the file. continuations: the options, none where an answer is generated.
 
+    contexts: that of each option where they differ; the continuations are then equal, and context is the right one.
     answers: those that are accepted. gold: the right continuation of the context, or the expected text.
     """
 
@@ -57,6 +58,11 @@ class Sample:
     label: int = -1
     answers: tuple[str, ...] = ()
     unconditional: str | None = None
+    contexts: tuple[str, ...] = ()
+
+    def before(self, option: int) -> "Sample":
+        """The question with the context of an option."""
+        return replace(self, context=self.contexts[option]) if self.contexts else self
 
 
 @dataclass(frozen=True)
@@ -86,18 +92,17 @@ def read_task(path: Path, **changes: Any) -> Task:
     samples: list[Sample] = []
     examples: list[Sample] = []
     kinds = set()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{display_path(path)}:{number}"
-        content = parse_line(line, where)
-        if "task" in content and not samples and not examples:
-            settings = read_settings(content, settings, where)
-            continue
         try:
+            content = parse_object(line)
+            if "task" in content and not samples and not examples:
+                settings = read_settings(content, settings)
+                continue
             sample = read_sample(content, number, settings)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{display_path(path)}:{number}: {error}") from error
         kinds.add("options" if sample.continuations else "generation")
         (examples if content.get("example") is True else samples).append(sample)
     if not samples:
@@ -116,33 +121,21 @@ def read_task(path: Path, **changes: Any) -> Task:
     return Task(settings, kind, tuple(samples), pool, hashlib.sha256(text.encode()).hexdigest())
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where}: must be a JSON object, is {type_name(content)}")
-    return content
-
-
-def read_settings(content: dict[str, Any], settings: Settings, where: str) -> Settings:
+def read_settings(content: dict[str, Any], settings: Settings) -> Settings:
     """The settings of a first line. A single stop text stands for a list of one. Raises ConfigError."""
     known = {field.name: type(getattr(settings, field.name)) for field in fields(Settings)}
     for name, value in content.items():
         if name not in known:
-            raise ConfigError(f"{where}: {name}: no such setting{nearest(name, known)}")
+            raise ConfigError(f"{name}: no such setting{nearest(name, known)}")
         if name == "stop":
             value = [value] if isinstance(value, str) else value
             if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-                raise ConfigError(f"{where}: stop={shown(value)}: must be a list of texts that aren't empty")
+                raise ConfigError(f"stop={shown(value)}: must be a list of texts that aren't empty")
             value = tuple(value)
         if type(value) is not known[name] or isinstance(value, int) and value < 0:
-            raise ConfigError(f"{where}: {name}={shown(value)}: must be {wanted(known[name])}")
+            raise ConfigError(f"{name}={shown(value)}: must be {wanted(known[name])}")
         if name == "task" and not re.fullmatch(r"[\w.-]+", value):
-            raise ConfigError(
-                f"{where}: task={shown(value)}: must be letters, digits, _, . and -, as results are files"
-            )
+            raise ConfigError(f"task={shown(value)}: must be letters, digits, _, . and -, as results are files")
         settings = replace(settings, **{name: value})
     return settings
 
@@ -153,18 +146,18 @@ def wanted(kind: type) -> str:
 
 def read_sample(content: dict[str, Any], number: int, settings: Settings) -> Sample:
     """A question. Raises ConfigError that names the field."""
+    given = content.get("unconditional")
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f"unconditional={shown(given)}: must be text")
+    if "contexts" in content:
+        contexts, label = read_options(content, "contexts")
+        text = text_of(content, "continuation")
+        if not text:
+            raise ConfigError("continuation: must not be empty")
+        return Sample(number, contexts[label], text, (text,) * len(contexts), label, (), given, contexts)
     if "continuations" in content:
-        options, label = content["continuations"], content.get("label")
-        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
-            raise ConfigError(f"continuations={shown(options)}: must be a list of at least two texts that aren't empty")
-        if type(label) is not int or not 0 <= label < len(options):
-            raise ConfigError(f"label={shown(label)}: must be the number of an option, from 0 to {len(options) - 1}")
-        if len(set(options)) < len(options):
-            raise ConfigError(f"continuations={shown(options)}: two options are equal")
-        given = content.get("unconditional")
-        if given is not None and not isinstance(given, str):
-            raise ConfigError(f"unconditional={shown(given)}: must be text")
-        return Sample(number, text_of(content, "context"), options[label], tuple(options), label, (), given)
+        options, label = read_options(content, "continuations")
+        return Sample(number, text_of(content, "context"), options[label], options, label, (), given)
     context, answers = text_of(content, "prompt"), content.get("answer")
     accepted = [answers] if isinstance(answers, str) else answers
     if not isinstance(accepted, list) or not all(isinstance(answer, str) for answer in accepted):
@@ -172,6 +165,18 @@ def read_sample(content: dict[str, Any], number: int, settings: Settings) -> Sam
     check_expected(settings.checker, accepted)
     gold = text_of(content, "gold") if "gold" in content else accepted[0]
     return Sample(number, context, gold, answers=tuple(accepted))
+
+
+def read_options(content: dict[str, Any], name: str) -> tuple[tuple[str, ...], int]:
+    """The options of a question and the number of the right one. Raises ConfigError."""
+    options, label = content[name], content.get("label")
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(one, str) and one for one in options):
+        raise ConfigError(f"{name}={shown(options)}: must be a list of at least two texts that aren't empty")
+    if type(label) is not int or not 0 <= label < len(options):
+        raise ConfigError(f"label={shown(label)}: must be the number of an option, from 0 to {len(options) - 1}")
+    if len(set(options)) < len(options):
+        raise ConfigError(f"{name}={shown(options)}: two options are equal")
+    return tuple(options), label
 
 
 def text_of(content: dict[str, Any], name: str) -> str:

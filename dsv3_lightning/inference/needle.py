@@ -30,25 +30,25 @@ def find_needles(
     model: Transformer, tokenizer: Tokenizer, filler: list[int], lengths: list[int], depths: list[float], texts: int
 ) -> Found:
     """Means over `texts` numbers and filler texts. depths: from 0, the beginning, to 1, the end. Raises ConfigError."""
-    limit = model.config.max_position_embeddings
-    ask, unused = tokenizer.encode(ASK), tokenizer.ids_without_text(model.config.vocab_size)
+    ask, full_stop = tokenizer.encode(ASK), tokenizer.encode(".\n")
+    unused = tokenizer.ids_without_text(model.config.vocab_size)
+    numbers = [[tokenizer.encode(f"{secret(text, which)}") for which in (0, 1)] for text in range(texts)]
+    for length in lengths:
+        for number, other in numbers:
+            around = 1 + 2 * len(ask) + len(number) + len(full_stop)
+            least, most = around + max(len(number), len(other)), around + min(len(number), len(other)) + len(filler)
+            if not least <= length <= most:
+                raise ConfigError(
+                    f"--lengths {length}: must be from {least} to {most}; the validation text has {len(filler)} tokens"
+                )
     right, saved = torch.zeros(2, len(lengths), len(depths), dtype=torch.float64).unbind()
     for row, length in enumerate(lengths):
-        if length > limit:
-            raise ConfigError(f"lengths: {length} tokens are more than the context of {limit}")
         for column, depth in enumerate(depths):
-            for text in range(texts):
-                number, other = (tokenizer.encode(f"{secret(text, which)}") for which in (0, 1))
-                tail = [*ask, *number]
+            for text, (number, other) in enumerate(numbers):
                 scores = []
                 for needle in (number, other):
-                    line = [*ask, *needle, *tokenizer.encode(".\n")]
+                    line, tail = [*ask, *needle, *full_stop], [*ask, *number]
                     room = length - 1 - len(line) - len(tail)
-                    if room < 0 or room > len(filler):
-                        raise ConfigError(
-                            f"lengths: {length} tokens need {max(room, 0)} of filler, there are {len(filler)}; "
-                            f"the shortest is {length - room}"
-                        )
                     start = text * 997 % (len(filler) - room + 1)
                     hay, place = filler[start : start + room], round(depth * room)
                     ids = [tokenizer.bos_id, *hay[:place], *line, *hay[place:], *tail]

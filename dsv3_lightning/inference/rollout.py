@@ -22,11 +22,13 @@ ROWS = 512  # samples that are decoded together
 class Sampled(NamedTuple):
     """The answers of one prompt. tokens: of each sample, with the end token if it ended. ended: whether it did.
 
+    log_p: the log-probability that each token was drawn with, at the temperature of sampling.
     routes: experts of each sample's tokens but the last, prompt included, int16 [tokens - 1, L, K]; None if unasked.
     """
 
     tokens: list[list[int]]
     ended: list[bool]
+    log_p: list[list[float]]
     routes: list[np.ndarray] | None
 
 
@@ -47,31 +49,35 @@ def uniforms(key: Key, samples: int, length: int) -> Tensor:
     return torch.from_numpy(np.stack([stream.random(length) for stream in streams]))
 
 
-def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
-    """The token whose interval of the cumulative distribution holds the number, int64 [B]; temperature 0 is greedy."""
+def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The token whose interval of the cumulative distribution holds the number, int64 [B], and its log-probability,
+    fp64 [B]. Temperature 0 is greedy: all of the probability is on one token."""
     if temperature == 0:
-        return logits_BV.argmax(1)
+        return logits_BV.argmax(1), torch.zeros(len(logits_BV), dtype=torch.float64)
     p_BV = (logits_BV.double() / temperature).softmax(1)
     cumulative_BV = p_BV.cumsum(1)
     drawn_B1 = uniform_B[:, None].to(cumulative_BV.device) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, drawn_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[1] - 1)
+    token_B1 = torch.searchsorted(cumulative_BV, drawn_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
+    return token_B1.squeeze(1), p_BV.gather(1, token_B1).squeeze(1).log()
 
 
 @torch.inference_mode()
 def sample_answers(
     model: Transformer, prompts: Sequence[Sequence[int]], keys: Sequence[Key], samples: int, max_new_tokens: int,
-    temperature: float, end_ids: set[int], routes: bool = False,
+    temperature: float, end_ids: set[int], routed: int = 0,
 ) -> list[Sampled]:  # fmt: skip
     """`samples` answers to each prompt, of up to max_new_tokens tokens or to an end token. Raises ConfigError.
 
-    The model's weights are whole on one device. routes: whether the chosen experts are returned, too.
+    The model's weights are whole on one device. routed: for how many of the first prompts the chosen experts are
+    returned, too.
     """
     check_lengths([len(prompt) for prompt in prompts], max_new_tokens, model.config.max_position_embeddings)
     together = max(1, ROWS // samples)
     found: list[Sampled] = []
     for first in range(0, len(prompts), together):
         some = slice(first, first + together)
-        found += Batch(model, prompts[some], keys[some], samples, max_new_tokens, temperature, end_ids, routes).run()
+        asked = max(0, min(routed - first, together))
+        found += Batch(model, prompts[some], keys[some], samples, max_new_tokens, temperature, end_ids, asked).run()
     return found
 
 
@@ -80,7 +86,7 @@ class Batch:
 
     def __init__(
         self, model: Transformer, prompts: Sequence[Sequence[int]], keys: Sequence[Key], samples: int, limit: int,
-        temperature: float, end_ids: set[int], routes: bool,
+        temperature: float, end_ids: set[int], routed: int,
     ) -> None:  # fmt: skip
         self.prompts, self.samples, self.limit = prompts, samples, limit
         self.temperature, self.end_ids = temperature, end_ids
@@ -89,8 +95,10 @@ class Batch:
         self.decoder = Decoder(model, total, capacity, lower="data.batch_size, grpo.group_size or grpo.max_new_tokens")
         self.uniform_BT = torch.cat([uniforms(key, samples, limit) for key in keys])
         self.tokens: list[list[int]] = [[] for _ in range(total)]
+        self.log_p: list[list[float]] = [[] for _ in range(total)]
         self.ended = [False] * total
-        self.mixtures = [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, Mixture)] if routes else []
+        self.routed = routed * samples  # the first samples, whose experts are kept
+        self.mixtures = [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, Mixture)] if routed else []
         self.routes: list[list[Tensor]] = [[] for _ in range(total)]
         for mixture in self.mixtures:
             mixture.chosen = []
@@ -107,25 +115,28 @@ class Batch:
             if self.mixtures:
                 chosen = self.taken()[0]
                 for sample in own:
-                    self.routes[sample].append(chosen)
+                    if sample < self.routed:
+                        self.routes[sample].append(chosen)
             logits_1V = self.decoder.logits(h_1TD[:, -1:])[:, -1]
             rows = self.take([*rows, *own], own, logits_1V.expand(self.samples, -1))
         while rows:
             last = torch.tensor([[self.tokens[sample][-1]] for sample in rows], device=self.decoder.device)
             h_B1D = self.decoder.extend(last)
             if self.mixtures:
-                for sample, chosen in zip(rows, self.taken(), strict=True):
-                    self.routes[sample].append(chosen)
+                kept = [row for row, sample in enumerate(rows) if sample < self.routed]
+                for row, chosen in zip(kept, self.taken()[kept], strict=True):
+                    self.routes[rows[row]].append(chosen)
             rows = self.take(rows, rows, self.decoder.logits(h_B1D)[:, -1])
         return [self.of_prompt(number) for number in range(len(self.prompts))]
 
     def take(self, rows: list[int], fresh: list[int], logits_BV: Tensor) -> list[int]:
         """Appends a token to the samples `fresh`, the last of the rows; returns the rows without those that ended."""
         places = [len(self.tokens[sample]) for sample in fresh]
-        new = inverse_cdf(logits_BV, self.uniform_BT[fresh, places], self.temperature).tolist()
+        new_B, log_p_B = inverse_cdf(logits_BV, self.uniform_BT[fresh, places], self.temperature)
         rows = list(rows)
-        for sample, token in zip(fresh, new, strict=True):
+        for sample, token, log_p in zip(fresh, new_B.tolist(), log_p_B.tolist(), strict=True):
             self.tokens[sample].append(token)
+            self.log_p[sample].append(log_p)
             self.ended[sample] = token in self.end_ids
         for row in reversed(range(len(rows))):
             sample = rows[row]
@@ -142,5 +153,6 @@ class Batch:
 
     def of_prompt(self, number: int) -> Sampled:
         own = slice(number * self.samples, (number + 1) * self.samples)
-        routes = [torch.cat(parts).numpy() for parts in self.routes[own]] if self.mixtures else None
-        return Sampled(self.tokens[own], self.ended[own], routes)
+        kept = own.start < self.routed and bool(self.mixtures)
+        routes = [torch.cat(parts).numpy() for parts in self.routes[own]] if kept else None
+        return Sampled(self.tokens[own], self.ended[own], self.log_p[own], routes)

@@ -2,8 +2,8 @@
 
 For readers of the report, in the order of its section 2: config, rope, norm, attention, router, experts, balance, moe,
 block, mtp, losses, transformer. The other files are machinery (checks, init, attention_kernels, short_attention,
-devices, recompute, permute, dispatch, weight_grad, fused, swiglu, fp8, fp8_cuda, phases, fused_loss, head, scores, cpu,
-autocast, balance_table) and parts of related models (grouped_query, parallel_heads).
+devices, recompute, permute, dispatch, weight_grad, fused, swiglu, fused_norm, fp8, fp8_cuda, phases, fused_loss, head,
+scores, cpu, autocast, balance_table) and parts of related models (grouped_query, parallel_heads).
 
 Letters in the suffixes of tensors' names, the same in every file of the package:
 B sequences

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-Examples = Callable[[torch.dtype], tuple[Tensor, ...]]
+Examples = Callable[[torch.dtype], list[tuple[Any, ...]]]
 
 
 class Fused:
-    """A function that is computed as written until `compile`. examples: inputs of some rows in a run's dtype.
+    """A function that is computed as written until `compile_all`. examples: inputs of some rows in a run's dtype, one
+    for each program that a run needs.
 
     Also fewer than two rows are computed as written, since torch.compile makes other programs for them.
     """
@@ -27,11 +28,11 @@ class Fused:
         self.__doc__, self.__name__ = function.__doc__, function.__name__
         Fused.all.append(self)
 
-    def __call__(self, first: Tensor, *others: Tensor) -> Any:
+    def __call__(self, first: Tensor, *others: Any) -> Any:
         if self.compiled is None or len(first) < 2:
             return self.function(first, *others)
         with torch.autocast(first.device.type, enabled=False):
-            return self.compiled(first.detach(), *(x.detach() for x in others))
+            return self.compiled(*(x.detach() if isinstance(x, Tensor) else x for x in (first, *others)))
 
 
 def fused(examples: Examples) -> Callable[[Callable[..., Any]], Fused]:
@@ -46,8 +47,9 @@ def compile_all(on: bool = True, backend: str = "inductor") -> None:
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """Calls every function once, in training and in inference mode."""
+    """Calls every function with its examples, in training and in inference mode."""
     for each in Fused.all:
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
-                each(*each.examples(dtype))
+                for example in each.examples(dtype):
+                    each(*example)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3_lightning.model.fused import fused
+
 IGNORE = -100  # a target that does not count
 
 
@@ -36,14 +38,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             factors = counted if weights_N is None else counted * weights_N[start : start + product]
             logits = torch.mm(x, weight_VD.T, out=logits_NV[: len(x)])
             for some, wanted, factor in zip(logits.split(softmax), targets.split(softmax), factors.split(softmax)):
-                log_p = torch.log_softmax(some, -1, dtype=total.dtype, out=log_p_NV[: len(some)])
                 index = wanted.masked_fill(wanted == IGNORE, 0)[:, None]
-                total -= (log_p.gather(1, index).squeeze(1) * factor).sum()
                 if need_x or need_weight:
-                    # d loss / d logits = softmax - one-hot, times the weight
-                    grad = log_p.exp_()
-                    grad.scatter_add_(1, index, grad.new_full((len(some), 1), -1.0))
-                    some.copy_(grad.mul_(factor[:, None]))
+                    log_p_N = overwrite_by_gradients(some, index, factor, log_p_NV[: len(some)])
+                else:
+                    log_p = torch.log_softmax(some, -1, dtype=total.dtype, out=log_p_NV[: len(some)])
+                    log_p_N = log_p.gather(1, index).squeeze(1)
+                total -= (log_p_N * factor).sum()
             if grad_x is not None:
                 torch.mm(logits, weight_VD, out=grad_x[start : start + product])
             if grad_weight is not None:
@@ -63,6 +64,36 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def overwrite_by_gradients(logits_NV: Tensor, index: Tensor, factor_N: Tensor, buffer_NV: Tensor) -> Tensor:
+    """The log-probabilities of the tokens of index [N, 1], in the dtype of the buffer, which is as wide as fp32.
+
+    The logits become the gradients of their negative sum: softmax - one-hot, times each token's factor.
+    """
+    if softmax_times.compiled is None:
+        log_p = torch.log_softmax(logits_NV, -1, dtype=buffer_NV.dtype, out=buffer_NV)
+        log_p_N = log_p.gather(1, index).squeeze(1)
+        grad = log_p.exp_()
+        grad.scatter_add_(1, index, grad.new_full((len(grad), 1), -1.0))
+        logits_NV.copy_(grad.mul_(factor_N[:, None]))
+        return log_p_N
+    factor_N = factor_N.to(buffer_NV.dtype)
+    grad, log_z_N = softmax_times(logits_NV, factor_N)
+    log_p_N = logits_NV.gather(1, index).squeeze(1).to(buffer_NV.dtype) - log_z_N
+    logits_NV.copy_(grad.scatter_(1, index, ((log_p_N.exp() - 1) * factor_N).to(grad.dtype)[:, None]))
+    return log_p_N
+
+
+@fused(lambda dtype: [(torch.ones(48, 64, dtype=dtype), torch.ones(48))])
+def softmax_times(logits_NV: Tensor, factor_N: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax · factor in the dtype of the logits, and the logarithms of the sums of exponentials in that of the
+    factors."""
+    wide = logits_NV.to(factor_N.dtype)
+    most_N1 = wide.amax(-1, keepdim=True)
+    exp_NV = (wide - most_N1).exp()
+    sum_N1 = exp_NV.sum(-1, keepdim=True)
+    return (exp_NV * (factor_N[:, None] / sum_N1)).to(logits_NV.dtype), (most_N1 + sum_N1.log()).squeeze(1)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """RMSNorm (arXiv 1910.07467), in fp32 inside whatever the precision around it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_lightning.model.autocast import compute_dtype
+from dsv3_lightning.model.fused_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,6 +16,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return out.to(compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps, compute_dtype(x))

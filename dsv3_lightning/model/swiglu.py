@@ -22,13 +22,13 @@ class WeightedSwiGLU(torch.autograd.Function):
         return weighted_swiglu_backward(grad_RF, *ctx.saved_tensors)
 
 
-@fused(lambda dtype: (torch.ones(48, 32, dtype=dtype), torch.ones(48)))
+@fused(lambda dtype: [(torch.ones(48, 32, dtype=dtype), torch.ones(48))])
 def weighted_swiglu(gate_up: Tensor, weights_R: Tensor) -> Tensor:
     gate_RF, up_RF = gate_up.chunk(2, -1)
     return (F.silu(gate_RF) * up_RF * weights_R[:, None]).to(gate_up.dtype)
 
 
-@fused(lambda dtype: (torch.ones(48, 16, dtype=dtype), torch.ones(48, 32, dtype=dtype), torch.ones(48)))
+@fused(lambda dtype: [(torch.ones(48, 16, dtype=dtype), torch.ones(48, 32, dtype=dtype), torch.ones(48))])
 def weighted_swiglu_backward(grad_RF: Tensor, gate_up: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate_up and of the weights."""
     gate_RF, up_RF = gate_up.chunk(2, -1)

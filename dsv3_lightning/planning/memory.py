@@ -51,11 +51,12 @@ def training_memory(
 
 
 def checkpoint_bytes(
-    model: ModelConfig, precision: str, sharded: bool, moment: int, averaged: bool, kind: str = "adamw"
+    model: ModelConfig, precision: str, sharded: bool, moment: int, copies: int, kind: str = "adamw"
 ) -> int:  # fmt: skip
-    """Bytes of a checkpoint: weights, optimizer state, the routers' biases and, with `averaged`, an fp32 average."""
+    """Bytes of a checkpoint: weights, optimizer state, the routers' biases and `copies` of the weights in fp32, such as
+    their average."""
     memory = training_memory(model, 0, precision, "none", sharded, moment, kind)
-    return memory.weights + memory.optimizer + averaged * memory.gradients
+    return memory.weights + memory.optimizer + copies * memory.gradients
 
 
 def cache_per_token(model: ModelConfig) -> int:

@@ -33,6 +33,7 @@ from dsv3_lightning.parallel.launch import notice_after, put_back, rank_of
 from dsv3_lightning.parallel.meeting import FirstRank, meeting
 from dsv3_lightning.planning.parameters import count_parameters
 from dsv3_lightning.runs.failures import in_one_line, stop_if_another_died
+from dsv3_lightning.runs.generating import generation_notes
 from dsv3_lightning.runs.objective import build_data, build_module
 from dsv3_lightning.runs.record import RunFolder
 from dsv3_lightning.runs.returns import free_memory, record_return
@@ -210,6 +211,7 @@ def prepare_once(
     if start.checkpoint is None or start.checkpoint[1] < config.trainer["max_steps"]:
         space = check_space(config, folder.path, parts.tree["trainer"]["precision"])
         said += [space] if space is not None else []
+        said += generation_notes(config)
     note = vocabulary_note(parts.data.tokenizer, config.model.vocab_size, "model.vocab_size")
     choice = choose(config.compute.compile, start.compiled, blocked, compiler.wait)
     parts.tree["compute"]["compile"] = choice.on

@@ -21,10 +21,16 @@ def check_space(config: Config, folder: Path, precision: str) -> str | None:
     kept = settings["keep"] + settings["keep_best"]
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, files = shutil.disk_usage(there).free, folder / "checkpoints"
-    sharded, averaged = mesh_strategy(config.strategy) is not None, config.callbacks.get("weight_average") is not None
-    optimizer = config.optimizer
-    one = checkpoint_bytes(config.model, precision, sharded, optimizer.moment_bytes, averaged, optimizer.kind)
+    sharded, optimizer = mesh_strategy(config.strategy) is not None, config.optimizer
+    one = checkpoint_bytes(config.model, precision, sharded, optimizer.moment_bytes, copies(config), optimizer.kind)
     return judge(files, free, used(files), one, kept)
+
+
+def copies(config: Config) -> int:
+    """How many copies of the weights a checkpoint holds beside them: their average, and GRPO's reference. The
+    reference of DPO is two numbers per pair."""
+    averaged = config.callbacks.get("weight_average") is not None
+    return averaged + (config.grpo is not None and config.grpo.beta > 0)
 
 
 def judge(files: Path, free: int, used: int, one: int, kept: int) -> str | None:

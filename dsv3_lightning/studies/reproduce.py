@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3_lightning.common.files import write_file
@@ -23,6 +24,7 @@ from dsv3_lightning.studies.compare import (
     markdown_table,
 )
 from dsv3_lightning.studies.experiment import Experiment, find_experiment
+from dsv3_lightning.studies.measured import Measured, read_measured
 from dsv3_lightning.studies.sweep import refuse_other_settings
 
 QUICK = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=8")
@@ -43,6 +45,7 @@ COLUMNS_MEAN = (
     "steps. Specialization is the share of choices that text from another folder of the corpus would have made "
     "differently. cache/token is in numbers."
 )
+OTHERS = "The last rows of the table above are measured by commands of their own ([reinforce.md](reinforce.md)):"
 Groups = dict[str, list[Finished]]
 
 
@@ -87,7 +90,7 @@ def run(overrides: list[str], folder: Path, out: Path | None, jobs: int, quick: 
     pictures = path.with_suffix("")
     for name, groups in experiments.items():  # speeds of concurrent runs mean nothing
         save_figure(curves_by_group(groups, leave_out=(SPEED,)), pictures / f"{name}.png", dpi=70)
-    write_file(path, report(experiments, words, pictures.name))
+    write_file(path, report(experiments, words, pictures.name, read_measured(folder)))
     print(f"report: {display_path(path)}")
     return code
 
@@ -100,12 +103,16 @@ def finished_runs(folder: Path, name: str) -> Groups:
     return {variant: groups[variant] for variant in Experiment(name, []).plan.variants if variant in groups}
 
 
-def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) -> str:
-    """The text of docs/reproduction.md: a row per claim, then each experiment's table, curves and command."""
+def report(experiments: dict[str, Groups], overrides: list[str], pictures: str, measured: Sequence[Measured]) -> str:
+    """The text of docs/reproduction.md: a row per claim, then each experiment's table, curves and command.
+
+    measured: claims that other commands have measured in folders beside the experiments'.
+    """
     rows = [["claim", "source", "published", "ours", "verdict"]]
     for claim in CLAIMS:
         ours, verdict = judge(claim, experiments.get(claim.experiment, {}))
         rows.append([claim.text, claim.source, claim.published, ours if verdict != MISSING else "-", f"**{verdict}**"])
+    rows += [one.row() for one in measured]
     settings = "".join(f" {override}" for override in overrides)
     quick = set(QUICK) <= set(overrides)
     some = next(run for groups in experiments.values() for runs in groups.values() for run in runs)
@@ -124,6 +131,11 @@ def report(experiments: dict[str, Groups], overrides: list[str], pictures: str) 
     ]
     for name, groups in experiments.items():
         parts += section(name, groups, settings, pictures)
+    if measured:
+        commands = {(one.command, one.date, one.device): None for one in measured}
+        parts += ["## Other commands\n", OTHERS + "\n"]
+        parts += [f"- `{command}`, {date}, on {device}" for command, date, device in commands]
+        parts[-1] += "\n"
     return "\n".join(parts)
 
 

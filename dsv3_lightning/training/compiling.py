@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv3_lightning.model import swiglu  # noqa: F401  has fused functions
+from dsv3_lightning.model import fused_loss, fused_norm, swiglu  # noqa: F401  have fused functions
 from dsv3_lightning.model.fused import Fused, compile_all, warm_up
 
 SECONDS = 15.0  # that a run may wait for the compiler

@@ -12,10 +12,10 @@ from dsv3_lightning.data.tuning.module import PromptDataModule
 from dsv3_lightning.errors import RunStopped
 from dsv3_lightning.inference.rollout import Key, Sampled, sample_answers
 from dsv3_lightning.model.losses import IGNORE
-from dsv3_lightning.model.router import Router
-from dsv3_lightning.model.transformer import Transformer
+from dsv3_lightning.model.transformer import Losses, Transformer
 from dsv3_lightning.parallel.data_ranks import sum_over_data
 from dsv3_lightning.parallel.weights import copies, from_store, put, to_store, whole_model
+from dsv3_lightning.training.agreement import compared, gap_of, replayed, routers_of, spread_routes
 from dsv3_lightning.training.objectives import Outcome, advantages, grpo, token_factors, without_contrast
 from dsv3_lightning.training.rewards import RewardFailed, Rewards
 from dsv3_lightning.training.rollouts import Group, arguments_of, complaint, of_all_ranks, packed, unpacked
@@ -30,9 +30,10 @@ class GRPOModule(WeightedModule):
 
     A step's first micro-batch samples the answers of the step on this rank, or of the next `updates` steps, and has
     them judged. Logs grpo/reward (and /NAME for each function, with its deviation), the share of groups without
-    contrast, the KL from the reference, entropy, lengths, the share of answers that were cut, and of clipped tokens; in
-    validations val/reward, its mean over samples, val/reward_best, the best of a prompt's samples, and
-    val/reward_greedy.
+    contrast, the KL from the reference, entropy, lengths, the share of answers that were cut, and of clipped tokens;
+    how far rollout and training pass agree (`agreement.py`): the gap of log-probabilities, mean and largest, and the
+    share of experts that both choose; in validations val/reward, its mean over samples, val/reward_best, the best of a
+    prompt's samples, and val/reward_greedy.
     """
 
     def __init__(self, grpo: GRPOConfig, prompts_of_step: int, *args: Any, **settings: Any) -> None:
@@ -41,8 +42,9 @@ class GRPOModule(WeightedModule):
         of_functions = [f"{name}/{kind}" for name in self.names for kind in ("sum", "squares", "count")]
         self.FACTS = (
             "tokens", "entropy", "kl", "clipped_low", "clipped_high", "answers", "length", "cut", "groups", "alike",
-            "reward", "scored", *of_functions,
+            "reward", "scored", "gap", "compared", "experts", "same_experts", *of_functions,
         )  # fmt: skip
+        self.LARGEST = ("largest_gap",)
         self.temperature = grpo.temperature
         super().__init__(grpo.mtp, *args, **settings)
         self.grpo, self.prompts_of_step = grpo, prompts_of_step
@@ -70,6 +72,8 @@ class GRPOModule(WeightedModule):
             (question, "length of answers (tokens)"): ["grpo/length"],
             (question, "share of answers cut at max_new_tokens"): ["grpo/cut"],
             (question, "share of tokens that are clipped"): [r"grpo/clipped_\w+"],
+            (question, "gap of log-probabilities between rollout and training (nats)"): [r"grpo/log_p_gap\w*"],
+            (question, "share of experts that rollout and training both choose"): ["grpo/same_experts"],
         }
 
     @property
@@ -104,12 +108,22 @@ class GRPOModule(WeightedModule):
         numbers = np.concatenate([found.reshape(-1) for found, _ in pairs]).tolist()
         samples = np.concatenate([found.reshape(-1) for _, found in pairs]).tolist()
         keys = [Key(self.seed, step, number) for number in numbers]
-        sampled = self.sample(samples, keys, self.grpo.group_size, self.grpo.temperature, self.grpo.replay_routes)
+        routed = len(samples) if self.grpo.replay_routes else 1  # of the first prompt, to compare them
+        sampled = self.sample(samples, keys, self.grpo.group_size, self.grpo.temperature, routed)
         rewards = self.judged(samples, sampled, f"step {step + 1}: ")
         apart = advantages(torch.from_numpy(rewards), torch.tensor(self.grpo.weights).double(), self.grpo.scale,
                            self.grpo.normalize == "each")  # fmt: skip
         self.groups = {
-            number: Group(number, sample, one.tokens, one.ended, rewards[:, row], apart[row].numpy(), routes=one.routes)
+            number: Group(
+                number,
+                sample,
+                one.tokens,
+                one.ended,
+                rewards[:, row],
+                apart[row].numpy(),
+                [np.array(log_p, dtype=np.float32) for log_p in one.log_p],
+                routes=one.routes,
+            )
             for row, (number, sample, one) in enumerate(zip(numbers, samples, sampled, strict=True))
         }
         self.note_rewards(rewards, sampled, apart, step)
@@ -125,7 +139,7 @@ class GRPOModule(WeightedModule):
                 put(self.model, trained)
 
     def sample(
-        self, samples: list[int], keys: list[Key], answers: int, temperature: float, routes: bool = False
+        self, samples: list[int], keys: list[Key], answers: int, temperature: float, routed: int = 0
     ) -> list[Sampled]:
         """Answers to prompts of the data, by their numbers in the split that is in use."""
         lines = self.data.lines("train" if self.in_training else "validation")
@@ -134,7 +148,7 @@ class GRPOModule(WeightedModule):
         prompts = [lines.parts(sample)[0].tolist() for sample in samples]
         with torch.autocast(self.device.type, enabled=False):
             found = sample_answers(sampler, prompts, keys, answers, self.grpo.max_new_tokens, temperature,
-                                   self.data.tokenizer.end_ids, routes) if prompts else []  # fmt: skip
+                                   self.data.tokenizer.end_ids, routed) if prompts else []  # fmt: skip
         return found
 
     def judged(self, samples: list[int], sampled: list[Sampled], where: str = "") -> np.ndarray:
@@ -187,27 +201,36 @@ class GRPOModule(WeightedModule):
         batch["advantages"] = torch.from_numpy(np.concatenate([group.advantages for group in groups]))
         batch["sample_ids"] = torch.tensor([group.sample for group in groups for _ in group.answers])
         valid_BT = batch["targets"][:, 0] != IGNORE
-        for field in ("old", "reference"):
+        for field in ("sampled", "old", "reference"):
             rows = [row for group in groups for row in getattr(group, field) or ()]
             if rows:
                 spread_BT = torch.zeros(valid_BT.shape)
                 spread_BT[valid_BT] = torch.from_numpy(np.concatenate(rows))
                 batch[field] = spread_BT
-        taken = [route for group in groups for route in group.routes or ()]
-        if taken:
-            B, T = valid_BT.shape
-            routes = np.tile(np.arange(taken[0].shape[2], dtype=np.int64), (B, T, taken[0].shape[1], 1))
-            for row, route in enumerate(taken):
-                routes[row, : len(route)] = route
-            batch["routes"] = torch.from_numpy(routes)
+        routes: list[np.ndarray | None] = []
+        for group in groups:
+            routes += [None] * len(group.answers) if group.routes is None else group.routes
+        if any(route is not None for route in routes):
+            batch["routes"] = spread_routes(routes, valid_BT.shape[1])
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def set_routes(self, batch: dict[str, Tensor] | None) -> None:
-        """Lets the main model's routers replay the experts of a batch; None ends it."""
-        routers = [module for block in self.model.layers for module in block.modules() if isinstance(module, Router)]
-        for layer, router in enumerate(routers):
-            has = batch is not None and "routes" in batch
-            router.replay = batch["routes"][:, :, layer].flatten(0, 1) if has else None  # type: ignore[index]
+        """Lets the main model's routers replay the experts of a batch where it is asked for; None ends it."""
+        has = batch is not None and "routes" in batch and self.grpo.replay_routes
+        for layer, router in enumerate(routers_of(self.model)):
+            router.replay = replayed(batch["routes"][:, :, layer]) if has else None  # type: ignore[index]
+
+    def losses_of(self, batch: dict[str, Tensor], draft: bool = False) -> Losses:
+        with compared(self.model, batch.get("routes") if self.has_sampling_model else None) as found:
+            losses = super().losses_of(batch, draft)
+        for same, of in found:
+            self.facts.add({"same_experts": same, "experts": of})
+        return losses
+
+    @property
+    def has_sampling_model(self) -> bool:
+        """Whether the step trains on answers of the model as it is, and not of some steps before."""
+        return self.in_training and self.trainer.global_step % self.grpo.updates == 0
 
     def count(self, numbers: np.ndarray) -> None:
         """What the means of the step are over: answers and tokens of all ranks, and targets of MTP modules."""
@@ -237,6 +260,8 @@ class GRPOModule(WeightedModule):
             apart_B = batch["advantages"].to(log_p_BT.dtype)
             factors_B = factors_B.masked_fill(apart_B.isnan(), 0) * self.parts
             old_BT = batch.get("old", log_p_BT)
+            if self.has_sampling_model:
+                facts |= gap_of(old_BT, batch["sampled"], valid_BT)
             outcome = grpo(log_p_BT, old_BT, batch.get("reference"), valid_BT, apart_B.nan_to_num(), factors_B,
                            self.grpo.clip, self.grpo.beta)  # fmt: skip
             return outcome._replace(facts=outcome.facts | facts)
@@ -294,6 +319,9 @@ class GRPOModule(WeightedModule):
             "grpo/clipped_low": share("clipped_low", "tokens"),
             "grpo/clipped_high": share("clipped_high", "tokens"),
         }
+        if sums["compared"]:
+            values["grpo/log_p_gap"], values["grpo/log_p_gap_largest"] = share("gap", "compared"), sums["largest_gap"]
+            values["grpo/same_experts"] = share("same_experts", "experts")
         if self.grpo.beta:
             values["grpo/kl"] = share("kl", "tokens")
         for name in self.names:

@@ -1,18 +1,20 @@
-"""Calls of reward functions, in a process of their own with a time limit. What goes wrong is one line with the name."""
+"""Calls of reward functions in a process of their own with a time limit. A failure is one line naming the function."""
 
 import contextlib
 import math
 import os
 import pickle
-import selectors
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from dsv3_lightning.common.children import end, readable_within
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.training.reward_worker import LENGTH, send
+
+SETTINGS = ("grpo.rewards", "grpo.reward_seconds")
 
 
 class RewardFailed(RunStopped):
@@ -20,13 +22,13 @@ class RewardFailed(RunStopped):
 
 
 class Rewards:
-    """Reward functions module:name, called as TRL's are. seconds: the limit of a call.
+    """Reward functions module:name, called as TRL's are. seconds: the limit of a call. settings: what sets the two.
 
     The process starts with the first call, and again after a failure. Raises RewardFailed.
     """
 
-    def __init__(self, names: Sequence[str], seconds: float, setting: str = "grpo.rewards") -> None:
-        self.names, self.seconds, self.setting = list(names), seconds, setting
+    def __init__(self, names: Sequence[str], seconds: float, settings: tuple[str, str] = SETTINGS) -> None:
+        self.names, self.seconds, self.settings = list(names), seconds, settings
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, arguments: dict[str, Any], answers: int) -> list[list[float]]:
@@ -65,16 +67,14 @@ class Rewards:
 
     def read(self, name: str, size: int, deadline: float) -> bytes:
         assert self.process is not None and self.process.stdout is not None
-        found, handle = b"", self.process.stdout.fileno()
-        with selectors.DefaultSelector() as selector:
-            selector.register(handle, selectors.EVENT_READ)
-            while len(found) < size:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise self.failed(name, f"took longer than {self.seconds:g} s (grpo.reward_seconds)")
-                part = os.read(handle, size - len(found))
-                if not part:
-                    raise self.failed(name, f"ended its process (exit status {self.process.wait()})")
-                found += part
+        found = b""
+        while len(found) < size:
+            if not readable_within(self.process.stdout, deadline - time.monotonic()):
+                raise self.failed(name, f"took longer than {self.seconds:g} s ({self.settings[1]})")
+            part = os.read(self.process.stdout.fileno(), size - len(found))
+            if not part:
+                raise self.failed(name, f"ended its process (exit status {self.process.wait()})")
+            found += part
         return found
 
     def checked(self, name: str, found: Any, answers: int) -> list[float]:
@@ -88,14 +88,10 @@ class Rewards:
         return rewards
 
     def failed(self, name: str, why: str) -> RewardFailed:
-        return RewardFailed(f"{self.setting}={name}: {why}")
+        return RewardFailed(f"{self.settings[0]}={name}: {why}")
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            for stream in (self.process.stdin, self.process.stdout):
-                if stream is not None:
-                    stream.close()
+            end(self.process)
         self.process = None

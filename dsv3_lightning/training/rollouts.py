@@ -14,8 +14,9 @@ class Group(NamedTuple):
     """A prompt's answers. number: of the prompt in the run. sample: in the data. ended: whether an end token came.
 
     rewards: [functions, answers], NaN where a function does not apply. advantages: [answers], NaN for one without any.
-    old, reference: log-probabilities of each answer's tokens by the model that sampled them, and by the reference; None
-    where the training pass or nothing takes their place. routes: as in Sampled.
+    sampled: log-probabilities that each answer's tokens were drawn with. old, reference: those by a training pass
+    of the model that sampled them, and by the reference; None where this step's pass or nothing takes their place.
+    routes: as in Sampled.
     """
 
     number: int
@@ -24,14 +25,15 @@ class Group(NamedTuple):
     ended: list[bool]
     rewards: np.ndarray
     advantages: np.ndarray
+    sampled: list[np.ndarray] | None = None
     old: list[np.ndarray] | None = None
     reference: list[np.ndarray] | None = None
     routes: list[np.ndarray] | None = None
 
 
 def packed(groups: list[Group]) -> str:
-    """Groups as JSON, which a checkpoint can hold: it has no other tensors than weights, and no code."""
-    arrays = ("old", "reference", "routes")
+    """Groups as JSON, since a checkpoint holds no tensors but weights, and no code."""
+    arrays = ("sampled", "old", "reference", "routes")
     fields = []
     for group in groups:
         lists: dict[str, Any] = {"rewards": group.rewards.tolist(), "advantages": group.advantages.tolist()}
@@ -43,7 +45,7 @@ def packed(groups: list[Group]) -> str:
 
 
 def unpacked(text: str) -> list[Group]:
-    types = {"old": np.float32, "reference": np.float32, "routes": np.int16}
+    types = {"sampled": np.float32, "old": np.float32, "reference": np.float32, "routes": np.int16}
     groups = []
     for fields in json.loads(text):
         for name, dtype in types.items():

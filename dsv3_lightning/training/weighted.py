@@ -13,29 +13,37 @@ from dsv3_lightning.training.logging import latest_scalars
 from dsv3_lightning.training.metrics import max_vio
 from dsv3_lightning.training.module import PretrainModule
 from dsv3_lightning.training.objectives import Outcome
+from dsv3_lightning.training.rollouts import of_all_ranks
 
 Judge = Callable[[Tensor, Tensor], Outcome]  # from log π and entropies [B, T] of the targets
 
 
 class Facts:
-    """Sums over micro-batches, by name: fp64, of this rank since the last log."""
+    """Sums over micro-batches, by name: fp64, of this rank since the last log. largest: names of which the largest
+    value takes the place of the sum; none is below 0."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    def __init__(self, names: tuple[str, ...], largest: tuple[str, ...] = ()) -> None:
+        self.names, self.largest = (*names, *largest), largest
         self.clear()
 
     def clear(self) -> None:
-        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)
+        self.values: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + (value.detach().double() if isinstance(value, Tensor) else value)
+            new = value.detach().double() if isinstance(value, Tensor) else value
+            known = self.values[name]
+            if name in self.largest:
+                known = torch.as_tensor(known, dtype=torch.float64, device=torch.as_tensor(new).device)
+                self.values[name] = torch.maximum(known, torch.as_tensor(new, dtype=torch.float64))
+            else:
+                self.values[name] = known + new
 
     def packed(self) -> Tensor:
-        return torch.stack([torch.as_tensor(self.sums[name]).double().cpu() for name in self.names])
+        return torch.stack([torch.as_tensor(self.values[name], dtype=torch.float64).cpu() for name in self.names])
 
     def unpack(self, packed: list[float]) -> None:
-        self.sums = dict(zip(self.names, packed, strict=True))
+        self.values = dict(zip(self.names, packed, strict=True))
 
 
 class WeightedModule(PretrainModule):
@@ -46,12 +54,13 @@ class WeightedModule(PretrainModule):
     """
 
     FACTS: tuple[str, ...] = ()
+    LARGEST: tuple[str, ...] = ()  # facts of which the largest value counts, and not the sum
     temperature = 1.0
 
     def __init__(self, mtp: str, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.frozen_mtp = mtp == "frozen"
-        self.facts, self.val_facts = Facts(self.FACTS), Facts(self.FACTS)
+        self.facts, self.val_facts = (Facts(self.FACTS, self.LARGEST) for _ in range(2))
         self.value: Tensor | float = 0.0  # of the micro-batch
         self.kept_facts: list[float] = []
         self.in_training = False
@@ -167,9 +176,16 @@ class WeightedModule(PretrainModule):
         super().skip_step(cause)
 
     def own_values(self) -> dict[str, float | None]:
-        values = self.readings(dict(zip(self.facts.names, self.summed(self.facts.packed()), strict=True)))
+        values = self.readings(dict(zip(self.facts.names, self.of_ranks(self.facts), strict=True)))
         self.facts.clear()
         return values
+
+    def of_ranks(self, facts: Facts) -> list[float]:
+        """The facts of all ranks with different samples together, packed; every rank must call it."""
+        sums = len(self.FACTS)
+        packed = facts.packed()
+        largest = of_all_ranks(packed[sums:].tolist(), self.trainer.world_size) if self.LARGEST else [[]]
+        return [*self.summed(packed[:sums]), *map(max, zip(*largest, strict=True))]
 
     def readings(self, sums: dict[str, float]) -> dict[str, float | None]:
         """What is logged of the sums since the last log."""
@@ -185,7 +201,7 @@ class WeightedModule(PretrainModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["since_log"]["facts"] = self.summed(self.facts.packed())
+        checkpoint["since_log"]["facts"] = self.of_ranks(self.facts)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -73,6 +73,7 @@ print(*{name.split(".")[0] for name in sys.modules} & {"torch", "lightning", "js
 """
 
 
+@pytest.mark.slow
 def test_wrong_settings_are_told_in_one_line_without_torch(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *CASES],

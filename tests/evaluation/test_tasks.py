@@ -54,8 +54,8 @@ def test_examples_may_be_lines_of_their_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{"], ":1: is not JSON"),
-        (["[]"], ":1: must be a JSON object, is a list"),
+        (["{"], ":1: not JSON: "),
+        (["[]"], r":1: not an object but \[\]"),
         ([], "holds no question"),
         ([{"task": "x"}], "holds no question"),
         ([{"task": "x", "checkers": "text"}, QUESTION], ":1: checkers: no such setting; did you mean checker?"),

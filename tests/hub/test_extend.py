@@ -57,7 +57,7 @@ def test_the_needle_check_writes_its_map(extended, capsys):
     assert torch.tensor(found["saved"]).shape == (2, 3) and found["depths"] == [0, 0.5, 1]
     assert (extended / "extend-8x/needle/needle.png").stat().st_size > 1000
     assert main(["needle", str(extended / "extend-8x"), "--lengths", "2048"]) == 2
-    assert "lengths: 2048 tokens are more than the context of 1024" in capsys.readouterr().err
+    assert "--lengths 2048: the model's context has 1024 positions" in capsys.readouterr().err
 
 
 class Copier:
@@ -84,8 +84,8 @@ def test_a_model_that_copies_finds_every_needle_and_one_that_forgets_finds_none(
     assert (found.right == 1).all() and (found.saved == 1).all()
     monkeypatch.setattr("dsv3_lightning.inference.needle.score", lambda *_: (0.0, -3.0))
     assert (find_needles(model, tokenizer, filler, [200], [0.5], 2).saved == 0).all()
-    with pytest.raises(ConfigError, match="the shortest is"):
-        find_needles(model, tokenizer, filler, [20], [0.5], 1)
+    with pytest.raises(ConfigError, match=r"--lengths 20: must be from \d\d to \d+"):
+        find_needles(model, tokenizer, filler, [200, 20], [0.5], 1)
 
 
 @torch.no_grad()

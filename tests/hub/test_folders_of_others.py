@@ -159,7 +159,7 @@ def test_a_tensor_in_two_shards_is_refused(folder, capsys):
         ('{"weight_map": []}', "weight_map=[]: must be an object"),
         ('{"weight_map": {"a": 3}}', "weight_map.a=3: must be the name of a file in the folder"),
         ('{"weight_map": {"a": "../model.safetensors"}}', 'weight_map.a="../model.safetensors": must be the name'),
-        ("[", "can't be read, it is not JSON"),
+        ("[", ": not JSON: "),
         (POINTER, "is a Git LFS pointer"),
     ],
 )

@@ -204,6 +204,7 @@ def test_671b_leave_file_by_file(tmp_path, monkeypatch):
     assert set(index["weight_map"].values()) == set(written) == {path.name for path in tmp_path.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_fp8_blocks_are_numbers_times_their_scale(tmp_path):
     """Against a loop over blocks; sizes that 128 does not divide, and uneven scales, so that a shifted block shows."""
     model = biased(small_config(hidden_size=160, intermediate_size=200, moe_intermediate_size=136))
@@ -237,6 +238,7 @@ def test_fp8_blocks_are_numbers_times_their_scale(tmp_path):
     assert not any(parameter.isnan().any() for parameter in again.parameters())
 
 
+@pytest.mark.slow
 def test_an_export_in_fp8_has_the_released_layout_and_comes_back(tmp_path):
     """Read by an independent loop over blocks, too. Sizes that 128 does not divide."""
     config = small_config(hidden_size=160, intermediate_size=200, moe_intermediate_size=136, num_nextn_predict_layers=1)

@@ -42,6 +42,7 @@ def cases(draw):
     return load, replicas, groups, nodes, gpus
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_a_plan_is_always_valid_and_as_even_as_the_best_published_one(case):

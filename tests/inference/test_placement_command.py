@@ -18,6 +18,7 @@ def run(tmp_path_factory, data_cache):
     return nano.run("r", "trainer.max_steps=2", "callbacks.checkpoint.every_n_steps=2")
 
 
+@pytest.mark.slow
 def test_a_runs_experts_are_placed_by_its_validation_text(run, capsys):
     assert main(["placement", str(run.folder), "--gpus", "4", "--nodes", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -47,6 +48,7 @@ def test_the_picture_counts_the_gpus_of_both_panels_from_0():
     assert before.images[0].norm is after.images[0].norm  # one scale of colors
 
 
+@pytest.mark.slow
 def test_loads_can_be_given(run, tmp_path, capsys):
     np.save(tmp_path / "loads.npy", np.arange(48).reshape(3, 16))
     out = ["--loads", str(tmp_path / "loads.npy"), "--out", str(tmp_path / "out"), "--replicas", "32"]
@@ -57,6 +59,7 @@ def test_loads_can_be_given(run, tmp_path, capsys):
     assert "gpus=5: does not divide replicas=16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "save, message",
     [
@@ -79,6 +82,7 @@ def test_loads_that_can_not_be_used_are_one_line(save, message, run, tmp_path, c
     assert f"--loads {tmp_path / 'loads.npy'}: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "verb", [["placement", "--gpus", "8"], ["needle", "--lengths", "64"]], ids=lambda verb: verb[0]
 )

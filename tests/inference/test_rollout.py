@@ -16,8 +16,8 @@ CONFIG = small_config(num_nextn_predict_layers=1)
 MODEL = small_model(CONFIG).eval()
 
 
-def answers(prompts=PROMPTS, keys=KEYS, samples=4, length=6, temperature=1.3, ends=frozenset({2, 17}), routes=False):
-    return sample_answers(MODEL, prompts, keys, samples, length, temperature, set(ends), routes)
+def answers(prompts=PROMPTS, keys=KEYS, samples=4, length=6, temperature=1.3, ends=frozenset({2, 17}), routed=0):
+    return sample_answers(MODEL, prompts, keys, samples, length, temperature, set(ends), routed)
 
 
 def test_an_answer_depends_on_its_own_key_alone():
@@ -48,10 +48,22 @@ def test_temperature_zero_is_greedy_decoding():
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_tokens_are_drawn_from_the_tempered_distribution(temperature):
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, 0.5])
-    drawn = inverse_cdf(logits.expand(20000, -1), uniforms(Key(0, 0, 0), 1, 20000)[0], temperature)
+    drawn, log_p = inverse_cdf(logits.expand(20000, -1), uniforms(Key(0, 0, 0), 1, 20000)[0], temperature)
     shares = torch.bincount(drawn, minlength=5) / len(drawn)
     p = (logits / temperature).softmax(0)
     assert ((shares - p).abs() < 4 * (p * (1 - p) / len(drawn)).sqrt()).all()
+    torch.testing.assert_close(log_p.float(), p.log()[drawn])
+
+
+def test_log_probabilities_of_a_rollout_are_those_of_the_models_pass_over_the_answer():
+    found = answers(temperature=1.3)
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        for tokens, log_p in zip(one.tokens, one.log_p, strict=True):
+            pairs = [(prompt + tokens[:place], [token]) for place, token in enumerate(tokens)]
+            cut = [torch.tensor([context]) for context, _ in pairs]
+            logits = torch.cat([MODEL(ids, torch.tensor([ids.shape[1] - 1])) for ids in cut]).double() / 1.3
+            expected = logits.log_softmax(-1)[range(len(tokens)), tokens]
+            torch.testing.assert_close(torch.tensor(log_p, dtype=torch.float64), expected, rtol=0, atol=1e-4)
 
 
 def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
@@ -65,7 +77,8 @@ def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
 
 
 def test_the_experts_of_a_rollout_are_those_of_the_model_and_can_be_replayed():
-    (found,) = answers(PROMPTS[:1], KEYS[:1], samples=2, routes=True)
+    found, others = answers(PROMPTS[:2], KEYS[:2], samples=2, routed=1)
+    assert others.routes is None  # of the first prompt alone
     routers = [module for block in MODEL.layers for module in block.modules() if isinstance(module, Router)]
     seen = []
     handles = [router.register_forward_hook(lambda m, i, out: seen.append(out.experts_NK)) for router in routers]

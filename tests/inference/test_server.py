@@ -94,6 +94,7 @@ def test_the_chunks_of_a_chat_name_the_role_once_per_choice(served):
     assert [choice.message.content for choice in answer.choices] == [whole.choices[0].message.content] * 2
 
 
+@pytest.mark.slow
 def test_32_clients_at_once_get_their_own_answers(served, model, tokenizer):
     """More than there are rows; each with another prompt and length, half of them streaming."""
     prompts = [f"{'x' * (i % 7)} def {i}" for i in range(32)]

@@ -97,6 +97,7 @@ def test_the_needle_is_judged_among_ids_with_text(model, tokenizer):
     assert found.saved.isfinite().all()
 
 
+@pytest.mark.slow
 def test_transformers_draws_none_from_an_export(model, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 

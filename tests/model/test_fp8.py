@@ -189,6 +189,7 @@ def test_powers_of_two_are_where_the_report_has_them():
     assert {name for name, (_, grad) in found.items() if grad} == {name for name in found if "down_product" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_checkpointing_and_late_gradients_change_nothing(policy, autocast):

@@ -25,6 +25,7 @@ def losses_per_position(model: Transformer, tokens_BS: Tensor, mask_BS: Tensor, 
     return nll_PT
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_module_k_at_i_sees_the_tokens_up_to_i_plus_k_and_is_judged_by_the_next():
     # With the targets held fixed, token j may move the loss of head k at i only where j <= i + k, and must do so there.

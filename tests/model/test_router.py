@@ -226,6 +226,7 @@ def test_a_forward_pass_leaves_the_bias_alone():
     assert torch.equal(router.expert_bias, before)
 
 
+@pytest.mark.slow
 def test_counts_are_exact_beyond_what_fp32_can_count():
     # fp32 stops at 2^24 = 16,777,216 when ones are added; its neighbors above are even numbers.
     N = 2**24 + 3

@@ -128,6 +128,7 @@ def test_planned_memory_of_the_cluster_files_is_the_plans(capsys: pytest.Capture
         assert re.findall(r"^sum +([\d.]+ GB)", shown, re.MULTILINE) == [memory], file
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -38,6 +38,7 @@ def test_there_are_configs_for_8_to_2048_gpus():
     assert [path.stem for path in CLUSTER] == ["moonlight-16", "v2-lite-8", "v3-2048", "v3-256"]
 
 
+@pytest.mark.slow
 def test_v3_on_2048_gpus_shows_its_estimate_beside_the_published_hours(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]) == 0
     shown = capsys.readouterr().out

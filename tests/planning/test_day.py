@@ -1,5 +1,7 @@
 """Validation, checkpoints and failures as shares of a day, and the longest sequence of a rank, by hand."""
 
+import contextlib
+import io
 import re
 from dataclasses import replace
 
@@ -57,27 +59,45 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     assert contexts.longest(needed, 1e9) == 0
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(("length", "gigabytes"), [(32768, 119.8), (131072, 438.8)])
 def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, gigabytes: float, capsys):
     words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
+=======
+PLAN_V3 = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
+
+
+@pytest.fixture(scope="module")
+def plan_of_v3() -> str:
+    """What the plan of V3 on 2,048 GPUs prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert main(PLAN_V3) == 0
+    return shown.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 106.3), (131072, 416.5)])
+def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(
+    length: int, gigabytes: float, plan_of_v3: str, capsys: pytest.CaptureFixture[str]
+):
+>>>>>>> main
     long = [f"data.sequence_length={length}", f"model.max_position_embeddings={length}"]
-    assert main([*words, *long]) == 2
+    assert main([*PLAN_V3, *long]) == 2
     error = capsys.readouterr().err
     refused = re.search(rf"data.sequence_length={length}: one sample needs ([0-9.]+ GB) on a rank, of 80 GB", error)
     assert refused and float(refused[1].split()[0]) == pytest.approx(gigabytes, abs=1) and error.count("\n") == 1
     fits = re.search(r"the longest that fits is (\d+)", error)
     assert fits and 16000 < int(fits[1]) < 32768
-    assert main(words) == 0
-    shown = capsys.readouterr().out
-    row = next(line for line in shown.splitlines() if line.startswith(f"{length:,} positions"))
+    row = next(line for line in plan_of_v3.splitlines() if line.startswith(f"{length:,} positions"))
     # long samples make attention more costly, and layers are split anew, so that the refused run needs a little more
     assert float(row.split()[2]) == pytest.approx(gigabytes, rel=0.1) and row.endswith("DOES NOT FIT")
-    assert "longest that fits" in shown
+    assert "longest that fits" in plan_of_v3
 
 
 CLUSTER = {"v2-lite-8": "8", "moonlight-16": "16", "v3-256": "256", "v3-2048": "2048"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLUSTER)
 def test_cluster_configs_spend_their_days_training(name: str, capsys):
     assert main(["plan", str(ROOT / f"configs/cluster/{name}.yaml"), "--gpus", CLUSTER[name]]) == 0
@@ -87,9 +107,9 @@ def test_cluster_configs_spend_their_days_training(name: str, capsys):
     assert row.endswith("  fits")  # a rank with popular experts runs out of memory first
 
 
+@pytest.mark.slow
 def test_validation_on_2_percent_of_the_corpus_takes_longer_than_the_training_between(capsys):
-    words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
-    assert main([*words, "data.validation_fraction=0.02", "trainer.limit_val_batches=1.0"]) == 0
+    assert main([*PLAN_V3, "data.validation_fraction=0.02", "trainer.limit_val_batches=1.0"]) == 0
     # 0.02 · 235,240 batches forward, a third of a step each, after 1,000 steps
     share = 0.02 * 235240 / 3 / (1000 + 0.02 * 235240 / 3)
     assert f"WARNING: validation: {share:.1%} of the time" in capsys.readouterr().out

@@ -13,6 +13,7 @@ def hours() -> dict:
     return runpy.run_path(str(ROOT / "benchmarks/planned_hours.py"))
 
 
+@pytest.mark.slow
 def test_the_pages_have_the_hours_that_the_command_prints(hours: dict, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/pipelines.md").read_text()

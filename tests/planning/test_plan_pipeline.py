@@ -58,6 +58,7 @@ def test_settings_of_the_strategy_block_are_planned_and_flags_replace_them(tmp_p
     assert "dualpipev on 2 ranks, 8 micro-batches of 128 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_v3_in_the_reports_layout_with_overlap_and_fp8(capsys: pytest.CaptureFixture[str]):
     def planned(*words: str) -> tuple[dict[str, list[str]], float]:
         assert main([*V3, "--schedule", "dualpipev", *words]) == 0

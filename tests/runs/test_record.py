@@ -45,7 +45,7 @@ def test_the_size_of_a_checkpoint_is_known_before_the_first_one(finished):
 
     size = (finished / "runs/x/checkpoints/step=4.ckpt").stat().st_size
     names = 200_000  # of nano's tensors, their places and the settings; the same for larger tensors
-    assert 0 < size - checkpoint_bytes(check(compose(["nano"]).tree).model, "32", False, 4, averaged=False) < names
+    assert 0 < size - checkpoint_bytes(check(compose(["nano"]).tree).model, "32", False, 4, copies=0) < names
 
 
 def test_a_run_whose_checkpoint_does_not_fit_the_disk_is_refused_and_a_disk_that_gets_full_told(

@@ -12,43 +12,27 @@ import torch
 
 from dsv3_lightning.cli import main
 from dsv3_lightning.common.history import scalar_history
-from dsv3_lightning.training.grpo import GRPOModule
-from tests.conftest import QUIET, ROOT, blank_figures
+from dsv3_lightning.config.compose import compose
+from dsv3_lightning.config.schema import check
+from dsv3_lightning.planning.memory import checkpoint_bytes
+from dsv3_lightning.runs.generating import generation_notes
+from dsv3_lightning.runs.record import stored_config
+from dsv3_lightning.runs.space import copies
+from tests.conftest import ROOT, blank_figures
+from tests.forking import Forked
+from tests.runs.tuning_files import SMALL, write_files
 
-JUDGES = """
-import os, signal
-def kills(completion_ids, **others):
-    if "KILL_AT" in os.environ:
-        with open("kill_calls", "a+") as calls:
-            if calls.write("x") and calls.tell() == int(os.environ["KILL_AT"]): os.kill(os.getppid(), signal.SIGKILL)
-    return [(ids[0] % 10) / 9 for ids in completion_ids]
-def last_digit(completion_ids, **others):
-    return [(ids[0] % 10) / 9 for ids in completion_ids]  # ten arms, of which 9 is the best
-def breaks(completions, **others):
-    with open("calls", "a+") as calls:
-        if calls.write("x") and calls.tell() == 3: raise ValueError("the judge is ill")
-    return [float(len(text)) for text in completions]
-def nothing(completions, **others):
-    return [0.0] * len(completions)
-"""
-SMALL = [
-    *QUIET, "callbacks.sample_text=null", "callbacks.router_probe=null", "callbacks.router_monitor=null",
-    "data.sequence_length=32", "data.validation_fraction=0.2", "callbacks.run_report=null",
-]  # fmt: skip
-GRPO = "{rewards: ['judges:last_digit'], group_size: 4, max_new_tokens: 6, beta: 0.05, reference_steps: 4, updates: 2}"
+GRPO = (
+    "{rewards: ['judges:last_digit'], group_size: 4, max_new_tokens: 6, beta: 0.05, reference_steps: 4, updates: 2, "
+    "temperature: 0.7, clip: [1.0e-3, 1.0e-3]}"
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, data_cache):
     """A folder with a run to start from, pairs, prompts and judges."""
     base = tmp_path_factory.mktemp("tuning")
-    numbers = [(a, b) for a in range(5) for b in range(4)]
-    pairs = [{"messages": [{"role": "user", "content": f"{a} + {b}"}], "chosen": str(a + b), "rejected": "I won't say"}
-             for a, b in numbers]  # fmt: skip
-    prompts = [{"prompt": f"{a} + {b} =", "answer": a + b} for a, b in numbers]
-    for name, lines in (("pairs", pairs), ("prompts", prompts)):
-        (base / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (base / "judges.py").write_text(JUDGES, encoding="utf-8")
+    write_files(base)
     assert run(base, "start", *data_cache, "trainer.max_steps=2", "data.sequence_length=32") == 0
     return base
 
@@ -69,6 +53,23 @@ def tuned(base: Path, name: str, kind: str, *settings: str) -> int:
     return run(base, name, f"init_from={base / 'runs/start'}", f"data.paths=[{base / paths}.jsonl]", *settings)
 
 
+def start(base: Path, name: str, kind: str, *settings: str, **environment: str) -> subprocess.Popen:
+    """As `tuned`, in a process of its own."""
+    words = [f"run.dir={base / 'runs'}", f"run.name={name}", *SMALL, f"init_from={base / 'runs/start'}",
+             f"data.paths=[{base / {'dpo': 'pairs', 'grpo': 'prompts'}[kind]}.jsonl]", *settings]  # fmt: skip
+    return Forked([sys.executable, "-m", "dsv3_lightning", "run", "nano", *words], cwd=base, stdout=subprocess.PIPE,
+                  stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1",
+                  "PYTHONPATH": os.pathsep.join((str(ROOT), str(base)))} | environment)  # fmt: skip
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
 def weights(base: Path, name: str, step: int) -> dict[str, torch.Tensor]:
     return torch.load(base / "runs" / name / f"checkpoints/step={step}.ckpt", weights_only=True)["state_dict"]
 
@@ -84,10 +85,18 @@ def scalars(base: Path, name: str) -> dict[str, tuple[list[int], list[float]]]:
     return scalar_history(base / "runs" / name)
 
 
-def test_dpo_begins_at_the_logarithm_of_two_and_learns_to_prefer(base):
-    settings = ["dpo={beta: 0.5}", "trainer.max_steps=8", "optimizer.lr=2e-3", "trainer.val_check_interval=4",
-                "callbacks.checkpoint.every_n_steps=4"]  # fmt: skip
-    assert tuned(base, "dpo", "dpo", *settings) == 0
+DPO = ["dpo={beta: 0.5}", "trainer.max_steps=8", "optimizer.lr=2e-3", "trainer.val_check_interval=4",
+       "callbacks.checkpoint.every_n_steps=4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preferring(base):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        assert tuned(base, "dpo", "dpo", *DPO) == 0
+
+
+def test_dpo_begins_at_the_logarithm_of_two_and_learns_to_prefer(base, preferring):
     found = scalars(base, "dpo")
     assert found["loss/main"][1][0] == pytest.approx(math.log(2), abs=1e-6)
     steps, losses = found["val/loss"]
@@ -95,31 +104,52 @@ def test_dpo_begins_at_the_logarithm_of_two_and_learns_to_prefer(base):
     assert losses[-1] < 0.5 and found["val/accuracy"][1][-1] == 1 and found["val/margin"][1][-1] > 0
     assert len(found["mtp/acceptance_1"][1]) == 3  # before, in the middle and at the end
     # from a checkpoint, which holds the reference, to the same bits
-    assert tuned(base, "dpo_again", "dpo", *settings,
+    assert tuned(base, "dpo_again", "dpo", *DPO,
                  f"run.resume={base / 'runs/dpo/checkpoints/step=4.ckpt'}") == 0  # fmt: skip
     assert_equal(weights(base, "dpo", 8), weights(base, "dpo_again", 8))
     # in other micro-batches the same step
-    more = [*settings, "trainer.accumulate_grad_batches=4"]
-    assert tuned(base, "dpo_parts", "dpo", *more) == 0
+    assert tuned(base, "dpo_parts", "dpo", *DPO, "trainer.accumulate_grad_batches=4") == 0
     assert_equal(weights(base, "dpo", 4), weights(base, "dpo_parts", 4), tolerance=2e-4)
+
+
+def test_two_ranks_with_experts_spread_over_them_prefer_by_the_same_steps(base, preferring):
+    code, output = ended(start(base, "dpo_ranks", "dpo", *DPO, *RANKS))
+    assert code == 0, output
+    assert_equal(weights(base, "dpo", 4), weights(base, "dpo_ranks", 4), tolerance=3e-4)
+    ours, theirs = scalars(base, "dpo"), scalars(base, "dpo_ranks")
+    for tag in ("val/loss", "val/accuracy", "val/margin", "dpo/margin", "loss/main"):
+        assert ours[tag][1] == pytest.approx(theirs[tag][1], rel=1e-3, abs=1e-4), tag
 
 
 def test_grpo_goes_on_to_the_same_bits_in_the_middle_of_what_it_sampled(base):
     settings = [f"grpo={GRPO}", "trainer.max_steps=6", "optimizer.lr=1e-3", "trainer.val_check_interval=6",
-                "callbacks.checkpoint={every_n_steps: 1, keep: 9}", "data.batch_size=4"]  # fmt: skip
+                "callbacks.checkpoint={every_n_steps: 1, keep: 9, best_by: val/reward, best_is: highest}",
+                "data.batch_size=4"]  # fmt: skip
     assert tuned(base, "grpo", "grpo", *settings) == 0
+    assert list((base / "runs/grpo/checkpoints").glob("best*"))  # by reward
     assert tuned(base, "grpo_again", "grpo", *settings,
                  f"run.resume={base / 'runs/grpo/checkpoints/step=5.ckpt'}") == 0  # fmt: skip
     assert_equal(weights(base, "grpo", 6), weights(base, "grpo_again", 6))
     parts = [*settings, "trainer.accumulate_grad_batches=4"]
     assert tuned(base, "grpo_parts", "grpo", *parts) == 0
     assert_equal(weights(base, "grpo", 2), weights(base, "grpo_parts", 2), tolerance=2e-4)
+    # what the disk must hold is known before the first step: the reference is a copy of the weights
+    config = stored_config(base / "runs/grpo")
+    size = (base / "runs/grpo/checkpoints/step=6.ckpt").stat().st_size  # without answers still to learn from
+    assert 0 < size - checkpoint_bytes(config.model, "32", False, 4, copies(config)) < 300_000
     found = scalars(base, "grpo")
     kl = dict(zip(*found["grpo/kl"]))
     assert kl[1] == pytest.approx(0, abs=1e-7) and kl[2] > 0  # the model is its own reference at first
     assert kl[5] < kl[4]  # replaced after step 4
     assert found["loss/main"][1][0] == pytest.approx(0, abs=1e-6) and found["optimizer/grad_norm"][1][0] > 0
     assert found["val/reward"][0] == [0, 6]
+    # the second step of a sampling has another model than sampled: its ratios differ from 1, and are clipped
+    low, high = (dict(zip(*found[f"grpo/clipped_{side}"])) for side in ("low", "high"))
+    assert all(low[step] + high[step] == 0 for step in (1, 3, 5)) and low[2] + high[2] > 0 < low[4] + high[4]
+    # log-probabilities have the temperature that tokens were drawn with; they are compared where the model is the same
+    assert found["grpo/log_p_gap"][0] == found["grpo/same_experts"][0] == [1, 3, 5]
+    assert 0 < max(found["grpo/log_p_gap"][1]) < max(found["grpo/log_p_gap_largest"][1]) < 1e-4
+    assert min(found["grpo/same_experts"][1]) > 0.99
 
 
 def test_grpo_finds_the_best_of_ten_classes_of_tokens(base):
@@ -165,6 +195,14 @@ def test_sampling_writes_right_answers_as_conversations_and_wrong_ones_as_pairs(
                "data.validation_fraction=0") == 0  # fmt: skip
 
 
+def test_what_generating_from_sharded_weights_takes_is_said_before_the_first_step():
+    words = ["callbacks.evaluate={tasks: [x.jsonl]}"]
+    assert generation_notes(check(compose(["grpo"], words).tree)) == []
+    first, second = generation_notes(check(compose(["grpo"], [*words, "strategy=fsdp2"]).tree))
+    assert "gathers a whole fp32 copy of the model to sample from, 0.0407 GB" in first
+    assert "callbacks.evaluate: a sharded model generates without a cache" in second
+
+
 def test_rewards_that_are_all_0_are_explained_in_words(base, capsys):
     settings = ["grpo={rewards: ['judges:nothing'], group_size: 2, max_new_tokens: 2}", "trainer.max_steps=2",
                 "data.batch_size=2", "trainer.limit_val_batches=0"]  # fmt: skip
@@ -202,8 +240,10 @@ def test_settings_that_mean_nothing_are_refused_in_one_line(base, capsys, settin
     assert why in capsys.readouterr().err
 
 
+RANKS = ["trainer.devices=2", "strategy={kind: fsdp2_ep, expert_parallel: 2}"]
 KEPT = ["trainer.max_steps=4", "callbacks.checkpoint={every_n_steps: 1, keep: 9}", "data.batch_size=4",
-        "optimizer.lr=1e-3", "trainer.val_check_interval=4"]  # fmt: skip
+        "optimizer.lr=1e-3", "trainer.val_check_interval=4",
+        "callbacks.killer={class_path: killer.Killer}"]  # fmt: skip
 KILLS = "{rewards: ['judges:kills'], group_size: 4, max_new_tokens: 6, updates: 2, beta: 0.1}"
 
 
@@ -216,44 +256,19 @@ def whole(base):
     return weights(base, "whole", 4)
 
 
-def test_a_run_that_is_killed_while_answers_are_judged_ends_with_the_same_bits(base, whole):
-    words = ["run", "nano", f"run.dir={base / 'runs'}", "run.name=killed", *SMALL, f"init_from={base / 'runs/start'}",
-             f"data.paths=[{base / 'prompts.jsonl'}]", f"grpo={KILLS}", *KEPT]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL_AT": "3"}
-    command = [sys.executable, "-m", "dsv3_lightning", *words]
-    died = subprocess.run(command, env=environment, cwd=base, capture_output=True, timeout=240)
-    assert died.returncode == -9
-    assert tuned(base, "killed", "grpo", f"grpo={KILLS}", *KEPT) == 0
-    assert_equal(whole, weights(base, "killed", 4))
-
-
-@pytest.mark.parametrize("place", ["sampling", "update"])
-def test_a_run_that_breaks_off_while_it_samples_or_updates_ends_with_the_same_bits(base, whole, place, monkeypatch):
-    owner, name = {"sampling": (GRPOModule, "sample"), "update": (torch.optim.AdamW, "step")}[place]
-    original, calls = getattr(owner, name), []
-
-    def breaks(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise OSError("the power is gone")
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, breaks)
-        with pytest.raises(OSError, match="the power is gone"):
-            tuned(base, f"broken_{place}", "grpo", f"grpo={KILLS}", *KEPT)
-    assert tuned(base, f"broken_{place}", "grpo", f"grpo={KILLS}", *KEPT) == 0
-    assert_equal(whole, weights(base, f"broken_{place}", 4))
+@pytest.mark.parametrize("place", ["judging", "sampling", "update"])
+def test_a_run_that_is_killed_at_any_place_of_a_step_ends_with_the_same_bits(base, whole, place):
+    code, output = ended(start(base, f"killed_{place}", "grpo", f"grpo={KILLS}", *KEPT, KILLED=place))
+    assert code == -9, output
+    assert not (base / f"runs/killed_{place}/checkpoints/step=4.ckpt").exists()
+    assert (base / f"runs/killed_{place}/checkpoints/step={3 if place == 'update' else 2}.ckpt").exists()
+    assert tuned(base, f"killed_{place}", "grpo", f"grpo={KILLS}", *KEPT) == 0
+    assert_equal(whole, weights(base, f"killed_{place}", 4))
 
 
 def test_two_ranks_with_experts_spread_over_them_take_the_same_steps(base, whole):
-    words = ["run", "nano", f"run.dir={base / 'runs'}", "run.name=ranks", *SMALL, f"init_from={base / 'runs/start'}",
-             f"data.paths=[{base / 'prompts.jsonl'}]", f"grpo={KILLS}", *KEPT, "trainer.devices=2",
-             "strategy={kind: fsdp2_ep, expert_parallel: 2}"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "dsv3_lightning", *words]
-    done = subprocess.run(command, env=environment, cwd=base, capture_output=True, timeout=300, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = ended(start(base, "ranks", "grpo", f"grpo={KILLS}", *KEPT, *RANKS))
+    assert code == 0, output
     for step in (1, 2):
         assert_equal(weights(base, "whole", step), weights(base, "ranks", step), tolerance=3e-4)
     ours, theirs = scalars(base, "whole"), scalars(base, "ranks")

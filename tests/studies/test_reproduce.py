@@ -12,6 +12,7 @@ from dsv3_lightning.studies import reproduce as command
 from dsv3_lightning.studies.claims import CLAIMS, EXPERIMENTS, MISSING, NOT, REPRODUCED, UNDECIDED, verdict
 from dsv3_lightning.studies.compare import COLUMNS
 from dsv3_lightning.studies.experiment import Experiment
+from dsv3_lightning.studies.measured import Measured, write_measured
 from tests.conftest import ROOT
 
 REPORT = json.loads("""{"steps": 240, "tokens": 983040, "val_loss": 4.5, "val_bpb": 1.8, "max_vio_global": [0.1, 0.3],
@@ -55,6 +56,9 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
         "sequence": {seed: {"val_loss": loss + 0.01 + seed / 1000} for seed, loss in losses.items()},
         "batch": {1: {}},
     }, "optimizer.lr=1e-3")  # fmt: skip
+    sides = {"low": 0.1, "high": [0.3, 0.35, 0.25], "form": "{:.2f}"}
+    made = {"command": "python benchmarks/x.py", "date": "2026-01-02", "device": "1 x cpu"}
+    write_measured(tmp_path / "other", [Measured("It learns", "a paper", "no number", **sides, **made)])
     out = tmp_path / "docs/report.md"
     assert main(["reproduce", "--dir", str(tmp_path), "--report", "--out", str(out), "optimizer.lr=1e-3"]) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
@@ -65,6 +69,8 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert row(text, "A batch-wise loss costs less")[4] == f"**{UNDECIDED}**"  # one seed
     assert row(text, "Predicting one more token")[3:] == ["-", f"**{MISSING}**"]
     assert "`dsv3 sweep balance --jobs 2 optimizer.lr=1e-3`: 240 steps of 4,096 tokens per run." in text
+    assert row(text, "It learns")[1:] == ["a paper", "no number", "0.10 against 0.30 ± 0.05", f"**{REPRODUCED}**"]
+    assert "- `python benchmarks/x.py`, 2026-01-02, on 1 x cpu\n" in text
     assert "10 of 18 runs are finished." in text and text.index("| none | 3") < text.index("| loss_free | 3")
     assert "Does loss-free balancing balance" in text and "## mtp" not in text
     assert "Their verdicts mean nothing" not in text
@@ -72,6 +78,7 @@ def test_verdicts_compare_runs_of_one_seed(tmp_path, capsys):
     assert (tmp_path / "docs/report/balance.png").stat().st_size > 5_000 and "(report/balance.png)" in text
 
 
+@pytest.mark.slow
 def test_all_experiments_are_swept_and_a_failure_is_reported(tmp_path, monkeypatch):
     calls = []
     finish(tmp_path, "moe", {"fine_grained": {1: {}}}, *command.QUICK, "data.batch_size=8")
@@ -88,6 +95,7 @@ def test_all_experiments_are_swept_and_a_failure_is_reported(tmp_path, monkeypat
     assert "Their verdicts mean nothing" in text and "`make reproduce`" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made_with", "words", "reported"),
     [
@@ -104,6 +112,7 @@ def test_a_command_that_did_not_make_the_runs_is_not_printed_as_theirs(tmp_path,
     assert not (tmp_path / "reproduction.md").exists()
 
 
+@pytest.mark.slow
 def test_a_report_writes_nothing_beside_the_runs(tmp_path):
     finish(tmp_path, "moe", {"gshard_like": {2: {}}})
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -116,18 +125,24 @@ def test_nothing_to_report_is_said(tmp_path, capsys):
     assert "holds no finished run of balance, bias_speed" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """What each experiment's file holds, by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: Experiment(name, [f"run.dir={folder}"]).plan for name in EXPERIMENTS}
+
+
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
-def test_what_a_claim_compares_exists(tmp_path, claim):
-    plan = Experiment(claim.experiment, [f"run.dir={tmp_path}"]).plan
+def test_what_a_claim_compares_exists(plans, claim):
+    plan = plans[claim.experiment]
     assert claim.column in COLUMNS and claim.experiment in EXPERIMENTS and len(plan.seeds) >= 3
     assert {side for side in (claim.low, claim.high) if isinstance(side, str)} <= plan.variants.keys()
 
 
-def test_every_variant_is_in_a_verdict(tmp_path):
+def test_every_variant_is_in_a_verdict(plans):
     """But for the report's own mixture and the limit to a single group, of which no paper says anything."""
     judged = {(claim.experiment, side) for claim in CLAIMS for side in (claim.low, claim.high)}
-    plans = {name: Experiment(name, [f"run.dir={tmp_path}"]).plan.variants for name in EXPERIMENTS}
-    left = {(name, variant) for name, variants in plans.items() for variant in variants} - judged
+    left = {(name, variant) for name, plan in plans.items() for variant in plan.variants} - judged
     assert left == {("balance", "loss_free_and_sequence"), ("routing", "sigmoid_1_of_4_groups")}
 
 

@@ -88,6 +88,7 @@ def test_a_variant_has_one_colour_and_what_nobody_measured_no_panel(tmp_path):
     assert alone.get_title() == kept.get_title()
 
 
+@pytest.mark.slow
 def test_a_slurm_array_has_a_task_per_run_and_runs_nothing(tmp_path, words, capsys):
     assert main(["sweep", *words, "--slurm"]) == 0
     script = capsys.readouterr().out
@@ -95,6 +96,7 @@ def test_a_slurm_array_has_a_task_per_run_and_runs_nothing(tmp_path, words, caps
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_refused_leaves_no_folder(tmp_path, words, capsys):
     assert main(["sweep", *words, "--task", "9"]) == 2
     (tmp_path / "mine.yaml").write_text(TEXT + "  wrong: {model: {hiden_size: 1}}\n")
@@ -178,6 +180,7 @@ def shapes(tmp_path, name):
     return models
 
 
+@pytest.mark.slow
 def test_moe_and_attention_are_compared_at_equal_size(tmp_path):
     moe = shapes(tmp_path, "moe")
     for count in (lambda m: count_parameters(m).total, lambda m: training_flop_per_token(m, 256)):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from dsv3_lightning.model.fused import Fused, compile_all, warm_up
+from dsv3_lightning.model.fused_loss import IGNORE, LinearCrossEntropy, softmax_times
+from dsv3_lightning.model.fused_norm import normalized, normalized_backward, rms_norm
 from dsv3_lightning.training.compiling import Choice, Compiler, choose, key_of, obstacle
 from tests.model.small import clear_batch, small_batch, small_config, small_model, total_loss
 
-NAMES = "compiled: weighted_swiglu, weighted_swiglu_backward"
+NAMES = f"compiled: {', '.join(each.__name__ for each in Fused.all)}"
 COMPILER = shutil.which("g++")
 
 
@@ -34,6 +36,7 @@ def train(model, dtype, batch):
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 def test_changing_token_counts_compile_nothing_after_the_warm_up(dynamo, policy):
     """By torch's own log. Without a compiler, since what is compiled for whom is decided before."""
@@ -69,6 +72,49 @@ def test_compiled_functions_give_the_gradients_of_the_others(dynamo, monkeypatch
     compile_all()
     for one, other in zip(plain, train(model, torch.float32, batch), strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+@pytest.fixture
+def as_written(monkeypatch):
+    """Fused functions called where they would be compiled, without torch.compile."""
+    for each in (normalized, normalized_backward, softmax_times):
+        monkeypatch.setattr(each, "compiled", each.function)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fused_norm_and_its_gradients_are_those_of_torch_in_fp64(as_written, dtype, strided):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 24, generator=generator).to(dtype)[..., : 16 if strided else 24].requires_grad_()
+    weight = torch.randn(x.shape[-1], generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(x.shape, generator=generator).to(dtype)
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    exact = torch.nn.functional.rms_norm(exact_x, exact_weight.shape, exact_weight, 1e-6)
+    exact.backward(grad.double())
+    out = rms_norm(x, weight, 1e-6, dtype)
+    out.backward(grad)
+    for ours, theirs in ((out, exact), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+        assert ours.dtype == dtype and (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_loss_and_its_gradients_are_those_of_the_unfused(monkeypatch, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = ((4 * torch.randn(n, 12, generator=generator)).to(dtype).requires_grad_() for n in (10, 37))
+    targets = torch.randint(37, (10,), generator=generator).index_fill(0, torch.tensor([0, 4]), IGNORE)
+    factors = torch.rand(10, generator=generator)
+
+    def loss_and_gradients():
+        x.grad = weight.grad = None
+        loss = LinearCrossEntropy.apply(x, weight, targets, 4, 3, factors)
+        loss.backward()
+        return loss.detach(), x.grad, weight.grad
+
+    plain = loss_and_gradients()
+    monkeypatch.setattr(softmax_times, "compiled", softmax_times.function)
+    for ours, theirs in zip(loss_and_gradients(), plain, strict=True):
+        assert (ours - theirs).norm() <= (1e-6 if dtype == torch.float32 else 1e-3) * theirs.norm()
 
 
 @pytest.mark.parametrize(

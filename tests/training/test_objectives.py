@@ -171,6 +171,7 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_not():
     assert gradient.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_bandit_of_ten_tokens_is_solved():
     """The largest reward is found; with a KL term the optimum is known: π_a ∝ π_ref,a / (β + mean reward - r_a)."""
     rewards_V = torch.linspace(0, 1, 10, dtype=torch.float64)[torch.randperm(10, generator=torch.manual_seed(0))]

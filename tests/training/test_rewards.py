@@ -1,5 +1,6 @@
 """Reward functions in their process: what they are given, and how each failure is named."""
 
+import re
 import textwrap
 import time
 
@@ -8,6 +9,7 @@ import pytest
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.evaluation.rewards import exact, repeats
 from dsv3_lightning.training.rewards import RewardFailed, Rewards
+from tests.conftest import ROOT
 
 FUNCTIONS = """
     import os, sys, time
@@ -66,14 +68,13 @@ def test_what_goes_wrong_is_one_line_that_names_the_function(functions, name, wh
     assert rewards.process is None
 
 
-def test_a_function_that_hangs_is_ended_with_its_process(functions):
-    rewards = Rewards(["judges:hangs"], 1.5)
+@pytest.mark.slow
+def test_a_function_that_hangs_is_ended_with_its_process_and_its_limit_is_named(functions):
+    rewards = Rewards(["judges:hangs"], 1.5, ("--reward", "--reward-seconds"))
     rewards.check()
     process = rewards.process
     begun = time.monotonic()
-    with pytest.raises(
-        RewardFailed, match=r"grpo.rewards=judges:hangs: took longer than 1.5 s \(grpo.reward_seconds\)"
-    ):
+    with pytest.raises(RewardFailed, match=r"--reward=judges:hangs: took longer than 1.5 s \(--reward-seconds\)"):
         rewards(ASKED, 2)
     assert process.returncode is not None and time.monotonic() - begun < 60
 
@@ -88,6 +89,13 @@ def test_an_empty_or_half_right_text_is_not_the_exact_answer():
     texts = ["", " ", "42", " 42 \n", "42 or 43", "142", [{"role": "assistant", "content": "42"}]]
     found = exact(completions=texts, answer=["", "42", "42", "42", "42", "42", "42"], prompts=[], completion_ids=[])
     assert found == [0, 0, 1, 1, 0, 0, 1]
+
+
+def test_the_function_on_the_page_rewards_the_right_answer():
+    page = (ROOT / "docs/reinforce.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, space := {})
+    assert space["correct"](completions=["4 ", "5", ""], answer=["4", "4", "4"], prompts=[]) == [1.0, 0.0, 0.0]
 
 
 def test_repetition_costs_more_the_longer_it_goes_on():

@@ -22,6 +22,7 @@ import numpy as np
 import zstandard
 
 from dsv3_lightning.common.files import digest as digest_of
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.cleaning import words
 from dsv3_lightning.data.cleaning.config import CleaningConfig
 from dsv3_lightning.data.cleaning.contamination import Contamination
@@ -33,11 +34,10 @@ from dsv3_lightning.data.config import SourceConfig
 from dsv3_lightning.data.stages.tasks import Advance, Counts, Task
 from dsv3_lightning.data.text.conversation import Message
 from dsv3_lightning.data.text.corpus import read_documents
-from dsv3_lightning.data.text.messages import short
 from dsv3_lightning.data.text.sources import Source
 from dsv3_lightning.data.text.tally import ReadStats
 
-FORMAT = 1
+FORMAT = 2  # of the files, and of what the steps decide
 TASK_BYTES = 32 << 20  # of input files
 BATCH = 1 << 20  # characters that are cleaned together
 LEVEL = 3  # of zstandard
@@ -190,7 +190,7 @@ class Tally:
         self.languages[document.language or "unknown"] += 1
         known = self.examples.setdefault(document.reason or "kept", [])
         if len(known) < EXAMPLES:
-            known.append(short(document.text[:400], 200))
+            known.append(shown(document.text[:400], 200))
 
     def facts(self) -> dict[str, Any]:
         named = ("documents", "bytes", "changed", "languages")

@@ -6,27 +6,38 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.readers import html, megatron, parquet, warc
 from dsv3_lightning.data.text.conversation import Message
-from dsv3_lightning.data.text.messages import parse, short
+from dsv3_lightning.data.text.messages import parse
+from dsv3_lightning.data.text.sources import Source
+from dsv3_lightning.data.text.tally import ReadStats
 from dsv3_lightning.data.text.tokenizer import Tokenizer
+from dsv3_lightning.data.text.utf8 import decode
 from dsv3_lightning.errors import ConfigError
 
 Found = str | list[Message]
 
 
-def read_rows(path: Path, key: str, where: str, unread: Counter[str]) -> Iterator[Found]:
-    """The texts and conversations of a parquet file. unread: counts fields without a meaning. Raises ConfigError."""
-    for number, value in enumerate(parquet.rows_of(path, key, where), 1):
+def read_rows(source: Source, key: str, stats: ReadStats, most_bytes: int) -> Iterator[Found]:
+    """The texts and conversations of a parquet file; longer texts are left out and counted. Raises ConfigError."""
+    for number, value in enumerate(parquet.rows_of(source.path, key, source.where), 1):
+        if isinstance(value, bytes):
+            if len(value) <= most_bytes:
+                yield decode(value, source.shown, stats)
+            else:
+                stats.too_long[f"{source.shown}, row {number}"] += len(value)
+            continue
         try:
-            yield row_of(value, key, unread)
+            yield row_of(value, key, stats.unread)
         except ConfigError as error:
-            raise ConfigError(f"{where}, row {number}: {error}") from error
+            raise ConfigError(f"{source.where}, row {number}: {error}") from error
 
 
 def row_of(value: Any, key: str, unread: Counter[str]) -> Found:
-    if value is None or isinstance(value, str):
-        return value or ""
+    """A conversation, or the empty text of a row without a value."""
+    if value is None:
+        return ""
     if isinstance(value, list):
         messages = [
             {name: field for name, field in message.items() if field is not None}
@@ -35,13 +46,13 @@ def row_of(value: Any, key: str, unread: Counter[str]) -> Found:
             for message in value
         ]  # columns that a message lacks are null
         return parse({key: messages}, key, unread)
-    raise ConfigError(f"{key}={short(value)}: must be text, or a list of messages")
+    raise ConfigError(f"{key}={shown(value)}: must be text, or a list of messages")
 
 
-def read_pages(path: Path, opened: Callable[[Path], Any]) -> Iterator[str]:
-    """The texts of a WARC or WET file."""
-    with opened(path) as stream:
-        yield from warc.texts_of(stream)
+def read_pages(source: Source, opened: Callable[[Path], Any], stats: ReadStats, most_bytes: int) -> Iterator[str]:
+    """The texts of a WARC or WET file, of which one record at a time is held."""
+    with opened(source.path) as stream:
+        yield from warc.texts_of(stream, source.shown, stats, most_bytes)
 
 
 def read_page(content: bytes) -> Iterator[str]:

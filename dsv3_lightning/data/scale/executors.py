@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv3_lightning.data.cleaning.corpus import Plan
 from dsv3_lightning.data.extras import needed
-from dsv3_lightning.data.scale.steps import BY, Clean, ReadKept, WriteKept, WriteSignatures, ranks
+from dsv3_lightning.data.scale.steps import BY, Clean, KeepFirst, ReadKept, WriteKept, WriteSignatures, ranks
 from dsv3_lightning.errors import ConfigError
 
 
@@ -29,10 +29,11 @@ def executors(plan: Plan, folder: Path, executor: Any, **arguments: Any) -> list
     config = minhash.MinhashConfig(near.ngram, near.buckets, near.rows)
     tasks, mine = len(ranks(plan)), folder / plan.key
     signatures, pairs, removed = mine / "signatures", mine / "pairs", mine / "removed"
+    clusters = minhash.MinhashDedupCluster(str(pairs), str(removed), config=config, save_cluster_id=True)
     stages: list[tuple[str, list[Any], int]] = [
         ("clean", [Clean(plan), WriteSignatures(plan, signatures)], tasks),
         ("pairs", [minhash.MinhashDedupBuckets(str(signatures), str(pairs), config=config)], near.buckets),
-        ("clusters", [minhash.MinhashDedupCluster(str(pairs), str(removed), config=config)], 1),
+        ("clusters", [clusters, KeepFirst(removed)], 1),
         ("kept", [ReadKept(plan), minhash.MinhashDedupFilter(str(removed)), WriteKept(folder / "kept")], tasks),
     ]
     chain: list[Any] = []

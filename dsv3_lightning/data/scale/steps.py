@@ -93,6 +93,29 @@ def records(values: np.ndarray, digests: np.ndarray, bucket: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class KeepFirst:
+    """Of each cluster the first document stays, as in `dsv3 prepare`, not the one that datatrove's stage 3 keeps.
+
+    removed: that stage's output: RRRRRR.clusters, pairs of a document's number in its rank and its cluster, uint32, and
+    RRRRRR.remove, the numbers of the documents that are dropped.
+    """
+
+    removed: Path
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        known = np.zeros(0, bool)  # clusters whose first document was in an earlier rank
+        for path in sorted(self.removed.glob("*.clusters")):
+            documents, clusters = np.fromfile(path, "<u4").reshape(-1, 2).T  # by number
+            known = np.concatenate([known, np.zeros(max(0, int(clusters.max()) + 1 - len(known)), bool)])
+            first = np.zeros(len(documents), bool)
+            first[np.unique(clusters, return_index=True)[1]] = True
+            fall_out = documents[~first | known[clusters]]
+            known[clusters] = True
+            with whole(path.with_suffix(".remove")) as beside:
+                beside.write_bytes(fall_out.tobytes())
+
+
+@dataclass(frozen=True)
 class ReadKept:
     """Yields a rank's cleaned documents, with their source, as datatrove's documents."""
 

@@ -103,11 +103,18 @@ class Build:
         return Encoded(survey, encoder, encoded, merged)
 
     def put_together(
-        self, folder: Path, encoded: "Encoded", files_read: int, left_out: Mapping[str, int], inputs: dict[str, Any]
+        self,
+        folder: Path,
+        encoded: "Encoded",
+        files_read: int,
+        left_out: Mapping[str, int],
+        inputs: dict[str, Any],
+        met: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """Writes token files, tokenizer and manifest to the folder; returns the manifest.
 
-        left_out: numbers of unread files by suffix, for the manifest.
+        left_out: numbers of unread files by suffix, for the manifest. met: what reading the files has met, as
+        `ReadStats.facts`, if not these stages have read them.
         """
         folder.mkdir()
         files: dict[str, FileRecord] = {}
@@ -122,7 +129,7 @@ class Build:
             "dtype": token_dtype(tokenizer.vocab_size),
             "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
             "encoder": encoded.encoder.name,
-            **encoded.survey.read,
+            **(met or encoded.survey.read),
             "files_read": files_read,
             "files_left_out": dict(left_out),
             "origins": self.corpus.origins,
@@ -144,7 +151,7 @@ class Build:
             remove(self.work)
             config = self.config
             given = config.paths or (config.sources and f"of {', '.join(config.sources)}") or "the standard library"
-            why = "".join(f"; {note.removeprefix('data.paths: ')}" for note in notes(survey.read, files_read, {}))
+            why = "".join(f"; {note.partition(': ')[2]}" for note in notes(survey.read, files_read, {}))
             raise ConfigError(f"data.paths={given}: no text in {files_read} files{why}")
         return survey
 

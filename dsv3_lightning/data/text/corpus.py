@@ -7,7 +7,6 @@ import gzip
 import importlib
 import itertools
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,14 @@ import numpy as np
 import zstandard
 
 from dsv3_lightning.common.files import BLOCK, blocks, utf8_path
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.config import DEFAULTS
 from dsv3_lightning.data.readers.documents import read_page, read_pages, read_rows, read_tokens
 from dsv3_lightning.data.text.conversation import Message
-from dsv3_lightning.data.text.messages import holds_messages, parse, short
+from dsv3_lightning.data.text.messages import holds_messages, parse
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, unreadable
 from dsv3_lightning.data.text.tally import ReadStats
+from dsv3_lightning.data.text.utf8 import decode, whole
 from dsv3_lightning.errors import ConfigError
 
 orjson: Any = importlib.import_module("orjson") if find_spec("orjson") else None  # of the extra `data`
@@ -32,8 +33,6 @@ orjson: Any = importlib.import_module("orjson") if find_spec("orjson") else None
 BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-SURROGATES = re.compile("[\ud800-\udfff]")
-REPLACEMENT = "\ufffd"
 ZST_PIECE = 1 << 13  # bytes decompressed at a time: at the best ratio they become a quarter of a gigabyte
 CONVERSATION_BEGINS = ("", "[", "{")  # of texts that may be conversations as JSON, and the empty one
 MOST_BAD_LINES = 10  # named in one message
@@ -65,7 +64,7 @@ def read_documents(
         key = source.text_key or text_key
         try:
             most = most_bytes if source.marks is None else sys.maxsize  # which are numbered by all documents
-            if (other := read_other(source, key, stats)) is not None:
+            if (other := read_other(source, key, stats, most)) is not None:
                 found = other
             elif lines:
                 found = read_lines(source, key, stats, skip_bad_lines, most)
@@ -85,20 +84,22 @@ def read_documents(
             raise unreadable(source.where, error) from error
 
 
-def read_other(source: Source, key: str, stats: ReadStats) -> Iterator[str | list[Message]] | None:
+def read_other(source: Source, key: str, stats: ReadStats, most_bytes: int) -> Iterator[str | list[Message]] | None:
     """The documents of a kind that isn't text or jsonl; None for those."""
     if source.kind == "parquet":
-        return read_rows(source.path, key, source.where, stats.unread)
+        return read_rows(source, key, stats, most_bytes)
     if source.kind == "warc":
-        return read_pages(source.path, opened)
+        return read_pages(source, opened, stats, most_bytes)
     if source.kind == "html":
-        return read_page(b"".join(content_of(source.path)))
+        page = content_within(source, stats, most_bytes)
+        return iter(()) if page is None else read_page(page)
     if source.kind == "megatron":
         return read_tokens(source.path, source.tokenizer, source.where)
     return None
 
 
-def read_text(source: Source, stats: ReadStats, most_bytes: int) -> Iterator[str]:
+def content_within(source: Source, stats: ReadStats, most_bytes: int) -> bytes | None:
+    """The content of a file; None if it has more bytes, of which no more are held, and which are counted."""
     parts, size = [], 0
     for block in content_of(source.path):
         size += len(block)
@@ -107,13 +108,19 @@ def read_text(source: Source, stats: ReadStats, most_bytes: int) -> Iterator[str
         else:  # counts the rest
             parts.clear()
     if size > most_bytes:
-        stats.too_long[source.name] += size
+        stats.too_long[source.shown] += size
+        return None
+    return b"".join(parts)
+
+
+def read_text(source: Source, stats: ReadStats, most_bytes: int) -> Iterator[str]:
+    content = content_within(source, stats, most_bytes)
+    if content is None:
         return
-    content = b"".join(parts).removeprefix(BOM)
-    parts.clear()
+    content = content.removeprefix(BOM)
     where = source.where
     refuse_no_text(where, content)
-    text = decode(content, source.name, stats)
+    text = decode(content, source.shown, stats)
     begun = text.lstrip()
     if holds_messages(begun) or holds_messages(begun[: begun.find("\n")]):  # one JSON document, or one per line
         raise ConfigError(
@@ -160,7 +167,7 @@ def read_lines(
     bad, first = BadLines(source), True
     for number, line in enumerate(lines_of(source.path, most_bytes, source.begin, source.end), 1):
         if isinstance(line, TooLong):
-            stats.too_long[f"{source.name}, line {lines_before(source) + number}"] += line.size
+            stats.too_long[f"{source.shown}, line {lines_before(source) + number}"] += line.size
             continue
         line = line.removeprefix(BOM) if number == 1 and not source.begin else line
         if not line.strip():
@@ -173,11 +180,11 @@ def read_lines(
             if (text := plain_text(line, text_key)) is not None:
                 document = text
             else:
-                document = parse_line(decode(line, source.name, stats), text_key, source.name, stats)
+                document = parse_line(decode(line, source.shown, stats), text_key, source.shown, stats)
         except ConfigError as error:
             bad.add(lines_before(source) + number, str(error))
             if skip_bad_lines:
-                stats.skipped[source.name] += 1
+                stats.skipped[source.shown] += 1
             elif bad.count == MOST_BAD_LINES:
                 raise bad.error() from None
             continue
@@ -239,7 +246,7 @@ def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | l
     except (ValueError, RecursionError) as error:  # too many digits, nested too deep
         raise ConfigError(f"not JSON: {error}") from None
     if not isinstance(record, dict) or text_key not in record:
-        found = ", ".join(record) if isinstance(record, dict) else f"not an object but {short(record)}"
+        found = ", ".join(record) if isinstance(record, dict) else f"not an object but {shown(record)}"
         raise ConfigError(
             f"no text under data.text_key={text_key}, nor a list of messages; the line has {found or 'no keys'}"
             f"{advice(record)}"
@@ -255,7 +262,7 @@ def parse_line(line: str, text_key: str, file: str, stats: ReadStats) -> str | l
     if isinstance(text, list):
         messages = parse(record, text_key, stats.unread)
         return [message._replace(text=whole(message.text, file, stats)) for message in messages]
-    raise ConfigError(f"{text_key}={short(text)}: must be text, or a list of messages")
+    raise ConfigError(f"{text_key}={shown(text)}: must be text, or a list of messages")
 
 
 def advice(record: Any) -> str:
@@ -266,26 +273,6 @@ def advice(record: Any) -> str:
         if isinstance(record.get(name), list):
             return f"; data.text_key={name} reads its conversation"
     return "; data.text_key=text reads its text" if isinstance(record.get("text"), str) else ""
-
-
-def whole(text: str, file: str, stats: ReadStats) -> str:
-    """Replaces lone surrogates, which JSON can escape (\\ud83d) but UTF-8 can't encode."""
-    if text.isascii():
-        return text
-    text, number = SURROGATES.subn(REPLACEMENT, text)
-    if number:
-        stats.replaced[file] += number
-    return text
-
-
-def decode(data: bytes, file: str, stats: ReadStats) -> str:
-    """Decodes UTF-8, with U+FFFD for invalid bytes."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        text = data.decode(errors="replace")
-        stats.replaced[file] += text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
-        return text
 
 
 def lines_of(

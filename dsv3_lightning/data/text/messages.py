@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from dsv3_lightning.common.json_files import shown
 from dsv3_lightning.data.text.conversation import ROLES, Message, check_role
 from dsv3_lightning.errors import ConfigError
 
@@ -53,7 +54,7 @@ def parse_message(message: Any, number: int, where: str, unread: Counter[str]) -
     elif isinstance(message, dict) and {"from", "value"} <= message.keys():  # ShareGPT's names
         role, content, field = message["from"], message["value"], "value"
         if not isinstance(role, str) or role not in SHAREGPT:
-            raise ConfigError(f"{where}.from={short(role)}: must be human, gpt or system")
+            raise ConfigError(f"{where}.from={shown(role)}: must be human, gpt or system")
         role = SHAREGPT[role]
     else:
         raise ConfigError(f"{where}: must have a role and a content")
@@ -75,13 +76,13 @@ def read_fields(fields: Mapping[str, Any], impossible: frozenset[str], where: st
                 continue
             if name not in MARKS or not isinstance(value, int | float) or value not in (0, 1):
                 raise ConfigError(
-                    f"{where}{name}={short(value)}: seems to mark what is learned; valid marks are "
+                    f"{where}{name}={shown(value)}: seems to mark what is learned; valid marks are "
                     f"{', '.join(MARKS)}, each 0, 1, true or false"
                 )
             marks.append(bool(value))
         elif words & impossible:
             if value not in NEUTRAL:
-                raise ConfigError(f"{where}{name}={short(value)}: has no place in the format of conversations here")
+                raise ConfigError(f"{where}{name}={shown(value)}: has no place in the format of conversations here")
         else:
             unread[name] += 1
     return marks
@@ -95,7 +96,7 @@ def text_of(content: Any, where: str) -> str:
         raise ConfigError(f"{where}: must be text, is {'null' if content is None else TYPES[type(content)]}")
     for number, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ConfigError(f"{where}[{number}]={short(part)}: must be {{type: text, text: …}}; only text is learned")
+            raise ConfigError(f"{where}[{number}]={shown(part)}: must be {{type: text, text: …}}; only text is learned")
     return "".join(part["text"] for part in content)
 
 
@@ -108,7 +109,7 @@ def with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mess
         if not isinstance(text, str):
             raise ConfigError(f"{name}: must be text, is {TYPES[type(text)]}")
         if messages[0].role == "system":
-            raise ConfigError(f"{name}={short(text)}: the messages also have a system text")
+            raise ConfigError(f"{name}={shown(text)}: the messages also have a system text")
         messages = [Message("system", text, False), *messages]
     return messages
 
@@ -133,9 +134,3 @@ def is_conversation(value: Any) -> bool:
     return all({"role", "content"} <= names or {"from", "value"} <= names for names in keys) or all(
         is_conversation(item) for item in value
     )
-
-
-def short(value: Any, length: int = 60) -> str:
-    """The value as JSON on one line, shortened to `length` characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from dsv3_lightning.common.files import digest, remove, remove_leftovers, utf8_path, whole
 from dsv3_lightning.common.paths import user_path
-from dsv3_lightning.data.cleaning.corpus import Plan, clean, plan
+from dsv3_lightning.data.cleaning.corpus import Cleaned, Plan, clean, plan, read_facts
 from dsv3_lightning.data.config import DEFAULTS, LARGEST_VOCABULARY, DataConfig
 from dsv3_lightning.data.stages.tasks import ALL, Shard, is_held, present
 from dsv3_lightning.data.text.build import Build, others_have_work, summary
@@ -82,20 +82,23 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder) if shard == ALL else nullcontext():
                 if not is_complete(folder):  # another process may have finished it in the meantime
-                    kept = sources if cleaning is None else cleaned_files(cleaning, jobs, shard, keep_dropped)
+                    kept, met = sources, None
+                    if cleaning is not None:
+                        kept, counts = cleaned_files(cleaning, jobs, shard, keep_dropped)
+                        met = read_facts(counts)
                     work = work_folder(folder)
                     build = Build(work, config, Files.of(kept, config), tokenizer, jobs, shard)
-                    build_whole(folder, build, len(sources), left_out, inputs)
+                    build_whole(folder, build, len(sources), left_out, inputs, met)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
     if tell is not None:
-        for line in notes(read_manifest(folder), len(sources), left_out):
+        for line in notes(read_manifest(folder), len(sources), left_out, config.setting):
             tell(line)
     return folder
 
 
-def cleaned_files(cleaning: Plan, jobs: int, shard: Shard, keep_dropped: bool) -> list[Source]:
-    """The files of what stays of each source. Raises ConfigError if nothing stays of one.
+def cleaned_files(cleaning: Plan, jobs: int, shard: Shard, keep_dropped: bool) -> Cleaned:
+    """What stays of each source. Raises ConfigError if nothing stays of one.
 
     Raises RunStopped with code 0 if other jobs have tasks left to do.
     """
@@ -108,7 +111,7 @@ def cleaned_files(cleaning: Plan, jobs: int, shard: Shard, keep_dropped: bool) -
             for part in counts["clean"]:
                 reasons.update({reason: n for reason, n in part["documents"].items() if reason not in ("read", "kept")})
             raise ConfigError(f"data.cleaning: no document of {name} is left ({listed(reasons) or 'it has none'})")
-    return cleaned.files
+    return cleaned
 
 
 def prepared_before(config: DataConfig, known: dict[str, Any], lost: str, tell: Callable[[str], None] | None) -> Path:
@@ -129,13 +132,29 @@ def work_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.work")
 
 
+def unfinished(cache: Path) -> list[Path]:
+    """The work folders of preparations that stopped, and at which no process is at work."""
+    return [path for path in sorted(cache.glob("*.work")) if not any(map(is_held, path.glob("job-*.lock")))]
+
+
 def build_whole(
-    folder: Path, build: Build, files_read: int, left_out: Mapping[str, int], inputs: dict[str, Any]
+    folder: Path,
+    build: Build,
+    files_read: int,
+    left_out: Mapping[str, int],
+    inputs: dict[str, Any],
+    met: Mapping[str, Any] | None,
 ) -> None:
-    """Builds the folder, which appears only when complete. Only one process at a time may call this for each shard."""
+    """Builds the folder, which appears only when complete. Only one process at a time may call this for each shard.
+
+    met: as in `Build.put_together`.
+    """
     begun = time.monotonic()
     if not build.work.exists() and (reason := why_again(folder, inputs)):
         say(f"data are prepared again, {reason}")
+    for other in unfinished(folder.parent):
+        if other != build.work:
+            say(f"{utf8_path(other)} is an unfinished preparation of other files or settings; it may be removed")
     build.work.mkdir(parents=True, exist_ok=True)
     with present(build.work, build.shard):
         encoded = build.encode(files_read)
@@ -143,7 +162,7 @@ def build_whole(
             if not is_complete(folder):  # another job may have put it together in the meantime
                 remove_leftovers(folder.parent, folder.name)
                 with whole(folder) as beside:
-                    manifest = build.put_together(beside, encoded, files_read, left_out, inputs)
+                    manifest = build.put_together(beside, encoded, files_read, left_out, inputs, met)
                 say(summary(manifest, folder, time.monotonic() - begun))
     if not any(is_held(path) for path in build.work.glob("job-*.lock")):
         remove(build.work)

@@ -10,7 +10,7 @@ import numpy as np
 from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.plots import save_figure
 from dsv3_lightning.common.table import si
-from dsv3_lightning.data.cleaning.corpus import clean, plan, read_facts
+from dsv3_lightning.data.cleaning.corpus import clean, plan
 from dsv3_lightning.data.config import DataConfig
 from dsv3_lightning.data.scale.dump import RATES, Dump, shown
 from dsv3_lightning.data.stages.tasks import ALL
@@ -71,13 +71,15 @@ def report(folder: Path, config: DataConfig, jobs: int = 1, keep_dropped: bool =
 
     Cleaning whose results were removed since is done again for its counts. Raises ConfigError.
     """
-    manifest, counts, met = read_manifest(folder), None, read_manifest(folder)
+    manifest, counts = read_manifest(folder), None
     files = sources_of(config)
     if config.cleaning is not None:
         cleaned = clean(plan(config, files), jobs, ALL, keep_dropped)
         assert cleaned is not None  # of all parts
-        counts, met = cleaned.counts, read_facts(cleaned.counts)
-    text = written(folder, config, manifest, counts, notes(met, len(files), manifest["files_left_out"]))
+        counts = cleaned.counts
+    text = written(
+        folder, config, manifest, counts, notes(manifest, len(files), manifest["files_left_out"], config.setting)
+    )
     if counts:
         save_figure(figure({name: summed(found) for name, found in counts.items()}), folder / FIGURE)
     write_file(folder / REPORT, text)

@@ -65,6 +65,11 @@ class Source(NamedTuple):
     def where(self) -> str:
         return f"{self.setting}: {utf8_path(self.path)}"
 
+    @property
+    def shown(self) -> str:
+        """The file in counts of what was read: its name, after that of its source in data.sources."""
+        return self.name if self.setting == "data.paths" else f"{self.origin}/{self.name}"
+
 
 def sources_of(config: DataConfig, left_out: Counter[str] | None = None) -> list[Source]:
     """The files of a whole corpus: of `data.sources`, one source after the other, or of `data.paths`.

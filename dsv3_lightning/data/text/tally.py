@@ -39,10 +39,12 @@ class ReadStats:
         }
 
 
-def notes(manifest: Mapping[str, Any], files_read: int, left_out: Mapping[str, int]) -> list[str]:
+def notes(
+    manifest: Mapping[str, Any], files_read: int, left_out: Mapping[str, int], setting: str = "data.paths"
+) -> list[str]:
     """Messages about all input that is not in the token files; empty if all of it is.
 
-    left_out: number of unread files by suffix, as counted by `find_sources`.
+    left_out: number of unread files by suffix, as counted by `find_sources`. setting: the one that names the files.
     """
     lines = []
     if left_out:
@@ -66,7 +68,7 @@ def notes(manifest: Mapping[str, Any], files_read: int, left_out: Mapping[str, i
         lines.append(f"not UTF-8: U+FFFD stands for {sum(replaced.values())} characters: {by_file(replaced)}")
     if unread := manifest["unread_fields"]:
         lines.append(f"fields of conversations that have no meaning here: {listed(unread)}")
-    return [f"data.paths: {line}" for line in lines]
+    return [f"{setting}: {line}" for line in lines]
 
 
 def listed(counts: Mapping[str, int]) -> str:

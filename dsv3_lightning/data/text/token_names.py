@@ -19,9 +19,9 @@ FILES_WITH_IDS = ("generation_config.json", "config.json")
 OTHERS = ("tiktoken.model", "tokenizer.model", "vocab.json")  # tokenizers in formats that are not read
 
 
-def parse(serialized: str, file: Path = Path("tokenizer.json")) -> dict[str, Any]:
+def parse(serialized: str) -> dict[str, Any]:
     """The content of a tokenizer.json. Raises ConfigError."""
-    description = parse_object(serialized, file)
+    description = parse_object(serialized)
     if not isinstance(description.get("model"), dict):
         raise ConfigError("not a tokenizer.json: it has no model")
     return description

@@ -103,7 +103,7 @@ class Tokenizer:
             raise ConfigError(absent(file))
         serialized = read_text(file)
         try:
-            description = parse(serialized, file)
+            description = parse(serialized)
             return cls(serialized, *find_names(description, file.parent))
         except ConfigError as error:
             named = str(error).startswith(str(file.parent))

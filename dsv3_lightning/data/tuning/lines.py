@@ -7,7 +7,6 @@ is a conversation that ends with the user's turn, in the format of data/text/con
 may end with the assistant's: its text is then the field `answer`.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsv3_lightning.common.json_files import parse_object, shown
 from dsv3_lightning.data.config import DEFAULTS, DataConfig
 from dsv3_lightning.data.text.conversation import conversation, turn_ids
 from dsv3_lightning.data.text.corpus import BOM, BadLines, TooLong, lines_of, refuse_other_layouts
-from dsv3_lightning.data.text.messages import parse_message, short
+from dsv3_lightning.data.text.messages import parse_message
 from dsv3_lightning.data.text.sources import LINE_SUFFIXES, Source, find_sources, unreadable
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
@@ -27,7 +27,7 @@ PROMPTS = ("prompt", "messages")
 
 
 class Lines(NamedTuple):
-    """Lines together. tokens: all ids, int32. bounds: where prompt and answers of each line begin, and where the last
+    """Lines as arrays. tokens: all ids, int32. bounds: where prompt and answers of each line begin, and where the last
     ends, int64 [lines, parts + 1]. shown, columns: as in Line."""
 
     tokens: np.ndarray
@@ -117,13 +117,8 @@ def numbered(source: Source, most_bytes: int) -> Iterator[tuple[int, str]]:
 
 
 def parse(text: str, tokenizer: Tokenizer, pairs: bool) -> Line:
-    """Raises ConfigError without file and line."""
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"not an object but {short(record)}")
+    """A line in tokens. Raises ConfigError, which names neither file nor line."""
+    record = parse_object(text)
     names = [name for name in PROMPTS if name in record]
     if len(names) != 1:
         raise ConfigError(f"must have either prompt or messages; the line has {', '.join(record) or 'no keys'}")
@@ -149,7 +144,7 @@ def prompt_of(value: Any, name: str, tokenizer: Tokenizer) -> tuple[list[int], s
     if isinstance(value, str) and name == "prompt":
         return [tokenizer.bos_id, *tokenizer.encode(value)], value
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"{name}={short(value)}: must be {'text or ' if name == 'prompt' else ''}a list of messages")
+        raise ConfigError(f"{name}={shown(value)}: must be {'text or ' if name == 'prompt' else ''}a list of messages")
     messages = [parse_message(message, number, f"{name}[{number}]", Counter()) for number, message in enumerate(value)]
     if messages[-1].role != "user":
         raise ConfigError(f"{name}: must end with a message of the user, which the answer follows")
@@ -161,7 +156,7 @@ def prompt_of(value: Any, name: str, tokenizer: Tokenizer) -> tuple[list[int], s
 def answer_ids(record: dict[str, Any], name: str, tokenizer: Tokenizer) -> list[int]:
     ends = record.get(f"{name}_ends", True)
     if not isinstance(ends, bool):
-        raise ConfigError(f"{name}_ends={short(ends)}: must be true or false")
+        raise ConfigError(f"{name}_ends={shown(ends)}: must be true or false")
     ids = [*tokenizer.encode(answer_of(record, name)), *([tokenizer.eos_id] if ends else [])]
     if not ids:
         raise ConfigError(f"{name}: is empty")
@@ -176,6 +171,6 @@ def answer_of(record: dict[str, Any], name: str) -> str:
         if message.role == "assistant":
             return message.text
     if not isinstance(value, str):
-        found = "is missing" if name not in record else f"is {short(value)}"
+        found = "is missing" if name not in record else f"is {shown(value)}"
         raise ConfigError(f"{name}: {found}; must be text, or a list of one message of the assistant")
     return value

@@ -145,6 +145,7 @@ def test_it_travels_as_its_path(own: DataConfig, make_module: Make) -> None:
     assert np.array_equal(pickle.loads(sent).starts, found.starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["equal", "mixed"])
 def test_memory_does_not_grow_with_the_documents(tmp_path: Path, kind: str) -> None:
     """A million documents, of 1,003 tokens or of all lengths. Built in one piece it would be 124 bytes for each."""

@@ -204,7 +204,11 @@ def test_faults_of_files_are_reported_after_cleaning_too(corpus: DataConfig, tmp
     sources = {"bad": SourceConfig(paths=[str(tmp_path / "bad.jsonl")])}
     config = dataclasses.replace(corpus, sources=sources, skip_bad_lines=True, max_document_bytes=500)
     found = report(prepare(config), config).read_text(encoding="utf-8")
-    for line in ("1 bad lines: 1 in bad.jsonl", "U+FFFD stands for 1 characters", "bad.jsonl, line 3"):
+    for line in (
+        "data.sources: left out (data.skip_bad_lines): 1 bad lines: 1 in bad/bad.jsonl",
+        "U+FFFD stands for 1 characters: 1 in bad/bad.jsonl",
+        "bad/bad.jsonl, line 3",
+    ):
         assert line in found, found
 
 

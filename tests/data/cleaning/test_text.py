@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 from dsv3_lightning.data import extras
-from dsv3_lightning.data.cleaning.language import identify
+from dsv3_lightning.data.cleaning.language import identify, most_probable
 from dsv3_lightning.data.cleaning.private import mask
 from dsv3_lightning.data.cleaning.repair import is_suspect, repair
 from dsv3_lightning.errors import ConfigError
@@ -98,10 +98,55 @@ def test_masking_long_words_takes_linear_time() -> None:
     ],
 )
 def test_a_language_is_identified(text: str, code: str) -> None:
-    found = identify(text)
+    found = identify(text, 0.65)
     assert found.code == code and (found.probability > 0.65 or not text)
 
 
 @needs_model
 def test_more_than_the_first_line_is_judged() -> None:
-    assert identify("README\n\n" + "数据处理的管道首先读取文件。\n" * 5).code == "zh"
+    assert identify("README\n\n" + "数据处理的管道首先读取文件。\n" * 5, 0.65).code == "zh"
+
+
+REFERENCE = """F.25. pageinspect
+
+{}
+
+heap_page_items
+  lp | lp_off | lp_flags | lp_len | t_xmin | t_xmax | t_field3 | t_ctid  | t_infomask2 | t_infomask | t_hoff | t_bits
+ ----+--------+----------+--------+--------+--------+----------+---------+-------------+------------+--------+-------
+   1 |   8160 |        1 |     28 |    654 |      0 |        0 | (0,1)   |           1 |       2304 |     24 | {}
+"""
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("sentence", "code"),
+    [
+        ("The module provides functions that allow you to inspect the contents of pages at a low level.", "en"),
+        ("Das Buch enthält Geschichten, mit denen man Kinder am Abend zum Schlafen bringen kann, und Lieder.", "de"),
+    ],
+)
+def test_tables_and_names_of_code_do_not_hide_the_language_of_the_sentences(sentence: str, code: str) -> None:
+    text = REFERENCE.format(sentence, "x_" * 40)
+    assert most_probable(text).probability < 0.65 or most_probable(text).code != code
+    assert identify(text, 0.65).code == code and identify(text, 0.65).probability > 0.65
+
+
+@needs_model
+@pytest.mark.parametrize(
+    "text",
+    [
+        "昨夜西风凋碧树。独上高楼，望尽天涯路。\n    -- 晏殊《蝶恋花·槛菊愁烟兰泣露》",
+        "宇宙内事要力担当，又要善摆脱。不担当，则无经世之事业；不摆脱，则无出世之襟期。",
+        "蜡烛有心还惜别，替人垂泪到天明。",
+    ],
+)
+def test_chinese_without_kana_is_not_called_japanese_or_korean(text: str) -> None:
+    found = identify(text, 0.65)
+    assert found.code == "zh" and found.probability > 0.65
+
+
+@needs_model
+def test_japanese_and_korean_stay_what_they_are() -> None:
+    assert identify("吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。", 0.65).code == "ja"
+    assert identify("모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.", 0.65).code == "ko"

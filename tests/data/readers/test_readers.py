@@ -1,7 +1,8 @@
 """Kinds of files of named sources: each gives the same texts, and each fault is one line with the file's name."""
 
 import gzip
-import json
+import io
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,25 +10,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
+from dsv3_lightning.data.cleaning.config import CleaningConfig
 from dsv3_lightning.data.config import DataConfig, SourceConfig
 from dsv3_lightning.data.text.corpus import read_documents
 from dsv3_lightning.data.text.prepare import prepare
 from dsv3_lightning.data.text.sources import sources_of
+from dsv3_lightning.data.text.tally import ReadStats, notes
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.errors import ConfigError
 
 MakeConfig = Callable[..., DataConfig]
+CLEANING = CleaningConfig(
+    repair=False, languages=None, quality={}, pii=True, exact=True, near=None, scope="global", decontaminate=None
+)
 TEXT = "The committee met in the old hall.\n数据处理的管道。"
 PAGE = f"<html><head><meta charset=utf-8><title>t</title></head><body><p>{TEXT}</p><script>x()</script></body></html>"
 
 
 @pytest.fixture
 def read(tmp_path: Path, make_config: MakeConfig) -> Callable[..., list[Any]]:
-    def documents(*paths: str, **changes: Any) -> list[Any]:
+    def documents(*paths: str, stats: ReadStats | None = None, most_bytes: int = 1 << 30, **changes: Any) -> list[Any]:
         source = SourceConfig(paths=[str(path) for path in paths], **changes)
         config = make_config(tmp_path, paths=[], sources={"s": source})
-        return list(read_documents(sources_of(config), "text"))
+        return list(read_documents(sources_of(config), "text", stats, most_bytes=most_bytes))
 
     return documents
 
@@ -180,9 +187,74 @@ def test_a_table_with_other_columns_is_reported(tmp_path: Path, read: Any) -> No
         read(tmp_path)
 
 
-def test_invalid_utf_8_is_replaced_and_counted(tmp_path: Path, read: Any) -> None:
-    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": "ab"}).encode().replace(b"ab", b"a\xffb"))
-    assert read(tmp_path) == ["a\ufffdb"]
+def parquet_of(*texts: bytes) -> bytes:
+    """A file of texts, whose bytes need not be UTF-8."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    ends = np.cumsum([0, *map(len, texts)]).astype("<i4").tobytes()
+    column = pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(texts)))
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": column}), file)
+    return file.getvalue()
+
+
+FILES: dict[str, Callable[..., bytes]] = {  # each of two texts
+    "a.jsonl": lambda *texts: b"".join(b'{"text": "' + text + b'"}\n' for text in texts),
+    "a.jsonl.gz": lambda *texts: gzip.compress(FILES["a.jsonl"](*texts)),
+    "a.jsonl.zst": lambda *texts: zstandard.compress(FILES["a.jsonl"](*texts)),
+    "a.parquet": parquet_of,
+    "a.wet": lambda *texts: gzip.decompress(FILES["a.wet.gz"](*texts)),
+    "a.wet.gz": lambda *texts: warc(*(("conversion", text) for text in texts)),
+}
+
+
+def skip_without_packages(name: str) -> None:
+    for package in {"a.parquet": ["pyarrow"], "a.wet": ["fastwarc", "resiliparse"]}.get(name.removesuffix(".gz"), []):
+        pytest.importorskip(package)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_invalid_utf_8_is_replaced_and_counted_by_source_and_file(tmp_path: Path, read: Any, name: str) -> None:
+    skip_without_packages(name)
+    (tmp_path / name).write_bytes(FILES[name](b"a\xffb", b"fine"))
+    stats = ReadStats()
+    assert read(tmp_path, stats=stats) == ["a\ufffdb", "fine"]
+    (note,) = notes(stats.facts(), 1, {}, "data.sources")
+    assert note == f"data.sources: not UTF-8: U+FFFD stands for 1 characters: 1 in s/{name}"
+
+
+@pytest.mark.parametrize("name", [*FILES, "a.html"])
+def test_a_text_above_the_limit_is_left_out_and_reported(tmp_path: Path, read: Any, name: str) -> None:
+    skip_without_packages(name if name in FILES else "a.wet")
+    long = b"long " * 200
+    content = FILES[name](long, b"fine") if name in FILES else b"<html><body><p>" + long + b"</p></body></html>"
+    (tmp_path / name).write_bytes(content)
+    stats = ReadStats()
+    assert read(tmp_path, stats=stats, most_bytes=500) == ["fine"] * (name in FILES)
+    (where,) = stats.too_long
+    assert where.startswith(f"s/{name}") and stats.too_long[where] >= len(long)
+
+
+@pytest.mark.parametrize("name", [*FILES, "a.txt", "a.html"])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path, make_config: MakeConfig, name: str) -> None:
+    skip_without_packages(name)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / name).symlink_to(name)  # a loop, which nobody may open, not even root
+    sources = {"s": SourceConfig(paths=[str(tmp_path / "texts")])}
+    for cleaning in (None, CLEANING):
+        config = make_config(tmp_path, paths=[], sources=sources, cleaning=cleaning)
+        with pytest.raises(ConfigError, match=rf"^data\.sources\.s\.paths: .*/{name}: .*symbolic links$"):
+            prepare(config)
+    with pytest.raises(ConfigError, match=rf"^data\.sources\.s\.paths: .*/{name}: "):  # it could be opened before
+        list(read_documents(sources_of(config), "text"))
+    assert not list((tmp_path / "cache").glob("*/*/done.json"))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "a.jsonl"])
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path, read: Any, name: str) -> None:
+    skip_without_packages(name)
+    (tmp_path / name).write_bytes(FILES[name](b"fine", random.Random(0).randbytes(4000).hex().encode())[:-1500])
+    with pytest.raises(ConfigError, match=rf"^data\.sources\.s\.paths: .*/{name}: "):
+        read(tmp_path)
 
 
 def test_kinds_that_are_not_read_are_named(tmp_path: Path, read: Any) -> None:

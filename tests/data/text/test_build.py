@@ -131,7 +131,9 @@ def test_a_preparation_that_stops_anywhere_goes_on_to_the_same_files(
     assert sorted(path.suffix for path in folder.parent.iterdir()) == ["", ".lock"]
 
 
-def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_kept(many: DataConfig) -> None:
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_kept(
+    many: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus = Path(many.paths[0])
     (corpus / "e9.txt.gz").write_bytes(b"\x1f\x8b\x08\x00broken")
     with pytest.raises(ConfigError, match="^data.paths: .*/e9.txt.gz: ") as raised:
@@ -139,6 +141,9 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_kept(many: DataConf
     assert "\n" not in str(raised.value)
     (work,) = Path(many.cache_dir).glob("*.work")
     assert len(list(work.glob("survey/*/done.json"))) >= 5 and not list(work.glob("*/.*"))
+    (corpus / "e9.txt.gz").unlink()  # so these are other files
+    prepare(many)
+    assert f"{work.name} is an unfinished preparation of other files or settings" in capsys.readouterr().err
 
 
 def test_tasks_are_cut_by_bytes_and_only_plain_lines_within_a_file() -> None:
