@@ -59,11 +59,6 @@ def test_the_longest_sequence_is_the_one_before_the_first_that_does_not_fit():
     assert contexts.longest(needed, 1e9) == 0
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 119.8), (131072, 438.8)])
-def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(length: int, gigabytes: float, capsys):
-    words = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
-=======
 PLAN_V3 = ["plan", str(ROOT / "configs/cluster/v3-2048.yaml"), "--gpus", "2048", "--gpu", "h800"]
 
 
@@ -76,11 +71,10 @@ def plan_of_v3() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 106.3), (131072, 416.5)])
+@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 119.8), (131072, 438.8)])
 def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(
     length: int, gigabytes: float, plan_of_v3: str, capsys: pytest.CaptureFixture[str]
 ):
->>>>>>> main
     long = [f"data.sequence_length={length}", f"model.max_position_embeddings={length}"]
     assert main([*PLAN_V3, *long]) == 2
     error = capsys.readouterr().err
