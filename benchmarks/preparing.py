@@ -74,11 +74,11 @@ def cleaned(corpus: Path, cache: Path) -> list[str]:
 
 
 def digests(cache: Path) -> dict[str, str]:
-    """Of all files, those of the tasks of cleaning and comparing and of the tokens."""
+    """Of all files, those of the tasks of cleaning and comparing and of the tokens, but for halves of killed writes."""
     return {
         path.relative_to(cache).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(cache.rglob("*"))
-        if path.is_file() and path.suffix != ".lock" and path.name != "digests.json"
+        if path.is_file() and path.suffix != ".lock" and path.name != "digests.json" and "/." not in str(path)
     }
 
 
