@@ -10,7 +10,7 @@ from dsv3_lightning.model.config import ModelConfig
 from dsv3_lightning.parallel.mesh import MeshShape, StrategyConfig
 from dsv3_lightning.planning import parts, wires
 from dsv3_lightning.planning.hardware import GPUS, Hardware
-from dsv3_lightning.planning.layout import Layout, Work, now
+from dsv3_lightning.planning.layout import SETTING, WHAT_IF, Layout, Tiles, Work, now
 from dsv3_lightning.planning.parameters import count_parameters, parameter_split
 from dsv3_lightning.planning.share import Share, chunk_shares, share_parameters, small_parameters, together, whole_share
 
@@ -41,8 +41,8 @@ def test_dense_layers_are_in_the_first_chunks():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_seconds_of_the_chunks_add_up_by_part_and_by_pass(fp8: bool):
+@pytest.mark.parametrize("fp8", [None, SETTING, WHAT_IF])
+def test_the_seconds_of_the_chunks_add_up_by_part_and_by_pass(fp8: Tiles | None):
     mesh = MeshShape(1, 128, 64, nodes=8)
     code = replace(now("sm90", mesh), fp8=fp8)
     layout = Layout(mesh, StrategyConfig(kind="fsdp2_ep"), Work(4096, 2, 4096, "bf16", "full"), code, 1.15)
