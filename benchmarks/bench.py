@@ -44,7 +44,7 @@ REFERENCE = "cd9e6bc"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OTHERS = ("loader.py", "metrics.py", "memory.py")
 BATCHES = 16  # that a comparison repeats
-PARTS = ("parts", "reference", "peers", "startup", "others")
+PARTS = ("parts", "reference", "peers", "decoding", "startup", "others")
 
 
 class Part(NamedTuple):
@@ -123,6 +123,11 @@ def parts_of(config: Config, dtype: torch.dtype) -> list[Part]:
     layers, moe_layers = shape.num_hidden_layers + shape.mtp_depth, shape.num_moe_layers
     optimizer = build_optimizer(model, config.optimizer)
 
+    (mtp,) = model.mtp
+
+    def mtp_input() -> torch.Tensor:
+        return mtp.eh_proj(torch.cat((mtp.enorm(x_BTD), mtp.hnorm(x_BTD)), -1))
+
     def update() -> None:
         for parameter in model.parameters():
             if parameter.grad is None:
@@ -143,6 +148,8 @@ def parts_of(config: Config, dtype: torch.dtype) -> list[Part]:
              3 * (2 * N * K * D * narrow + of_experts * wide), moe_layers),
         Part("shared experts", passes(model, lambda: moe.shared_experts(x_ND), dtype),
              6 * N * 3 * D * shape.moe_intermediate_size * shape.n_shared_experts, 6 * N * D * narrow, moe_layers),
+        Part("input of the MTP module", passes(model, mtp_input, dtype), 12 * N * D * D,
+             3 * (2 * N * D * wide + N * D * narrow + 2 * D * D * wide), shape.mtp_depth),
         Part("head and loss", passes(model, loss, dtype), 6 * N * D * V, 3 * D * V * wide, 1 + shape.mtp_depth),
         Part("optimizer", update, 0, 7 * numbers * wide),
     ]  # fmt: skip
@@ -242,16 +249,34 @@ def reference(commit: str, batch_size: int, dtype: torch.dtype, rounds: int) -> 
 
 
 def peers(batch_size: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
-    """transformers' implementations of the same shape without MTP."""
+    """transformers' implementations of the same shape without MTP. share: of the measured rate of products, ours."""
     from throughput import our_step, their_step  # beside this file, and it imports transformers
 
     config = check(compose(["laptop"], ["model.num_nextn_predict_layers=0"]).tree)
     tokens = torch.randint(config.model.vocab_size, (BATCHES, batch_size, config.data.sequence_length + 1))
     ours = our_step(config.model, tokens, dtype)
-    return {
-        f"transformers, {name}": in_turns(ours, their_step(config.model, tokens, dtype, name), rounds)
-        for name in ("eager", "batched_mm", "grouped_mm")
-    }
+    flop = training_flop_per_token(config.model, config.data.sequence_length) * batch_size * config.data.sequence_length
+    found = {}
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        found[f"transformers, {name}"] = in_turns(ours, their_step(config.model, tokens, dtype, name), rounds)
+        rate, _ = rates(dtype)
+        found[f"transformers, {name}"]["share"] = 1e3 * flop / found[f"transformers, {name}"]["ms"] / rate
+    return found
+
+
+def decoding() -> dict[str, float]:
+    """ms of a token of the `laptop` model and of one with 12 layers, with random weights, and the costs of drafts."""
+    from decoding import costs  # beside this file, and it imports transformers
+
+    found = {}
+    for layers in (3, 12):
+        config = check(compose(["laptop"], [f"model.num_hidden_layers={layers}"]).tree)
+        model = Transformer(config.model)
+        model.init_weights(0)
+        one, draft, two = costs(model, list(range(10)), time.process_time)
+        found |= {f"{layers} layers: ms of a token": 1e3 * one, f"{layers} layers: a draft, in tokens": draft,
+                  f"{layers} layers: two tokens at once, in tokens": two}  # fmt: skip
+    return found
 
 
 def startup() -> dict[str, float]:
@@ -264,12 +289,22 @@ def startup() -> dict[str, float]:
     }
     found = {}
     for name, words in commands.items():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found[name] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found[name] = of_command(words)
+    with tempfile.TemporaryDirectory() as folder:
+        run = ["-m", "dsv3_lightning", "run", "laptop", f"run.dir={folder}", "optimizer.warmup_steps=0",
+               "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=1"]  # fmt: skip
+        of_command([*run, "run.name=first"])  # prepares the data
+        found["dsv3 run laptop, one step, with prepared data"] = of_command([*run, "run.name=second"])
     found["peak MiB"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return found
+
+
+def of_command(words: list[str]) -> float:
+    """CPU seconds of Python with these words."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def machine() -> dict[str, str]:
@@ -318,13 +353,17 @@ def main() -> None:
             for name, value in reference(arguments.reference, arguments.batch_size, dtype, rounds).items()
         }
     if "peers" in arguments.only:
-        comparisons |= peers(arguments.batch_size, dtype, rounds)
-        flop = training_flop_per_token(config.model, config.data.sequence_length)
-        print(f"the laptop model with MTP: {flop / 1e6:.1f} MFLOP per token")
+        found_peers = peers(arguments.batch_size, dtype, rounds)
+        comparisons |= found_peers
+        shares = [each["share"] for each in found_peers.values()]
+        print(f"ours without MTP: {statistics.median(shares):.0%} of the measured rate of products")
     if comparisons:
         found["compared"] = comparisons
         rows = [compared(name, value) for name, value in comparisons.items()]
         print(table([["compared with", "ms, ours", "ms, theirs", "theirs / ours", "of a round"], *rows]), flush=True)
+    if "decoding" in arguments.only:
+        found["decoding"] = decoding()
+        print(table([["decoding", ""], *([name, f"{value:.2f}"] for name, value in found["decoding"].items())]))
     if "startup" in arguments.only:
         found["startup"] = startup()
         print(table([["start-up", "CPU s"], *([name, f"{value:.2f}"] for name, value in found["startup"].items())]))

@@ -97,15 +97,16 @@ def main() -> None:
         ratio = statistics.median(value / base for value, base in zip(values, speeds["plain"]))
         print(f"| {name} | {statistics.median(values):,.0f} | {ratio:.2f} |")
     if drafted:
-        draft, two = costs(model, prompts[0], clock)
+        _, draft, two = costs(model, prompts[0], clock)
         share = accepted / drafted
         print(f"\ndrafts accepted: {share:.1%} of {drafted}; a round gives {1 + share:.2f} tokens")
         print(f"and costs {two:.2f} passes for two tokens at once and {draft:.2f} for the draft")
 
 
 @torch.inference_mode()
-def costs(model: Transformer, prompt: list[int], clock: Callable[[], float]) -> tuple[float, float]:
-    """Costs of a draft and of a pass of two tokens with logits, in passes of one token: medians of 100."""
+def costs(model: Transformer, prompt: list[int], clock: Callable[[], float]) -> tuple[float, float, float]:
+    """Seconds of a pass of one token with logits, then costs of a draft and of a pass of two tokens, in passes of one
+    token: medians of 100."""
     decoder = Decoder(model, 1, len(prompt) + 4, 1)
     h_1TD, last = decoder.extend(torch.tensor([prompt])), torch.tensor([prompt[-1:]])
     decoder.extend_mtp(1, h_1TD, torch.tensor([[*prompt[1:], prompt[-1]]]), only_last=True)
@@ -127,7 +128,7 @@ def costs(model: Transformer, prompt: list[int], clock: Callable[[], float]) -> 
             work()
             taken.append(clock() - start)
     one, of_draft, two = map(statistics.median, times)
-    return of_draft / one, two / one
+    return one, of_draft / one, two / one
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ SETTINGS = (
     "trainer.val_check_interval=20", "trainer.limit_val_batches=1", "callbacks.sample_text=null",
     "callbacks.checkpoint={every_n_steps: 5, keep: 2, keep_best: 1}", "callbacks.throughput.peak_flops=1e11",
     "strategy={kind: fsdp2_ep, expert_parallel: 2, sharded_checkpoints: true}",
+    "compute.compile=false",  # of two runs only the later one may find compiled functions, which round otherwise
 )  # fmt: skip
 
 

@@ -16,17 +16,18 @@ from dsv3_lightning.config.compose import compose
 from dsv3_lightning.config.schema import Config, check
 from dsv3_lightning.parallel.mesh import mesh_shape
 from dsv3_lightning.planning.hardware import GPUS, Hardware
-from dsv3_lightning.planning.layout import BY_NODE, HISTORY, Again, Implementation
+from dsv3_lightning.planning.layout import BY_NODE, HISTORY, WHAT_IF, Again, Implementation
 from dsv3_lightning.planning.step import Step, step
 
 GPUS_OF_RUN, HARDWARE = 2048, Hardware(GPUS["h800"])
 FILE = "configs/cluster/v3-2048.yaml"
 # Four copies of the model, each sharded over 512 ranks.
 WITHOUT_PIPELINE = (
-    "strategy.pipeline_parallel=1", "strategy.micro_batches=auto", "strategy.overlap=none", "strategy.dp_replicate=4",
-    "data.batch_size=16384", "data.batch_ramp=null", "trainer.accumulate_grad_batches=2",
+    "strategy.pipeline_parallel=1", "strategy.micro_batches=auto", "strategy.waiting_weights=null",
+    "strategy.overlap=none", "strategy.dp_replicate=4", "data.batch_size=16384", "data.batch_ramp=null",
+    "trainer.accumulate_grad_batches=2",
 )  # fmt: skip
-FP8 = replace(BY_NODE, fp8=True)
+FP8 = replace(BY_NODE, fp8=WHAT_IF)
 FUSED = replace(FP8, fused=True)
 DEEPEP = replace(FUSED, exchange="fused", rows="fused")
 # The report recomputes norms, SwiGLU and MLA's up-projections (§3.2.3), which are 54.5 of the 233 million weights of a

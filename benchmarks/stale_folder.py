@@ -28,7 +28,7 @@ SETTINGS = (
     "trainer.precision=32", "trainer.log_every_n_steps=1000", "data.sequence_length=16", "model.num_hidden_layers=2",
     "trainer.limit_val_batches=0", "callbacks.sample_text=null", "callbacks.throughput.peak_flops=1e11",
     "callbacks.checkpoint={every_n_steps: 2, keep: 3, keep_best: 0}", "callbacks.router_monitor=null",
-    "callbacks.progress=null",
+    "callbacks.progress=null", "compute.compile=false",
 )  # fmt: skip
 SHARDS = "strategy={kind: fsdp2_ep, sharded_checkpoints: true, timeout_minutes: 1}"
 FILE = "strategy={kind: fsdp2_ep, timeout_minutes: 1}"

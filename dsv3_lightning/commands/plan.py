@@ -36,7 +36,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for name, where in (("inside", "within a node"), ("between", "between nodes")):
         help = f"measured rate into a GPU {where}, in each direction; default: a share of the data sheet's"
         add(f"--{name}", type=above_zero, metavar="GB/s", help=help)
-    add("--fp8", action="store_true", help="plan products and the way to the experts in FP8, of wide models on Hopper")
+    add(
+        "--fp8",
+        action="store_true",
+        help="what if all products and the way to the experts were in FP8; compute.fp8 alone is what runs",
+    )
     add("--dry-run", action="store_true", help="also count the memory of one rank's step, on meta tensors")
     add("--sources", action="store_true", help="also list the coefficients of the time, with their sources")
     strategy = "in place of strategy.{}"
@@ -129,7 +133,8 @@ def memory_table(config: Config) -> str:
     samples = max(1, config.data.batch_size // (trainer["accumulate_grad_batches"] * ranks * trainer["num_nodes"]))
     precision = "32" if trainer["precision"] == "auto" else trainer["precision"]
     memory = training_memory(config.model, samples * config.data.sequence_length, precision, policy,
-                             moment=config.optimizer.moment_bytes, kind=config.optimizer.kind)  # fmt: skip
+                             moment=config.optimizer.moment_bytes, kind=config.optimizer.kind,
+                             fp8=config.compute.fp8)  # fmt: skip
     assumed = f"{precision} assumed for auto" if trainer["precision"] == "auto" else precision
     return table(
         [

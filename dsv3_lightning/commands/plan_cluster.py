@@ -15,7 +15,7 @@ from dsv3_lightning.parallel.mesh import KINDS, MeshShape, StrategyConfig, mesh_
 from dsv3_lightning.planning import contexts
 from dsv3_lightning.planning.cluster import Batch, RankMemory, fitting_batch, rank_memory
 from dsv3_lightning.planning.hardware import Hardware
-from dsv3_lightning.planning.layout import Layout, Work, now
+from dsv3_lightning.planning.layout import SETTING, WHAT_IF, Layout, Work, now
 from dsv3_lightning.planning.parts import WIDE
 from dsv3_lightning.planning.pipeline.memory import pipeline_memory
 from dsv3_lightning.planning.share import together
@@ -28,7 +28,7 @@ CROWDED = 1.5  # routed tokens of a rank with popular experts over the mean, bef
 class ClusterFlags:
     """What is planned beside the settings. name: of the GPU. dry: whether to count the memory of one rank's step, too.
 
-    sources: whether to list the coefficients. fp8: products in FP8.
+    sources: whether to list the coefficients. fp8: whether to plan what the report has in FP8, whatever compute.fp8 is.
     """
 
     name: str
@@ -61,6 +61,8 @@ def cluster_tables(
     strategy, chosen = strategy_of(config)
     if flags.dry and strategy.cpu_offload:
         raise ConfigError("--dry-run: strategy.cpu_offload=true can't be counted without a GPU; leave one of them out")
+    if flags.dry and config.compute.fp8:
+        raise ConfigError("--dry-run: compute.fp8=true can't be counted without a GPU; leave one of them out")
     gpu, model = hardware.gpu, config.model
     shape = mesh_shape(strategy, gpus, math.gcd(gpus, gpu.per_node), model)
     plan = rank_plan(config, strategy, shape, hardware, flags.fp8, pipeline.overlap)
@@ -123,7 +125,10 @@ def needed_by_length(model: ModelConfig, plan: RankPlan) -> Callable[[int], floa
 def layout_of(
     config: Config, shape: MeshShape, strategy: StrategyConfig, work: Work, hardware: Hardware, fp8: bool = False
 ) -> Layout:
-    """The layout of a run of this config, with the code as it is. Raises ConfigError where FP8 can't be planned."""
+    """The layout of a run of this config, with the code as it is; fp8: or with all of the report's FP8.
+
+    Raises ConfigError where FP8 can't be planned.
+    """
     if fp8 and hardware.generation != "sm90":
         raise ConfigError("--fp8: is planned for Hopper alone; must be with --gpu h100, h200 or h800")
     if fp8 and (config.model.hidden_size < WIDE or work.precision == "32"):
@@ -131,9 +136,16 @@ def layout_of(
             f"--fp8: model.hidden_size={config.model.hidden_size} in precision {work.precision}; must be at least "
             f"{WIDE} in bf16, since tiles cost more than narrow products gain"
         )
+    if work.fp8 == "emulated":
+        raise ConfigError(
+            "compute.fp8=emulated: is for its numbers, and its time isn't planned; with --gpus it must be true or false"
+        )
+    if work.fp8 and hardware.generation != "sm90":
+        raise ConfigError("compute.fp8=true: is for Hopper alone; use --gpu h100, h200 or h800, or compute.fp8=false")
+    tiles = WHAT_IF if fp8 else SETTING if work.fp8 else None
     balanced = "imbalance.bias" if config.callbacks.get("expert_bias") else "imbalance.loss"
     spread = shape.ep > 1 and config.model.num_moe_layers
-    code = replace(now(hardware.generation, shape), fp8=fp8)
+    code = replace(now(hardware.generation, shape), fp8=tiles)
     code = replace(code, attention=code.masked) if config.data.isolate_documents else code
     return Layout(shape, strategy, work, code, hardware.rate(balanced) if spread else 1.0)
 
@@ -171,7 +183,8 @@ def work_of(config: Config, gpus: int) -> Work:
     check_step(config, samples, ranks, gpus)
     micro_batches = config.data.batch_size // (samples * gpus)
     policy, optimizer = config.compute.activation_checkpointing, config.optimizer
-    return Work(samples * T, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind)
+    return Work(samples * T, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind,
+                fp8=config.compute.fp8)  # fmt: skip
 
 
 def check_step(config: Config, samples: int, known: int, gpus: int) -> None:

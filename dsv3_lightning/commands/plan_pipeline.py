@@ -19,12 +19,12 @@ from dsv3_lightning.planning.cluster import RankMemory
 from dsv3_lightning.planning.hardware import Hardware
 from dsv3_lightning.planning.layout import Layout, Work
 from dsv3_lightning.planning.pipeline import drawing
-from dsv3_lightning.planning.pipeline.actions import Action, schedule_slots
+from dsv3_lightning.planning.pipeline.actions import Action
 from dsv3_lightning.planning.pipeline.formulas import FORMULA_OF, formulas
 from dsv3_lightning.planning.pipeline.measured import measured_times, read_trace
 from dsv3_lightning.planning.pipeline.memory import pipeline_memory
 from dsv3_lightning.planning.pipeline.step import TRANSFERS, Pipeline, PipelineStep, pipeline_step
-from dsv3_lightning.planning.pipeline.timeline import ChunkTimes, Timeline, Times, peak_live, simulate
+from dsv3_lightning.planning.pipeline.timeline import ChunkTimes, Timeline, Times, peak_chunks, simulate
 from dsv3_lightning.planning.wires import EXCHANGE
 from dsv3_lightning.training.stages import chunk_layers
 
@@ -89,7 +89,8 @@ def pipeline_work(config: Config, strategy: StrategyConfig, data_ranks: int) -> 
     T, policy = data.sequence_length, config.compute.activation_checkpointing
     tokens = data.batch_size // (data_ranks * micro_batches) * T
     optimizer = config.optimizer
-    return Work(tokens, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind)
+    return Work(tokens, micro_batches, T, precision, policy, moment=optimizer.moment_bytes, kind=optimizer.kind,
+                fp8=config.compute.fp8)  # fmt: skip
 
 
 def plan_pipeline(
@@ -101,7 +102,7 @@ def plan_pipeline(
         raise ConfigError(f"--overlap: {strategy.schedule} pairs no passes; only dualpipev does")
     model, layers = config.model, chunk_layers(strategy, config.model, config.data.sequence_length)
     assert layers is not None
-    pipeline = Pipeline(strategy.schedule, strategy.pipeline_parallel, layers, overlap)
+    pipeline = Pipeline(strategy.schedule, strategy.pipeline_parallel, layers, overlap, strategy.waiting_weights)
     found = pipeline_step(model, hardware, layout, pipeline)
     memory = pipeline_memory(model, layout.mesh, layout.work, found.shares, pipeline.placement, found.timeline)
     return Planned(pipeline, layout, found, memory, found.timeline, found.times)
@@ -113,8 +114,7 @@ def pipeline_tables(planned: Planned, flags: PipelineFlags) -> list[str]:
     if flags.times is not None:
         chunks = len(pipeline.layers)
         times = given_times(flags.times, chunks)
-        slots = schedule_slots(pipeline.schedule, pipeline.ranks, work.micro_batches, chunks // pipeline.ranks)
-        planned = planned._replace(timeline=simulate(slots, times, chunks), times=times)
+        planned = planned._replace(timeline=simulate(pipeline.slots(work.micro_batches), times, chunks), times=times)
     title = (
         f"{pipeline.schedule} on {pipeline.ranks} ranks, {work.micro_batches} micro-batches of {work.tokens:,} tokens"
     )
@@ -155,7 +155,7 @@ def bubble_table(planned: Planned) -> str:
     ranks, chunks, timeline = planned.pipeline.ranks, len(planned.pipeline.layers), planned.timeline
     name = FORMULA_OF[planned.pipeline.schedule]
     formula = published(planned)[name]
-    live = [peak_live(events, [1.0] * chunks) * ranks / chunks for events in timeline.ranks]
+    live = [peak_chunks(events) * ranks / chunks for events in timeline.ranks]
     waits = timeline.idle_within if planned.pipeline.schedule == "zbv" else timeline.idle
     parts = {each.part.name: each for each in planned.step.step.exposed}
     rows = [
@@ -197,7 +197,7 @@ def rank_table(planned: Planned) -> str:
     for rank, chunks in enumerate(placement):
         layers = " + ".join(str(planned.pipeline.layers[chunk]) for chunk in chunks)
         ends = [word for word, has in (("embedding", chunks[0] == 0), ("heads", chunks[-1] == count - 1)) if has]
-        live = peak_live(timeline.ranks[rank], [1.0] * count)
+        live = peak_chunks(timeline.ranks[rank])
         memory = planned.memory[rank]
         rows.append((
             str(rank), ", ".join([layers, *ends]), f"{timeline.busy(rank):.4g} s", f"{timeline.idle[rank]:.4g} s",

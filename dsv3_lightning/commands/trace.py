@@ -12,7 +12,7 @@ from dsv3_lightning.common.table import table
 from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.planning.pipeline import drawing
 from dsv3_lightning.planning.pipeline.measured import measured_times, read_trace, simulated
-from dsv3_lightning.planning.pipeline.timeline import Timeline, peak_live
+from dsv3_lightning.planning.pipeline.timeline import Timeline, peak_chunks
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +54,7 @@ def bubble_table(columns: Mapping[str, Timeline]) -> str:
     row("span of a step, s", ".4f", [each.span for each in timelines])
     row("bubble share of all ranks", ".1%", [each.bubble_share for each in timelines])
     row("  from each rank's first to its last action", ".1%", [each.own_bubble_share for each in timelines])
-    chunks = 1 + max(action.chunk for mine in timelines[0].ranks for event in mine for action in event.slot)
     for rank in range(len(timelines[0].ranks)):
         row(f"rank {rank}: busy, s", ".4f", [each.busy(rank) for each in timelines])
-        row("  peak of live chunks", ".0f", [peak_live(each.ranks[rank], [1.0] * chunks) for each in timelines])
+        row("  peak of live chunks", ".0f", [peak_chunks(each.ranks[rank]) for each in timelines])
     return table(rows)

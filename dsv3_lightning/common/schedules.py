@@ -3,7 +3,11 @@
 They are those of `torch.distributed.pipelining`. The model is cut into chunks of consecutive layers.
 """
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,31 @@ def fitting_micro_batches(name: str, ranks: int, wanted: int) -> int:
         return max(wanted, 1)
     valid = [m for m in range(1, max(wanted, 1) + ranks + 1) if m % max(1, m // ranks) == 0]
     return min(valid, key=lambda m: (abs(m - wanted), -m))
+
+
+def limit_waiting(order: Sequence[T], limit: int | None, part: Callable[[T], tuple[str, Hashable] | None]) -> list[T]:
+    """A rank's actions, where no more weight parts than `limit` wait at a time; None: no limit.
+
+    The weight part that waits longest is moved before the input part that would be one too many. part: of an action
+    that is one, its kind, `I` or `W`, and its chunk and micro-batch.
+
+    >>> "".join(limit_waiting("abcABC", 2, lambda x: ("I" if x.islower() else "W", x.lower())))
+    'abAcBC'
+    """
+    weight_parts = {found[1]: action for action in order if (found := part(action)) and found[0] == "W"}
+    waiting: list[Hashable] = []
+    done: set[Hashable] = set()
+    result = []
+    for action in order:
+        kind, key = part(action) or ("", None)
+        if kind == "W" and key in done:
+            continue
+        if kind == "I":
+            if len(waiting) == limit:
+                done.add(waiting[0])
+                result.append(weight_parts[waiting.pop(0)])
+            waiting.append(key)
+        elif kind == "W":
+            waiting.remove(key)
+        result.append(action)
+    return result

@@ -65,7 +65,7 @@ def all_right(verdicts: list[Verdict]) -> Verdict:
 
 
 def final_answers(text: str) -> list[str]:
-    r"""The answers that a text marks as final, after its reasoning; none if it marks none or never stops to reason.
+    r"""The answers that a text marks as final, after its reasoning; none if it marks none or its reasoning never ends.
 
     By the first of these that occurs: every \boxed{...}; the line of the first ####, since models run on after it; the
     line of the last "Answer:" or "answer is", since reasoning may hold others; the whole text, if it is one line.

@@ -27,7 +27,7 @@ class Result:
     answers: list[Answer]
 
     def summary(self) -> dict[str, Any]:
-        """What results.json has of it."""
+        """The part of a result that results.json holds."""
         return {
             "samples": len(self.answers),
             "settings": asdict(self.task.settings),
@@ -103,7 +103,7 @@ GENERATION_COLUMNS = {
 
 
 def with_most(result: Result) -> dict[str, Estimate]:
-    """The metrics, with pass@k and majority for the most answers under names without their number."""
+    """The metrics, with pass@k and majority@k of the largest k also as `pass@k` and `majority`."""
     more = {}
     for name, prefix in {"pass@k": "pass@", "majority": "majority@"}.items():
         found = [one for one in result.metrics if one.startswith(prefix) and one != "pass@1"]

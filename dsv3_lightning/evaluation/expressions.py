@@ -1,7 +1,7 @@
 """A small reader of LaTeX, which compares values: the second opinion beside math-verify. Imports no torch.
 
 It reads numbers, letters, + − · / ^ !, fractions, roots, the usual functions, equations, intervals, sets, tuples and
-matrices. Letters get random values, so equal expressions agree at all of them. What it doesn't know, it can't read.
+matrices. Letters get random values, so equal expressions agree at all of them. Anything else counts as unreadable.
 """
 
 import random

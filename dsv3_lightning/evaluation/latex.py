@@ -10,13 +10,13 @@ import importlib.util
 import json
 import os
 import re
-import selectors
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Literal
 
+from dsv3_lightning.common.children import end, readable_within
 from dsv3_lightning.errors import ConfigError
 
 SECONDS = 5  # of processor time, per comparison
@@ -73,19 +73,12 @@ class MathChecker:
     def line(self, process: subprocess.Popen[bytes], seconds: float) -> str:
         """The next line from the process; empty if it ends or none comes in time."""
         assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            ready = selector.select(seconds)
-        return process.stdout.readline().decode().strip() if ready else ""
+        return process.stdout.readline().decode().strip() if readable_within(process.stdout, seconds) else ""
 
     def stop(self) -> None:
         """Ends the process; the next comparison starts another."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                assert pipe is not None
-                pipe.close()
+            end(self.process)
             self.process = None
 
 

@@ -86,7 +86,7 @@ def best_places(scores: Sequence[float]) -> list[int]:
 
 
 def option_metrics(answers: Sequence[Answer]) -> dict[str, Estimate]:
-    """The means over questions. Of options with the same score, one would be drawn."""
+    """The means over questions. Options with the same score share the credit, as if one of them were drawn."""
     metrics = {"gold_bits_per_byte": estimate([answer["bits_per_byte"] for answer in answers])}
     chance = estimate([1 / len(answer["options"]) for answer in answers]).value
     for measure in MEASURES:

@@ -1,4 +1,4 @@
-"""Means with their standard errors, and what repeated answers to a question say. Imports no torch."""
+"""Means with their standard errors, and statistics of repeated answers to a question. Imports no torch."""
 
 import math
 from collections import Counter

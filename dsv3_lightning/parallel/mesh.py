@@ -36,6 +36,8 @@ class StrategyConfig:
     schedule: the order of a pipeline's passes. micro_batches: the parts of a step that go through it one after the
         other; `auto` is twice pipeline_parallel.
     stages: the number of layers in each of the pipeline's chunks; None splits them by planned cost.
+    waiting_weights: of schedules that split the backward pass, how many of its weight parts may wait at a time on a
+        rank, each with inputs and gradients of its chunk's products; None: as many as the schedule lets wait.
     dp_replicate, dp_shard: sizes of the mesh, outermost first; their product, times pipeline_parallel, is the number of
         processes.
     expert_parallel: ranks over which a layer's experts are spread, with any `kind`. `auto` is 1 for fsdp2 and hsdp,
@@ -64,6 +66,7 @@ class StrategyConfig:
     schedule: ScheduleName = "zbv"
     micro_batches: Size = "auto"
     stages: list[int] | None = None
+    waiting_weights: int | None = None
     dp_replicate: Size = "auto"
     dp_shard: Size = "auto"
     expert_parallel: Size = "auto"

@@ -155,6 +155,7 @@ class MeshStrategy(ModelParallelStrategy):
                 self.precision_plugin.forward_context,
             )  # fmt: skip
             self.pipeline.overlap = run_pair if self.config.overlap == "pairs" else None
+            self.pipeline.waiting = self.config.waiting_weights
             parts = [*self.pipeline.stages]
             chunks = f"chunks of {', '.join(map(str, layers))} layers, {self.pipeline_micro_batches} micro-batches"
             rank_zero_only(print)(f"pipeline {self.config.schedule}: {chunks}", flush=True)

@@ -98,7 +98,8 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
     small = small_parameters(model, whole_share(model))
     more = kept_more(shape, small)
     computed = work.computed
-    per_token, head = activations(model, work.precision, work.policy), model.vocab_size * model.hidden_size
+    of_batch = activations(model, work.tokens, work.precision, work.policy, shape.ep, work.fp8)
+    kept, head = of_batch.kept, model.vocab_size * model.hidden_size
     block = computed * last_block(model, shape.ep)
     if strategy.reshard_after_forward:
         ahead: float = strategy.prefetch * block
@@ -107,11 +108,10 @@ def rank_memory(model: ModelConfig, shape: Mesh, strategy: Policy, work: Work) -
         ahead = computed * (dense + routed / shape.ep)
     logits = logits_bytes(model, work)
     moments = [
-        (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + logits,
-         work.tokens * per_token.kept),
-        (ahead + computed * head + (2 + model.mtp_depth) * 4 * head, work.tokens * per_token.kept),
-        (ahead + 2 * block + 4 * head, work.tokens * (per_token.kept + per_token.made_again)),
-    ]  # fmt: skip
+        (ahead + 2 * computed * head + (1 + model.mtp_depth) * 4 * head + logits, kept),
+        (ahead + computed * head + (2 + model.mtp_depth) * 4 * head, kept),
+        (ahead + 2 * block + 4 * head, kept + of_batch.made_again),
+    ]
     gathered, held = max(moments, key=sum)
     return RankMemory(
         weights=whole.weights / shape.dp_shard + more,

@@ -69,6 +69,8 @@ TABLE = {
                  "and weight gradients; sm80 has a loop of products")),
     "products.wide.fp8": Coefficient({"sm90": 1118 * TERA}, FLOPS, DEEPGEMM.format(
         "4,096 rows: 1,058, 990, 590 and 1,358 for an attention's projections, over V3's FLOP in them")),
+    "products.narrow.fp8": Coefficient({"sm90": 938 * TERA}, FLOPS,
+        estimate("what wide products gain, 1118 over 620")),
     "products.grouped.fp8": Coefficient({"sm90": 1216 * TERA}, FLOPS, DEEPGEMM.format(
         "8 groups of 4,096 rows: 1,288 for gate and up, 1,093 for down")),
     "products.fp32": Coefficient(same(0.7), "share of the fp32 peak", estimate("cuBLAS SGEMM without TF32")),

@@ -41,7 +41,7 @@ class Work:
     """The work of an optimizer step. tokens: per micro-batch and rank. micro_batches: per rank and step.
 
     documents: the mean length of the documents that tokens attend within; None: of the whole sequence.
-    moment: bytes of a number in the optimizer's moments. kind: the optimizer's.
+    moment: bytes of a number in the optimizer's moments. kind: the optimizer's. fp8: compute.fp8.
     """
 
     tokens: int
@@ -52,6 +52,7 @@ class Work:
     documents: float | None = None
     moment: int = 4
     kind: str = "adamw"
+    fp8: bool | str = False
 
     @property
     def computed(self) -> int:
@@ -78,6 +79,19 @@ class Again(NamedTuple):
     exchange: int
 
 
+class Tiles(NamedTuple):
+    """What of a step is in FP8, beside the linear layers of blocks. experts: their products. dispatch: tokens on their
+    way to these. kernels: tiles are written by kernels of their own, else by plain torch, for each micro-batch."""
+
+    experts: bool
+    dispatch: bool
+    kernels: bool
+
+
+SETTING = Tiles(experts=False, dispatch=False, kernels=False)  # compute.fp8: true, as the code computes it
+WHAT_IF = Tiles(experts=True, dispatch=True, kernels=True)  # as in the report (V3 §3.3)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """How the code computes, as far as a plan of time depends on it.
@@ -94,8 +108,7 @@ class Implementation:
     fp32_passes: bytes per weight of the head and chunk of logits, to add up its gradient.
     zero1: parameters are gathered and gradients reduced once per step.
     reduce_once: copies of the model add their gradients once per step.
-    gradient: bytes of a number. fp8: products are in FP8, but for heads and routers, and tokens travel in it; only for
-        wide models. again: by checkpointing policy.
+    gradient: bytes of a number. fp8: what is in FP8; None: nothing. again: by checkpointing policy.
     """
 
     attention: str
@@ -112,7 +125,7 @@ class Implementation:
     zero1: bool = False
     reduce_once: bool = False
     gradient: int = 4
-    fp8: bool = False
+    fp8: Tiles | None = None
     again: dict[str, Again] = field(default_factory=dict)
 
 

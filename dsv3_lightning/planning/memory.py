@@ -20,33 +20,33 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: float
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def training_memory(
     model: ModelConfig, tokens: int, precision: str, policy: str, sharded: bool = False, moment: int = 4,
-    kind: str = "adamw",
+    kind: str = "adamw", fp8: bool | str = False,
 ) -> Memory:  # fmt: skip
     """Memory for a micro-batch of `tokens` tokens on one rank.
 
     Weights and gradients are fp32. With precision `bf16` unsharded weights are bf16 with an fp32 copy in the optimizer;
     sharded ones are fp32 and gathered in bf16. (Norms and routers are always fp32; they are 1e-4 of all and ignored.)
     moment: bytes of a number in AdamW's two moments, or in Muon's momentum, which its matrices have in their place.
-    kind: the optimizer's.
+    kind: the optimizer's. fp8: compute.fp8.
     """
     parameters = count_parameters(model)
     stored, copies = (2, 4) if precision == "bf16" and not sharded else (4, 0)
     single = muon_parameters(model, whole_share(model)) if kind == "muon" else 0
-    per_token = activations(model, precision, policy)
+    held = activations(model, tokens, precision, policy, fp8=fp8)
     return Memory(
         weights=stored * parameters.total + 4 * parameters.bias_entries,
         gradients=4 * parameters.total,
         optimizer=(2 * moment + copies) * parameters.total - moment * single,
-        activations=tokens * (per_token.kept + per_token.made_again),
+        activations=held.kept + held.made_again,
     )
 
 

@@ -15,7 +15,7 @@ from dsv3_lightning.planning.layout import Layout
 from dsv3_lightning.planning.matrices import muon_parameters, newton_schulz_flop
 from dsv3_lightning.planning.parameters import attention_weights, moe_parts, swiglu
 from dsv3_lightning.planning.passes import Passes
-from dsv3_lightning.planning.share import Share, share_parameters, whole_share
+from dsv3_lightning.planning.share import Share, linear_weights, share_parameters, whole_share
 
 
 class Ways(NamedTuple):
@@ -59,10 +59,12 @@ def share_of(model: ModelConfig, layout: Layout) -> Share:
 
 def product_rate(hardware: Hardware, layout: Layout, width: int, kind: str = "") -> tuple[float, str]:
     """FLOP/s of matrix products with this width, and the name of the coefficient. kind: `grouped`, `fp32` or none."""
-    if layout.work.precision == "32" or kind == "fp32":
+    tiles = layout.code.fp8
+    rounded = tiles is not None and (kind != "grouped" or tiles.experts)
+    if kind == "fp32" or (layout.work.precision == "32" and not rounded):
         return hardware.gpu.peak_fp32 * hardware.rate("products.fp32"), "products.fp32"
     name = f"products.{kind or ('wide' if width >= WIDE else 'narrow')}"
-    if layout.code.fp8:  # of wide models alone
+    if rounded:
         name += ".fp8"
     return hardware.rate(name), name
 
@@ -88,7 +90,7 @@ def attention(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Pa
     names: tuple[str, ...] = tuple(f"attention.{code.attention}.{way}" for way in ("forward", "backward"))
     rates = [hardware.rate(name) for name in names]
     if work.precision == "32":
-        rate, name = product_rate(hardware, layout, 0)
+        rate, name = product_rate(hardware, layout, 0, "fp32")
         rates, names = [rate, rate], (name,)
     again = layout.again.attention * forward / rates[0]
     return [part("attention", Ways(forward / rates[0], again + backward / rates[1], 0.0), names)]
@@ -144,10 +146,15 @@ def elementwise(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[
         total += (routed + shared + passes.router(model, c, code.fused) + joining).times(moe)
     found = [passed("norms, rotations, activations", total, layout.again.memory, hardware, layout)]
     if code.fp8:
-        quantized = passes.quantization(model, code.fused, layout.imbalance)
+        plain = not code.fp8.kernels
+        quantized = passes.rounding(model) if plain else passes.quantization(model, code.fused, layout.imbalance)
         total = quantized.dense.times(share.dense) + quantized.moe.times(moe)
         total += quantized.attention.times(layers)
-        found.append(passed("tiles in FP8 and back", total, layout.again.products, hardware, layout))
+        if plain:  # also the weights', which micro-batches share out among their tokens
+            weights = linear_weights(model, share)
+            total += Passes(passes.ROUND * weights / work.tokens, 0)
+        again = layout.again.memory if plain else layout.again.products
+        found.append(passed("tiles in FP8 and back", total, again, hardware, layout))
     return found
 
 
@@ -195,7 +202,7 @@ def head(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Part]:
     heads, tokens = share_of(model, layout).heads, work.tokens * work.micro_batches
     if not heads:
         return []
-    exact = replace(layout, code=replace(code, fp8=False))  # the report's too (V3 §3.3.1)
+    exact = replace(layout, code=replace(code, fp8=None))  # the report's too (V3 §3.3.1)
     rate, name = product_rate(hardware, exact, max(V, D))
     seconds = 3 * 2 * V * D * tokens * heads / rate
     moved = sum(passes.logits(work.computed, code.fused)) * V * tokens * heads
@@ -219,7 +226,7 @@ def optimizer(model: ModelConfig, hardware: Hardware, layout: Layout) -> list[Pa
         return [Part("optimizer", each * numbers / hardware.memory_rate, (), ("memory.share",))]
     own = muon_parameters(model, share) / shards
     moved = each * (numbers - own) + passes.muon(gradient, moment, work.computed) * own
-    rate, name = product_rate(hardware, replace(layout, code=replace(layout.code, fp8=False)), model.hidden_size)
+    rate, name = product_rate(hardware, replace(layout, code=replace(layout.code, fp8=None)), model.hidden_size)
     return [
         Part("optimizer", moved / hardware.memory_rate, (), ("memory.share",)),
         Part("Newton-Schulz steps", newton_schulz_flop(model, share) / shards / rate, (), (name,)),

@@ -4,9 +4,11 @@ Eager: one kernel per operation, as the code runs without a compiler. Fused: eac
 results once. c and r are the bytes of a number in matrix products and in the residual stream.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsv3_lightning.model.config import ModelConfig
+from dsv3_lightning.planning.parameters import attention_shapes
 
 
 class Passes(NamedTuple):
@@ -111,6 +113,31 @@ def quantization(model: ModelConfig, fused: bool, imbalance: float) -> Quantizat
         tiles(D + model.intermediate_size, D + model.intermediate_size, D + 2 * model.intermediate_size),
         tiles(D + narrow + shared, wide + narrow + D + shared, wide + 2 * narrow + D + 2 * shared),
     )
+
+
+# Bytes per number of rounding in plain torch, one operation after the other (model/fp8.py, `round_to`): bf16 to fp32,
+# magnitude, padding, maximum; to fp32 again, scales spread, division, cast. Columns spread their scales in two copies;
+# an input that is regrouped is made wide first.
+ROUND = 6 + 8 + 8 + 4 + 6 + 4 + 12 + 5
+ROUND_COLUMNS = ROUND + 8
+REGROUP = (5 + 4 + 12) + (ROUND_COLUMNS - 6 - 6)
+
+
+def rounding(model: ModelConfig) -> Quantization:
+    """What `compute.fp8: true` does for its products' tiles, in plain torch, but for weights: each product rounds its
+    input, regroups it for the weight's gradient, and rounds the gradient of its output twice. Routed experts don't."""
+
+    def layers(shapes: Sequence[tuple[int, int]]) -> Passes:
+        outputs, inputs = (sum(sizes) for sizes in zip(*shapes, strict=True))
+        return Passes(ROUND * inputs, REGROUP * inputs + (ROUND + ROUND_COLUMNS) * outputs)
+
+    def feed_forward(width: int) -> Passes:
+        D = model.hidden_size
+        return layers([(width, D), (width, D), (D, width)])
+
+    shared = model.n_shared_experts * model.moe_intermediate_size
+    dense, nothing = feed_forward(model.intermediate_size), Passes(0, 0)
+    return Quantization(layers(attention_shapes(model)), dense, feed_forward(shared) if shared else nothing)
 
 
 # Reads and writes of rows of D numbers for each routed token, forward and backward (model/permute.py,

@@ -64,6 +64,13 @@ def share_parameters(model: ModelConfig, share: Share) -> tuple[int, int]:
     return ends + blocks + dense + others + joining + norms, share.moe_layers * moe["routed experts"].total
 
 
+def linear_weights(model: ModelConfig, share: Share) -> int:
+    """The number of weights in the linear layers of a share's blocks."""
+    dense = share.dense * swiglu(model.hidden_size, model.intermediate_size)
+    shared = share.moe_layers * moe_parts(model)["shared experts"].total
+    return share.layers * attention_weights(model) + dense + shared
+
+
 def small_parameters(model: ModelConfig, share: Share) -> int:
     """The number of parameters in norms and routers, which a mesh shards within a node and keeps in fp32."""
     norms = share.layers * block_norms(model) + bool(share.heads) * model.hidden_size + share.mtp * mtp_norms(model)

@@ -119,7 +119,8 @@ def exchange_bytes(layout: Layout) -> Exchanges:
     """Bytes per number that each sends. With FP8 tokens, and the gradients of what comes back, travel in it: one byte,
     and four for each tile of 128 (V3 §3.3.2)."""
     wide, counts = layout.work.computed, exchanges(layout)
-    tile = 1 + 4 / TILE if layout.code.fp8 else wide
+    tiles = layout.code.fp8
+    tile = 1 + 4 / TILE if tiles and tiles.dispatch else wide
     backward = tile + (counts.backward_others - 1) * wide
     return Exchanges(counts.forward_first * tile, wide, counts.backward_first * tile, backward)
 

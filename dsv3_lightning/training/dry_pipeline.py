@@ -42,7 +42,8 @@ def dry_pipeline(
     dtype = torch.bfloat16 if str(plugin.precision) == "bf16-true" else torch.float32
     placement = placement_of(strategy)
     micro_batches = 2 * shape.pp
-    slots = schedule_slots(strategy.schedule, shape.pp, micro_batches, len(layers) // shape.pp)[rank]
+    chunks, waiting = len(layers) // shape.pp, strategy.waiting_weights
+    slots = schedule_slots(strategy.schedule, shape.pp, micro_batches, chunks, waiting)[rank]
     with fake_process_group(shape.ranks, rank * shape.data_ranks):
         with torch.device("meta"):
             module = Transformer(model, checkpointing)

@@ -1,16 +1,16 @@
-"""Calls of reward functions, in a process of their own with a time limit. What goes wrong is one line with the name."""
+"""Calls of reward functions in a process of their own with a time limit. A failure is one line naming the function."""
 
 import contextlib
 import math
 import os
 import pickle
-import selectors
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from dsv3_lightning.common.children import end, readable_within
 from dsv3_lightning.errors import ConfigError, RunStopped
 from dsv3_lightning.training.reward_worker import LENGTH, send
 
@@ -67,16 +67,14 @@ class Rewards:
 
     def read(self, name: str, size: int, deadline: float) -> bytes:
         assert self.process is not None and self.process.stdout is not None
-        found, handle = b"", self.process.stdout.fileno()
-        with selectors.DefaultSelector() as selector:
-            selector.register(handle, selectors.EVENT_READ)
-            while len(found) < size:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise self.failed(name, f"took longer than {self.seconds:g} s ({self.settings[1]})")
-                part = os.read(handle, size - len(found))
-                if not part:
-                    raise self.failed(name, f"ended its process (exit status {self.process.wait()})")
-                found += part
+        found = b""
+        while len(found) < size:
+            if not readable_within(self.process.stdout, deadline - time.monotonic()):
+                raise self.failed(name, f"took longer than {self.seconds:g} s ({self.settings[1]})")
+            part = os.read(self.process.stdout.fileno(), size - len(found))
+            if not part:
+                raise self.failed(name, f"ended its process (exit status {self.process.wait()})")
+            found += part
         return found
 
     def checked(self, name: str, found: Any, answers: int) -> list[float]:
@@ -95,9 +93,5 @@ class Rewards:
     def close(self) -> None:
         """Ends the process, whatever it does."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            for stream in (self.process.stdin, self.process.stdout):
-                if stream is not None:
-                    stream.close()
+            end(self.process)
         self.process = None

@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 def packed(groups: list[Group]) -> str:
-    """Groups as JSON, which a checkpoint can hold: it has no other tensors than weights, and no code."""
+    """Groups as JSON, since a checkpoint holds no tensors but weights, and no code."""
     arrays = ("sampled", "old", "reference", "routes")
     fields = []
     for group in groups:

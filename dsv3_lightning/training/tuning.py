@@ -13,7 +13,7 @@ MTP = Literal["detached", "frozen"]
 class DPOConfig:
     """Direct preference optimization (arXiv 2305.18290) on pairs of answers. Raises ConfigError.
 
-    beta: how much the model is held to the one that it starts from.
+    beta: how closely the model is kept to the one it starts from.
     by_length: log-probabilities are means over an answer's tokens in place of sums; beta is then larger, such as 5.
     mtp: detached trains the MTP modules on the chosen answers without gradients into the main model; frozen keeps them.
     """
@@ -34,7 +34,7 @@ class GRPOConfig:
     rewards: functions as module:name, called as TRL's are: with prompts, completions, completion_ids and every further
         field of the prompts' lines as lists; each returns a list of numbers, or None where it does not apply.
     reward_weights: a factor for each function; None: all 1.
-    reward_seconds: what a call may take before the run stops.
+    reward_seconds: the time limit of a call; beyond it the run stops.
     normalize: `sum` centers the weighted sum of the rewards; `each` normalizes every function's rewards first.
     group_size: answers per prompt. max_new_tokens: the longest answer. temperature: that of sampling, and of every
         log-probability.

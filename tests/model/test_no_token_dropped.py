@@ -9,6 +9,7 @@ from dsv3_lightning.errors import ConfigError
 from dsv3_lightning.model.dispatch import LocalDispatcher
 from dsv3_lightning.model.experts import Experts, grouped_linear
 from dsv3_lightning.model.moe import MoE
+from dsv3_lightning.model.permute import sum_of_rows
 
 from .small import routers, small_batch, small_config, small_model
 
@@ -234,3 +235,12 @@ def test_what_is_computed_for_padding_reaches_nothing(real):
         assert values.isfinite().all() and values[:real].ne(0).all()
         assert torch.equal(values[real:], torch.zeros(N - real, shape))
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_sums_of_rows_are_those_of_fp64_with_and_without_rows_that_are_missing(missing):
+    x_RD = torch.randn(24, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows_NK = torch.randperm(24, generator=torch.Generator().manual_seed(1)).view(8, 3)
+    rows_NK[:missing, 0] = -1
+    exact_ND = (x_RD.double()[rows_NK.clamp(min=0)] * (rows_NK >= 0)[..., None]).sum(1)
+    assert (sum_of_rows(x_RD, rows_NK).double() - exact_ND).norm() <= 3e-3 * exact_ND.norm()

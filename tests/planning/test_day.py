@@ -71,7 +71,7 @@ def plan_of_v3() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 106.3), (131072, 416.5)])
+@pytest.mark.parametrize(("length", "gigabytes"), [(32768, 119.8), (131072, 438.8)])
 def test_a_length_beyond_a_rank_is_refused_with_the_longest_that_fits(
     length: int, gigabytes: float, plan_of_v3: str, capsys: pytest.CaptureFixture[str]
 ):

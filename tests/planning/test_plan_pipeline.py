@@ -11,8 +11,9 @@ from dsv3_lightning.planning.pipeline.timeline import ChunkTimes, simulate
 
 NANO = ["plan", "nano", "model.num_hidden_layers=8", "data.batch_size=16"]
 V3 = ["plan", "v3", "--gpus", "2048", "--gpu", "h800", "--pipeline-parallel", "16", "--micro-batches", "120",
-      "strategy={kind: fsdp2_ep, expert_parallel: 64}", "trainer.precision=bf16", "data.batch_ramp=null",
-      "trainer.accumulate_grad_batches=1", "compute.activation_checkpointing=full"]  # fmt: skip
+      "strategy={kind: fsdp2_ep, expert_parallel: 64, pipeline_parallel: 16, waiting_weights: 1}",
+      "trainer.precision=bf16", "data.batch_ramp=null", "trainer.accumulate_grad_batches=1",
+      "compute.activation_checkpointing=full"]  # fmt: skip
 
 
 def rows(shown: str) -> dict[str, list[str]]:

@@ -48,7 +48,7 @@ def documents_of(file: TokenFile, tokenizer: Tokenizer, source: str | None, numb
 
 
 def parts_of_sample(file: TokenFile, tokenizer: Tokenizer, index: MappedIndex, sample: int) -> Iterator[Part]:
-    """Yields the parts of a sample of the packed index, in their order. Raises ConfigError for one it hasn't."""
+    """Yields the parts of a sample of the packed index, in order. Raises ConfigError if there is no such sample."""
     if not 0 <= sample < len(index):
         raise ConfigError(f"--sample {sample}: must be from 0 to {len(index) - 1}")
     names, offsets, origins = file.manifest["origins"], file.offsets(), file.origins()

@@ -309,7 +309,8 @@ def length_note(passes: float, tokens: int) -> str:
 
 
 def mixed_note(passes: dict[str, float]) -> str:
-    """
+    """A note on the number of passes over each source, with a warning if one is large.
+
     >>> mixed_note({"english": 0.5, "chinese": 2})
     'data: the run makes 0.5 passes over english, 2 over chinese'
     >>> mixed_note({"english": 5, "chinese": 2})

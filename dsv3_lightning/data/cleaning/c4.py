@@ -19,9 +19,9 @@ SENTENCE = re.compile(r"[.!?。！？]+[\"'”’)\]]*(?:\s|$)|[。！？]")
 
 
 def without_lines(text: str, min_words: float | None, max_word_chars: float | None, boilerplate: bool) -> str:
-    """The text without lines of fewer words, with a longer word, or, if told to, with a phrase of BOILERPLATE.
+    """The text without lines that are too short, have too long a word, or (if `boilerplate`) a phrase of BOILERPLATE.
 
-    Words are what white space separates. Empty lines stay.
+    Words are separated by white space. Empty lines are kept.
     """
     kept = []
     for line in text.split("\n"):

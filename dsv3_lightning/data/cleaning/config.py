@@ -90,7 +90,7 @@ class CleaningConfig:
     quality: sets of rules by name, of which a source's `filters` names one. The set NAME_LANGUAGE judges documents of
         that language in place of NAME.
     pii: mask e-mail addresses and public IPv4 addresses.
-    exact: drop documents that equal an earlier one but for white space.
+    exact: drop documents that differ from an earlier one at most in white space.
     near: drop near duplicates of an earlier document.
     scope: whether duplicates are looked for over all sources or within each.
     decontaminate: drop documents that share a run of words with an evaluation set.

@@ -1,4 +1,4 @@
-"""Cleaning of all sources of a corpus: its files in, files of what stays out, which are read like any others."""
+"""Cleaning of all sources of a corpus. The files of cleaned documents are read like any others."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -106,7 +106,7 @@ def clean(plan: Plan, jobs: int = 1, shard: Shard = ALL, keep_dropped: bool = Fa
 
 
 def read_facts(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What reading the files met, over all sources, in the form of `ReadStats.facts`."""
+    """Irregularities in the files that were read, over all sources, in the form of `ReadStats.facts`."""
     total = ReadStats().facts()
     for found in counts.values():
         for task in found["clean"]:

@@ -1,7 +1,7 @@
 """Exact and near duplicates over all documents: which copy stays, by hashes and signatures alone.
 
-Documents are numbered in the order of their tasks and of their places in a task. Of duplicates, which may be so through
-others, the lowest number stays, so that the result depends on nothing else.
+Documents are numbered in the order of their tasks and of their places in a task. Of duplicates, direct or through
+others, the one with the lowest number is kept, so the result depends on nothing else.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ DIGEST = 16  # bytes
 
 
 def digest(text: str) -> bytes:
-    """The hash of a text that is the same for texts that differ in white space alone: DIGEST bytes."""
+    """A hash of the text that ignores white space: DIGEST bytes."""
     same = " ".join(unicodedata.normalize("NFC", text).split())
     return hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=DIGEST).digest()
 
@@ -29,7 +29,7 @@ def repeated(digests: np.ndarray) -> np.ndarray:
 
 
 def similar(keys_of: Callable[[int], np.ndarray], buckets: int) -> np.ndarray:
-    """Which documents share a bucket with an earlier one, also through others: bool [documents].
+    """Which documents share a bucket with an earlier one, directly or through others: bool [documents].
 
     keys_of: bucket to the documents' keys, uint64 [documents], 0 for those that match nothing. Buckets are taken one
     after the other; memory is about 50 bytes for each document.

@@ -9,7 +9,7 @@ from dsv3_lightning.data.cleaning.words import Words, ngrams, words_of
 
 
 class Facts:
-    """Texts and what is known of them. Arrays have one value per text, [texts] float64, unless it says otherwise."""
+    """Texts and what is known of them. Arrays have one value per text, [texts] float64, unless stated otherwise."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts

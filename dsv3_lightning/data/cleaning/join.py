@@ -1,6 +1,6 @@
 """The second stage of cleaning: duplicates over all tasks of the first, or within each source.
 
-    join-KEY/NNNNN/SOURCE-NNNNN.npy       why each document of a task of the first stage falls out: uint8 [documents]:
+    join-KEY/NNNNN/SOURCE-NNNNN.npy       why each document of a task of the first stage is dropped: uint8 [documents]:
                                           0 it stays, 1 an earlier one equals it, 2 an earlier one is similar
     join-KEY/NNNNN/dropped.jsonl.zst      only with keep_dropped
 
@@ -80,7 +80,7 @@ def add(counts: dict[str, int], reason: str, number: int) -> None:
 
 
 def add_examples(part: Part, mark: np.ndarray, examples: dict[str, list[str]]) -> None:
-    """Adds the beginnings of the first documents that fall out."""
+    """Adds the beginnings of the first documents that are dropped."""
     if all(len(examples.get(REASONS[code], [])) >= EXAMPLES for code in np.unique(mark[mark != STAYS])):
         return
     last = max(int(np.flatnonzero(mark == code)[:EXAMPLES][-1]) for code in np.unique(mark[mark != STAYS]))
@@ -100,7 +100,7 @@ def documents_of(part: Part, keep: Path | None = None) -> Source:
 
 
 def marked(parts: Sequence[Part], cleaning: CleaningConfig) -> np.ndarray:
-    """Why each document falls out: uint8 [documents of all parts]."""
+    """Why each document is dropped: uint8 [documents of all parts]."""
     digests = np.concatenate([np.load(part.folder / "digests.npy") for part in parts])
     marks = np.zeros(len(digests), np.uint8)
     if cleaning.exact:

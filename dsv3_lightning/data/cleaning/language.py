@@ -29,7 +29,8 @@ def identify(text: str, threshold: float) -> Language:
     """The most probable language of the text's beginning. Raises ConfigError without the packages.
 
     Markup, numbers and names of code make the model unsure. Below the threshold the words alone are judged, too, and
-    where they give the same language, the larger probability counts. Code is called English, so its source must say so.
+    where they give the same language, the larger probability counts. The model takes code for English, so a source of
+    code must be declared as such.
     """
     first = most_probable(text[:CHARACTERS])
     if first.probability >= threshold:
@@ -40,7 +41,7 @@ def identify(text: str, threshold: float) -> Language:
 
 
 def most_probable(text: str) -> Language:
-    """The language of all of the text. Han without kana and hangul is Chinese, whatever else the model says of it."""
+    """The language of the whole text. Han characters without kana and hangul are Chinese, whatever the model says."""
     if not (line := " ".join(text.split())):
         return Language("", 0.0)
     chinese = CHINESE + NEIGHBORS if HAN.search(line) and not KANA_OR_HANGUL.search(line) else CHINESE

@@ -1,4 +1,4 @@
-"""Masks for e-mail addresses and public IPv4 addresses, as FineWeb has them; equal addresses get equal masks."""
+"""Masks for e-mail addresses and public IPv4 addresses, as in FineWeb; equal addresses get equal masks."""
 
 import ipaddress
 import re

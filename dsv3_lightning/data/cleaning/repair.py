@@ -1,4 +1,4 @@
-"""Repair of damaged Unicode, for suspects only: text that shows no sign of damage stays as it is, to the byte.
+"""Repair of damaged Unicode. Text without a sign of damage is left unchanged, to the byte.
 
 Signs are control characters, sequences that UTF-8 read as Latin-1 or Windows-1252 leaves ("mojibake"), and letters with
 separate accents where Unicode has one character. ftfy repairs them; quotes, full-width characters, ligatures, HTML
@@ -31,7 +31,7 @@ def is_suspect(text: str) -> bool:
 
 
 def repair(text: str) -> str:
-    """The text, repaired if it is a suspect. Raises ConfigError without ftfy."""
+    """The text, repaired if it shows a sign of damage. Raises ConfigError without ftfy."""
     if not is_suspect(text):
         return text
     fixed: str = needed("ftfy", "data.cleaning.repair").fix_text(text, settings())

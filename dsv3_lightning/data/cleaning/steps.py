@@ -1,7 +1,7 @@
 """The steps of cleaning for a batch of documents: repair, language, lines, quality, masks, evaluation sets.
 
-A document is a text, or a conversation, which passes or falls as a whole: its messages are repaired and masked, and it
-is not judged by the rules of quality, which are made for running text.
+A document is a text, or a conversation, which is kept or dropped as a whole: its messages are repaired and masked, and
+it is not judged by the rules of quality, which are made for running text.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def kept(documents: Sequence[Document]) -> list[Document]:
 
 
 def choose_language(document: Document, wanted: str | None, threshold: float) -> None:
-    """Notes the document's language, and drops it if its source's is another."""
+    """Records the document's language, and drops the document if its source has another one."""
     code, probability = identify(document.text, threshold)
     if wanted is None:
         document.language = code if probability >= threshold else None

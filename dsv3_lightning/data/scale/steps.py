@@ -97,7 +97,7 @@ class KeepFirst:
     """Of each cluster the first document stays, as in `dsv3 prepare`, not the one that datatrove's stage 3 keeps.
 
     removed: that stage's output: RRRRRR.clusters, pairs of a document's number in its rank and its cluster, uint32, and
-    RRRRRR.remove, the numbers of the documents that fall out.
+    RRRRRR.remove, the numbers of the documents that are dropped.
     """
 
     removed: Path

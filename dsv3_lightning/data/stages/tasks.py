@@ -1,6 +1,6 @@
 """Resumable work in tasks, by many processes of one machine and by jobs on several. Imports no torch.
 
-    FOLDER/tasks.json        the list of tasks, by which another list is refused
+    FOLDER/tasks.json        the list of tasks; a folder with another list is refused
     FOLDER/00000/            a task's output: appears whole, synced to disk
     FOLDER/00000/done.json   what the task counted, and bytes and sha256 of its files
 
@@ -73,7 +73,7 @@ def run_tasks(
 
     work: writes a task's files into the given empty folder and returns its counts; any importable function, or
         functools.partial of one. With `jobs` > 1 it is called in processes of its own, each with one thread.
-    take_over: do the tasks of other jobs too, after the own ones, unless a process is at work on them; otherwise wait
+    take_over: do the tasks of other jobs too, after one's own, unless a process is at work on them; otherwise wait
         while those jobs are running, and return None if they are not. The first stage of a preparation has False.
     A failure cancels the tasks that have not begun, and keeps what the others write. Raises ConfigError.
     """

@@ -7,7 +7,7 @@ It is built under another name and renamed when everything is on disk, so a fold
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,9 @@ def prepare(
                     build_whole(folder, build, len(sources), left_out, inputs, met)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={config.cache_dir}: {error.strerror or error}") from error
+    elif (work := work_folder(folder)) in unfinished(folder.parent):  # of a process that was killed at its very end
+        with suppress(OSError):  # another user's, who will remove it
+            remove(work)
     if tell is not None:
         for line in notes(read_manifest(folder), len(sources), left_out, config.setting):
             tell(line)

@@ -27,7 +27,7 @@ PROMPTS = ("prompt", "messages")
 
 
 class Lines(NamedTuple):
-    """Lines together. tokens: all ids, int32. bounds: where prompt and answers of each line begin, and where the last
+    """Lines as arrays. tokens: all ids, int32. bounds: where prompt and answers of each line begin, and where the last
     ends, int64 [lines, parts + 1]. shown, columns: as in Line."""
 
     tokens: np.ndarray
@@ -117,7 +117,7 @@ def numbered(source: Source, most_bytes: int) -> Iterator[tuple[int, str]]:
 
 
 def parse(text: str, tokenizer: Tokenizer, pairs: bool) -> Line:
-    """Raises ConfigError without file and line."""
+    """A line in tokens. Raises ConfigError, which names neither file nor line."""
     record = parse_object(text)
     names = [name for name in PROMPTS if name in record]
     if len(names) != 1:

@@ -28,6 +28,8 @@ def check_settings(strategy: "StrategyConfig") -> None:
         if strategy.stages is not None:
             at = f"strategy.stages={strategy.stages}"
             raise ConfigError(f"{at}: is of a pipeline, and strategy.pipeline_parallel is 1; set it to null")
+    check_waiting(strategy)
+    if ranks == 1:
         return
     if micro_batches != "auto":
         check_micro_batches("strategy.micro_batches", micro_batches, name, ranks)
@@ -45,6 +47,18 @@ def check_settings(strategy: "StrategyConfig") -> None:
         )
     if strategy.cpu_offload:
         raise ConfigError("strategy.cpu_offload=true: is not for pipelines; set it to false, or pipeline_parallel to 1")
+
+
+def check_waiting(strategy: "StrategyConfig") -> None:
+    """Raises ConfigError for a limit of waiting weight parts where none can wait."""
+    limit, at = strategy.waiting_weights, f"strategy.waiting_weights={strategy.waiting_weights}"
+    if limit is None:
+        return
+    if limit < 1:
+        raise ConfigError(f"{at}: must be at least 1, or null")
+    splitting = [name for name, schedule in SCHEDULES.items() if schedule.splits]
+    if strategy.pipeline_parallel == 1 or strategy.schedule not in splitting:
+        raise ConfigError(f"{at}: is for pipelines with schedule: {', '.join(splitting)}; set it to null")
 
 
 def check_micro_batches(key: str, wanted: int, schedule: str, ranks: int) -> None:

@@ -24,8 +24,8 @@ class Pipeline:
     """The stages of this rank and the schedules for them, one for each number of micro-batches.
 
     layers: the number of layers in each chunk. placement: the chunks of each rank. dtype: of what stages pass on.
-    watch: see `torch_stage.Watch`. overlap: see `runner.Runner`. Both may be set between steps, overlap before the
-    first.
+    watch: see `torch_stage.Watch`. overlap, waiting: see `runner.Runner`. watch may be set between steps, the others
+    before the first.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Pipeline:
         self.runners: dict[tuple[Shape, bool], Runner] = {}
         self.watch: Watch | None = None
         self.overlap: Any = None
+        self.waiting: int | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -81,7 +82,15 @@ class Pipeline:
         shape = Shape(micro_batches, samples, positions)
         if (shape, trains) not in self.runners:
             self.runners[shape, trains] = Runner(
-                self.stages, shape, self.schedule, trains, self.group, self.device, self.dtype, self.overlap
+                self.stages,
+                shape,
+                self.schedule,
+                trains,
+                self.group,
+                self.device,
+                self.dtype,
+                self.overlap,
+                self.waiting,
             )
         for stage in self.stages:
             stage.record = Record(wanted.weights, wanted.heads, wanted.draft)

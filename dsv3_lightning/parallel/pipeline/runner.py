@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
-from dsv3_lightning.common.schedules import SCHEDULES
+from dsv3_lightning.common.schedules import SCHEDULES, limit_waiting
 from dsv3_lightning.parallel.pipeline.stage import Stage
 from dsv3_lightning.parallel.pipeline.torch_stage import Shape, TorchStage, Watch, nobody
 
@@ -53,20 +53,22 @@ def one_f_one_b(rank: int, ranks: int, micro_batches: int) -> list[_Action | Non
 class Runner:
     """The schedule for one `Shape`. trains: with backward passes; otherwise forward passes alone, in the same order.
 
-    overlap: torch's custom function for the paired forward and backward actions of DualPipeV.
+    overlap: torch's custom function for the paired forward and backward actions of DualPipeV. waiting: how many weight
+        parts may wait at a time; None: as many as in torch's order.
     """
 
     def __init__(
         self, stages: Sequence[Stage], shape: Shape, schedule: str, trains: bool, group: dist.ProcessGroup,
-        device: torch.device, dtype: torch.dtype, overlap: Any = None,
+        device: torch.device, dtype: torch.dtype, overlap: Any = None, waiting: int | None = None,
     ) -> None:  # fmt: skip
         self.stages = [TorchStage(stage, shape, group, device, dtype) for stage in stages]
         name = SCHEDULES[schedule].torch_name
         made = OneForwardOneBackward if schedule == "1f1b" else getattr(schedules, name)
         loss: dict[str, Any] = {"loss_fn": lambda output, target: output} if trains else {}
         self.schedule = made(self.stages, shape.micro_batches, scale_grads=False, **loss)
-        if schedule == "dualpipev" and overlap is None:
-            part_pairs(self.schedule)
+        apart = schedule == "dualpipev" and overlap is None
+        if apart or waiting is not None:
+            reorder(self.schedule, apart, waiting)
         if not trains:
             order = self.schedule.pipeline_order_with_comms
             self.schedule.pipeline_order_with_comms = {rank: forward_only(actions) for rank, actions in order.items()}
@@ -86,15 +88,24 @@ class Runner:
             raise failed
 
 
-def part_pairs(schedule: _PipelineScheduleRuntime) -> None:
-    """Makes each pair of passes two actions, since torch's runtime sends a pair's results only after both passes.
+def reorder(schedule: _PipelineScheduleRuntime, apart: bool, waiting: int | None) -> None:
+    """Gives each rank's passes another order than torch's. waiting: see `Runner`.
 
-    Without overlap the next rank would wait for the second pass to get the result of the first.
+    apart: each pair of passes becomes two actions. torch's runtime sends a pair's results only after both passes, so
+    without overlap the next rank would wait for the second pass to get the result of the first.
     """
-    order: dict[int, list[_Action | None]] = {
-        rank: [*unpaired(actions)] for rank, actions in schedule.pipeline_order.items()
-    }
+    order: dict[int, list[_Action | None]] = {}
+    for rank, actions in schedule.pipeline_order.items():
+        passes = unpaired(actions) if apart else [action for action in actions if action is not None]
+        order[rank] = [*limit_waiting(passes, waiting, split_part)]
     schedule._prepare_schedule_with_comms(order)
+
+
+def split_part(action: _Action) -> tuple[str, tuple[int, int | None]] | None:
+    """The kind of an action that is one part of a backward pass, and of which."""
+    kinds = {_ComputationType.BACKWARD_INPUT: "I", _ComputationType.BACKWARD_WEIGHT: "W"}
+    kind = kinds.get(action.computation_type)
+    return None if kind is None else (kind, (action.stage_index, action.microbatch_index))
 
 
 def forward_only(actions: Sequence[_Action]) -> list[_Action]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dsv3_lightning.common.schedules import SCHEDULES, valid_chunks
+from dsv3_lightning.common.schedules import SCHEDULES, limit_waiting, valid_chunks
 
 
 class Action(NamedTuple):
@@ -140,8 +140,16 @@ def dualpipev(ranks: int, micro_batches: int, rank: int) -> list[Slot]:
     return lane.slots
 
 
-def schedule_slots(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> list[list[Slot]]:
-    """The slots of each rank. chunks: of a rank; None: the schedule's own number."""
+def split_part(slot: Slot) -> tuple[str, tuple[int, int]] | None:
+    """The kind of a slot that is one part of a backward pass, and of which."""
+    kind, *which = slot[0]
+    return (kind, (which[0], which[1])) if len(slot) == 1 and kind in "IW" else None
+
+
+def schedule_slots(
+    name: str, ranks: int, micro_batches: int, chunks: int | None = None, waiting: int | None = None
+) -> list[list[Slot]]:
+    """The slots of each rank. chunks: of a rank; None: the schedule's own number. waiting: strategy.waiting_weights."""
     schedule = SCHEDULES[name]
     chunks = chunks or schedule.chunks
     assert valid_chunks(schedule, chunks)
@@ -152,4 +160,4 @@ def schedule_slots(name: str, ranks: int, micro_batches: int, chunks: int | None
         "zbv": lambda rank: zbv(ranks, micro_batches, rank),
         "dualpipev": lambda rank: dualpipev(ranks, micro_batches, rank),
     }
-    return [of_rank[name](rank) for rank in range(ranks)]
+    return [limit_waiting(of_rank[name](rank), waiting, split_part) for rank in range(ranks)]

@@ -10,7 +10,7 @@ from dsv3_lightning.planning.flops import training_flop_per_token
 from dsv3_lightning.planning.hardware import Hardware
 from dsv3_lightning.planning.layout import Layout
 from dsv3_lightning.planning.parts import COMPUTE, COMPUTING, Part
-from dsv3_lightning.planning.pipeline.actions import schedule_slots
+from dsv3_lightning.planning.pipeline.actions import Slot, schedule_slots
 from dsv3_lightning.planning.pipeline.timeline import Timeline, simulate
 from dsv3_lightning.planning.pipeline.times import PlannedTimes, planned_times
 from dsv3_lightning.planning.share import Share, chunk_shares, together
@@ -22,17 +22,23 @@ from dsv3_lightning.planning.wires import EXCHANGE, exchange, parameters, replic
 class Pipeline:
     """How a model is spread over the ranks of a pipeline. layers: of each chunk.
 
-    overlap: paired passes of DualPipeV exchange tokens while the other one computes.
+    overlap: paired passes of DualPipeV exchange tokens while the other one computes. waiting: strategy.waiting_weights.
     """
 
     schedule: str
     ranks: int
     layers: Sequence[int]
     overlap: bool = False
+    waiting: int | None = None
 
     @property
     def placement(self) -> list[list[int]]:
         return placement(SCHEDULES[self.schedule], self.ranks, len(self.layers) // self.ranks)
+
+    def slots(self, micro_batches: int) -> list[list[Slot]]:
+        """What each rank does in a step of so many micro-batches."""
+        chunks = len(self.layers) // self.ranks
+        return schedule_slots(self.schedule, self.ranks, micro_batches, chunks, self.waiting)
 
 
 class PipelineStep(NamedTuple):
@@ -54,7 +60,7 @@ def pipeline_step(model: ModelConfig, hardware: Hardware, layout: Layout, pipeli
     the pipeline's."""
     shares, work = chunk_shares(model, pipeline.layers), layout.work
     times = planned_times(model, hardware, layout, shares, pipeline.overlap)
-    slots = schedule_slots(pipeline.schedule, pipeline.ranks, work.micro_batches, len(shares) // pipeline.ranks)
+    slots = pipeline.slots(work.micro_batches)
     message, names = transfer(model, hardware, layout, pipeline.ranks)
     timeline = simulate(slots, times, len(shares), message)
     alone = simulate(slots, times, len(shares))

@@ -142,20 +142,41 @@ def needs(action: Action, chunks: int) -> list[tuple[Action, ...]]:
     return [forward, (Action("I", chunk + 1, m), Action("B", chunk + 1, m))] if chunk + 1 < chunks else [forward]
 
 
-def peak_live(events: Sequence[Event], weights: Sequence[float]) -> float:
-    """The most that a rank holds for backward passes. weights: of each chunk's activations of one micro-batch.
+class Held(NamedTuple):
+    """What a chunk holds of one micro-batch. kept: from the start of the forward to that of the backward pass.
 
-    They are made when a forward pass starts, and freed when the backward pass, or its weight part, ends.
+    backward, splitting: at the most during a whole backward pass, or its input part. waiting: from there to the end of
+    the weight part.
     """
+
+    kept: float
+    backward: float
+    splitting: float
+    waiting: float
+
+
+def peak_live(events: Sequence[Event], held: Sequence[Held]) -> float:
+    """The most that a rank holds for backward passes, which end with a whole one or with its weight part. held: by
+    chunk."""
     changes = []
     for slot, start, end in events:
         for action in slot:
+            kept, backward, splitting, waiting = held[action.chunk]
             if action.kind == "F":
-                changes.append((start, 1, weights[action.chunk]))
-            elif action.kind in "BW":
-                changes.append((end, 0, -weights[action.chunk]))
+                changes.append((start, 1, kept))
+            elif action.kind == "W":
+                changes.append((end, 0, -waiting))
+            else:
+                during, after = (backward, 0.0) if action.kind == "B" else (splitting, waiting)
+                changes += [(start, 1, during - kept), (end, 0, after - during)]
     now = most = 0.0
     for _, _, change in sorted(changes):  # at the same moment what ends is freed first
         now += change
         most = max(most, now)
     return most
+
+
+def peak_chunks(events: Sequence[Event]) -> float:
+    """The most chunks of a micro-batch that a rank has begun and not ended, as the published formulas count them."""
+    chunks = 1 + max(action.chunk for event in events for action in event.slot)
+    return peak_live(events, [Held(1.0, 1.0, 1.0, 1.0)] * chunks)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dsv3_lightning.data.config import DataConfig
+from dsv3_lightning.data.stages.tasks import ALL, present
 from dsv3_lightning.data.text import digests, encoding
 from dsv3_lightning.data.text import prepare as prepare_module
 from dsv3_lightning.data.text.documents import HASHES
@@ -158,6 +159,15 @@ def test_a_damaged_cache_is_rebuilt(small: DataConfig, name: str, damage: str) -
     else:
         path.unlink()
     assert prepare(small) == path.parents[name.count("/")] and path.read_bytes() == whole
+
+
+def test_work_that_a_kill_left_beside_the_complete_folder_is_removed(small: DataConfig) -> None:
+    folder = prepare(small)
+    work = prepare_module.work_folder(folder)
+    (work / "survey").mkdir(parents=True)
+    with present(work, ALL):  # another job is still at it
+        assert prepare(small) == folder and work.exists()
+    assert prepare(small) == folder and not work.exists()
 
 
 @pytest.mark.parametrize("place", ["add", "close"])

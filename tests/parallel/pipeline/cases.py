@@ -55,11 +55,12 @@ class Case(NamedTuple):
 
 def case(
     ranks: int, schedule: str, model: str = "depth1", checkpointing: str = "none", mesh: str = "fsdp2", stages: int = 0,
-    sharded: bool = False,
+    sharded: bool = False, waiting: int | None = None,
 ) -> Case:  # fmt: skip
-    """stages: the pipeline's ranks; 0: all. sharded: as strategy.sharded_checkpoints."""
+    """stages: the pipeline's ranks; 0: all. sharded, waiting: as strategy.sharded_checkpoints and waiting_weights."""
     stages = stages or ranks
     block = f"pipeline_parallel: {stages}, schedule: {schedule}, micro_batches: {2 * stages}"  # DualPipeV's least
+    block += f", waiting_weights: {waiting}" if waiting else ""
     words = (
         f"strategy={{{(MESHES | PAIRS)[mesh]}, {block}, sharded_checkpoints: {str(sharded).lower()}}}",
         f"compute.activation_checkpointing={checkpointing}",

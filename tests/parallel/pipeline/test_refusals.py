@@ -44,6 +44,9 @@ def checked(strategy: str, *words: str):
         ("pipeline_parallel: 2, dp_shard: 4", (), "strategy.dp_shard=4: with dp_replicate=1 it makes 4 processes"),
         ("micro_batches: 4", (), "strategy.micro_batches=4: is of a pipeline, and strategy.pipeline_parallel is 1"),
         ("stages: [8]", (), "strategy.stages=[8]: is of a pipeline"),
+        ("waiting_weights: 2", (), "waiting_weights=2: is for pipelines with schedule: interleaved_zero_bubble"),
+        ("pipeline_parallel: 2, schedule: 1f1b, waiting_weights: 2", (), "dualpipev; set it to null"),
+        ("pipeline_parallel: 2, waiting_weights: 0", (), "strategy.waiting_weights=0: must be at least 1, or null"),
     ],
 )  # fmt: skip
 def test_what_a_pipeline_cannot_be_is_refused_with_what_it_can(strategy, words, message):

@@ -5,7 +5,7 @@ from unittest.mock import create_autospec
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
-from dsv3_lightning.parallel.pipeline.runner import part_pairs, unpaired
+from dsv3_lightning.parallel.pipeline.runner import reorder, unpaired
 
 
 def dualpipev(ranks: int, micro_batches: int) -> ScheduleDualPipeV:
@@ -17,7 +17,7 @@ def dualpipev(ranks: int, micro_batches: int) -> ScheduleDualPipeV:
 def test_without_overlap_each_result_is_sent_before_the_next_pass():
     schedule = dualpipev(ranks=2, micro_batches=4)
     passes = {rank: unpaired(actions) for rank, actions in schedule.pipeline_order.items()}
-    part_pairs(schedule)
+    reorder(schedule, apart=True, waiting=None)
     sends = {"SEND_F": "FORWARD", "SEND_B": "BACKWARD"}
     for rank, actions in schedule.pipeline_order_with_comms.items():
         assert [action for action in actions if action in passes[rank]] == passes[rank]

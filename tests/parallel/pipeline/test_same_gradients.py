@@ -18,7 +18,7 @@ CASES = {
     "interleaved_1f1b on 2": case(2, "interleaved_1f1b", "dense"),
     "1f1b on 2": case(2, "1f1b", "short"),
     "zbv on 4": case(4, "zbv", checkpointing="selective"),
-    "dualpipev on 4": case(4, "dualpipev"),
+    "dualpipev on 4": case(4, "dualpipev", waiting=1),
     "zbv on 2 x fsdp2": case(4, "zbv", "short", stages=2),
     "dualpipev on 2 x ep2": case(4, "dualpipev", checkpointing="full", mesh="ep2", stages=2, sharded=True),
     "dualpipev on 2 x ep2 in pairs": traced(case(4, "dualpipev", "short", "selective", "ep2 in pairs", 2)),

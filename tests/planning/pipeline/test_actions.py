@@ -36,6 +36,33 @@ def test_the_actions_of_each_rank_are_torchs(name: str, chunks: int):
             assert schedule_slots(name, ranks, micro_batches, chunks) == expected, (ranks, micro_batches)
 
 
+@pytest.mark.parametrize("name", [name for name, schedule in SCHEDULES.items() if schedule.splits])
+def test_no_more_weight_parts_wait_than_are_allowed(name: str):
+    for ranks, micro_batches in ((2, 4), (4, 12), (8, 17)):
+        plain = schedule_slots(name, ranks, fitting_micro_batches(name, ranks, micro_batches))
+        for limit in (1, 2, 99):
+            limited = schedule_slots(name, ranks, fitting_micro_batches(name, ranks, micro_batches), waiting=limit)
+            assert most_waiting(limited) == min(limit, most_waiting(plain))
+            assert (limited == plain) == (limit >= most_waiting(plain))
+            for mine, expected in zip(limited, plain, strict=True):
+                assert Counter(mine) == Counter(expected)
+                others = [[slot for slot in each if slot[0].kind != "W"] for each in (mine, expected)]
+                assert others[0] == others[1]  # weight parts alone have moved
+                for chunk in {slot[0].chunk for slot in mine}:  # gradients of a weight are added up in the same order
+                    found = [[slot for slot in each if slot[0][:2] == ("W", chunk)] for each in (mine, expected)]
+                    assert found[0] == found[1]
+
+
+def most_waiting(slots: list) -> int:
+    """Of the rank where most weight parts wait at a time."""
+    most = 0
+    for mine in slots:
+        change = {"I": 1, "W": -1}
+        waiting = [sum(change.get(a.kind, 0) for slot in mine[:i] for a in slot) for i in range(len(mine) + 1)]
+        most = max(most, *waiting)
+    return most
+
+
 def test_1f1b_by_hand():
     """torch's list for display shows the last rank's forward passes one too far; this is what it executes."""
     words = [" ".join(str(slot[0]) for slot in rank) for rank in schedule_slots("1f1b", 3, 4)]

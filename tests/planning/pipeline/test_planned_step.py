@@ -93,17 +93,21 @@ def test_a_stage_keeps_shards_and_holds_whole_parameters_and_gradients_in_a_step
 
 def test_activations_are_those_of_live_chunks():
     shares = chunk_shares(V3, LAYERS)
-    each = [chunk_bytes(V3, WORK, share) for share in shares]
-    per_token = activations(V3, "bf16", "full")
-    assert sum(chunk.activations for chunk in each) == 4096 * per_token.kept
+    each = [chunk_bytes(V3, WORK, share, 64) for share in shares]
+    assert sum(chunk.activations for chunk in each) == activations(V3, 4096, "bf16", "full", 64).kept
     hidden = 4096 * 7168 * 2
     assert [chunk.between for chunk in each] == [2 * hidden] * 7 + [hidden]  # the embedding travels to the MTP module
     assert [chunk.loss for chunk in each] == [0.0] * 7 + [2 * 4 * 7168 * 129280]  # of each head
-    of_ranks = placement(SCHEDULES["dualpipev"], 4)
-    found = pipeline_memory(V3, MESH, WORK, shares, of_ranks, planned().timeline)
-    # rank 3 has chunks 3 and 4, of 8 MoE layers each, 9 of both at a time
-    again = widths_of(V3, "bf16").made_again("full") + widths_of(V3, "bf16").combining()
-    assert found[3].activations == pytest.approx(9 * each[3].total + 4096 * again)
+    # chunks 3 and 4 have 8 MoE layers each; inputs of products, and gradients of their outputs
+    attention = 7168 + 1536 + 512 + 128 * 128 + (1536 + 128 * 192 + 576 + 128 * 256 + 7168)
+    shared, expert = 7168 + 2048 + (2 * 2048 + 7168), 7168 + 2048 + (2 * 2048 + 7168)
+    assert each[3].waiting == each[4].waiting == 4096 * 8 * 2 * (attention + shared + 8 * expert)
+    again = widths_of(V3, "bf16", 64).micro_batch(shares[3], 4096, "full").made_again
+    of_ranks = placement(SCHEDULES["zbv"], 4)
+    timeline = pipeline_step(V3, HARDWARE, LAYOUT, Pipeline("zbv", 4, LAYERS, waiting=1)).timeline
+    found = pipeline_memory(V3, MESH, WORK, shares, of_ranks, timeline)
+    # rank 3 holds 8 of them at a time, one of which is in its input part, whose last of 8 layers computes again
+    assert found[3].activations == pytest.approx(7 * each[3].total + each[3].waiting * 7 / 8 + again)
 
 
 def test_a_pipeline_of_one_rank_is_a_step_without_one():

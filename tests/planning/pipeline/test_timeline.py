@@ -5,7 +5,15 @@ import pytest
 from dsv3_lightning.common.schedules import SCHEDULES
 from dsv3_lightning.planning.pipeline.actions import Action, schedule_slots
 from dsv3_lightning.planning.pipeline.formulas import FORMULA_OF, formulas
-from dsv3_lightning.planning.pipeline.timeline import ChunkTimes, Event, Timeline, peak_live, simulate
+from dsv3_lightning.planning.pipeline.timeline import (
+    ChunkTimes,
+    Event,
+    Held,
+    Timeline,
+    peak_chunks,
+    peak_live,
+    simulate,
+)
 
 
 def timeline(name: str, ranks: int, micro_batches: int, transfer: float = 0.0, **times: float) -> Timeline:
@@ -26,7 +34,7 @@ def test_bubbles_and_activations_are_the_formulas_where_forward_input_and_weight
         ran = timeline(name, ranks, micro_batches, together=together)
         idle = ran.idle_within if name == "zbv" else ran.idle
         assert max(idle) == pytest.approx(found.bubble)
-        live = [peak_live(events, [1.0] * v * ranks) for events in ran.ranks]
+        live = [peak_chunks(events) for events in ran.ranks]
         assert max(live) == v * found.activations
 
 
@@ -34,7 +42,7 @@ def test_1f1b_has_its_bubble_and_activations_for_any_times():
     ran = timeline("1f1b", 4, 12, F=1.0, I=1.3, W=0.4)
     assert ran.idle == pytest.approx([3 * 2.7] * 4)
     assert ran.bubble_share == pytest.approx(3 * 2.7 / (15 * 2.7))
-    assert [peak_live(events, [1.0] * 4) for events in ran.ranks] == [4, 3, 2, 1]
+    assert [peak_chunks(events) for events in ran.ranks] == [4, 3, 2, 1]
 
 
 # Idle seconds of the rank that waits longest, with F = 1 and 2P micro-batches, from simulations of torch's lists.
@@ -82,10 +90,18 @@ def test_lists_that_wait_for_each_other_are_an_error():
         simulate(slots, ChunkTimes.equal(2), 2)
 
 
-def test_what_is_live_is_weighted_and_ends_with_the_weight_part():
+def test_what_is_live_becomes_what_waits_for_the_weight_part():
     events = [
         Event((Action(kind, chunk, 0),), float(i), i + 1.0)
         for i, (kind, chunk) in enumerate([("F", 0), ("F", 1), ("I", 1), ("I", 0), ("W", 1), ("W", 0)])
     ]
-    assert peak_live(events, [2.0, 5.0]) == 7
-    assert peak_live([*events, Event((Action("F", 0, 1),), 6.0, 7.0)], [2.0, 5.0]) == 7
+    same = [Held(2, 2, 2, 2), Held(5, 5, 5, 5)]
+    assert peak_live(events, same) == 7
+    assert peak_live([*events, Event((Action("F", 0, 1),), 6.0, 7.0)], same) == 7
+    assert peak_live(events, [Held(2, 2, 9, 9), Held(5, 5, 5, 4)]) == 13  # 7, then 2 + 4, then 9 + 4
+    assert (
+        peak_live(events[:3], [Held(2, 2, 2, 1), Held(5, 5, 8, 6)]) == 10
+    )  # an input part holds 8 while it makes 6 of 5
+    assert (
+        peak_live([Event((Action("F", 0, m), Action("B", 0, m)), m, m + 1.0) for m in (0, 1)], [Held(3, 4, 9, 9)]) == 4
+    )
