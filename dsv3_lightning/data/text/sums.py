@@ -1,7 +1,7 @@
 """Sums of two numbers of two digits as data for every stage of `make assistant`. Imports no torch.
 
-An answer's digits come in reverse, "37+48" and "580": then each of them follows from two digits and a carry. The tokenizer
-must not join digits to numbers, whose sums would have to be looked up: data.pretokenization=llm doesn't.
+Digits of answers come in reverse, "37+48" and "580": each of them follows from two digits and a carry. The stages'
+tokenizer is trained with data.pretokenization=llm, which joins no digits to numbers that have to be looked up.
 
 python -m dsv3_lightning.data.text.sums FOLDER writes, of the 10,000 sums in a random order,
   text.jsonl     2,000 in texts, a few to a document: what the model is pre-trained on
