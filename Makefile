@@ -23,7 +23,9 @@ assistant: $(INSTALLED) ## from nothing to a model that answers: pre-train, tune
 	  $(PYTHON) -m dsv3_lightning run configs/assistant/$$stage.yaml || exit 1; \
 	  $(PYTHON) -m dsv3_lightning evaluate runs/assistant/$$stage --tasks runs/assistant/task.jsonl --protocol aime || exit 1; \
 	done
-	printf '3 7 + 4 8\n1 9 + 0 2\n' | $(PYTHON) -m dsv3_lightning chat runs/assistant/reinforced --temperature 0 --max-new-tokens 8
+	for sum in 37+48 19+02; do \
+	  echo $$sum | $(PYTHON) -m dsv3_lightning chat runs/assistant/reinforced --temperature 0 --max-new-tokens 5; \
+	done
 
 corpus: $(INSTALLED) ## fetch the demo corpus of English, Chinese and code, and prepare it for `make bilingual`
 	$(PYTHON) -m pip install -q -e '.[dev,data]' -c constraints.txt

@@ -1,7 +1,7 @@
 """Sums of two numbers of two digits as data for every stage of `make assistant`. Imports no torch.
 
-Digits stand apart, and an answer's come in reverse, "3 7 + 4 8" and "5 8 0": then each digit of the answer follows from
-two digits and a carry, and no tokenizer joins digits to numbers that have to be looked up.
+Digits of answers come in reverse, "37+48" and "580": each of them follows from two digits and a carry. The stages'
+tokenizer is trained with data.pretokenization=llm, which joins no digits to numbers that have to be looked up.
 
 python -m dsv3_lightning.data.text.sums FOLDER writes, of the 10,000 sums in a random order,
   text.jsonl     2,000 in texts, a few to a document: what the model is pre-trained on
@@ -20,20 +20,16 @@ from dsv3_lightning.common.files import write_file
 from dsv3_lightning.common.paths import display_path, user_path
 
 Sum = tuple[str, str]
-TOLD, TUNED, HELD_OUT, IN_A_TEXT = 2000, 1000, 200, 8
+TOLD, TUNED, HELD_OUT, IN_A_TEXT = 2000, 1000, 200, 4
 
 
 def sums(seed: int = 0) -> list[Sum]:
     """Every question with its answer, in a random order.
 
-    >>> dict(sums())["3 7 + 4 8"]
-    '5 8 0'
+    >>> dict(sums())["37+48"]
+    '580'
     """
-    found = [
-        (f"{' '.join(f'{a:02}')} + {' '.join(f'{b:02}')}", " ".join(f"{a + b:03}"[::-1]))
-        for a in range(100)
-        for b in range(100)
-    ]
+    found = [(f"{a:02}+{b:02}", f"{a + b:03}"[::-1]) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(found)
     return found
 
@@ -44,7 +40,7 @@ def write(folder: Path) -> dict[str, int]:
     told, tuned = found[:TOLD], found[TOLD : TOLD + TUNED]
     asked, held_out = found[TOLD + TUNED : -HELD_OUT], found[-HELD_OUT:]
     texts = [
-        {"text": "".join(f"{question} = {answer}\n" for question, answer in told[first : first + IN_A_TEXT])}
+        {"text": "".join(f"{question}={answer}\n" for question, answer in told[first : first + IN_A_TEXT])}
         for first in range(0, TOLD, IN_A_TEXT)
     ]
     user = [[{"role": "user", "content": question}] for question, _ in (*tuned, *asked)]
@@ -52,7 +48,7 @@ def write(folder: Path) -> dict[str, int]:
     prompts = [
         {"messages": turn, "answer": answer} for turn, (_, answer) in zip(user[len(tuned) :], asked, strict=True)
     ]
-    settings = {"task": "sums", "chat": True, "max_new_tokens": 8}
+    settings = {"task": "sums", "chat": True, "max_new_tokens": 5}
     task: list[Any] = [settings, *({"prompt": question, "answer": answer} for question, answer in held_out)]
     files: dict[str, list[Any]] = {"text": texts, "talks": talks, "prompts": prompts, "task": task}
     for name, lines in files.items():
