@@ -32,7 +32,7 @@ def make_config() -> Callable[..., DataConfig]:
             end_token=None,
             vocab_size=400,
             pretokenization="v3",
-            tokenizer_bytes=1 << 31,
+            tokenizer_bytes=1 << 27,
             tokenizer_weights=None,
             fim_rate=0.0,
             split_rate=0.0,
