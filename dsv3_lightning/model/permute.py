@@ -64,8 +64,6 @@ def sum_of_rows(x_RD: Tensor, rows_NK: Tensor) -> Tensor:
     Tokens without any row get 0, whatever x_RD holds.
     """
     there_NK = rows_NK >= 0
-    if on_cpu(x_RD) and len(x_RD) and there_NK.all():
-        return F.embedding_bag(rows_NK.int(), x_RD.contiguous(), mode="sum")
     out_ND = torch.zeros(len(rows_NK), x_RD.shape[1], dtype=wide(x_RD), device=x_RD.device)
     if len(x_RD) == 0:
         return out_ND.to(x_RD.dtype)
