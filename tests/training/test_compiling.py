@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import setuptools  # noqa: F401  torch.compile imports it, which fails once another test has loaded Python's own distutils
 import torch
 
 from dsv3_lightning.model.fused import Fused, compile_all, warm_up
