@@ -25,10 +25,8 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        ctx.weight_dtype, weight = (
-            weight.dtype,
-            weight.to(wide, copy=True),
-        )  # in inference mode as x is, not a parameter
+        ctx.weight_dtype = weight.dtype
+        weight = weight.to(wide, copy=True)  # in inference mode as x is, not a parameter
         out, factor = normalized(rows_of(x), weight, weight.new_tensor(eps), dtype)
         ctx.save_for_backward(x, weight, factor)
         return out.view(x.shape)
