@@ -8,10 +8,8 @@ Every checkpoint is measured on the held-out sums, with 16 answers to each at te
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -30,7 +28,7 @@ from dsv3_lightning.inference.scoring import score
 from dsv3_lightning.model.transformer import Transformer
 from dsv3_lightning.parallel.checkpoints.names import step_files, step_in
 from dsv3_lightning.runs.models import find_checkpoint, load_model
-from dsv3_lightning.studies.measured import Measured, write_measured
+from dsv3_lightning.studies.measured import Measured, made_by, results_of, write_measured
 
 SAMPLES, LEAST, MOST = 16, 0.3, 0.6  # answers to a question; pass@1 of the model that GRPO starts from
 QUIET = [
@@ -181,15 +179,11 @@ def last(curve: Curve) -> dict[str, float]:
     return curve[max(curve)]
 
 
-def claims(results: list[dict[str, Any]], folder: Path) -> list[Measured]:
+def claims(results: list[dict[str, Any]]) -> list[Measured]:
     before = [result["grpo"][0]["pass@1"] for result in results]
     after, control = ([last(result[way])["pass@1"] for result in results] for way in ("grpo", "control"))
     gains = [one - other for one, other in zip(after, before)]
-    seeds = " ".join(str(result["seed"]) for result in results)
-    made = (
-        f"python benchmarks/reinforce.py --seeds {seeds}", datetime.date.today().isoformat(),
-        f"1 x cpu, {platform.machine()}, 1 thread ({platform.system()}), torch {torch.__version__}",
-    )  # fmt: skip
+    made = made_by("benchmarks/reinforce.py", [result["seed"] for result in results])
     paper = "arXiv 2402.03300 table 5"
     return [
         Measured("GRPO raises pass@1 by at least 0.1 without being shown an answer", paper,
@@ -213,24 +207,19 @@ def main() -> None:
     folder = arguments.dir.resolve()
     rows = [("seed", "start", "GRPO", "control", "gain", "pass@16", "greedy", "KL", "CPU s")]
     results = []
-    for seed in arguments.seeds:
-        stored = folder / f"seed{seed}/result.json"
-        if not stored.exists():
-            result = one_seed(stored.parent, seed, arguments.tuning_steps, arguments.steps, arguments.lr,
-                              arguments.prompts)  # fmt: skip
-            stored.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        result = json.loads(stored.read_text(encoding="utf-8"))
+    settings = arguments.tuning_steps, arguments.steps, arguments.lr, arguments.prompts
+    for result in results_of(folder, arguments.seeds, lambda path, seed: one_seed(path, seed, *settings)):
         for way in ("grpo", "control"):
             result[way] = {int(step): one for step, one in result[way].items()}
         results.append(result)
         before, after, control = result["grpo"][0], last(result["grpo"]), last(result["control"])
         rows.append((
-            str(seed), f"{before['pass@1']:.3f} at step {result['start']}", f"{after['pass@1']:.3f}",
+            str(result["seed"]), f"{before['pass@1']:.3f} at step {result['start']}", f"{after['pass@1']:.3f}",
             f"{control['pass@1']:.3f}", f"{after['pass@1'] - before['pass@1']:+.3f}",
             f"{before['pass@16']:.2f} to {after['pass@16']:.2f}", f"{before['greedy']:.2f} to {after['greedy']:.2f}",
             f"{after['kl']:.3f}", " + ".join(map(str, result["cpu_seconds"])),
         ))  # fmt: skip
-    found = claims(results, folder)
+    found = claims(results)
     write_measured(folder, found)
     draw(results, arguments.picture or folder / "curves.png")
     print(table(rows))

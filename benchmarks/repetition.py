@@ -9,9 +9,7 @@ one. Before and after DPO the greedy continuations of 300 held-out paragraphs ar
 
 import argparse
 import ast
-import datetime
 import json
-import platform
 import random
 import statistics
 import sysconfig
@@ -27,7 +25,7 @@ from dsv3_lightning.common.history import scalar_history
 from dsv3_lightning.common.table import table
 from dsv3_lightning.data.text.tokenizer import Tokenizer
 from dsv3_lightning.evaluation.rewards import repeats
-from dsv3_lightning.studies.measured import Measured, write_measured
+from dsv3_lightning.studies.measured import Measured, made_by, results_of, write_measured
 
 QUIET = [
     "trainer.precision=32", "callbacks.sample_text=null", "callbacks.router_probe=null", "data.sequence_length=128",
@@ -131,27 +129,17 @@ def main() -> None:
     folder = arguments.dir.resolve()
     rows = [("seed", "pairs", "never ended", "repeated pairs of tokens", "bits per byte", "accuracy", "CPU s")]
     results = []
-    for seed in arguments.seeds:
-        stored = folder / f"seed{seed}/result.json"
-        if not stored.exists():
-            result = one_seed(stored.parent, seed, arguments)
-            stored.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        result = json.loads(stored.read_text(encoding="utf-8"))
+    for result in results_of(folder, arguments.seeds, lambda path, seed: one_seed(path, seed, arguments)):
         results.append(result)
         before, after = result["before"], result["after"]
         rows.append((
-            str(seed), f"{result['pairs']:,}", f"{before['ratio']:.1%} to {after['ratio']:.1%}",
+            str(result["seed"]), f"{result['pairs']:,}", f"{before['ratio']:.1%} to {after['ratio']:.1%}",
             f"{before['repeated']:.1%} to {after['repeated']:.1%}", f"{before['bits']:.3f} to {after['bits']:.3f}",
             f"{result['accuracy']:.2f}", str(result["cpu_seconds"]),
         ))  # fmt: skip
-    made = (
-        f"python benchmarks/repetition.py --seeds {' '.join(map(str, arguments.seeds))}",
-        datetime.date.today().isoformat(),
-        f"1 x cpu, {platform.machine()}, 1 thread ({platform.system()}), torch {torch.__version__}",
-    )
     sides = ([result[when]["ratio"] for result in results] for when in ("after", "before"))
     claim = Measured("DPO lowers the repetition ratio", "arXiv 2401.02954 §5", "said, without a number", *sides,
-                     "{:.3f}", *made)  # fmt: skip
+                     "{:.3f}", *made_by("benchmarks/repetition.py", arguments.seeds))  # fmt: skip
     write_measured(folder, [claim])
     print(table(rows))
 

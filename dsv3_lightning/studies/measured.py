@@ -1,8 +1,11 @@
 """Claims that a command of its own measures, as rows of docs/reproduction.md beside those of the experiments."""
 
+import datetime
 import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,24 @@ class Measured:
         texts = [spread(side, self.form) if isinstance(side, list) else self.form.format(side) for side in sides]
         found = verdict([most - least for least, most in zip(low, high, strict=True)])
         return [self.text, self.source, self.published, " against ".join(texts), f"**{found}**"]
+
+
+def made_by(script: str, seeds: Sequence[int]) -> tuple[str, str, str]:
+    """The command, date and device of what a script measures now with these seeds, on one thread of this machine."""
+    return (
+        f"python {script} --seeds {' '.join(map(str, seeds))}",
+        datetime.date.today().isoformat(),
+        f"1 x cpu, {platform.machine()}, 1 thread ({platform.system()}), torch {version('torch')}",
+    )
+
+
+def results_of(folder: Path, seeds: Sequence[int], measure: Callable[[Path, int], Any]) -> Iterator[Any]:
+    """Yields what `measure` finds for each seed in its folder. A result is stored there, and read when it exists."""
+    for seed in seeds:
+        stored = folder / f"seed{seed}/result.json"
+        if not stored.exists():
+            write_file(stored, json.dumps(measure(stored.parent, seed), indent=1) + "\n")
+        yield json.loads(stored.read_text(encoding="utf-8"))
 
 
 def write_measured(folder: Path, claims: Sequence[Measured]) -> None:
